@@ -1,0 +1,452 @@
+"""The configuration of a run: frozen dataclasses, typed decoding, overrides, validation, YAML.
+
+    recipe or YAML file -> dict -> key=value overrides -> decode() -> Config -> dump() -> config.yaml
+
+Imports no torch. The types behind `model.*` and `modality.NAME.*` live with their modules
+(student.py, modalities/NAME.py), so these two stay plain mappings here and are decoded with the
+same `decode` by whoever builds them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+import yaml
+
+from d2v_ds.errors import UserError, suggestion
+from d2v_ds.schedules import LEARNING_RATES
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Run:
+    dir: str = ""  # empty: runs/NAME
+    name: str = ""
+    seed: int = 0
+    steps: int = 1000  # optimizer steps
+    threads: int = 0  # of torch, per rank; 0: the cores of this rank
+
+
+@dataclass(frozen=True)
+class Data:
+    shards: str | dict[str, str] = ""  # one shard set, or one per modality
+    weights: dict[str, float] = field(default_factory=dict)  # share of the steps, per modality
+    workers: int = 2  # loader processes per rank; 0: decode in the training process
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    size: float = 60.0  # of a whole optimizer step, in the modality's unit (seconds of audio)
+    micro_batches: int = 1  # into how many it is cut, whatever the ranks
+
+
+@dataclass(frozen=True)
+class Target:
+    """How the teacher's top layers become the regression target (data2vec.md section 4)."""
+
+    top_k: int = 8
+    layer_norm: Literal["instance", "layer", "none"] = "instance"  # of each layer, before the mean
+    final_norm: Literal["instance", "layer", "none"] = "none"  # of the mean
+    source: Literal["ffn", "block"] = (
+        "ffn"  # what of a block: FFN output before the residual, or its end
+    )
+
+
+@dataclass(frozen=True)
+class Teacher:
+    decay: float = 0.999
+    decay_end: float = 0.9999
+    anneal_steps: int = 30_000  # linear from decay to decay_end
+
+
+@dataclass(frozen=True)
+class Optim:
+    lr: float = 5e-4
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    clip: float = 0.0  # global gradient norm; 0: no clipping
+    warmup_steps: int = 1000
+    schedule: Literal["cosine", "tri_stage", "constant"] = "cosine"
+    decay_all: bool = (
+        False  # weight decay on biases, norms and scales too, as fairseq does in effect
+    )
+    adam_eps: Literal["torch", "fairseq"] = "torch"  # fairseq adds eps before the bias correction
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    config: str = "zero2"  # local, zero0 .. zero3, or a JSON file
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
+        "auto"  # auto: bf16 on a GPU, fp32 on a CPU
+    )
+
+
+@dataclass(frozen=True)
+class Log:
+    every: int = 10  # steps between rows of metrics
+    pictures_every: int = 500  # steps between pictures
+    progress: bool = True  # a progress bar where the output is a terminal
+
+
+@dataclass(frozen=True)
+class Save:
+    every: int = 1000  # steps
+    keep: int = 3  # newest checkpoints kept
+
+
+@dataclass(frozen=True)
+class Config:
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    batch: BatchSize = field(default_factory=BatchSize)
+    model: dict[str, Any] = field(default_factory=dict)
+    target: Target = field(default_factory=Target)
+    modality: dict[str, dict[str, Any]] = field(default_factory=dict)
+    teacher: Teacher = field(default_factory=Teacher)
+    optim: Optim = field(default_factory=Optim)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    log: Log = field(default_factory=Log)
+    save: Save = field(default_factory=Save)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.run.dir or f"runs/{self.run.name or 'run'}")
+
+    def shards_of(self, modality: str) -> str:
+        """The shard set of one modality."""
+        shards = self.data.shards
+        return shards if isinstance(shards, str) else shards[modality]
+
+
+def validate(config: Config) -> None:
+    """What no single field can tell. Raises UserError with the path of the setting."""
+
+    def require(condition: bool, path: str, message: str) -> None:
+        if not condition:
+            raise UserError(f"{path}: {message}")
+
+    run, optim, teacher = config.run, config.optim, config.teacher
+    require(run.steps >= 1, "run.steps", f"must be at least 1, got {run.steps}")
+    require(run.threads >= 0, "run.threads", f"must be 0 or more, got {run.threads}")
+    require(
+        config.data.workers >= 0, "data.workers", f"must be 0 or more, got {config.data.workers}"
+    )
+    require(config.batch.size > 0, "batch.size", f"must be above 0, got {config.batch.size}")
+    require(
+        config.batch.micro_batches >= 1,
+        "batch.micro_batches",
+        f"must be at least 1, got {config.batch.micro_batches}",
+    )
+    require(optim.lr > 0, "optim.lr", f"must be above 0, got {optim.lr}")
+    require(optim.clip >= 0, "optim.clip", f"must be 0 (off) or more, got {optim.clip}")
+    require(
+        all(0 <= beta < 1 for beta in optim.betas),
+        "optim.betas",
+        f"each in [0, 1), got {optim.betas}",
+    )
+    require(
+        0 <= optim.warmup_steps <= run.steps,
+        "optim.warmup_steps",
+        f"{optim.warmup_steps} does not lie in 0 .. run.steps={run.steps}; lower it or raise run.steps",
+    )
+    for key in ("decay", "decay_end"):
+        value = getattr(teacher, key)
+        require(0 <= value <= 1, f"teacher.{key}", f"must lie in [0, 1], got {value}")
+    require(teacher.anneal_steps >= 0, "teacher.anneal_steps", f"got {teacher.anneal_steps}")
+    require(
+        config.target.top_k >= 1, "target.top_k", f"must be at least 1, got {config.target.top_k}"
+    )
+    require(config.log.every >= 1, "log.every", f"must be at least 1, got {config.log.every}")
+    require(config.save.every >= 1, "save.every", f"must be at least 1, got {config.save.every}")
+    require(config.save.keep >= 1, "save.keep", f"must be at least 1, got {config.save.keep}")
+    for name in config.data.weights:
+        require(name in config.modality, f"data.weights.{name}", "no such modality in this run")
+
+
+# ---------------------------------------------------------------------------------- decoding
+
+
+def decode(kind: type[T], raw: Any, path: str = "") -> T:
+    """`raw` (mappings, lists, numbers, strings) as an instance of the dataclass `kind`.
+
+    Every error is a UserError that begins with the path of the setting.
+    """
+    value: T = _decode(kind, raw, path)
+    return value
+
+
+def _decode(kind: Any, raw: Any, path: str) -> Any:
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(typing.cast(type, kind), raw, path)
+    if origin in (Union, types.UnionType):
+        return _decode_union(arguments, raw, path)
+    if origin is Literal:
+        if raw not in arguments:
+            raise UserError(
+                f"{path}: expected one of {', '.join(map(str, arguments))}, got {raw!r}"
+            )
+        return raw
+    if origin is tuple:
+        return _decode_tuple(arguments, raw, path)
+    if origin is dict:
+        if not isinstance(raw, Mapping):
+            raise UserError(f"{path}: expected a mapping, got {raw!r}")
+        return {
+            str(k): _decode(arguments[1], v, f"{path}.{k}" if path else str(k))
+            for k, v in raw.items()
+        }
+    return _decode_scalar(kind, raw, path)
+
+
+def _decode_dataclass(kind: type, raw: Any, path: str) -> Any:
+    if isinstance(raw, kind):
+        return raw
+    if not isinstance(raw, Mapping):
+        raise UserError(f"{path or 'configuration'}: expected settings, got {raw!r}")
+    hints = typing.get_type_hints(kind)
+    known = [f.name for f in dataclasses.fields(kind)]
+    values = {}
+    for key, value in raw.items():
+        where = f"{path}.{key}" if path else str(key)
+        if key not in known:
+            raise UserError(f"{where}: no such setting{suggestion(str(key), known)}")
+        values[key] = _decode(hints[key], value, where)
+    required = [
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    for name in required:
+        if name not in values:
+            raise UserError(f"{path}.{name}: must be given".lstrip("."))
+    try:
+        return kind(**values)
+    except UserError:
+        raise
+    except ValueError as error:  # a __post_init__ of a section
+        raise UserError(f"{path}: {error}" if path else str(error)) from None
+
+
+def _decode_union(options: tuple[Any, ...], raw: Any, path: str) -> Any:
+    if raw is None and type(None) in options:
+        return None
+    errors = []
+    for option in options:
+        if option is type(None):
+            continue
+        try:
+            return _decode(option, raw, path)
+        except UserError as error:
+            errors.append(error)
+    raise errors[-1]
+
+
+def _decode_tuple(arguments: tuple[Any, ...], raw: Any, path: str) -> Any:
+    if not isinstance(raw, list | tuple):
+        raise UserError(f"{path}: expected a list, got {raw!r}")
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return tuple(_decode(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(raw))
+    if len(raw) != len(arguments):
+        raise UserError(f"{path}: expected {len(arguments)} values, got {len(raw)}")
+    return tuple(
+        _decode(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(arguments, raw, strict=True))
+    )
+
+
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+
+
+def _decode_scalar(kind: Any, raw: Any, path: str) -> Any:
+    if kind is Any:
+        return raw
+    if kind is float and isinstance(raw, str):  # YAML reads 1e-3 as a string
+        try:
+            raw = float(raw)
+        except ValueError:
+            pass
+    if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
+        return float(raw)
+    if kind is int and isinstance(raw, float) and raw.is_integer():
+        return int(raw)
+    if type(raw) is not kind:
+        raise UserError(f"{path}: expected {NAMES.get(kind, kind.__name__)}, got {raw!r}")
+    return raw
+
+
+# ------------------------------------------------------------------------- overrides and files
+
+
+def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """`raw` with each `key.path=value` set; values are YAML, so 1e-3, true and [1, 2] mean themselves."""
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator or not key:
+            raise UserError(f"{override!r}: expected key.path=value, for example optim.lr=1e-3")
+        try:
+            value = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError:
+            raise UserError(f"{key}: {text!r} is not valid YAML") from None
+        *parents, last = key.split(".")
+        section = raw
+        for i, name in enumerate(parents):
+            below = section.setdefault(name, {})
+            if not isinstance(below, dict):
+                raise UserError(f"{'.'.join(parents[: i + 1])}: is a value, not a section")
+            section = below
+        section[last] = value
+    return raw
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises UserError naming the file."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a mapping of settings at the top")
+    return raw
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain mappings and lists, as YAML and JSON take them."""
+    result: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return result
+
+
+def dump_yaml(config: Any) -> str:
+    return yaml.safe_dump(to_dict(config), sort_keys=False, width=100)
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Paths at which two nested mappings differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in [*old, *(k for k in new if k not in old)]:
+            where = f"{path}.{key}" if path else str(key)
+            if key not in old or key not in new:
+                found.append(where)
+            else:
+                found += differences(old[key], new[key], where)
+        return found
+    return [] if old == new else [path]
+
+
+MAY_CHANGE = ("run.steps", "run.threads", "run.dir", "engine", "data.workers", "log", "save")
+
+
+def refuse_changes(
+    old: dict[str, Any], new: dict[str, Any], allowed: tuple[str, ...] = ()
+) -> list[str]:
+    """Keys that differ between a checkpoint's configuration and this run's and are allowed by name.
+
+    Raises UserError listing every other difference outside MAY_CHANGE.
+    """
+    changed = [
+        key
+        for key in differences(old, new)
+        if not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
+    ]
+    named = [k for k in changed if any(k == a or k.startswith(a + ".") for a in allowed)]
+    refused = [k for k in changed if k not in named]
+    if refused:
+        shown = "; ".join(
+            f"{key} was {_at(old, key)!r}, is {_at(new, key)!r}" for key in refused[:5]
+        ) + ("; ..." if len(refused) > 5 else "")
+        raise UserError(
+            f"cannot resume with a changed configuration: {shown}. Set it back, choose another "
+            f"run.dir, or pass --allow {refused[0]}"
+        )
+    return named
+
+
+def _at(raw: Any, path: str) -> Any:
+    for key in path.split("."):
+        if not isinstance(raw, dict) or key not in raw:
+            return None
+        raw = raw[key]
+    return raw
+
+
+def learning_rate(optim: Optim, steps: int, n: int) -> float:
+    """The learning rate of optimizer step n (from 0)."""
+    return LEARNING_RATES[optim.schedule](n, optim.lr, optim.warmup_steps, steps)
+
+
+# ------------------------------------------------------------------- files that the package carries
+
+
+def resource(folder: str, name: str = "") -> Path:
+    """A file of ds_configs/ or slurm/: inside the installed package, or beside it in a checkout."""
+    import importlib.resources
+
+    package = Path(str(importlib.resources.files("d2v_ds")))
+    for root in (package, package.parent):
+        if (root / folder).is_dir():
+            return root / folder / name
+    raise FileNotFoundError(f"{folder}/ is neither in the package nor beside it")
+
+
+def engine_config_file(name: str) -> Path | None:
+    """The JSON file behind engine.config; None for the local engine. Raises UserError."""
+    if name == "local":
+        return None
+    folder = resource("ds_configs")
+    known = sorted(p.stem for p in folder.glob("*.json"))
+    path = folder / f"{name}.json" if name in known else Path(name)
+    if not path.is_file():
+        near = difflib.get_close_matches(name, ["local", *known], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"engine.config: {name!r} is neither one of local, {', '.join(known)} nor a JSON file{hint}"
+        )
+    return path
+
+
+OWNED_BY_RUN = {
+    "train_batch_size": "batch.size and batch.micro_batches",
+    "train_micro_batch_size_per_gpu": "batch.size and batch.micro_batches",
+    "gradient_accumulation_steps": "batch.micro_batches",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim.*",
+    "scheduler": "optim.schedule",
+    "fp16": "engine.precision",
+    "bf16": "engine.precision",
+    "torch_autocast": "engine.precision",
+}
+
+
+def load_engine_config(name: str) -> dict[str, Any]:
+    """The DeepSpeed settings behind engine.config: ZeRO and communication only. Raises UserError."""
+    path = engine_config_file(name)
+    if path is None:
+        return {}
+    try:
+        raw = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    for key, owner in OWNED_BY_RUN.items():
+        if key in raw:
+            raise UserError(
+                f"{path} sets {key}, but the run configuration owns it ({owner}). "
+                "Remove it from the JSON."
+            )
+    return raw

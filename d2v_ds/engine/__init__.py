@@ -1,0 +1,106 @@
+"""The seam between the algorithm and whatever trains it: a small protocol, two implementations.
+
+local.py is plain torch on one process, the reference that the other is held against; zero.py is
+DeepSpeed ZeRO 0 to 3 on any number of ranks. The EMA, checkpoints and resume use `shards`,
+`refresh` and `publish` alone and do not know the stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from d2v_ds.batch import Batch
+from d2v_ds.config import EngineSettings, Optim, load_engine_config
+
+
+@dataclass(frozen=True)
+class ParamGroup:
+    """Parameters that take optimizer steps together."""
+
+    name: str
+    part: str  # "" for what every step trains; a modality's name for its own parts
+    decay: bool  # whether weight decay applies
+    parameters: Mapping[str, nn.Parameter]  # by full name in the wrapped module, in module order
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What this rank owns of one parameter: live, flat fp32 views, all of one length."""
+
+    offset: int  # of the first element in the flattened parameter
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    adam_step: Tensor  # scalar; parameters of one group may share it
+
+
+class Engine(Protocol):
+    device: torch.device
+    precision: str  # fp32, bf16 or fp16
+    replicated: bool  # every rank owns everything (local, stage 0): rank 0 alone need write it
+    groups: Sequence[ParamGroup]
+
+    def __call__(self, batch: Batch, masked_count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward of the wrapped task: (loss, stats). The loss is this micro-batch's share of the
+        step's loss: the sum over its masked tokens divided by the global `masked_count`."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of one micro-batch; they are summed over micro-batches and ranks."""
+
+    def step(self, lr: float, weight_decay: float, active: str) -> bool:
+        """One optimizer step after the last micro-batch. Groups whose part is neither "" nor
+        `active` stay as they are, with their moments and Adam steps. True iff parameters changed;
+        a non-finite gradient norm on any rank changes nothing on all of them."""
+
+    def grad_norm(self) -> Tensor:
+        """Global norm of the last step's gradients before clipping, on the device."""
+
+    def shards(self) -> dict[str, Shard]:
+        """By parameter name; parameters of which this rank owns nothing are absent."""
+
+    def refresh(self) -> None:
+        """After masters were written: the low-precision weights follow."""
+
+    def publish(self, module: nn.Module, values: Mapping[str, tuple[int, Tensor]]) -> None:
+        """Writes {parameter name in `module`: (offset, flat fp32 values)}, of which every rank
+        gives what it owns, into the frozen `module`, a submodule of the wrapped one, cast to its
+        dtype: an all-gather under stages 0 to 2, shard to shard under stage 3. All ranks call it
+        together, each time with the same names, offsets and lengths."""
+
+
+def create_engine(
+    module: nn.Module,
+    groups: Sequence[ParamGroup],
+    *,
+    settings: EngineSettings,
+    optim: Optim,
+    accumulation: int,
+    device: torch.device,
+    overrides: Mapping[str, Any] | None = None,
+) -> Engine:
+    """The engine that `settings.config` names, around `module`.
+
+    accumulation: micro-batches of this rank in one optimizer step. overrides: DeepSpeed settings
+    on top of the JSON file's (tests use small buckets). torch.distributed must be initialised for
+    every engine but the local one. Raises UserError for what cannot run here.
+    """
+    if settings.config == "local":
+        from d2v_ds.engine.local import LocalEngine
+
+        return LocalEngine(module, groups, settings=settings, optim=optim, device=device)
+    from d2v_ds.engine.zero import ZeroEngine
+
+    return ZeroEngine(
+        module,
+        groups,
+        ds_config={**load_engine_config(settings.config), **(overrides or {})},
+        precision=settings.precision,
+        optim=optim,
+        accumulation=accumulation,
+        device=device,
+    )

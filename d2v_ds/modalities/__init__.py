@@ -1,0 +1,28 @@
+"""The registry of modalities: one line each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from d2v_ds.config import decode
+from d2v_ds.errors import UserError, suggestion
+from d2v_ds.modalities.base import Modality
+from d2v_ds.modalities.speech import Speech
+
+REGISTRY: dict[str, type[Modality]] = {
+    "speech": Speech,
+}
+
+
+def create_modalities(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Modality]:
+    """The modalities that `modality.*` of a configuration names. Raises UserError."""
+    modalities = {}
+    for name, raw in settings.items():
+        if name not in REGISTRY:
+            raise UserError(f"modality.{name}: no such modality{suggestion(name, REGISTRY)}")
+        kind = REGISTRY[name]
+        modalities[name] = kind(decode(kind.Config, raw, f"modality.{name}"))
+    if not modalities:
+        raise UserError(f"modality: name at least one of {', '.join(sorted(REGISTRY))}")
+    return modalities

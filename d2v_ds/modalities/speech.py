@@ -1,0 +1,260 @@
+"""Speech: 16 kHz waveforms, seven strided convolutions, convolutional and ALiBi positions.
+
+B samples, M masked views a sample, R rows (B or B * M), S raw audio samples, T tokens (frames of
+20 ms), C channels of the convolutions, D width. data2vec 2.0 (data2vec.md 1.4 and 2.4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from d2v_ds import audio
+from d2v_ds.batch import Batch, mask_indices
+from d2v_ds.masking import block_mask_1d
+from d2v_ds.modalities.base import ModalityConfig
+from d2v_ds.student import Context, ConvDecoder, DecoderConfig, FrontEnd
+from d2v_ds.transformer import Alibi, TransformerConfig
+
+Waveform = npt.NDArray[np.float32]
+
+# (channels, kernel, stride): 50 frames a second, receptive field 400 samples (data2vec.md 1.1)
+PUBLISHED_CONVS = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
+
+
+@dataclass(frozen=True)
+class PositionsConfig:
+    """Convolutional relative positions (data2vec.md 1.1)."""
+
+    depth: int = 5
+    kernel: int = 19
+    groups: int = 16
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """Block masks (data2vec.md 2.4): exactly floor(prob * T) of T frames."""
+
+    prob: float = 0.5
+    length: int = 5
+    adjust: float = 0.05
+    inverse: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prob < 1:
+            raise ValueError(f"prob={self.prob} does not lie between 0 and 1")
+        if self.length < 1:
+            raise ValueError(f"length={self.length} must be at least 1")
+
+
+@dataclass(frozen=True)
+class SpeechConfig(ModalityConfig):
+    """`modality.speech.*`."""
+
+    views: int = 8
+    shared: tuple[str, ...] = ("features",)
+    sample_rate: int = 16_000
+    crop_seconds: float = 20.0  # longer utterances are cropped, at random
+    min_seconds: float = 2.0  # shorter ones are left out
+    convs: tuple[tuple[int, int, int], ...] = PUBLISHED_CONVS  # (channels, kernel, stride)
+    positions: PositionsConfig = field(default_factory=PositionsConfig)
+    prenet_depth: int = 0
+    prenet_dropout: float = 0.1  # after the norm in front of the trunk
+    prenet_layer_drop: float = 0.0
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.convs:
+            raise ValueError("convs: needs at least one (channels, kernel, stride)")
+        if frames(int(self.min_seconds * self.sample_rate), self.convs) < 2:
+            raise ValueError(
+                f"min_seconds={self.min_seconds} is shorter than two frames of the convolutions"
+            )
+        if self.crop_seconds < self.min_seconds:
+            raise ValueError(
+                f"crop_seconds={self.crop_seconds} is below min_seconds={self.min_seconds}"
+            )
+
+
+def frames(samples: int, convs: Sequence[tuple[int, int, int]]) -> int:
+    """Frames that the convolutions make of so many samples: T of S."""
+    for _, kernel, stride in convs:
+        samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
+    return samples
+
+
+class ConvFeatures(nn.Module):
+    """Waveforms [B, S] -> tokens [B, T, D]: convolutions, each with LayerNorm over channels and
+    GELU, then LayerNorm and a linear layer (wav2vec 2.0's extractor, data2vec.md 1.1)."""
+
+    def __init__(self, convs: Sequence[tuple[int, int, int]], dim: int) -> None:
+        super().__init__()
+        channels = [1, *(c for c, _, _ in convs)]
+        self.convs = nn.ModuleList(
+            nn.Conv1d(a, b, kernel, stride, bias=False)
+            for a, (b, kernel, stride) in zip(channels, convs, strict=False)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(c) for c in channels[1:])
+        self.norm = nn.LayerNorm(channels[-1])
+        self.proj = nn.Linear(channels[-1], dim)
+        for conv in self.convs:
+            nn.init.kaiming_normal_(conv.weight)
+
+    def forward(self, waveforms: Tensor) -> Tensor:
+        x = waveforms[:, None].to(self.proj.weight.dtype)  # [B, 1, S]
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(conv(x).transpose(1, 2)).transpose(1, 2)
+            # GELU's backward is many times slower where its input and gradient lie differently.
+            x = F.gelu(x.contiguous())  # [B, C, T]
+        return self.proj(self.norm(x.transpose(1, 2)))  # type: ignore[no-any-return]
+
+
+class ConvPositions(nn.Module):
+    """Relative positions: grouped convolutions with LayerNorm (no affine) and GELU."""
+
+    def __init__(self, config: PositionsConfig, dim: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv1d(dim, dim, config.kernel, padding=config.kernel // 2, groups=config.groups)
+            for _ in range(config.depth)
+        )
+
+    def forward(self, x: Tensor, exists: Tensor | None) -> Tensor:
+        """Tokens [R, T, D], zero where they must not be seen; exists [R, T, 1] False for padding,
+        which every layer sees as the zeros beyond the end -> addend [R, T, D]."""
+        T = x.shape[1]
+        for conv in self.convs:
+            x = conv(x.transpose(1, 2))[..., :T].transpose(1, 2)  # an even kernel gives one more
+            x = F.gelu(F.layer_norm(x, x.shape[-1:]))
+            if exists is not None:
+                x = x * exists
+        return x
+
+
+class Speech:
+    """The Modality contract (modalities/base.py) for speech."""
+
+    name: ClassVar[str] = "speech"
+    unit: ClassVar[str] = "s"
+    keys: ClassVar[tuple[str, ...]] = ("flac", "wav")
+    Config: ClassVar[type[SpeechConfig]] = SpeechConfig
+
+    def __init__(self, config: SpeechConfig) -> None:
+        self.config = config
+        self.views = config.views
+        self.max_samples = int(config.crop_seconds * config.sample_rate)
+        self.min_samples = int(config.min_seconds * config.sample_rate)
+
+    def crop(self, length: int) -> int:
+        return 0 if length < self.min_samples else min(length, self.max_samples)
+
+    def cost(self, length: int) -> float:
+        return self.crop(length) / self.config.sample_rate
+
+    def masked_tokens(self, length: int) -> int:
+        return self.views * int(
+            frames(self.crop(length), self.config.convs) * self.config.mask.prob
+        )
+
+    def warnings(self) -> list[str]:
+        positions = self.config.positions
+        reach = 1 + positions.depth * (positions.kernel - 1)
+        crop = frames(self.max_samples, self.config.convs)
+        if reach < crop:
+            return []
+        return [
+            f"modality.speech.positions: {positions.depth} layers of kernel {positions.kernel} see "
+            f"{reach} frames, the whole crop of {crop}; such runs were seen to collapse. Raise "
+            "modality.speech.crop_seconds or lower depth or kernel"
+        ]
+
+    def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator) -> Waveform:
+        """The waveform [S]: zero mean and unit variance over the utterance, then cropped."""
+        data = next(sample[key] for key in self.keys if key in sample)
+        return self.random_crop(self.normalised(data), rng)
+
+    def normalised(self, data: bytes) -> Waveform:
+        """A file's whole waveform [S], zero mean, unit variance. Raises ValueError."""
+        waveform, rate = audio.decode(data)
+        if rate != self.config.sample_rate:
+            raise ValueError(f"is {rate} Hz, expected {self.config.sample_rate} Hz")
+        # As torch's layer norm over the utterance does, before the crop (data2vec.md, G28).
+        centred = waveform - waveform.mean(dtype=np.float64)
+        scale = np.sqrt(np.mean(np.square(centred), dtype=np.float64) + 1e-5)
+        return (centred / scale).astype(np.float32)
+
+    def random_crop(self, waveform: Waveform, rng: np.random.Generator) -> Waveform:
+        kept = self.crop(len(waveform))
+        start = int(rng.integers(len(waveform) - kept + 1))
+        return waveform[start : start + kept]
+
+    def collate(
+        self, examples: Sequence[Waveform], rngs: Sequence[np.random.Generator], index: int
+    ) -> Batch:
+        mask = self.config.mask
+        masks = [
+            block_mask_1d(
+                frames(len(example), self.config.convs),
+                prob=mask.prob,
+                length=mask.length,
+                adjust=mask.adjust,
+                inverse=mask.inverse,
+                views=self.views,
+                rng=rng,
+            )
+            for example, rng in zip(examples, rngs, strict=True)
+        ]
+        return Batch(
+            modality=self.name,
+            index=index,
+            inputs=pad(examples),
+            views=self.views,
+            **mask_indices(masks),
+        )
+
+    def front_end(self, model: TransformerConfig) -> FrontEnd:
+        config = self.config
+        return FrontEnd(
+            features=ConvFeatures(config.convs, model.dim),
+            positions=ConvPositions(config.positions, model.dim),
+            alibi=Alibi(model.heads),
+            context=Context(
+                model,
+                depth=config.prenet_depth,
+                dropout=config.prenet_dropout,
+                layer_drop=config.prenet_layer_drop,
+            ),
+        )
+
+    def predictor(self, model: TransformerConfig) -> nn.Module:
+        return ConvDecoder(self.config.decoder, model.dim)
+
+    def picture(self, batch: Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """Of the first view of the first sample: log-mel frames [T_mel, bands] and mask [T]."""
+        T = int(batch.seen[0].numel() if batch.valid is None else batch.valid[0].sum())
+        samples = self.samples(T)
+        mel = audio.log_mel(batch.inputs[0, :samples].cpu().numpy(), self.config.sample_rate)
+        return np.asarray(mel, dtype=np.float32), ~batch.seen[0, :T].cpu().numpy()
+
+    def samples(self, T: int) -> int:
+        """Audio samples that T frames cover."""
+        for _, kernel, stride in reversed(self.config.convs):
+            T = (T - 1) * stride + kernel
+        return T
+
+
+def pad(waveforms: Sequence[Waveform]) -> Tensor:
+    """One tensor [B, S], zeros after the end of shorter ones."""
+    inputs = torch.zeros(len(waveforms), max(map(len, waveforms)))
+    for row, waveform in zip(inputs, waveforms, strict=True):
+        row[: len(waveform)] = torch.from_numpy(waveform)
+    return inputs

@@ -1,0 +1,146 @@
+"""data2vec pre-training: a student regresses what its teacher sees. Read this first.
+
+    inputs --features--> tokens ---------masked views---> student ---predictor---> predictions
+                            \\                                                          |
+                             `--whole--> teacher --top K layers, normalised--> targets -+-> loss
+
+B samples, M masked views a sample, T tokens, N masked tokens in the batch, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from d2v_ds.batch import Batch
+from d2v_ds.config import Config, Target, decode
+from d2v_ds.errors import UserError
+from d2v_ds.loss import make_targets, regression_loss
+from d2v_ds.modalities import create_modalities
+from d2v_ds.modalities.base import Modality
+from d2v_ds.student import Student
+from d2v_ds.teacher import Teacher
+from d2v_ds.transformer import TransformerConfig
+
+
+class Pretrain(nn.Module):
+    """Student, teacher and loss; forward(batch, masked_count) -> (loss, stats)."""
+
+    def __init__(
+        self, model: TransformerConfig, modalities: Mapping[str, Modality], target: Target
+    ) -> None:
+        super().__init__()
+        self.modalities = modalities
+        self.target = target
+        self.student = Student(
+            model,
+            {name: modality.front_end(model) for name, modality in modalities.items()},
+            {name: modality.predictor(model) for name, modality in modalities.items()},
+        )
+        shared = {name: modality.config.shared for name, modality in modalities.items()}
+        self.teacher = Teacher(self.student.encoder, shared)
+
+    def forward(self, batch: Batch, masked_count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The batch's share of the step's loss, whose normaliser is the step's `masked_count` over
+        all micro-batches and ranks, and sums for the metrics (metrics.py says what is made of
+        them)."""
+        config = self.modalities[batch.modality].config
+        features = self.student.encoder.front_end(batch.modality).features
+        assert features is not None, "the student has all of its front end"
+        tokens = features(batch.inputs)  # [B, T, D]
+
+        targets = self.targets(batch, tokens)  # [N, D]
+        predictions = self.student.predict(batch, tokens)  # [N, D]
+
+        total = regression_loss(
+            predictions, targets, beta=config.loss_beta, scale=config.loss_scale
+        )
+        loss = total / masked_count
+        return loss, self.stats(
+            batch, tokens.detach(), targets, predictions.detach(), loss.detach()
+        )
+
+    @torch.no_grad()
+    def targets(self, batch: Batch, tokens: Tensor) -> Tensor:
+        """The regression targets [N, D], fp32, at the masked positions of all views."""
+        layers = self.teacher.layers(self.student.encoder, batch, tokens, self.target.top_k)
+        source = 0 if self.target.source == "ffn" else 1
+        targets = make_targets(
+            [layer[source] for layer in layers],
+            batch.valid,
+            layer_norm=self.target.layer_norm,
+            final_norm=self.target.final_norm,
+        )  # [B, T, D]
+        T = targets.shape[1]
+        row, position = batch.masked // T, batch.masked % T
+        index = row // batch.views * T + position  # from [B * M * T] to [B * T]
+        return targets.flatten(0, 1).index_select(0, index)
+
+    @torch.no_grad()
+    def stats(
+        self, batch: Batch, tokens: Tensor, targets: Tensor, predictions: Tensor, loss: Tensor
+    ) -> dict[str, Tensor]:
+        """fp32 sums over the batch: scalars, and [D] for targets and predictions."""
+        predictions = predictions.float()
+        N, B = targets.shape[0], tokens.shape[0]
+        return {
+            "loss": loss,
+            "masked": count(N, loss),
+            "tokens": count(batch.seen.numel(), loss)
+            if batch.valid is None
+            else batch.valid.sum().float() * batch.views,
+            "error": (predictions - targets).square().sum(),
+            "target_sum": targets.sum(0),
+            "target_sq": targets.square().sum(0),
+            "prediction_sum": predictions.sum(0),
+            "prediction_sq": predictions.square().sum(0),
+            "front_std": spread_over_time(tokens.float(), batch.valid).sum(),
+            "samples": count(B, loss),
+        }
+
+    def part(self, name: str) -> str:
+        """The modality that a parameter belongs to; "" for what all of them train."""
+        pieces = name.split(".")
+        own = {"front_ends", "predictors"} & set(pieces[1:3])
+        return pieces[pieces.index(own.pop()) + 1] if own else ""
+
+    def tracked(self) -> dict[str, str]:
+        """{teacher's parameter: the student's that it is the average of}. Every parameter of the
+        teacher has one, of the same shape."""
+        students = dict(self.student.named_parameters(prefix="student"))
+        pairs = {}
+        for name, parameter in self.teacher.named_parameters(prefix="teacher"):
+            student = "student" + name.removeprefix("teacher")
+            assert student in students, f"{name} has no counterpart in the student"
+            pairs[name] = student
+            assert parameter.shape == students[student].shape, f"{name} differs in shape"
+        return pairs
+
+
+def count(n: int, like: Tensor) -> Tensor:
+    """n as a tensor on the device, without a copy from the host."""
+    return torch.full((), float(n), dtype=torch.float32, device=like.device)
+
+
+def spread_over_time(tokens: Tensor, valid: Tensor | None) -> Tensor:
+    """Standard deviation over the tokens, mean over channels: [B, T, D] -> [B]. Near 0 when the
+    front end has collapsed, which the targets' spread does not show (data2vec.md section 7)."""
+    if valid is None:
+        return tokens.std(1, correction=0).mean(-1)
+    weight = valid[:, :, None].float()
+    number = weight.sum(1, keepdim=True)
+    mean = (tokens * weight).sum(1, keepdim=True) / number
+    variance = ((tokens - mean).square() * weight).sum(1) / number[:, 0]
+    return variance.sqrt().mean(-1)
+
+
+def build_pretrain(config: Config) -> Pretrain:
+    """The task that a configuration describes. Raises UserError for its model.* and modality.*."""
+    model = decode(TransformerConfig, config.model, "model")
+    if config.target.top_k > model.depth:
+        raise UserError(
+            f"target.top_k: {config.target.top_k} exceeds model.depth={model.depth}; lower it"
+        )
+    return Pretrain(model, create_modalities(config.modality), config.target)

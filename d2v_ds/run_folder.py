@@ -1,0 +1,160 @@
+"""The run folder: where everything of a run lies, and which process may write checkpoints into it.
+
+    RUN/
+      config.yaml  environment.json        what runs, and on what
+      logs/JOB.RESTART/rank00000.txt       one log a rank, one folder a start (JOB is `local` without Slurm)
+      metrics.jsonl  tb/                   curves
+      checkpoints/00000600/                see checkpoint.py
+      heartbeat/
+      GENERATION                           the start that owns the folder now
+      STOP  STOPPED  DONE                  asked to stop; stopped well; finished
+
+Every start of a run claims the folder and gets a generation, one number higher than the last. A
+process that was cut off and replaced still holds the lower number, and is refused. Imports no
+torch: a login node reads a run in no time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+STEP_FOLDER = re.compile(r"\d{8,}")
+
+
+class Superseded(RuntimeError):
+    """A newer start of the run owns the run folder: this one may write nothing into it any more."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One start of a run."""
+
+    number: int  # 1 for the first start of the run
+    job: str  # the Slurm job, or `local`
+    restart: int  # how often this job was requeued
+
+    def __str__(self) -> str:
+        return f"generation {self.number} (job {self.job}, restart {self.restart})"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run. Creates nothing by itself."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tb"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def heartbeat(self) -> Path:
+        return self.root / "heartbeat"
+
+    @property
+    def generation(self) -> Path:
+        return self.root / "GENERATION"
+
+    @property
+    def stop(self) -> Path:
+        return self.root / "STOP"
+
+    @property
+    def stopped(self) -> Path:
+        return self.root / "STOPPED"
+
+    @property
+    def done(self) -> Path:
+        return self.root / "DONE"
+
+    def log(self, generation: Generation, rank: int) -> Path:
+        """The log of one rank of one start."""
+        return self.root / "logs" / f"{generation.job}.{generation.restart}" / f"rank{rank:05d}.txt"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps of the published checkpoints, ascending; whether they are sound is not looked at."""
+        if not self.checkpoints.is_dir():
+            return []
+        names = (path.name for path in self.checkpoints.iterdir())
+        return sorted(int(name) for name in names if STEP_FOLDER.fullmatch(name))
+
+
+def claim_generation(run: RunFolder, job: str, restart: int | None = None) -> Generation:
+    """Makes this start the owner of the run folder; rank 0 calls it once, before anything is read.
+
+    restart: Slurm's count of requeues; None: one more than the last start by the same job had.
+    Raises Superseded when a later restart of the same job was here already.
+    """
+    last = read_generation(run)
+    last_restart = last.restart if last and last.job == job else -1
+    if restart is None:
+        restart = last_restart + 1
+    if restart < last_restart:
+        raise Superseded(f"{run.root} is owned by {last}: restart {restart} comes too late")
+    generation = Generation(last.number + 1 if last else 1, job, restart)
+    run.root.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.generation, json.dumps(asdict(generation)) + "\n")
+    return generation
+
+
+def read_generation(run: RunFolder) -> Generation | None:
+    """The owner of the run folder; None before the first start."""
+    try:
+        return Generation(**json.loads(run.generation.read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def refuse_superseded(run: RunFolder, generation: Generation) -> None:
+    """Raises Superseded unless `generation` still owns the run folder."""
+    owner = read_generation(run)
+    if owner != generation:
+        raise Superseded(f"{run.root} is owned by {owner}; {generation} may not write into it")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """After a crash at any moment `path` holds the old text or the new, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_durably(aside, text)
+    os.replace(aside, path)
+    sync(path.parent)
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Writes a file that survives a power cut once this returns (its name: once `sync`ed)."""
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

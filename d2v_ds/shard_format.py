@@ -1,0 +1,279 @@
+"""The contract between shards/ and the loader: a shard set on disk. Standard library only.
+
+A shard set is one folder, and one split (train and test are two sets):
+
+    SET/
+      speech-000000.tar    plain WebDataset tar; members KEY.flac, KEY.json
+      speech-000000.idx    binary index of that tar: where every member lies, checksums, lengths
+      index.json           the set: modality, unit, sample rate; sizes and hashes of its shards
+      quarantine.jsonl     inputs that were left out, with the reason
+
+index.json is written last, atomically: without it the set is not finished. A length is in the
+modality's unit (speech: audio frames at the set's sample rate).
+
+An .idx is one line of JSON, padded with spaces so that the arrays behind it are aligned to 8 bytes,
+then for n samples of f fields (extensions), little-endian, row by row:
+
+    offset i64[n, f]   of each payload in the tar
+    size   u32[n, f]   of each payload, bytes
+    crc32  u32[n]      of a sample's payloads, one after the other in field order
+    length u32[n]
+    key    u32[n + 1]  bounds of the keys in the blob that follows, UTF-8
+
+With two fields that is 36 bytes a sample and its key, so the index of 20 million samples is about
+1.5 GB on disk, of which a reader holds one shard's at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from d2v_ds.errors import UserError
+
+FORMAT = 1
+INDEX_FILE = "index.json"
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard of a set, as index.json lists it."""
+
+    name: str  # of its files, without .tar and .idx
+    samples: int
+    bytes: int  # of the tar
+    length: int  # sum over its samples
+    sha256: str  # of the tar
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    root: Path
+    modality: str
+    unit: str  # of lengths: frames, pixels, tokens
+    sample_rate: int  # frames a second; 0 where there is no such thing
+    fields: tuple[str, ...]  # members of every sample, without the dot
+    shards: tuple[ShardEntry, ...]
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def length(self) -> int:
+        return sum(shard.length for shard in self.shards)
+
+    def tar(self, shard: ShardEntry) -> Path:
+        return self.root / f"{shard.name}.tar"
+
+    def index(self, shard: ShardEntry) -> Path:
+        return self.root / f"{shard.name}.idx"
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The index of one shard. The arrays are read-only views, row by row: np.frombuffer wraps them
+    without a copy, for example np.frombuffer(index.offsets, np.int64).reshape(index.count, -1)."""
+
+    count: int
+    bytes: int  # of the tar
+    fields: tuple[str, ...]
+    offsets: memoryview[int]  # int64 [count * fields]
+    sizes: memoryview[int]  # uint32 [count * fields]
+    crcs: memoryview[int]  # uint32 [count]
+    lengths: memoryview[int]  # uint32 [count]
+    key_bounds: memoryview[int]  # uint32 [count + 1]
+    key_blob: memoryview[int]  # bytes
+
+    def key(self, i: int) -> str:
+        return str(self.key_blob[self.key_bounds[i] : self.key_bounds[i + 1]], "utf-8")
+
+
+def open_set(path: str | Path, modality: str = "") -> ShardSet:
+    """The shard set in a folder, of the given modality ("": of any).
+
+    Looks at index.json and the sizes of the tars, not into them. Raises UserError when the folder
+    is no finished set of this modality or a tar is missing or of another size.
+    """
+    root = Path(path)
+    raw = _read_set_file(root)
+    if modality and raw["modality"] != modality:
+        raise UserError(f"{root}: holds {raw['modality']}, this run reads {modality}")
+    try:
+        shards = tuple(
+            ShardEntry(**{f.name: entry[f.name] for f in fields(ShardEntry)})
+            for entry in raw["shards"]
+        )
+        result = ShardSet(
+            root,
+            raw["modality"],
+            raw["unit"],
+            int(raw["sample_rate"]),
+            tuple(raw["fields"]),
+            shards,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{root / INDEX_FILE}: is damaged ({error!r}); convert the corpus again"
+        ) from None
+    if not result.samples:
+        raise UserError(f"{root}: is a shard set without samples; convert a corpus that has some")
+    for shard in shards:
+        _check_tar(result.tar(shard), shard.bytes)
+    return result
+
+
+def _read_set_file(root: Path) -> dict[str, Any]:
+    file = root / INDEX_FILE
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(_why_no_set(root)) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid JSON ({error}); convert the corpus again") from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT or "modality" not in raw:
+        found = raw.get("format") if isinstance(raw, dict) else None
+        raise UserError(
+            f"{file}: format {found!r}, this version reads format {FORMAT}; "
+            "convert the corpus again with this version's d2v-shards"
+        )
+    return raw
+
+
+def _why_no_set(root: Path) -> str:
+    make = f"make one with `d2v-shards speech SOURCE {root}`"
+    if not root.exists():
+        return f"{root}: no such shard set; {make}"
+    if not root.is_dir():
+        return f"{root}: is a file, a shard set is a folder with an {INDEX_FILE}; {make}"
+    names = os.listdir(root)
+    if PLAN_FILE in names:
+        return f"{root}: its conversion has not finished; run the same d2v-shards command again"
+    if any(name.endswith(".tar") for name in names):
+        return (
+            f"{root}: has tars but no {INDEX_FILE}, so d2v-shards did not write them; "
+            "convert their corpus with `d2v-shards speech SOURCE OUT`"
+        )
+    below = sorted(name for name in names if (root / name / INDEX_FILE).is_file())
+    if below:
+        return f"{root}: is not a shard set itself, but these in it are: {', '.join(below)}"
+    return f"{root}: no {INDEX_FILE} in it, so it is not a shard set; {make}"
+
+
+def _check_tar(path: Path, size: int) -> None:
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: missing, though {INDEX_FILE} lists it; copy it again or convert again"
+        ) from None
+    if found != size:
+        raise UserError(
+            f"{path}: has {found} bytes, {INDEX_FILE} says {size}; copy it again or convert again"
+        )
+
+
+def fingerprint(shards: ShardSet) -> str:
+    """Of the set's content: sha256 over the hashes of its shards, in order."""
+    return hashlib.sha256("\n".join(s.sha256 for s in shards.shards).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------- one shard's index
+
+PLAN_FILE = "plan.json"  # of a conversion that has not finished
+ALIGNMENT = 8
+
+
+def read_index(path: str | Path) -> ShardIndex:
+    """One .idx, read whole. Raises UserError naming the file when it is missing or damaged."""
+    path = Path(path)
+    try:
+        data = memoryview(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; copy it again or convert the corpus again") from None
+    try:
+        end = data.obj.index(b"\n") + 1  # type: ignore[attr-defined]
+        header = json.loads(bytes(data[:end]))
+        if header["format"] != FORMAT:
+            raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
+        count, width = header["samples"], len(header["fields"])
+        arrays: list[tuple[Literal["q", "I"], int]] = [
+            ("q", count * width),
+            ("I", count * width),
+            ("I", count),
+            ("I", count),
+            ("I", count + 1),
+        ]
+        views = []
+        for code, number in arrays:
+            size = number * array(code).itemsize
+            views.append(data[end : end + size].cast(code))
+            end += size
+        offsets, sizes, crcs, lengths, bounds = views
+        if end + bounds[count] != len(data):
+            raise ValueError(f"{len(data)} bytes, expected {end + bounds[count]}")
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(
+            f"{path}: is damaged ({error}); copy it again or convert the corpus again"
+        ) from None
+    return ShardIndex(
+        count,
+        header["bytes"],
+        tuple(header["fields"]),
+        offsets,
+        sizes,
+        crcs,
+        lengths,
+        bounds,
+        data[end:],
+    )
+
+
+def index_bytes(
+    fields: Sequence[str],
+    tar_bytes: int,
+    keys: Sequence[str],
+    offsets: array[int],
+    sizes: array[int],
+    crcs: array[int],
+    lengths: array[int],
+) -> bytes:
+    """The content of an .idx; arrays as in ShardIndex ("q" for offsets, "I" for the others)."""
+    assert sys.byteorder == "little", "shards are written on little-endian machines only"
+    count = len(keys)
+    assert len(offsets) == len(sizes) == count * len(fields) and len(crcs) == len(lengths) == count
+    blob = [key.encode() for key in keys]
+    bounds = array("I", [0])
+    for key in blob:
+        bounds.append(bounds[-1] + len(key))
+    header = json.dumps(
+        {"format": FORMAT, "fields": list(fields), "samples": count, "bytes": tar_bytes}
+    ).encode()
+    header += b" " * (-(len(header) + 1) % ALIGNMENT) + b"\n"
+    return b"".join([header, offsets, sizes, crcs, lengths, bounds, *blob])
+
+
+def set_json(shards: ShardSet, **about: Any) -> str:
+    """The content of index.json. `about`: what readers need not know (options, converter, ...)."""
+    return json.dumps(
+        {
+            "format": FORMAT,
+            "modality": shards.modality,
+            "unit": shards.unit,
+            "sample_rate": shards.sample_rate,
+            "fields": list(shards.fields),
+            "samples": shards.samples,
+            "bytes": sum(s.bytes for s in shards.shards),
+            "length": shards.length,
+            **about,
+            "shards": [asdict(s) for s in shards.shards],
+        },
+        indent=1,
+    )
