@@ -2,7 +2,7 @@
 
     RUN/
       config.yaml  environment.json        what runs, and on what
-      logs/JOB.RESTART/rank00000.txt       one log a rank, one folder a start (JOB is `local` without Slurm)
+      logs/JOB.RESTART/rank00000.txt       one folder a start, one log a rank
       metrics.jsonl  tb/                   curves
       checkpoints/00000600/                see checkpoint.py
       heartbeat/
@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -34,11 +35,12 @@ class Generation:
     """One start of a run."""
 
     number: int  # 1 for the first start of the run
-    job: str  # the Slurm job, or `local`
+    job: str  # the Slurm job; `local` without Slurm
     restart: int  # how often this job was requeued
+    process: str  # HOST:PID of rank 0: tells apart two starts that claimed at the same moment
 
     def __str__(self) -> str:
-        return f"generation {self.number} (job {self.job}, restart {self.restart})"
+        return f"generation {self.number} (job {self.job}, restart {self.restart}, {self.process})"
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class RunFolder:
         return self.checkpoints / f"{step:08d}"
 
     def steps(self) -> list[int]:
-        """Steps of the published checkpoints, ascending; whether they are sound is not looked at."""
+        """Steps of the published checkpoints, ascending, sound or not."""
         if not self.checkpoints.is_dir():
             return []
         names = (path.name for path in self.checkpoints.iterdir())
@@ -114,7 +116,8 @@ def claim_generation(run: RunFolder, job: str, restart: int | None = None) -> Ge
         restart = last_restart + 1
     if restart < last_restart:
         raise Superseded(f"{run.root} is owned by {last}: restart {restart} comes too late")
-    generation = Generation(last.number + 1 if last else 1, job, restart)
+    process = f"{socket.gethostname()}:{os.getpid()}"
+    generation = Generation(last.number + 1 if last else 1, job, restart, process)
     run.root.mkdir(parents=True, exist_ok=True)
     write_atomically(run.generation, json.dumps(asdict(generation)) + "\n")
     return generation

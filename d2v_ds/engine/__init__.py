@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from d2v_ds.batch import Batch
 from d2v_ds.config import EngineSettings, Optim, load_engine_config
+from d2v_ds.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class ParamGroup:
 
     name: str
     part: str  # "" for what every step trains; a modality's name for its own parts
+    averaged: bool  # whether a frozen module follows them (the teacher)
     decay: bool  # whether weight decay applies
     parameters: Mapping[str, nn.Parameter]  # by full name in the wrapped module, in module order
 
@@ -46,31 +48,37 @@ class Engine(Protocol):
     groups: Sequence[ParamGroup]
 
     def __call__(self, batch: Batch, masked_count: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward of the wrapped task: (loss, stats). The loss is this micro-batch's share of the
-        step's loss: the sum over its masked tokens divided by the global `masked_count`."""
+        """Forward of the wrapped task on a batch that lies on `device`: (loss, stats). The loss is
+        this micro-batch's share of the step's loss: the sum over its masked tokens divided by the
+        global `masked_count`."""
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of one micro-batch; they are summed over micro-batches and ranks."""
+        """Adds the gradients of one micro-batch; they are summed over micro-batches and ranks.
+        Called `accumulation` times before each step."""
 
     def step(self, lr: float, weight_decay: float, active: str) -> bool:
         """One optimizer step after the last micro-batch. Groups whose part is neither "" nor
-        `active` stay as they are, with their moments and Adam steps. True iff parameters changed;
-        a non-finite gradient norm on any rank changes nothing on all of them."""
+        `active` stay as they are, with their moments and Adam steps; they must have got no
+        gradient. True iff parameters changed; a non-finite gradient norm on any rank changes
+        nothing on all of them."""
 
     def grad_norm(self) -> Tensor:
-        """Global norm of the last step's gradients before clipping, on the device."""
+        """Global norm of the last step's gradients before clipping, fp32, on the device; not
+        finite where that step was skipped."""
 
     def shards(self) -> dict[str, Shard]:
-        """By parameter name; parameters of which this rank owns nothing are absent."""
+        """By parameter name; parameters of which this rank owns nothing are absent. The views
+        stay the same as long as the engine lives."""
 
     def refresh(self) -> None:
-        """After masters were written: the low-precision weights follow."""
+        """After masters were written: the low-precision weights follow. All ranks together."""
 
     def publish(self, module: nn.Module, values: Mapping[str, tuple[int, Tensor]]) -> None:
         """Writes {parameter name in `module`: (offset, flat fp32 values)}, of which every rank
         gives what it owns, into the frozen `module`, a submodule of the wrapped one, cast to its
         dtype: an all-gather under stages 0 to 2, shard to shard under stage 3. All ranks call it
-        together, each time with the same names, offsets and lengths."""
+        together, each time with the same names, offsets and lengths; these are those of trainable
+        parameters in averaged groups."""
 
 
 def create_engine(
@@ -83,24 +91,51 @@ def create_engine(
     device: torch.device,
     overrides: Mapping[str, Any] | None = None,
 ) -> Engine:
-    """The engine that `settings.config` names, around `module`.
+    """The engine that `settings.config` names, around `module`, whose parameters are fp32.
 
     accumulation: micro-batches of this rank in one optimizer step. overrides: DeepSpeed settings
     on top of the JSON file's (tests use small buckets). torch.distributed must be initialised for
     every engine but the local one. Raises UserError for what cannot run here.
     """
+    precision = resolve_precision(settings.precision, device)
+    trainable = {name for name, p in module.named_parameters() if p.requires_grad}
+    grouped = [name for group in groups for name in group.parameters]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == trainable, (
+        "the groups must hold every trainable parameter once"
+    )
+    assert all(p.dtype == torch.float32 for p in module.parameters()), "parameters must be fp32"
     if settings.config == "local":
         from d2v_ds.engine.local import LocalEngine
 
-        return LocalEngine(module, groups, settings=settings, optim=optim, device=device)
+        return LocalEngine(module, groups, precision=precision, optim=optim, device=device)
     from d2v_ds.engine.zero import ZeroEngine
 
     return ZeroEngine(
         module,
         groups,
-        ds_config={**load_engine_config(settings.config), **(overrides or {})},
-        precision=settings.precision,
+        ds_config=merge(load_engine_config(settings.config), overrides or {}),
+        precision=precision,
         optim=optim,
         accumulation=accumulation,
         device=device,
     )
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """fp32, bf16 or fp16; "auto" is bf16 on a GPU and fp32 on a CPU. Raises UserError."""
+    if precision == "auto":
+        return "fp32" if device.type == "cpu" else "bf16"
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("engine.precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
+    return precision
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over`, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        below = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(below, Mapping):
+            value = merge(below, value)
+        merged[key] = value
+    return merged

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from d2v_ds import audio
 from d2v_ds.batch import Batch, mask_indices
-from d2v_ds.masking import block_mask_1d
+from d2v_ds.masking import block_count, block_mask_1d
 from d2v_ds.modalities.base import ModalityConfig
 from d2v_ds.student import Context, ConvDecoder, DecoderConfig, FrontEnd
 from d2v_ds.transformer import Alibi, TransformerConfig
@@ -161,9 +161,8 @@ class Speech:
         return self.crop(length) / self.config.sample_rate
 
     def masked_tokens(self, length: int) -> int:
-        return self.views * int(
-            frames(self.crop(length), self.config.convs) * self.config.mask.prob
-        )
+        T, mask = frames(self.crop(length), self.config.convs), self.config.mask
+        return self.views * block_count(T, prob=mask.prob, inverse=mask.inverse)
 
     def warnings(self) -> list[str]:
         positions = self.config.positions

@@ -1,0 +1,216 @@
+"""One file of audio: what it holds, its samples, another rate, FLAC, log-mel features.
+
+    bytes or a path -> info
+                    -> decode -> mono float32 [S] in [-1, 1] -> resample -> encode_flac
+                                                             -> log_mel [T, 40]
+
+S raw audio samples, T feature frames. Decoding is libsndfile's (soundfile): torchaudio no longer
+decodes. Anything that cannot be used raises ValueError with the reason, without the file's name.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import sys
+import types
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Waveform = NDArray[np.float32]
+
+INT16_SCALE = 32768.0
+UNKNOWN_RIFF_SIZE = 0x7FFF0000  # streaming writers put 0, or something from here on up
+
+
+@dataclass(frozen=True)
+class Info:
+    rate: int  # frames a second
+    frames: int
+    channels: int
+    format: str  # libsndfile's names: WAV, FLAC, ...
+    subtype: str  # PCM_16, FLOAT, ...
+
+
+def info(source: bytes | Path) -> Info:
+    """What the header says. Raises ValueError when it is no audio, empty, or a truncated WAV."""
+    with _open(source) as file:
+        return Info(file.samplerate, file.frames, file.channels, file.format, file.subtype)
+
+
+def decode(source: bytes | Path, start: int = 0, frames: int = -1) -> Waveform:
+    """`frames` frames from `start` on (-1: all), channels averaged: float32 [S] in [-1, 1].
+
+    16-bit audio comes out exact: rint(32768 * x) is what was stored. Raises ValueError when the
+    file is damaged within what is read, shorter than asked for, or holds NaN or infinity.
+    """
+    with _open(source) as file:
+        wanted = file.frames - start if frames < 0 else frames
+        if not 0 < wanted <= file.frames - start:
+            raise ValueError(f"frames {start} to {start + wanted} asked for, it has {file.frames}")
+        # int16 is several times faster than float32, which libsndfile needs for anything wider
+        # and for float files, whose values it does not scale to integers.
+        exact = file.subtype in ("PCM_16", "PCM_S8", "PCM_U8")
+        try:
+            if start:
+                file.seek(start)
+            data = file.read(wanted, dtype="int16" if exact else "float32")
+        except soundfile.SoundFileError as error:
+            raise ValueError(f"cannot be decoded: {error}") from None
+    if len(data) != wanted:
+        raise ValueError(f"ends {wanted - len(data)} frames before the length in its header")
+    if not exact and not np.isfinite(data).all():
+        raise ValueError("holds NaN or infinite samples")
+    x: Waveform = data.astype(np.float32)  # [S] or [S, channels]
+    if exact:
+        x *= 1.0 / INT16_SCALE
+    return x if x.ndim == 1 else x.mean(axis=1, dtype=np.float32)
+
+
+def _open(source: bytes | Path) -> soundfile.SoundFile:
+    """Raises ValueError; a missing file raises FileNotFoundError."""
+    if isinstance(source, bytes):
+        head, size = source[:12], len(source)
+    else:
+        with open(source, "rb") as raw:
+            head, size = raw.read(12), os.fstat(raw.fileno()).st_size
+    if size == 0:
+        raise ValueError("is empty")
+    if head[:4] == b"RIFF" and head[8:] == b"WAVE":  # libsndfile reads a truncated one in silence
+        promised = int.from_bytes(head[4:8], "little") + 8
+        if 8 < promised < UNKNOWN_RIFF_SIZE and size < promised - 1:  # the last pad byte may lack
+            raise ValueError(f"is truncated: {size} bytes, its header says {promised}")
+    try:
+        file = soundfile.SoundFile(
+            io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
+        )
+    except soundfile.SoundFileError as error:
+        reason = getattr(error, "error_string", str(error))
+        raise ValueError(f"is no audio that libsndfile reads: {reason}") from None
+    if file.frames <= 0:
+        file.close()
+        raise ValueError("holds no audio")
+    return file
+
+
+def encode_flac(samples: NDArray[np.int16], rate: int, level: int = 5) -> bytes:
+    """Mono int16 [S] as 16-bit FLAC; level 0 (fast) to 8 (small). The same input, library and
+    level give the same bytes."""
+    assert samples.dtype == np.int16 and samples.ndim == 1, (samples.dtype, samples.shape)
+    buffer = io.BytesIO()
+    soundfile.write(
+        buffer, samples, rate, format="FLAC", subtype="PCM_16", compression_level=level / 8
+    )
+    return buffer.getvalue()
+
+
+def to_int16(x: Waveform) -> NDArray[np.int16]:
+    """[S] in [-1, 1] to int16, rounded and clipped; the inverse of `decode` for 16-bit audio."""
+    clipped: NDArray[np.float32] = np.clip(np.rint(x * INT16_SCALE), -32768, 32767)
+    return clipped.astype(np.int16)
+
+
+# -------------------------------------------------------------------------------------- resampling
+
+ZERO_CROSSINGS = 32  # of the sinc on each side
+ROLLOFF = 0.95  # of the lower Nyquist frequency: the window's transition then ends at it
+BLOCK = 1 << 21  # floats of unfolded input at a time
+MAX_KERNEL = 1 << 24  # floats; beyond it the rates have no small ratio
+
+
+def resample(x: Waveform, old: int, new: int) -> Waveform:
+    """[S] at rate `old` to [ceil(S * new / old)] at rate `new`: sinc interpolation, Hann window.
+
+    The band-limited interpolation of Smith and Gossett (1984) as one matrix product, in numpy so
+    that converting needs no torch. Raises ValueError for rates without a small ratio.
+    """
+    if old == new:
+        return x
+    divisor = math.gcd(old, new)
+    old, new = old // divisor, new // divisor
+    kernel, reach = _sinc_kernel(old, new)  # [2 * reach + old, new]
+    length = -(-len(x) * new // old)
+    steps = -(-length // new)
+    padded = np.zeros(steps * old + 2 * reach, np.float32)
+    padded[reach : reach + len(x)] = x
+    windows = np.lib.stride_tricks.sliding_window_view(padded, len(kernel))[::old]
+    result = np.empty((steps, new), np.float32)
+    block = max(1, BLOCK // len(kernel))
+    for i in range(0, steps, block):
+        np.matmul(np.ascontiguousarray(windows[i : i + block]), kernel, out=result[i : i + block])
+    return result.reshape(-1)[:length]
+
+
+@lru_cache(maxsize=16)
+def _sinc_kernel(old: int, new: int) -> tuple[Waveform, int]:
+    """For each of `new` phases the weights of the inputs from -reach to old + reach - 1."""
+    cutoff = ROLLOFF * min(1.0, new / old)  # of the input's Nyquist frequency
+    reach = math.ceil(ZERO_CROSSINGS / cutoff)
+    if (2 * reach + old) * new > MAX_KERNEL:
+        raise ValueError(f"its rate has no small ratio to the wanted one ({old}:{new})")
+    taps = np.arange(-reach, old + reach)[:, None]
+    distance = cutoff * (np.arange(new) * old / new - taps)  # in zero crossings
+    window = np.cos(np.clip(distance / ZERO_CROSSINGS, -1, 1) * (np.pi / 2)) ** 2
+    kernel = np.sinc(distance) * window
+    return (kernel / kernel.sum(axis=0)).astype(np.float32), reach  # unit gain at 0 Hz
+
+
+# ---------------------------------------------------------------------------------------- features
+
+
+def log_mel(x: Waveform | Tensor, rate: int) -> Tensor:
+    """[S] in [-1, 1] to [T, 40] log mel energies, windows of 25 ms every 10 ms, as Kaldi's fbank.
+
+    Raises ValueError for less than one window.
+    """
+    import torch
+
+    waveform = torch.as_tensor(x, dtype=torch.float32) * INT16_SCALE  # Kaldi's scale
+    if len(waveform) < int(rate * 0.025):
+        raise ValueError(f"{len(waveform)} samples are shorter than one window of 25 ms")
+    fbank = import_torchaudio().compliance.kaldi.fbank
+    features: Tensor = fbank(
+        waveform[None], num_mel_bins=40, sample_frequency=float(rate), dither=0.0
+    )
+    return features
+
+
+def import_torchaudio() -> Any:
+    """torchaudio, also where its wheel is built for CUDA and torch is not.
+
+    The package index has torchaudio for CUDA only; beside a CPU torch its compiled extension does
+    not load and the import fails. Everything used here is plain Python, so the extension is then
+    replaced by one that says it is missing.
+    """
+    try:
+        import torchaudio
+    except OSError:
+        for name in [n for n in sys.modules if n.partition(".")[0] == "torchaudio"]:
+            del sys.modules[name]
+        sys.modules["torchaudio._extension"] = _no_extension()
+        import torchaudio
+    return torchaudio
+
+
+def _no_extension() -> types.ModuleType:
+    def unavailable(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("torchaudio's compiled extension does not load with this torch")
+
+        return call
+
+    module: Any = types.ModuleType("torchaudio._extension")
+    module._check_cuda_version = lambda: None
+    module._IS_TORCHAUDIO_EXT_AVAILABLE = module._IS_ALIGN_AVAILABLE = False
+    module.fail_if_no_align = unavailable
+    return module  # type: ignore[no-any-return]

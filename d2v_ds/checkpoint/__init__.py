@@ -1,0 +1,36 @@
+"""Checkpoints: the whole state of a run, by parameter name and offset, verified before it is used.
+
+    engine.shards(), EMA pieces, state --save--> checkpoints/STEP/ --newest_verified--> Checkpoint
+        --restore--> the pieces of any other engine      --tensors--> whole tensors for export
+
+    checkpoints/00000600/
+      rank00000.safetensors ...   flat fp32 pieces, named KIND/PARAMETER
+      manifest.json               each file's size, SHA-256 and pieces; shapes; Adam's steps; state
+      COMPLETE                    the SHA-256 of manifest.json; written last
+
+A piece is (parameter name, offset of its first element in the flattened parameter, values). Nothing
+depends on ranks, ZeRO stage or precision: a run resumes under any of them, and a reader needs
+neither DeepSpeed nor the model. Files are safetensors and JSON, so nothing is ever unpickled.
+
+A checkpoint is written aside, as checkpoints/.STEP.GENERATION.tmp, and renamed when the files of
+all ranks are on the disk, so a crash at any moment leaves the earlier checkpoints as they were.
+"""
+
+from d2v_ds.checkpoint.format import DamagedCheckpoint, Kind, Pieces, Shapes
+from d2v_ds.checkpoint.load import Checkpoint, newest_verified, open_checkpoint
+from d2v_ds.checkpoint.save import clean, publish, save
+from d2v_ds.checkpoint.together import SaveError
+
+__all__ = [
+    "Checkpoint",
+    "DamagedCheckpoint",
+    "Kind",
+    "Pieces",
+    "SaveError",
+    "Shapes",
+    "clean",
+    "newest_verified",
+    "open_checkpoint",
+    "publish",
+    "save",
+]

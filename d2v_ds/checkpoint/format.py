@@ -1,0 +1,76 @@
+"""What saving and loading agree on: the kinds of tensors, the table of pieces, checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
+
+from d2v_ds.engine import Shard
+from d2v_ds.errors import UserError
+
+Kind = Literal["master", "exp_avg", "exp_avg_sq", "ema"]
+Shapes = Mapping[str, tuple[int, ...]]  # of whole parameters, by name
+Pieces = Mapping[str, tuple[int, Tensor]]  # name -> (offset, flat fp32 values)
+Files = Mapping[str, Mapping[str, Any]]  # name -> its entry in the manifest: bytes, sha256, pieces
+PieceTable = Mapping[str, Mapping[str, list[tuple[int, int, str]]]]
+# kind -> parameter name -> [(offset, length, file)], ascending
+
+FORMAT = 1
+SHARD_KINDS: tuple[Kind, ...] = ("master", "exp_avg", "exp_avg_sq")
+KINDS: tuple[Kind, ...] = (*SHARD_KINDS, "ema")
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is incomplete, or not what was written."""
+
+
+def by_kind(shards: Mapping[str, Shard], ema: Pieces) -> dict[Kind, Pieces]:
+    """The pieces that one rank owns."""
+    kinds: dict[Kind, Pieces] = {
+        kind: {name: (shard.offset, getattr(shard, kind)) for name, shard in shards.items()}
+        for kind in SHARD_KINDS
+    }
+    return {**kinds, "ema": ema}
+
+
+def piece_table(files: Files) -> PieceTable:
+    """Where every piece lies."""
+    table: dict[str, dict[str, list[tuple[int, int, str]]]] = {kind: {} for kind in KINDS}
+    for file, entry in files.items():
+        for kind, pieces in entry["pieces"].items():
+            for name, (offset, length) in pieces.items():
+                table[kind].setdefault(name, []).append((offset, length, file))
+    for by_name in table.values():
+        for places in by_name.values():
+            places.sort()
+    return table
+
+
+def check_cover(
+    table: PieceTable, shapes: Mapping[str, Any], adam_steps: Mapping[str, int]
+) -> None:
+    """Every parameter lies in the files exactly once, whole: else the run could not go on."""
+    for kind, by_name in table.items():
+        for name, places in by_name.items():
+            assert name in shapes, f"{kind} of {name}: a parameter without a shape"
+            end = 0
+            for offset, length, file in places:
+                assert offset == end, f"{kind} of {name}: {file} begins at {offset}, not at {end}"
+                end += length
+            assert end == math.prod(shapes[name]), f"{kind} of {name}: ends at {end}"
+    missing = [n for n in shapes if n not in table["master"] and n not in table["ema"]]
+    assert not missing, f"no rank owns {missing[0]}"
+    assert set(table["master"]) == set(adam_steps), "masters and Adam's steps differ in names"
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

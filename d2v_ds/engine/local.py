@@ -1,0 +1,123 @@
+"""The reference engine: plain torch in one process, fp32 or bf16 with fp32 masters.
+
+Everything that ZeRO does by hand-overs between ranks and buffers is here a visible line: gradients
+are summed in fp32, checked, clipped, and taken by AdamW; the low-precision weights are a copy of
+the masters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from d2v_ds.batch import Batch
+from d2v_ds.config import Optim
+from d2v_ds.engine import ParamGroup, Shard
+from d2v_ds.engine.optimizer import AdamW
+from d2v_ds.errors import UserError
+
+
+class LocalEngine:
+    """One process, the whole state. Implements `Engine`; the methods are described there."""
+
+    replicated = True
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[ParamGroup],
+        *,
+        precision: str,
+        optim: Optim,
+        device: torch.device,
+    ) -> None:
+        if precision == "fp16":
+            raise UserError("engine.precision: fp16 needs engine.config=zero1, zero2 or zero3")
+        self.device, self.precision, self.groups = device, precision, groups
+        self._module = module.to(device)
+        self._clip = optim.clip
+        self._weights = {n: p for group in groups for n, p in group.parameters.items()}
+        self._masters = self._weights
+        if precision == "bf16":
+            self._masters = {n: nn.Parameter(p.detach().clone()) for n, p in self._weights.items()}
+            for parameter in module.parameters():
+                parameter.data = parameter.data.bfloat16()
+        self._adamw = AdamW(
+            [
+                dataclasses.replace(g, parameters={n: self._masters[n] for n in g.parameters})
+                for g in groups
+            ],
+            optim,
+        )
+        self._adamw.create_state(self._masters.values())
+        self._grad_norm = torch.zeros((), device=device)
+
+    def __call__(self, batch: Batch, masked_count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        result: tuple[Tensor, dict[str, Tensor]] = self._module(batch, masked_count)
+        return result
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self._masters is self._weights:
+            return
+        for name, weight in self._weights.items():
+            if weight.grad is not None:
+                grad, master = weight.grad.float(), self._masters[name]
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                weight.grad = None
+
+    @torch.no_grad()
+    def step(self, lr: float, weight_decay: float, active: str) -> bool:
+        parts = ("", active)
+        stepping = [self._masters[n] for g in self.groups if g.part in parts for n in g.parameters]
+        for master in stepping:
+            if master.grad is None:  # nothing reached it: a zero gradient, as under ZeRO
+                master.grad = torch.zeros_like(master)
+        self._grad_norm = get_total_norm([m.grad for m in stepping if m.grad is not None])
+        finite = bool(self._grad_norm.isfinite())
+        if finite:
+            if self._clip > 0:
+                clip_grads_with_norm_(stepping, self._clip, self._grad_norm)
+            self._adamw.prepare(lr, weight_decay, parts)
+            self._adamw.step()
+            self.refresh()
+        self._adamw.zero_grad(set_to_none=True)
+        return finite
+
+    def grad_norm(self) -> Tensor:
+        return self._grad_norm
+
+    def shards(self) -> dict[str, Shard]:
+        shards = {}
+        for name, master in self._masters.items():
+            state = self._adamw.state[master]
+            shards[name] = Shard(
+                offset=0,
+                master=master.detach().view(-1),
+                exp_avg=state["exp_avg"].view(-1),
+                exp_avg_sq=state["exp_avg_sq"].view(-1),
+                adam_step=state["step"],
+            )
+        return shards
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        if self._masters is not self._weights:
+            torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
+
+    @torch.no_grad()
+    def publish(self, module: nn.Module, values: Mapping[str, tuple[int, Tensor]]) -> None:
+        publish_whole(module, values)
+
+
+@torch.no_grad()
+def publish_whole(module: nn.Module, values: Mapping[str, tuple[int, Tensor]]) -> None:
+    """`publish` where every rank has all values: no communication."""
+    weights = [module.get_parameter(name).view(-1) for name in values]
+    for (name, (offset, value)), weight in zip(values.items(), weights, strict=True):
+        assert offset == 0 and len(value) == len(weight), f"{name} is not given whole"
+    torch._foreach_copy_(weights, [value for _, value in values.values()])

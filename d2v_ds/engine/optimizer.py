@@ -1,0 +1,116 @@
+"""The optimizer under both engines: parameters in groups, and an AdamW that steps some of them.
+
+    named parameters --param_groups--> groups --AdamW.prepare(lr, weight decay, part), step()-->
+
+DeepSpeed replaces the parameters of each group by its own flat fp32 masters and then calls step()
+group by group, so everything that a step needs lies in the groups themselves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from d2v_ds.config import Optim
+from d2v_ds.engine import ParamGroup
+
+
+def param_groups(
+    module: nn.Module,
+    part_of: Callable[[str], str],
+    averaged: Callable[[str], bool],
+    *,
+    decay_all: bool,
+) -> list[ParamGroup]:
+    """The trainable parameters of `module` by (part, averaged, decay), all in module order.
+
+    Weight decay spares parameters of fewer than 2 dimensions, biases and scales, unless
+    `decay_all`. What a teacher averages lies in groups of its own, so that its copy can be laid
+    out, and gathered, as the optimizer's flat buffers are.
+    """
+    grouped: dict[tuple[str, bool, bool], dict[str, nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            spared = parameter.dim() < 2 or name.endswith(("bias", "_scale"))
+            key = part_of(name), averaged(name), decay_all or not spared
+            grouped.setdefault(key, {})[name] = parameter
+    return [
+        ParamGroup(
+            name="/".join([part or "all", *["averaged"] * mean, *["decay"] * decay]),
+            part=part,
+            averaged=mean,
+            decay=decay,
+            parameters=parameters,
+        )
+        for (part, mean, decay), parameters in grouped.items()
+    ]
+
+
+class AdamW(torch.optim.AdamW):
+    """AdamW (Loshchilov and Hutter 2019) in which only the groups of active parts take a step.
+
+    The others are hidden from `step`, for a zero gradient is not "no step": moments and weight
+    decay would go on. A group holds the Adam step of its parameters, so its bias correction counts
+    the steps that it took. No group is active before the first `prepare`, so that a step which
+    DeepSpeed takes on its own account at the start (stage 0 in bf16) changes nothing.
+
+    adam_eps "fairseq" adds eps before the bias correction of the second moment, as fairseq's Adam
+    does (fairseq/optim/adam.py): m / (sqrt(v) + eps) * sqrt(1 - b2^t) is what torch computes with
+    eps / sqrt(1 - b2^t) at step t.
+    """
+
+    def __init__(self, groups: Sequence[ParamGroup], optim: Optim) -> None:
+        self._eps, self._fairseq = optim.eps, optim.adam_eps == "fairseq"
+        super().__init__(
+            [
+                {
+                    "params": list(group.parameters.values()),
+                    "part": group.part,
+                    "decay": group.decay,
+                    "active": False,
+                }
+                for group in groups
+            ],
+            lr=0.0,
+            betas=optim.betas,
+            eps=optim.eps,
+            weight_decay=0.0,
+            fused=True,  # one pass over memory and no temporaries, on CPU as on CUDA
+        )
+
+    def create_state(self, parameters: Iterable[Tensor]) -> None:
+        """Moments and Adam step of `parameters` at zero: the same as none, but there to be read
+        and written before the first step."""
+        for p in parameters:
+            assert not self.state[p], "an optimizer step was taken before the first one"
+            self.state[p].update(
+                step=torch.zeros((), dtype=torch.float32, device=p.device),
+                exp_avg=torch.zeros_like(p),
+                exp_avg_sq=torch.zeros_like(p),
+            )
+
+    def prepare(self, lr: float, weight_decay: float, parts: Iterable[str]) -> None:
+        """For the next step: its learning rate and weight decay, and the parts that take it."""
+        for group in self.param_groups:
+            group["lr"] = lr
+            group["weight_decay"] = weight_decay if group["decay"] else 0.0
+            group["active"] = group["part"] in parts
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of the active groups, with what `prepare` set."""
+        assert closure is None, "closures are not supported"
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if group["active"] and group["params"]]
+        if self._fairseq:
+            for group in self.param_groups:
+                t = float(self.state[group["params"][0]]["step"]) + 1.0
+                group["eps"] = self._eps / math.sqrt(1.0 - group["betas"][1] ** t)
+        try:
+            super().step()
+        finally:
+            self.param_groups = groups

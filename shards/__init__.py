@@ -1,0 +1,1 @@
+"""Converters from corpora to shard sets: one file a corpus family, and the writer."""
