@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Waveform = NDArray[np.float32]
 
 INT16_SCALE = 32768.0
+UNKNOWN_FRAMES = 1 << 48  # libsndfile gives 2^63 - 1 for a FLAC without a total
 UNKNOWN_RIFF_SIZE = 0x7FFF0000  # streaming writers put 0, or something from here on up
 
 
@@ -66,7 +67,7 @@ def decode(source: bytes | Path, start: int = 0, frames: int = -1) -> Waveform:
                 file.seek(start)
             data = file.read(wanted, dtype="int16" if exact else "float32")
         except soundfile.SoundFileError as error:
-            raise ValueError(f"cannot be decoded: {error}") from None
+            raise ValueError(f"cannot be decoded: {_reason(error)}") from None
     if len(data) != wanted:
         raise ValueError(f"ends {wanted - len(data)} frames before the length in its header")
     if not exact and not np.isfinite(data).all():
@@ -95,12 +96,17 @@ def _open(source: bytes | Path) -> soundfile.SoundFile:
             io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
         )
     except soundfile.SoundFileError as error:
-        reason = getattr(error, "error_string", str(error))
-        raise ValueError(f"is no audio that libsndfile reads: {reason}") from None
-    if file.frames <= 0:
+        raise ValueError(f"is no audio that libsndfile reads: {_reason(error)}") from None
+    if not 0 < file.frames < UNKNOWN_FRAMES:
         file.close()
-        raise ValueError("holds no audio")
+        raise ValueError(
+            "holds no audio" if file.frames <= 0 else "does not say how long it is (streamed FLAC)"
+        )
     return file
+
+
+def _reason(error: soundfile.SoundFileError) -> str:
+    return str(getattr(error, "error_string", error)).removeprefix("Error : ").rstrip(".")
 
 
 def encode_flac(samples: NDArray[np.int16], rate: int, level: int = 5) -> bytes:
@@ -124,45 +130,50 @@ def to_int16(x: Waveform) -> NDArray[np.int16]:
 
 ZERO_CROSSINGS = 32  # of the sinc on each side
 ROLLOFF = 0.95  # of the lower Nyquist frequency: the window's transition then ends at it
-BLOCK = 1 << 21  # floats of unfolded input at a time
-MAX_KERNEL = 1 << 24  # floats; beyond it the rates have no small ratio
+BLOCK = 1 << 20  # numbers of unfolded input at a time
+MAX_KERNEL = 1 << 24  # numbers; beyond it the rates have no small ratio
 
 
 def resample(x: Waveform, old: int, new: int) -> Waveform:
     """[S] at rate `old` to [ceil(S * new / old)] at rate `new`: sinc interpolation, Hann window.
 
-    The band-limited interpolation of Smith and Gossett (1984) as one matrix product, in numpy so
-    that converting needs no torch. Raises ValueError for rates without a small ratio.
+    The band-limited interpolation of Smith and Gossett (1984) as a matrix product, in numpy so that
+    converting needs no torch, and in float64 so that no BLAS and no number of threads changes what
+    is rounded to 16 bits afterwards. Raises ValueError for rates without a small ratio.
     """
     if old == new:
         return x
-    divisor = math.gcd(old, new)
-    old, new = old // divisor, new // divisor
-    kernel, reach = _sinc_kernel(old, new)  # [2 * reach + old, new]
     length = -(-len(x) * new // old)
+    old, new, reach, kernel = _sinc_kernel(old, new)
     steps = -(-length // new)
-    padded = np.zeros(steps * old + 2 * reach, np.float32)
+    padded = np.zeros(steps * old + 2 * reach)
     padded[reach : reach + len(x)] = x
     windows = np.lib.stride_tricks.sliding_window_view(padded, len(kernel))[::old]
-    result = np.empty((steps, new), np.float32)
+    result = np.empty((steps, new))
     block = max(1, BLOCK // len(kernel))
     for i in range(0, steps, block):
         np.matmul(np.ascontiguousarray(windows[i : i + block]), kernel, out=result[i : i + block])
-    return result.reshape(-1)[:length]
+    return result.reshape(-1)[:length].astype(np.float32)
 
 
 @lru_cache(maxsize=16)
-def _sinc_kernel(old: int, new: int) -> tuple[Waveform, int]:
-    """For each of `new` phases the weights of the inputs from -reach to old + reach - 1."""
+def _sinc_kernel(old: int, new: int) -> tuple[int, int, int, NDArray[np.float64]]:
+    """(inputs and outputs of a step, reach, kernel [2 * reach + inputs, outputs]): the weights of
+    the inputs from -reach to inputs + reach - 1 for each output. A step is as many inputs as the
+    sinc reaches to a side: fewer would unfold the input too often, more would multiply zeros."""
+    divisor = math.gcd(old, new)
+    old, new = old // divisor, new // divisor
     cutoff = ROLLOFF * min(1.0, new / old)  # of the input's Nyquist frequency
     reach = math.ceil(ZERO_CROSSINGS / cutoff)
     if (2 * reach + old) * new > MAX_KERNEL:
         raise ValueError(f"its rate has no small ratio to the wanted one ({old}:{new})")
+    repeats = max(1, reach // old)
+    old, new = old * repeats, new * repeats
     taps = np.arange(-reach, old + reach)[:, None]
     distance = cutoff * (np.arange(new) * old / new - taps)  # in zero crossings
     window = np.cos(np.clip(distance / ZERO_CROSSINGS, -1, 1) * (np.pi / 2)) ** 2
     kernel = np.sinc(distance) * window
-    return (kernel / kernel.sum(axis=0)).astype(np.float32), reach  # unit gain at 0 Hz
+    return old, new, reach, kernel / kernel.sum(axis=0)  # unit gain at 0 Hz
 
 
 # ---------------------------------------------------------------------------------------- features

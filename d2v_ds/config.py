@@ -1,30 +1,21 @@
-"""The configuration of a run: frozen dataclasses, typed decoding, overrides, validation, YAML.
-
-    recipe or YAML file -> dict -> key=value overrides -> decode() -> Config -> dump() -> config.yaml
+"""The configuration of a run: frozen dataclasses, validation, what may change at a resume.
 
 Imports no torch. The types behind `model.*` and `modality.NAME.*` live with their modules
-(student.py, modalities/NAME.py), so these two stay plain mappings here and are decoded with the
-same `decode` by whoever builds them.
+(student.py, modalities/NAME.py), so these two stay plain mappings here and are decoded by whoever
+builds them.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, Literal
 
-import yaml
-
-from d2v_ds.errors import UserError, suggestion
+from d2v_ds.decoding import differences, value_at
+from d2v_ds.errors import UserError
 from d2v_ds.schedules import LEARNING_RATES
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -160,7 +151,7 @@ def validate(config: Config) -> None:
     require(
         0 <= optim.warmup_steps <= run.steps,
         "optim.warmup_steps",
-        f"{optim.warmup_steps} does not lie in 0 .. run.steps={run.steps}; lower it or raise run.steps",
+        f"{optim.warmup_steps} does not lie in 0 .. run.steps={run.steps}; change one of them",
     )
     for key in ("decay", "decay_end"):
         value = getattr(teacher, key)
@@ -174,178 +165,6 @@ def validate(config: Config) -> None:
     require(config.save.keep >= 1, "save.keep", f"must be at least 1, got {config.save.keep}")
     for name in config.data.weights:
         require(name in config.modality, f"data.weights.{name}", "no such modality in this run")
-
-
-# ---------------------------------------------------------------------------------- decoding
-
-
-def decode(kind: type[T], raw: Any, path: str = "") -> T:
-    """`raw` (mappings, lists, numbers, strings) as an instance of the dataclass `kind`.
-
-    Every error is a UserError that begins with the path of the setting.
-    """
-    value: T = _decode(kind, raw, path)
-    return value
-
-
-def _decode(kind: Any, raw: Any, path: str) -> Any:
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if dataclasses.is_dataclass(kind):
-        return _decode_dataclass(typing.cast(type, kind), raw, path)
-    if origin in (Union, types.UnionType):
-        return _decode_union(arguments, raw, path)
-    if origin is Literal:
-        if raw not in arguments:
-            raise UserError(
-                f"{path}: expected one of {', '.join(map(str, arguments))}, got {raw!r}"
-            )
-        return raw
-    if origin is tuple:
-        return _decode_tuple(arguments, raw, path)
-    if origin is dict:
-        if not isinstance(raw, Mapping):
-            raise UserError(f"{path}: expected a mapping, got {raw!r}")
-        return {
-            str(k): _decode(arguments[1], v, f"{path}.{k}" if path else str(k))
-            for k, v in raw.items()
-        }
-    return _decode_scalar(kind, raw, path)
-
-
-def _decode_dataclass(kind: type, raw: Any, path: str) -> Any:
-    if isinstance(raw, kind):
-        return raw
-    if not isinstance(raw, Mapping):
-        raise UserError(f"{path or 'configuration'}: expected settings, got {raw!r}")
-    hints = typing.get_type_hints(kind)
-    known = [f.name for f in dataclasses.fields(kind)]
-    values = {}
-    for key, value in raw.items():
-        where = f"{path}.{key}" if path else str(key)
-        if key not in known:
-            raise UserError(f"{where}: no such setting{suggestion(str(key), known)}")
-        values[key] = _decode(hints[key], value, where)
-    required = [
-        f.name
-        for f in dataclasses.fields(kind)
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    for name in required:
-        if name not in values:
-            raise UserError(f"{path}.{name}: must be given".lstrip("."))
-    try:
-        return kind(**values)
-    except UserError:
-        raise
-    except ValueError as error:  # a __post_init__ of a section
-        raise UserError(f"{path}: {error}" if path else str(error)) from None
-
-
-def _decode_union(options: tuple[Any, ...], raw: Any, path: str) -> Any:
-    if raw is None and type(None) in options:
-        return None
-    errors = []
-    for option in options:
-        if option is type(None):
-            continue
-        try:
-            return _decode(option, raw, path)
-        except UserError as error:
-            errors.append(error)
-    raise errors[-1]
-
-
-def _decode_tuple(arguments: tuple[Any, ...], raw: Any, path: str) -> Any:
-    if not isinstance(raw, list | tuple):
-        raise UserError(f"{path}: expected a list, got {raw!r}")
-    if len(arguments) == 2 and arguments[1] is Ellipsis:
-        return tuple(_decode(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(raw))
-    if len(raw) != len(arguments):
-        raise UserError(f"{path}: expected {len(arguments)} values, got {len(raw)}")
-    return tuple(
-        _decode(a, v, f"{path}[{i}]") for i, (a, v) in enumerate(zip(arguments, raw, strict=True))
-    )
-
-
-NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
-
-
-def _decode_scalar(kind: Any, raw: Any, path: str) -> Any:
-    if kind is Any:
-        return raw
-    if kind is float and isinstance(raw, str):  # YAML reads 1e-3 as a string
-        try:
-            raw = float(raw)
-        except ValueError:
-            pass
-    if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
-        return float(raw)
-    if kind is int and isinstance(raw, float) and raw.is_integer():
-        return int(raw)
-    if type(raw) is not kind:
-        raise UserError(f"{path}: expected {NAMES.get(kind, kind.__name__)}, got {raw!r}")
-    return raw
-
-
-# ------------------------------------------------------------------------- overrides and files
-
-
-def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """`raw` with each `key.path=value` set; values are YAML, so 1e-3, true and [1, 2] mean themselves."""
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise UserError(f"{override!r}: expected key.path=value, for example optim.lr=1e-3")
-        try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError:
-            raise UserError(f"{key}: {text!r} is not valid YAML") from None
-        *parents, last = key.split(".")
-        section = raw
-        for i, name in enumerate(parents):
-            below = section.setdefault(name, {})
-            if not isinstance(below, dict):
-                raise UserError(f"{'.'.join(parents[: i + 1])}: is a value, not a section")
-            section = below
-        section[last] = value
-    return raw
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError naming the file."""
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a mapping of settings at the top")
-    return raw
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain mappings and lists, as YAML and JSON take them."""
-    result: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return result
-
-
-def dump_yaml(config: Any) -> str:
-    return yaml.safe_dump(to_dict(config), sort_keys=False, width=100)
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Paths at which two nested mappings differ."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        found = []
-        for key in [*old, *(k for k in new if k not in old)]:
-            where = f"{path}.{key}" if path else str(key)
-            if key not in old or key not in new:
-                found.append(where)
-            else:
-                found += differences(old[key], new[key], where)
-        return found
-    return [] if old == new else [path]
 
 
 MAY_CHANGE = ("run.steps", "run.threads", "run.dir", "engine", "data.workers", "log", "save")
@@ -367,21 +186,13 @@ def refuse_changes(
     refused = [k for k in changed if k not in named]
     if refused:
         shown = "; ".join(
-            f"{key} was {_at(old, key)!r}, is {_at(new, key)!r}" for key in refused[:5]
+            f"{key} was {value_at(old, key)!r}, is {value_at(new, key)!r}" for key in refused[:5]
         ) + ("; ..." if len(refused) > 5 else "")
         raise UserError(
             f"cannot resume with a changed configuration: {shown}. Set it back, choose another "
             f"run.dir, or pass --allow {refused[0]}"
         )
     return named
-
-
-def _at(raw: Any, path: str) -> Any:
-    for key in path.split("."):
-        if not isinstance(raw, dict) or key not in raw:
-            return None
-        raw = raw[key]
-    return raw
 
 
 def learning_rate(optim: Optim, steps: int, n: int) -> float:
@@ -414,7 +225,7 @@ def engine_config_file(name: str) -> Path | None:
         near = difflib.get_close_matches(name, ["local", *known], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(
-            f"engine.config: {name!r} is neither one of local, {', '.join(known)} nor a JSON file{hint}"
+            f"engine.config: {name!r} is neither a JSON file nor one of local, {', '.join(known)}{hint}"
         )
     return path
 
@@ -433,7 +244,7 @@ OWNED_BY_RUN = {
 
 
 def load_engine_config(name: str) -> dict[str, Any]:
-    """The DeepSpeed settings behind engine.config: ZeRO and communication only. Raises UserError."""
+    """The DeepSpeed settings behind engine.config, of ZeRO and communication. Raises UserError."""
     path = engine_config_file(name)
     if path is None:
         return {}

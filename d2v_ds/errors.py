@@ -1,4 +1,4 @@
-"""The one error that a person can cause; the command line turns it into one line and exit code 2."""
+"""The error that a person can cause; the commands turn it into one line and exit code 2."""
 
 from __future__ import annotations
 

@@ -133,10 +133,10 @@ def block_mask_2d(
     views: int,
     rng: np.random.Generator,
 ) -> Mask:
-    """Square blocks of data2vec 2.0 vision -> [M, h * w], in every view exactly block_count patches.
+    """Squares of data2vec 2.0 vision -> [M, h * w], in every view exactly block_count patches.
 
-    As block_mask_1d with length x length squares, floor(h * w * (prob + adjust) / length^2) of them;
-    the released recipes use inverse=True (fairseq compute_block_mask_2d; data2vec.md 2.5).
+    As block_mask_1d with floor(h * w * (prob + adjust) / length^2) squares of length x length; the
+    released recipes use inverse=True (fairseq compute_block_mask_2d; data2vec.md 2.5).
     """
     h, w = grid
     T = h * w
@@ -198,7 +198,7 @@ def beit_mask(
 def _add_beit_block(
     mask: Mask, min_area: int, max_area: int, aspect: float, rng: np.random.Generator
 ) -> int:
-    """Masks one more block in mask [h, w]; how many patches it added, 0 when none could be placed."""
+    """Masks one more block in mask [h, w]; returns the patches added, 0 where none fits."""
     for _ in range(ATTEMPTS):
         # When less than min_area is left, the area lies between the two: as in the original.
         area = min_area + (max_area - min_area) * rng.random()

@@ -9,13 +9,16 @@ B samples, M masked views a sample, T tokens, N masked tokens in the batch, D wi
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from d2v_ds.batch import Batch
-from d2v_ds.config import Config, Target, decode
+from d2v_ds.config import Config, Target
+from d2v_ds.decoding import decode, to_dict
 from d2v_ds.errors import UserError
 from d2v_ds.loss import make_targets, regression_loss
 from d2v_ds.modalities import create_modalities
@@ -77,6 +80,21 @@ class Pretrain(nn.Module):
         row, position = batch.masked // T, batch.masked % T
         index = row // batch.views * T + position  # from [B * M * T] to [B * T]
         return targets.flatten(0, 1).index_select(0, index)
+
+    @torch.no_grad()
+    def blocks(self, batch: Batch, weights: Literal["student", "teacher"]) -> list[Tensor]:
+        """What every block makes of the unmasked batch, [B, T, D] each: features for probes."""
+        features = self.student.encoder.front_end(batch.modality).features
+        assert features is not None, "the student has all of its front end"
+        tokens = features(batch.inputs)
+        depth = len(self.student.encoder.trunk.blocks)
+        if weights == "teacher":
+            layers = self.teacher.layers(self.student.encoder, batch, tokens, depth)
+        else:
+            _, layers = self.student.encoder.whole(
+                batch.modality, tokens, batch.valid, collect=depth
+            )
+        return [block for _, block in layers]
 
     @torch.no_grad()
     def stats(
@@ -144,3 +162,16 @@ def build_pretrain(config: Config) -> Pretrain:
             f"target.top_k: {config.target.top_k} exceeds model.depth={model.depth}; lower it"
         )
     return Pretrain(model, create_modalities(config.modality), config.target)
+
+
+def resolved(config: Config) -> Config:
+    """The configuration with every default of model.* and modality.* written out. Raises
+    UserError."""
+    return dataclasses.replace(
+        config,
+        model=to_dict(decode(TransformerConfig, config.model, "model")),
+        modality={
+            name: to_dict(modality.config)
+            for name, modality in create_modalities(config.modality).items()
+        },
+    )

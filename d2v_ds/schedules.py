@@ -44,7 +44,7 @@ LEARNING_RATES = {"cosine": cosine, "tri_stage": tri_stage, "constant": constant
 
 
 def ema_decay(n: int, start: float, end: float, anneal_steps: int) -> float:
-    """Linear from `start` to `end` over `anneal_steps` updates, `end` afterwards (data2vec.md 3.2)."""
+    """Linear from `start` to `end` over `anneal_steps` updates, then `end`."""
     if n >= anneal_steps:
         return end
     return end - (end - start) * (1.0 - n / anneal_steps)

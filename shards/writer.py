@@ -49,6 +49,10 @@ class ShardWriter:
         self._file.close()
         self._temporary.unlink(missing_ok=True)
 
+    @property
+    def samples(self) -> int:
+        return len(self._keys)
+
     def add(self, key: str, members: Sequence[bytes], length: int) -> None:
         """One sample: the payload of each field, and its length in the modality's unit."""
         assert len(members) == len(self.fields), f"{key}: {len(members)} members"
@@ -68,7 +72,8 @@ class ShardWriter:
         """Publishes the tar, then its index."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._write(bytes(-self._position % tarfile.RECORDSIZE))
-        _to_disk(self._file.fileno())
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._file.close()
         self._temporary.rename(self.folder / f"{self.name}.tar")
         index = index_bytes(
@@ -112,7 +117,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     aside = temporary(path)
     with aside.open("wb") as file:
         file.write(data)
-        _to_disk(file.fileno())
+        file.flush()
+        os.fsync(file.fileno())
     aside.rename(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -138,7 +144,3 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _to_disk(descriptor: int) -> None:
-    os.fsync(descriptor)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from d2v_ds.batch import Batch, mask_indices
-from d2v_ds.config import Config, decode
+from d2v_ds.config import Config
+from d2v_ds.decoding import decode
 from d2v_ds.key_maps import FAIRSEQ_V2_SPEECH, to_ours
 from d2v_ds.pretrain import Pretrain, build_pretrain
 

@@ -17,9 +17,9 @@ all ranks are on the disk, so a crash at any moment leaves the earlier checkpoin
 """
 
 from d2v_ds.checkpoint.format import DamagedCheckpoint, Kind, Pieces, Shapes
-from d2v_ds.checkpoint.load import Checkpoint, newest_verified, open_checkpoint
-from d2v_ds.checkpoint.save import clean, publish, save
+from d2v_ds.checkpoint.read import Checkpoint, newest_verified, open_checkpoint
 from d2v_ds.checkpoint.together import SaveError
+from d2v_ds.checkpoint.write import clean, publish, save
 
 __all__ = [
     "Checkpoint",

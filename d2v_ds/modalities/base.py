@@ -50,6 +50,7 @@ class Modality(Protocol):
     name: ClassVar[str]
     unit: ClassVar[str]  # what batch.size counts, for people: "s", "images", "tokens"
     keys: ClassVar[tuple[str, ...]]  # tar members a sample must have one of, without the dot
+    baseline_name: ClassVar[str]
     Config: ClassVar[type[ModalityConfig]]
     views: int  # M
 
@@ -67,14 +68,20 @@ class Modality(Protocol):
     def masked_tokens(self, length: int) -> int:
         """Masked tokens of a sample of this length (before cropping) over all M views."""
 
-    def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator) -> Any:
-        """One example from the sample's tar members: decoded, cropped, augmented, normalised.
-        Raises ValueError when it cannot be."""
+    def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Any:
+        """One example from the sample's tar members: decoded, cropped, augmented, normalised; whole
+        and as it is when rng is None. Raises ValueError when it cannot be."""
 
     def collate(
         self, examples: Sequence[Any], rngs: Sequence[np.random.Generator], index: int
     ) -> Batch:
         """Pads the examples into one batch and draws the masks of each from its own generator."""
+
+    def unmasked(self, examples: Sequence[Any]) -> Batch:
+        """The examples as one batch of which the student sees everything (M = 1, N = 0)."""
+
+    def baseline(self, example: Any) -> npt.NDArray[np.float32]:
+        """Plain features of one example, to hold a probe's numbers against."""
 
     def warnings(self) -> list[str]:
         """Settings that are allowed but were seen to fail; printed before training."""

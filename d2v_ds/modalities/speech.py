@@ -146,6 +146,7 @@ class Speech:
     name: ClassVar[str] = "speech"
     unit: ClassVar[str] = "s"
     keys: ClassVar[tuple[str, ...]] = ("flac", "wav")
+    baseline_name: ClassVar[str] = "mean log-mel"
     Config: ClassVar[type[SpeechConfig]] = SpeechConfig
 
     def __init__(self, config: SpeechConfig) -> None:
@@ -176,10 +177,11 @@ class Speech:
             "modality.speech.crop_seconds or lower depth or kernel"
         ]
 
-    def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator) -> Waveform:
+    def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Waveform:
         """The waveform [S]: zero mean and unit variance over the utterance, then cropped."""
         data = next(sample[key] for key in self.keys if key in sample)
-        return self.random_crop(self.normalised(data), rng)
+        waveform = self.normalised(data)
+        return waveform if rng is None else self.random_crop(waveform, rng)
 
     def normalised(self, data: bytes) -> Waveform:
         """A file's whole waveform [S], zero mean, unit variance. Raises ValueError."""
@@ -219,6 +221,19 @@ class Speech:
             views=self.views,
             **mask_indices(masks),
         )
+
+    def unmasked(self, examples: Sequence[Waveform]) -> Batch:
+        nothing = [
+            np.zeros((1, frames(len(example), self.config.convs)), dtype=bool)
+            for example in examples
+        ]
+        return Batch(
+            modality=self.name, index=0, inputs=pad(examples), views=1, **mask_indices(nothing)
+        )
+
+    def baseline(self, example: Waveform) -> npt.NDArray[np.float32]:
+        mel = audio.log_mel(example, self.config.sample_rate)
+        return np.asarray(mel, dtype=np.float32).mean(0)
 
     def front_end(self, model: TransformerConfig) -> FrontEnd:
         config = self.config

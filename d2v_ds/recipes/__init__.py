@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from d2v_ds.config import Config, apply_overrides, decode, load_yaml
+from d2v_ds.config import Config
+from d2v_ds.decoding import apply_overrides, decode, load_yaml
 from d2v_ds.errors import UserError, suggestion
 from d2v_ds.recipes import speech
 
@@ -33,7 +34,7 @@ def load(source: str, overrides: list[str]) -> Config:
         raw = load_yaml(Path(source))
     else:
         raise UserError(
-            f"{source!r}: no such recipe{suggestion(source, RECIPES)}; a file needs its .yaml ending"
+            f"{source!r}: no such recipe{suggestion(source, RECIPES)}; a file ends with .yaml"
         )
     return decode(Config, apply_overrides(raw, overrides))
 

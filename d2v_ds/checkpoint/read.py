@@ -132,7 +132,7 @@ class Checkpoint:
             elif was != tuple(now):
                 differing.append(f"with {name} of shape {list(was)}, this run has {list(now)}")
         if differing:
-            more = f" ({len(differing) - 1} more parameters differ)" if len(differing) > 1 else ""
+            more = f" ({len(differing)} parameters differ in all)" if len(differing) > 1 else ""
             raise UserError(
                 f"checkpoint {self.step} was written {differing[0]}{more}. Resume needs an equal "
                 "model; choose another run.dir."

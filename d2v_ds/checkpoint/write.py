@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from d2v_ds.checkpoint.format import (
     FORMAT,
+    Files,
     Kind,
     Pieces,
     Shapes,
@@ -66,17 +67,9 @@ def save(
     aside = run.checkpoints / f".{step:08d}.{generation.number}.tmp"
     try:
         together(lambda: _prepare(run, generation, aside, needed) if on_rank_0 else None)
-        files = together(lambda: _write_rank(aside, rank, kinds))
+        files = together(lambda: write_pieces(aside, rank, kinds))
         adam_steps = _merge_steps(all_gather(steps))
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "state": dict(state),
-            "versions": _versions(),
-            "shapes": {name: list(shape) for name, shape in shapes.items()},
-            "adam_steps": adam_steps,
-            "files": {name: entry for file in files for name, entry in file.items()},
-        }
+        manifest = build_manifest(step, state, shapes, adam_steps, files)
         together(lambda: publish(run, generation, aside, manifest) if on_rank_0 else None)
     except BaseException:
         if on_rank_0:
@@ -85,6 +78,49 @@ def save(
     if on_rank_0:
         _retain(run, step, keep)
     return run.checkpoint(step)
+
+
+def write_pieces(aside: Path, rank: int, kinds: Mapping[Kind, Pieces]) -> Files:
+    """Writes one rank's pieces into the folder `aside`, and waits until they are on the disk;
+    {file name: its entry in the manifest}, empty if there are none."""
+    tensors = {
+        f"{kind}/{name}": values.detach().cpu()
+        for kind, pieces in kinds.items()
+        for name, (_, values) in pieces.items()
+    }
+    if not tensors:
+        return {}
+    for key, values in tensors.items():
+        assert values.dtype == torch.float32 and values.dim() == 1, f"{key}: not flat fp32"
+    path = aside / f"rank{rank:05d}.safetensors"
+    save_file(tensors, path)
+    sync(path)
+    table = {
+        kind: {name: [offset, values.numel()] for name, (offset, values) in pieces.items()}
+        for kind, pieces in kinds.items()
+    }
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path), "pieces": table},
+    }
+
+
+def build_manifest(
+    step: int,
+    state: Mapping[str, Any],
+    shapes: Shapes,
+    adam_steps: Mapping[str, int],
+    files: Sequence[Files],
+) -> dict[str, Any]:
+    """manifest.json: everything but the tensors. files: what write_pieces gave on each rank."""
+    return {
+        "format": FORMAT,
+        "step": step,
+        "state": dict(state),
+        "versions": _versions(),
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+        "adam_steps": dict(adam_steps),
+        "files": {name: entry for of_rank in files for name, entry in of_rank.items()},
+    }
 
 
 def publish(
@@ -142,29 +178,6 @@ def _prepare(run: RunFolder, generation: Generation, aside: Path, needed: int) -
         )
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-
-
-def _write_rank(aside: Path, rank: int, kinds: Mapping[Kind, Pieces]) -> dict[str, dict[str, Any]]:
-    """Writes one rank's pieces; {file name: its entry in the manifest}, empty if it has none."""
-    tensors = {
-        f"{kind}/{name}": values.detach().cpu()
-        for kind, pieces in kinds.items()
-        for name, (_, values) in pieces.items()
-    }
-    if not tensors:
-        return {}
-    for key, values in tensors.items():
-        assert values.dtype == torch.float32 and values.dim() == 1, f"{key}: not flat fp32"
-    path = aside / f"rank{rank:05d}.safetensors"
-    save_file(tensors, path)
-    sync(path)
-    table = {
-        kind: {name: [offset, values.numel()] for name, (offset, values) in pieces.items()}
-        for kind, pieces in kinds.items()
-    }
-    return {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256(path), "pieces": table},
-    }
 
 
 def _merge_steps(ranks: list[dict[str, int]]) -> dict[str, int]:

@@ -1,0 +1,461 @@
+"""The cluster engine: DeepSpeed ZeRO stages 0 to 3; the only file that knows DeepSpeed.
+
+The run configuration and a file of ds_configs/ become one DeepSpeed engine around the task. Where
+its flat fp32 masters hold which piece of which parameter is found once, at the start, and checked;
+from then on `shards`, `refresh` and `publish` are copies between tensors. What depends on the
+stage stands in `find_masters` and below it.
+
+R ranks, P parameters.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from d2v_ds.batch import Batch
+from d2v_ds.config import Optim
+from d2v_ds.engine import ParamGroup, Shard, merge
+from d2v_ds.engine.local import publish_whole
+from d2v_ds.engine.optimizer import AdamW
+from d2v_ds.errors import UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# DeepSpeed settings that take the fp32 masters away from us or train to something else:
+# path -> (refused values, reason)
+REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "zero_optimization.round_robin_gradients": (
+        (True,),
+        "it was seen to train to other weights; remove it",
+    ),
+    "zero_optimization.compute_grad_norm": (
+        (False,),
+        "without the norm a non-finite step would not be skipped; remove it",
+    ),
+    "zero_optimization.offload_optimizer.device": (
+        ("nvme",),
+        "the teacher and checkpoints read the fp32 masters in memory; use cpu",
+    ),
+    "zero_optimization.offload_param.device": (
+        ("nvme",),
+        "the teacher's forward copy is written in memory; use cpu",
+    ),
+    "bf16.bf16_master_weights_and_grads": (
+        (True,),
+        "the teacher is the average of fp32 masters; remove it",
+    ),
+    "fp16.fp16_master_weights_and_grads": (
+        (True,),
+        "the teacher is the average of fp32 masters; remove it",
+    ),
+}
+
+
+class ZeroEngine:
+    """Implements `Engine`, where the methods are described, on every rank of torch.distributed."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: Sequence[ParamGroup],
+        *,
+        ds_config: Mapping[str, Any],
+        precision: str,
+        optim: Optim,
+        accumulation: int,
+        device: torch.device,
+    ) -> None:
+        self.stage = check_settings(ds_config, precision)
+        self.device, self.precision, self.groups = device, precision, groups
+        self.replicated = self.stage == 0
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self._accumulation, self._micro_batches = accumulation, 0
+        self._grad_norm = torch.zeros((), device=device)
+        self._copies: dict[nn.Module, _FlatCopy] = {}
+
+        module.to(device)
+        self._weights: dict[str, Any] = {n: p for g in groups for n, p in g.parameters.items()}
+        initial = {n: p.detach().to("cpu", copy=True).view(-1) for n, p in self._weights.items()}
+        self._adamw = AdamW(groups, optim)
+        self._engine = create_deepspeed(
+            module,
+            self._adamw,
+            merge(ds_config, run_settings(precision, optim, accumulation)),
+            device,
+        )
+        flats, self._masters = find_masters(self.stage, self._engine, self._weights, self.rank)
+        self._adamw.create_state(flats)
+        self._shards = {name: self._shard(master) for name, master in self._masters.items()}
+        self._layout = gather_layout(self._weights, self._masters, device)
+        check_layout(self._layout, {n: len(v) for n, v in initial.items()}, self.replicated)
+        self._start_from(initial)
+
+    def _shard(self, at: _Master) -> Shard:
+        state = self._adamw.state[at.flat]
+        return Shard(
+            offset=at.offset,
+            master=at.view(at.flat),
+            exp_avg=at.view(state["exp_avg"]),
+            exp_avg_sq=at.view(state["exp_avg_sq"]),
+            adam_step=state["step"],
+        )
+
+    def _start_from(self, initial: Mapping[str, Tensor]) -> None:
+        """DeepSpeed's masters start from weights already rounded to low precision: they are held
+        against the fp32 ones, which shows that every piece was found, and then take those."""
+        for name, shard in self._shards.items():
+            value = initial[name][shard.offset : shard.offset + len(shard.master)]
+            rounded = value.to(DTYPES[self.precision]).float()
+            assert shard.master.dtype == torch.float32, f"the master of {name} is not fp32"
+            assert torch.equal(shard.master.cpu(), rounded), (
+                f"{name}: the master differs from the weights; do all ranks start from the same?"
+            )
+            shard.master.copy_(value)
+        self.refresh()
+
+    def __call__(self, batch: Batch, masked_count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        result: tuple[Tensor, dict[str, Tensor]] = self._engine(batch, masked_count)
+        return result
+
+    def backward(self, loss: Tensor) -> None:
+        if self._micro_batches:
+            self._engine.step()  # between micro-batches it counts, and does nothing else
+        self._engine.backward(loss * self.ranks, scale_wrt_gas=False)  # it averages over ranks
+        self._micro_batches += 1
+
+    @torch.no_grad()
+    def step(self, lr: float, weight_decay: float, active: str) -> bool:
+        assert self._micro_batches == self._accumulation, (
+            f"{self._micro_batches} micro-batches before a step of {self._accumulation}"
+        )
+        self._micro_batches = 0
+        finite = True
+        if self.stage == 0 and self.precision == "fp32":  # DeepSpeed gives no norm, skips nothing
+            gradients = [p.grad for p in self._weights.values() if p.grad is not None]
+            self._grad_norm = get_total_norm(gradients)
+            finite = bool(self._grad_norm.isfinite())
+        if self.stage == 3:
+            self._zero_idle_gradients(active)
+        self._adamw.prepare(lr, weight_decay, ("", active) if finite else ())
+        self._engine.step()
+        if self.stage > 0 or self.precision != "fp32":
+            norm = self._engine.get_global_grad_norm()
+            self._grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+        return finite and bool(self._engine.was_step_applied())
+
+    def _zero_idle_gradients(self, active: str) -> None:
+        """At stage 3 a parameter that was not run keeps the gradient of its last step, which would
+        enter the norm and so the clipping."""
+        from deepspeed.utils import safe_set_local_grad
+
+        for group in self.groups:
+            if group.part not in ("", active):
+                for name in group.parameters:
+                    parameter = self._weights[name]
+                    safe_set_local_grad(parameter, torch.zeros_like(parameter.ds_tensor))
+
+    def grad_norm(self) -> Tensor:
+        return self._grad_norm
+
+    def shards(self) -> dict[str, Shard]:
+        return dict(self._shards)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        optimizer = self._engine.optimizer
+        if self.stage == 3:
+            for name, shard in self._shards.items():
+                piece = self._weights[name].ds_tensor.view(-1)
+                piece[: len(shard.master)].copy_(shard.master)
+            gather_again(list(self._weights.values()))
+        elif self.stage > 0:
+            optimizer.update_lp_params()
+        elif self.precision != "fp32":
+            for weights, masters in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                torch._foreach_copy_(weights, masters)
+
+    @torch.no_grad()
+    def publish(self, module: nn.Module, values: Mapping[str, tuple[int, Tensor]]) -> None:
+        assert not any(p.requires_grad for p in module.parameters()), "the module is not frozen"
+        if self.stage == 0:
+            publish_whole(module, values)
+        elif self.stage == 3:
+            publish_sharded(module, values, self.rank)
+        else:
+            if module not in self._copies:
+                self._copies[module] = self._lay_out(module, values)
+            self._copies[module].publish(values)
+
+    def _lay_out(self, module: nn.Module, values: Mapping[str, tuple[int, Tensor]]) -> _FlatCopy:
+        """Gives each parameter of the frozen module the place that an averaged one with the same
+        pieces on all ranks has in its flat buffer, whatever their names."""
+        free: dict[tuple[int, ...], deque[tuple[int, int]]] = defaultdict(deque)
+        names = list(self._weights)
+        sizes = [len(group["params"][0]) for group in self._adamw.param_groups]  # of a partition
+        for index, group in enumerate(self.groups):
+            for name in group.parameters if group.averaged else ():
+                pieces = self._layout[:, names.index(name)]  # [R, 3]
+                first = int(((pieces[:, 0] == 0) & (pieces[:, 1] > 0)).nonzero()[0, 0])
+                start = first * sizes[index] + int(pieces[first, 2])
+                free[signature(pieces)].append((index, start))
+
+        copy = _FlatCopy(self.rank)
+        frozen = dict(module.named_parameters())
+        given = {n: (offset, len(value), 0) for n, (offset, value) in values.items()}
+        layout = gather_layout(frozen, given, self.device)
+        for i, (name, parameter) in enumerate(frozen.items()):
+            if not layout[:, i, 1].any():
+                continue  # not published
+            places = free[signature(layout[:, i])]
+            assert places, f"{name} is not laid out over the ranks as any averaged parameter is"
+            index, start = places.popleft()
+            copy.place(name, parameter, index, self.ranks * sizes[index], start, given.get(name))
+        return copy
+
+
+# ------------------------------------------------------------------------------------- starting
+
+
+def check_settings(ds_config: Mapping[str, Any], precision: str) -> int:
+    """The ZeRO stage. Raises UserError for settings that cannot be right here."""
+    stage = lookup(ds_config, "zero_optimization.stage")
+    if stage not in (0, 1, 2, 3):
+        raise UserError(
+            f"engine.config: zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}"
+        )
+    for path, (values, reason) in REFUSED.items():
+        if (value := lookup(ds_config, path)) in values:
+            raise UserError(f"engine.config: {path}={value!r} is refused: {reason}")
+    if precision == "fp16" and stage == 0:
+        raise UserError(
+            "engine.precision: DeepSpeed does not scale the loss of fp16 at ZeRO stage 0; "
+            "use engine.config=zero1 or engine.precision=bf16"
+        )
+    return int(stage)
+
+
+def lookup(config: Mapping[str, Any], path: str) -> Any:
+    """The value at a dotted path, None where there is none."""
+    value: Any = config
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def run_settings(precision: str, optim: Optim, accumulation: int) -> dict[str, Any]:
+    """What the run configuration owns, in DeepSpeed's words. The micro-batch is nominal: DeepSpeed
+    sees neither samples nor tokens."""
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optim.clip,
+        "zero_allow_untested_optimizer": True,  # asked for by any subclass of AdamW
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own is compiled at run time
+        "steps_per_print": None,
+    }
+    if precision != "fp32":
+        settings[precision] = {"enabled": True}
+    return settings
+
+
+def create_deepspeed(
+    module: nn.Module, optimizer: AdamW, config: dict[str, Any], device: torch.device
+) -> Any:
+    """DeepSpeed's engine, quiet, without its compiled operators. Raises UserError for settings
+    that DeepSpeed does not know."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even in a single process
+    import deepspeed
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    # On CPU this operator would be compiled at the start and guarded by a lock file that a killed
+    # process leaves behind; gloo does its work.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns of our AdamW, which tests hold right
+    warnings.filterwarnings("ignore", "`torch.distributed.", FutureWarning)  # of its old names
+    deepspeed.init_distributed(dist_backend=dist.get_backend())
+    try:
+        DeepSpeedConfig(config)
+    except (ValueError, DeepSpeedConfigError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise UserError(f"engine.config: DeepSpeed refuses it: {': '.join(lines[:3])}") from None
+    engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    return engine
+
+
+# ------------------------------------------------------------------------- where the masters lie
+
+
+@dataclass(frozen=True)
+class _Master:
+    """A piece of a parameter, [offset, offset + length) of it flattened, in a flat fp32 master."""
+
+    flat: Tensor
+    start: int  # in `flat`
+    offset: int
+    length: int
+
+    def view(self, like_flat: Tensor) -> Tensor:
+        """The piece's elements of a tensor laid out as `flat` is."""
+        return like_flat.detach().view(-1)[self.start : self.start + self.length]
+
+
+def find_masters(
+    stage: int, engine: Any, weights: Mapping[str, nn.Parameter], rank: int
+) -> tuple[list[Tensor], dict[str, _Master]]:
+    """Every flat fp32 master of this rank, and its pieces of the parameters by name.
+
+    DeepSpeed keeps them elsewhere at each stage (in fp32 at stage 0 they are the parameters).
+    """
+    optimizer = engine.optimizer
+    found: dict[str, _Master] = {}
+    if stage == 0:
+        masters = {id(p): p for p in weights.values()}
+        for low, high in zip(
+            getattr(optimizer, "fp16_groups", ()),
+            getattr(optimizer, "fp32_groups", ()),
+            strict=True,
+        ):
+            masters.update((id(p), master) for p, master in zip(low, high, strict=True))
+        for name, p in weights.items():
+            found[name] = _Master(masters[id(p)], start=0, offset=0, length=p.numel())
+        return [at.flat for at in found.values()], found
+    if stage == 3:
+        flats: list[Tensor] = optimizer.fp32_partitioned_groups_flat
+        for name, p in weights.items():
+            index, start, size = optimizer.grad_position[optimizer.get_param_id(p)]
+            offset = rank * size
+            length = min(size, p.ds_numel - offset)  # type: ignore[attr-defined]
+            if length > 0:  # the last piece is padded, pieces after it are padding alone
+                found[name] = _Master(flats[index], start, offset, length)
+        return flats, found
+    flats = [group["params"][0] for group in engine.basic_optimizer.param_groups]
+    for name, p in weights.items():
+        fragment = p._hp_mapping  # type: ignore[attr-defined]
+        if fragment is not None:  # this rank owns some of it
+            high, low = fragment.hp_fragment_address, fragment.lp_fragment_address
+            found[name] = _Master(
+                flats[fragment.param_group_index], high.start, low.start, high.numel
+            )
+    return flats, found
+
+
+# torch renamed it; the old name still works, and warns
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def gather_layout(names: Mapping[str, Any], own: Mapping[str, Any], device: torch.device) -> Tensor:
+    """[R, P, 3] int64 on the host: (offset, length, start in its master) of each rank's piece of
+    each of `names`; zeros where it has none. All ranks call it together with the same names."""
+    rows = []
+    for name in names:
+        piece = own.get(name, (0, 0, 0))
+        if isinstance(piece, _Master):
+            piece = (piece.offset, piece.length, piece.start)
+        rows.append(piece)
+    mine = torch.tensor(rows, dtype=torch.int64, device=device)  # [P, 3]
+    gathered = mine.new_empty(dist.get_world_size() * len(mine), 3)
+    all_gather(gathered, mine)
+    return gathered.view(-1, *mine.shape).cpu()
+
+
+def check_layout(layout: Tensor, lengths: Mapping[str, int], replicated: bool) -> None:
+    """Asserts that the ranks' pieces, [R, P, 3], cover every parameter exactly once, or whole on
+    every rank."""
+    for i, (name, length) in enumerate(lengths.items()):
+        pieces = [(o, n) for o, n, _ in layout[:, i].tolist() if n > 0]
+        if replicated:
+            assert pieces == [(0, length)] * len(layout), f"{name} is not whole on every rank"
+            continue
+        end = 0
+        for offset, count in sorted(pieces):
+            assert offset == end, f"{name}: element {min(offset, end)} has no or several owners"
+            end = offset + count
+        assert end == length, f"{name}: {end} of {length} elements have an owner"
+
+
+def signature(pieces: Tensor) -> tuple[int, ...]:
+    """(offset, length) of each rank's piece, from [R, 3]."""
+    return tuple(pieces[:, :2].flatten().tolist())
+
+
+# ------------------------------------------------------------------------- the frozen copy
+
+
+class _FlatCopy:
+    """Stages 1 and 2: a frozen module whose parameters are views of flat buffers that are cut over
+    the ranks as the masters' are, so that one all-gather a group brings it up to date."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._buffers: dict[int, Tensor] = {}  # by optimizer group, [R * partition]
+        self._own: dict[str, Tensor] = {}  # views: where this rank's values go
+
+    def place(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        group: int,
+        size: int,
+        start: int,
+        own: tuple[int, int, int] | None,
+    ) -> None:
+        """Moves `parameter` to element `start` of its group's buffer, of `size` elements; own is
+        this rank's (offset, length, ...) of it."""
+        if group not in self._buffers:
+            self._buffers[group] = parameter.new_zeros(size)
+        view = self._buffers[group][start : start + parameter.numel()]
+        view.copy_(parameter.view(-1))
+        parameter.data = view.view_as(parameter)
+        if own is not None:
+            self._own[name] = view[own[0] : own[0] + own[1]]
+
+    def publish(self, values: Mapping[str, tuple[int, Tensor]]) -> None:
+        assert values.keys() == self._own.keys(), "published other parameters than the first time"
+        if values:
+            torch._foreach_copy_(
+                [self._own[name] for name in values], [value for _, value in values.values()]
+            )
+        for _, buffer in sorted(self._buffers.items()):
+            chunks = buffer.view(dist.get_world_size(), -1)
+            all_gather(buffer, chunks[self._rank])
+
+
+def publish_sharded(module: nn.Module, values: Mapping[str, tuple[int, Tensor]], rank: int) -> None:
+    """Stage 3: values go into this rank's piece of the frozen parameters, which is cut as that of
+    the trainable ones is; no communication but for the small parameters that stay gathered."""
+    pieces = []
+    for name, (offset, value) in values.items():
+        piece = module.get_parameter(name).ds_tensor.view(-1)  # type: ignore[attr-defined]
+        assert offset == rank * len(piece) and len(value) <= len(piece), (
+            f"{name}: the frozen parameter is cut otherwise than the values given"
+        )
+        pieces.append(piece[: len(value)])
+    if pieces:
+        torch._foreach_copy_(pieces, [value for _, value in values.values()])
+    gather_again(list(module.parameters()))
+
+
+def gather_again(parameters: list[Any]) -> None:
+    """Stage 3, after pieces were written: whole copies that are still about are dropped, and those
+    of persistent parameters, which DeepSpeed never frees, gathered anew."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    whole = [p for p in parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE]
+    if whole:
+        whole[0].partition(whole)
+    persistent = [p for p in parameters if p.ds_persist]
+    if persistent:
+        persistent[0].all_gather(persistent)

@@ -1,0 +1,204 @@
+"""Probes of frozen encoders on labelled shards: how much of the labels their features tell.
+
+    shard set --whole samples--> encoder block, mean over tokens --> features [n, D] --> kNN
+
+B samples, T tokens, D width, n recordings or images of a set.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional as F
+
+from d2v_ds.checkpoint import Checkpoint, newest_verified, open_checkpoint
+from d2v_ds.config import Config
+from d2v_ds.decoding import decode
+from d2v_ds.errors import UserError
+from d2v_ds.loader import read_samples
+from d2v_ds.modalities.base import Modality
+from d2v_ds.pretrain import Pretrain, build_pretrain
+from d2v_ds.run_folder import RunFolder
+from d2v_ds.shard_format import ShardSet, open_set
+
+Features = npt.NDArray[np.float32]
+Weights = Literal["student", "teacher"]
+
+NEIGHBOURS = 10
+TEMPERATURE = (
+    0.07  # votes weigh exp(similarity / temperature), as in DINO's kNN (Caron et al. 2021)
+)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Decoded samples of one shard set with their labels."""
+
+    name: str
+    examples: list[Any]
+    labels: list[str]
+
+
+def read_labelled(shards: ShardSet, modality: Modality, column: str) -> Labelled:
+    """A whole shard set, decoded without crop or augmentation. Raises UserError when a sample has
+    no `column` in its .json."""
+    examples, labels = [], []
+    for key, sample in read_samples(shards, (*modality.keys, "json")):
+        meta = json.loads(sample.get("json", b"{}"))
+        if column not in meta:
+            raise UserError(
+                f"{shards.root}, sample {key!r}: its .json has no {column!r} "
+                f"(has: {', '.join(sorted(meta)) or 'nothing'}); convert with that column in the "
+                "manifest or name another with --label"
+            )
+        examples.append(modality.decode(sample, None))
+        labels.append(str(meta[column]))
+    return Labelled(shards.root.name, examples, labels)
+
+
+@torch.no_grad()
+def embed(
+    task: Pretrain, modality: Modality, examples: list[Any], layer: int, weights: Weights
+) -> Features:
+    """Mean over tokens of the output of block `layer` (from 1) -> [n, D]. One sample at a time:
+    no padding, and no dependence on what stands beside it."""
+    device = next(task.parameters()).device
+    task.eval()
+    rows = []
+    for example in examples:
+        batch = modality.unmasked([example]).to(device)
+        rows.append(task.blocks(batch, weights)[layer - 1].float().mean(1)[0].cpu())
+    return torch.stack(rows).numpy()
+
+
+def knn_accuracy(
+    gallery: Features, gallery_labels: list[str], queries: Features, query_labels: list[str]
+) -> float:
+    """Share of queries whose label the nearest gallery rows vote for: cosine similarity of
+    features that are standardised with the gallery's statistics."""
+    classes = sorted(set(gallery_labels))
+    mean, std = gallery.mean(0), gallery.std(0) + 1e-6
+    rows, points = (
+        F.normalize(torch.from_numpy((x - mean) / std), dim=1) for x in (gallery, queries)
+    )
+    similarity, nearest = (points @ rows.T).topk(min(NEIGHBOURS, len(rows)))
+    label = torch.tensor([classes.index(name) for name in gallery_labels])
+    votes = torch.zeros(len(points), len(classes))
+    votes.scatter_add_(1, label[nearest], (similarity / TEMPERATURE).exp())
+    predicted = [classes[i] for i in votes.argmax(1).tolist()]
+    return float(np.mean([p == q for p, q in zip(predicted, query_labels, strict=True)]))
+
+
+def run_knn(
+    path: Path,
+    *,
+    gallery: str,
+    tests: list[str],
+    label: str = "label",
+    weights: Weights = "student",
+    layer: int | None = None,
+    modality: str | None = None,
+    compare: bool = False,
+) -> tuple[str, dict[str, Any]]:
+    """kNN accuracy of the encoder in a run folder or checkpoint: a table, and the same as JSON.
+
+    layer: block counted from 1, None the middle one. compare: beside it the same network as it was
+    before training, and the modality's plain features. Raises UserError.
+    """
+    found = open_newest(path)
+    config = decode(Config, found.state["config"])
+    name = only_modality(config, modality)
+    torch.manual_seed(config.run.seed)  # the untrained encoder is the one that training began with
+    task = build_pretrain(config)
+    kind = task.modalities[name]
+    depth = len(task.student.encoder.trunk.blocks)
+    block = (depth + 1) // 2 if layer is None else layer
+    if block > depth:
+        raise UserError(f"--layer: the encoder has {depth} blocks, got {block}")
+    sets = [read_labelled(open_set(s, name), kind, label) for s in (gallery, *tests)]
+
+    def score(encode: Callable[[list[Any]], Features]) -> dict[str, float]:
+        known, *queries = (encode(labelled.examples) for labelled in sets)
+        return {
+            labelled.name: knn_accuracy(known, sets[0].labels, features, labelled.labels)
+            for features, labelled in zip(queries, sets[1:], strict=True)
+        }
+
+    def encode(examples: list[Any]) -> Features:
+        return embed(task, kind, examples, block, weights)
+
+    untrained = score(encode) if compare else {}
+    load_weights(task, found)
+    table = {f"trained {weights}": score(encode)}
+    if compare:
+        table["untrained encoder"] = untrained
+        table[kind.baseline_name] = score(
+            lambda examples: np.stack([kind.baseline(example) for example in examples])
+        )
+    table["chance"] = {s.name: chance(s.labels) for s in sets[1:]}
+    title = (
+        f"kNN accuracy at step {found.step}, block {block} of {depth}, "
+        f"{len(sets[0].labels)} labelled neighbours to choose from"
+    )
+    summary = {
+        "probe": "knn",
+        "run": str(path),
+        "step": found.step,
+        "weights": weights,
+        "layer": block,
+        "gallery": len(sets[0].labels),
+        "test": {s.name: len(s.labels) for s in sets[1:]},
+        "accuracy": table,
+    }
+    return format_table(title, table, sets[1:]), summary
+
+
+def chance(labels: list[str]) -> float:
+    """Accuracy of always naming the most frequent class."""
+    return max(map(labels.count, labels)) / len(labels)
+
+
+def open_newest(path: Path) -> Checkpoint:
+    """The checkpoint in `path`: a run folder's newest, or one checkpoint's own folder."""
+    if (path / "manifest.json").is_file():
+        return open_checkpoint(path)
+    found = newest_verified(RunFolder(path))
+    if found is None:
+        raise UserError(f"{path}: neither a checkpoint nor a run folder that has one")
+    return found
+
+
+def only_modality(config: Config, wanted: str | None) -> str:
+    names = sorted(config.modality)
+    if wanted is None and len(names) == 1:
+        return names[0]
+    if wanted not in names:
+        given = "several to choose from" if wanted is None else f"no {wanted!r} in this run"
+        raise UserError(f"--modality: {given} (has: {', '.join(names)})")
+    return wanted
+
+
+@torch.no_grad()
+def load_weights(task: Pretrain, found: Checkpoint) -> None:
+    """Student and teacher as the checkpoint has them, in fp32."""
+    values = {**found.tensors("master"), **found.tensors("ema")}
+    for name, parameter in task.named_parameters():
+        parameter.copy_(values[name])
+
+
+def format_table(title: str, table: dict[str, dict[str, float]], tests: list[Labelled]) -> str:
+    """Rows of percentages under the test sets' names and sizes."""
+    heads = [f"{test.name} ({len(test.labels)})" for test in tests]
+    width = max(len(name) for name in table) + 2
+    lines = [title, " " * width + "  ".join(f"{head:>14}" for head in heads)]
+    for name, row in table.items():
+        cells = "  ".join(f"{100 * row[test.name]:13.1f}%" for test in tests)
+        lines.append(f"{name:<{width}}{cells}")
+    return "\n".join(lines)

@@ -1,0 +1,289 @@
+"""Training: from a configuration to a finished or well-stopped run.
+
+    config --set_up--> task, engine, EMA, loader --resume--> steps --> checkpoints, metrics
+        --> DONE or STOPPED
+
+Every rank runs it with the same arguments. Nothing here knows the modality or the ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from d2v_ds import checkpoint, distributed, environment, status
+from d2v_ds.batch import StepBatch
+from d2v_ds.checkpoint.together import own_rank, together
+from d2v_ds.config import Config, learning_rate, refuse_changes
+from d2v_ds.decoding import dump_yaml, to_dict
+from d2v_ds.distributed import StopFlag, World, seed_torch
+from d2v_ds.engine import Engine, create_engine
+from d2v_ds.engine.optimizer import param_groups
+from d2v_ds.errors import UserError
+from d2v_ds.loader import Loader
+from d2v_ds.modalities import create_modalities
+from d2v_ds.pretrain import Pretrain, build_pretrain, resolved
+from d2v_ds.run_folder import Generation, RunFolder, claim_generation, write_atomically
+from d2v_ds.schedules import ema_decay
+from d2v_ds.shard_format import open_set
+from d2v_ds.teacher import Ema
+from d2v_ds.telemetry import Telemetry
+
+T = TypeVar("T")
+
+log = logging.getLogger("d2v_ds")
+
+MAX_SKIPPED = 20  # steps in a row with a non-finite gradient before the run is given up
+FINISHED, UNHEALTHY = 0, 3  # exit codes; 1 is any other failure's, 2 UserError's
+
+
+@dataclass
+class TrainState:
+    """What a resumed run needs besides weights: all of it is in the checkpoint's manifest."""
+
+    step: int = 0  # optimizer steps taken
+    samples: int = 0  # seen, over all ranks
+    units: float = 0.0  # seconds of audio, images or tokens of them
+    position: Mapping[str, Any] | None = None  # of the loader
+
+    def advance(self, batch: StepBatch) -> None:
+        self.step += 1
+        self.samples += batch.samples
+        self.units += batch.units
+        self.position = batch.position
+
+
+@dataclass
+class Training:
+    """The parts of a run, as one rank holds them."""
+
+    config: Config
+    world: World
+    run: RunFolder
+    generation: Generation
+    task: Pretrain
+    engine: Engine
+    ema: Ema
+    shapes: dict[str, tuple[int, ...]]
+    loader: Loader
+    state: TrainState
+
+    def save(self) -> None:
+        """One checkpoint of everything; all ranks together."""
+        checkpoint.save(
+            self.run,
+            self.generation,
+            self.state.step,
+            shards=self.engine.shards(),
+            ema=self.ema.values,
+            shapes=self.shapes,
+            state={"train": dataclasses.asdict(self.state), "config": to_dict(self.config)},
+            keep=self.config.save.keep,
+            replicated=self.engine.replicated,
+        )
+
+
+def train(config: Config, world: World, *, new: bool = False, allow: tuple[str, ...] = ()) -> int:
+    """Trains until run.steps or until told to stop; the exit code.
+
+    Goes on where the run folder's newest sound checkpoint ends. new: refuse a folder that has one.
+    allow: settings that may differ from the checkpoint's. Raises UserError, on every rank alike.
+    """
+    config = resolved(config)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", world.local_rank)
+    torch.set_num_threads(config.run.threads or threads_of_rank())
+    distributed.init(world, device)
+    try:
+        with StopFlag(config.run_dir) as stop:
+            training = set_up(config, world, device, new=new, allow=allow)
+            with contextlib.closing(training.loader):
+                return run_steps(training, stop)
+    finally:
+        distributed.shutdown()
+
+
+def threads_of_rank() -> int:
+    """Cores for each rank of this machine; srun has already dealt them out, other launchers not."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def set_up(
+    config: Config, world: World, device: torch.device, *, new: bool, allow: tuple[str, ...]
+) -> Training:
+    """Builds every part, and restores them from the newest checkpoint where there is one."""
+    run = RunFolder(config.run_dir)
+    generation = on_rank_0(lambda: claim(run))
+    log_to(run.log(generation, world.rank))
+    on_rank_0(lambda: checkpoint.clean(run))
+    found = checkpoint.newest_verified(run)
+    state = TrainState()
+    if found:
+        state = TrainState(**found.state["train"])
+        check_resume(config, run, found, new=new, allow=allow)
+    loader = create_loader(config, world, state)  # forks, so before anything of the GPU
+
+    torch.manual_seed(config.run.seed)  # the same weights on every rank
+    task = build_pretrain(config).train()
+    shapes = {name: tuple(p.shape) for name, p in task.named_parameters()}  # ZeRO 3 hides them
+    tracked = task.tracked()
+    engine = create_engine(
+        task,
+        param_groups(
+            task, task.part, set(tracked.values()).__contains__, decay_all=config.optim.decay_all
+        ),
+        settings=config.engine,
+        optim=config.optim,
+        accumulation=config.batch.micro_batches // world.size,
+        device=device,
+    )
+    ema = Ema(engine, task.teacher, tracked, "teacher.")
+    if found:
+        found.restore(engine.shards(), ema.values, shapes)
+        engine.refresh()
+        ema.publish()
+        log.info("resuming at step %d from %s", state.step, found.path)
+    on_rank_0(lambda: describe_run(config, run))
+    return Training(config, world, run, generation, task, engine, ema, shapes, loader, state)
+
+
+def on_rank_0(action: Callable[[], T]) -> T:
+    """Runs `action` on rank 0 alone; its result, or its error, on all ranks."""
+    results: list[Any] = together(lambda: action() if own_rank() == 0 else None)
+    result: T = results[0]
+    return result
+
+
+def claim(run: RunFolder) -> Generation:
+    """This start becomes the run folder's owner; what the last one's end left is cleared."""
+    job = os.environ.get("SLURM_JOB_ID", "local")
+    restart = os.environ.get("SLURM_RESTART_COUNT", "0") if job != "local" else None
+    generation = claim_generation(run, job, int(restart) if restart else None)
+    for marker in (run.stopped, run.done):
+        marker.unlink(missing_ok=True)
+    return generation
+
+
+def check_resume(
+    config: Config,
+    run: RunFolder,
+    found: checkpoint.Checkpoint,
+    *,
+    new: bool,
+    allow: tuple[str, ...],
+) -> None:
+    """Raises UserError when this configuration must not go on from that checkpoint."""
+    if new:
+        raise UserError(
+            f"{run.root} holds checkpoints up to step {found.step}, and --new was given; choose "
+            "another run.dir, or leave --new away to go on"
+        )
+    allowed = refuse_changes(found.state["config"], to_dict(config), allow)
+    if allowed:
+        log.warning("resuming with changed settings, as allowed: %s", ", ".join(allowed))
+
+
+def create_loader(config: Config, world: World, state: TrainState) -> Loader:
+    """The loader of the run's one modality, standing where `state` says."""
+    [(name, modality)] = create_modalities(config.modality).items()
+    return Loader(
+        open_set(config.shards_of(name), name),
+        modality,
+        seed=config.run.seed,
+        size=config.batch.size,
+        micro_batches=config.batch.micro_batches,
+        rank=world.rank,
+        world=world.size,
+        workers=config.data.workers,
+        position=state.position,
+    )
+
+
+def describe_run(config: Config, run: RunFolder) -> None:
+    write_atomically(run.config, dump_yaml(config))
+    write_atomically(run.environment, json.dumps(environment.describe(), indent=1) + "\n")
+
+
+def log_to(path: Path) -> None:
+    """Everything that is logged goes to this rank's file; rank 0's to the console as well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.handlers = [handler]
+    if own_rank() == 0:
+        log.addHandler(logging.StreamHandler(sys.stdout))
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+# ---------------------------------------------------------------------------------------- the loop
+
+
+def run_steps(t: Training, stop: StopFlag) -> int:
+    """The loop; the exit code."""
+    state, config = t.state, t.config
+    saved, skipped = state.step, 0
+    with Telemetry(config, t.run, t.task.modalities, state.step) as telemetry:
+        while state.step < config.run.steps and not stop.agreed():
+            step_batch = telemetry.next_batch(t.loader)
+            for batch in step_batch.micro_batches:
+                seed_torch(config.run.seed, state.step, batch.index)
+                with telemetry.forward():
+                    loss, stats = t.engine(batch.to(t.engine.device), step_batch.masked_count)
+                t.engine.backward(loss)
+                telemetry.add(stats)
+            lr = learning_rate(config.optim, config.run.steps, state.step)
+            if not t.engine.step(lr, config.optim.weight_decay, step_batch.modality):
+                skipped, telemetry.skipped = skipped + 1, telemetry.skipped + 1
+                log.warning("step %d is not taken: its gradient is not finite", state.step)
+                if skipped < MAX_SKIPPED:
+                    continue
+                log.error(
+                    "%d steps in a row had no finite gradient: lower optim.lr, or look at the "
+                    "samples %s",
+                    skipped,
+                    [batch.keys for batch in step_batch.micro_batches],
+                )
+                return UNHEALTHY
+            skipped = 0
+            state.advance(step_batch)
+            decay = decay_of(config, state.step)
+            t.ema.update(decay, step_batch.modality)
+            telemetry.step_done(
+                step_batch,
+                state.step,
+                state.samples,
+                {
+                    "lr": lr,
+                    "weight_decay": config.optim.weight_decay,
+                    "grad_norm": t.engine.grad_norm(),
+                    "decay": decay,
+                },
+            )
+            if state.step % config.save.every == 0:
+                t.save()
+                saved = state.step
+    if state.step != saved:
+        t.save()
+    done = state.step >= config.run.steps
+    reason = f"all {config.run.steps} steps" if done else stop.reason or "another rank was told to"
+    on_rank_0(lambda: status.finish(t.run, state.step, done=done, reason=reason))
+    log.info("%s at step %d: %s", "finished" if done else "stopped", state.step, reason)
+    return FINISHED
+
+
+def decay_of(config: Config, n: int) -> float:
+    """The EMA decay of the update after optimizer step number n (from 1)."""
+    teacher = config.teacher
+    return ema_decay(n, teacher.decay, teacher.decay_end, teacher.anneal_steps)

@@ -1,0 +1,375 @@
+"""What every converter shares: plan -> shard jobs over processes -> a finished set.
+
+    samples (of a corpus family) -> plan_shards -> one job a shard -> reports -> index.json
+
+The plan is a pure function of the inputs and the options, and the content of a shard of its row of
+the plan alone. So any number of processes gives the same bytes, and a conversion that was killed
+goes on with the shards that lack a report. While it is under way OUT holds
+
+    plan.json               hash, options and shards of the plan
+    NAME-000000.tar, .idx   finished shards
+    NAME-000000.json        report of a finished shard: its entry and the inputs it left out
+
+and at its end index.json and quarantine.jsonl take the place of plan.json and the reports.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import hashlib
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from tqdm import tqdm
+
+from d2v_ds.errors import UserError
+from d2v_ds.shard_format import INDEX_FILE, PLAN_FILE, ShardEntry, ShardSet, open_set, set_json
+from shards.writer import ShardWriter, remove_stale, write_atomically
+
+CONVERTER = 1  # raised when the same inputs and options begin to give other bytes
+QUARANTINE_FILE = "quarantine.jsonl"
+MIN_SHARD = 4_000_000  # bytes; smaller corpora are not cut up for the sake of parallelism
+SHARDS_AT_LEAST = 16
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+Rejected = tuple[str, str]  # path of an input, reason
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one sample of a set is made from."""
+
+    key: str
+    paths: tuple[str, ...]  # inputs, relative to the corpus
+    columns: dict[str, str]  # what the corpus says about it
+    size: int  # of the inputs, bytes
+
+
+@dataclass(frozen=True)
+class Converted:
+    members: tuple[bytes, ...]  # payloads in the order of the converter's fields; empty: left out
+    length: int
+    rejected: tuple[Rejected, ...] = ()
+
+
+class Converter(Protocol):
+    """Of one corpus family; it travels to the worker processes, so it holds settings only."""
+
+    modality: ClassVar[str]
+    unit: ClassVar[str]
+    fields: ClassVar[tuple[str, ...]]  # sorted
+
+    @property
+    def sample_rate(self) -> int: ...
+
+    def convert(self, sample: Sample) -> Converted:
+        """Inputs that cannot be used are in `rejected`; it never raises for them."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which sample goes where."""
+
+    options: dict[str, Any]  # that decide on the content, by their name on the command line
+    shards: tuple[tuple[Sample, ...], ...]
+
+    @property
+    def inputs(self) -> int:
+        return sum(len(sample.paths) for shard in self.shards for sample in shard)
+
+    def hash(self) -> str:
+        digest = hashlib.sha256(json.dumps([CONVERTER, self.options]).encode())
+        for shard in self.shards:
+            digest.update(b"\0")
+            for s in shard:
+                digest.update(json.dumps([s.key, s.paths, s.columns, s.size]).encode())
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Report:
+    """Of a finished shard."""
+
+    plan: str
+    entry: ShardEntry
+    rejected: tuple[Rejected, ...]
+
+
+def scattered(items: Iterable[Sample], seed: int) -> list[Sample]:
+    """In an order that looks random and depends on the seed and the keys alone, so that a corpus
+    sorted by speaker or class gives mixed shards. A hash, for no generator's sequence is promised
+    to stay."""
+
+    def place(sample: Sample) -> tuple[bytes, str]:
+        digest = hashlib.blake2b(f"{seed}/{sample.key}".encode(), digest_size=8)
+        return digest.digest(), sample.key
+
+    return sorted(items, key=place)
+
+
+def plan_shards(
+    samples: Iterable[Sample], shard_size: int, seed: int
+) -> tuple[tuple[Sample, ...], ...]:
+    """Scattered samples, cut into shards of about `shard_size` bytes of input; smaller ones where
+    that many would leave processes without work. Does not depend on the number of processes."""
+    order = scattered(samples, seed)
+    limit = min(shard_size, max(MIN_SHARD, sum(s.size for s in order) // SHARDS_AT_LEAST))
+    shards: list[list[Sample]] = []
+    filled = limit
+    for sample in order:
+        if filled >= limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(sample)
+        filled += sample.size
+    return tuple(tuple(shard) for shard in shards)
+
+
+# --------------------------------------------------------------------------------------- converting
+
+
+def convert(plan: Plan, converter: Converter, out: Path, jobs: int, max_bad: float) -> ShardSet:
+    """Runs the plan, or what is left of it, into the folder `out`; returns the finished set.
+
+    max_bad: the share of the inputs that may be left out. Raises UserError when it is passed, and
+    when `out` holds anything but this conversion.
+    """
+    plan_hash = plan.hash()
+    finished = _enter(out, plan, plan_hash)
+    if finished:
+        _clean(out)
+        return finished
+    reports: dict[int, Report] = {}
+    for i in range(len(plan.shards)):
+        report = _read_report(out, _name(converter, i), plan_hash)
+        if report:
+            reports[i] = report
+    pending = [
+        (converter, out, _name(converter, i), plan.shards[i], plan_hash)
+        for i in range(len(plan.shards))
+        if i not in reports
+    ]
+    inputs, bad = plan.inputs, sum(len(r.rejected) for r in reports.values())
+    bar = tqdm(total=inputs, unit=" files", disable=None, desc=str(out))
+    bar.update(sum(len(s.paths) for i in reports for s in plan.shards[i]))
+    with bar:
+        for report in run_jobs(convert_shard, pending, jobs):
+            i = int(report.entry.name.rpartition("-")[2])
+            reports[i] = report
+            bar.update(sum(len(s.paths) for s in plan.shards[i]))
+            bad += len(report.rejected)
+            if bad > max_bad * inputs:
+                break
+    ordered = [reports[i] for i in sorted(reports)]
+    _write_quarantine(out, ordered)
+    if bad > max_bad * inputs:
+        raise UserError(_too_many_bad(out, ordered, inputs, max_bad))
+    return _finish(out, plan, plan_hash, converter, ordered)
+
+
+def convert_shard(
+    job: tuple[Converter, Path, str, tuple[Sample, ...], str],
+) -> Report:
+    """Writes one shard, then its report."""
+    converter, out, name, samples, plan_hash = job
+    rejected: list[Rejected] = []
+    with ShardWriter(out, name, converter.fields) as writer:
+        for sample in samples:
+            converted = converter.convert(sample)
+            rejected.extend(converted.rejected)
+            if converted.members:
+                writer.add(sample.key, converted.members, converted.length)
+        entry = writer.finish() if writer.samples else ShardEntry(name, 0, 0, 0, "")
+    report = Report(plan_hash, entry, tuple(rejected))
+    write_atomically(_report_file(out, name), json.dumps(dataclasses.asdict(report)).encode())
+    return report
+
+
+def _name(converter: Converter, i: int) -> str:
+    return f"{converter.modality}-{i:06d}"
+
+
+def _report_file(out: Path, name: str) -> Path:
+    return out / f"{name}.json"
+
+
+def _read_report(out: Path, name: str, plan_hash: str) -> Report | None:
+    """None where the shard is not finished under this plan."""
+    try:
+        raw = json.loads(_report_file(out, name).read_bytes())
+        report = Report(
+            raw["plan"], ShardEntry(**raw["entry"]), tuple((p, r) for p, r in raw["rejected"])
+        )
+        entry = report.entry
+        whole = not entry.samples or (
+            (out / f"{name}.tar").stat().st_size == entry.bytes and (out / f"{name}.idx").exists()
+        )
+    except FileNotFoundError:
+        return None
+    return report if whole and report.plan == plan_hash else None
+
+
+def _enter(out: Path, plan: Plan, plan_hash: str) -> ShardSet | None:
+    """Makes `out` ready for this plan; the set when it is finished already. Raises UserError."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; name a folder for the shards")
+    out.mkdir(parents=True, exist_ok=True)
+    for file in (INDEX_FILE, PLAN_FILE):
+        if not (out / file).exists():
+            continue
+        try:
+            held = json.loads((out / file).read_bytes())
+        except ValueError:
+            held = {}
+        if held.get("plan") != plan_hash:
+            raise UserError(_other_plan(out, file, held.get("options", {}), plan.options))
+        if file == INDEX_FILE:
+            return open_set(out)
+        remove_stale(out)
+        return None
+    foreign = sorted(name for name in os.listdir(out) if not name.endswith(".tmp"))
+    if foreign:
+        raise UserError(
+            f"{out}: is not empty (it has {foreign[0]}) and holds no conversion; "
+            "name a new or empty folder"
+        )
+    write_atomically(
+        out / PLAN_FILE, json.dumps({"plan": plan_hash, "options": plan.options}).encode()
+    )
+    return None
+
+
+def _other_plan(out: Path, file: str, held: dict[str, Any], wanted: dict[str, Any]) -> str:
+    what = "a finished shard set" if file == INDEX_FILE else "an unfinished conversion"
+    changed = [
+        f"--{key} was {held.get(key)}, is {wanted.get(key)}"
+        for key in sorted({*held, *wanted})
+        if held.get(key) != wanted.get(key)
+    ]
+    return (
+        f"{out}: holds {what} of other inputs or options "
+        f"({'; '.join(changed) or 'the inputs differ'}); name another folder or delete this one"
+    )
+
+
+def _too_many_bad(out: Path, reports: Sequence[Report], inputs: int, max_bad: float) -> str:
+    rejected = [item for report in reports for item in report.rejected]
+    path, reason = rejected[0]
+    return (
+        f"{len(rejected)} of {inputs} inputs cannot be used, more than --max-bad {max_bad:.3%}; "
+        f"the first: {path}: {reason}; all are in {out / QUARANTINE_FILE}. "
+        "Repair or remove them, or raise --max-bad"
+    )
+
+
+def _write_quarantine(out: Path, reports: Sequence[Report]) -> None:
+    lines = [
+        json.dumps({"path": path, "reason": reason}) + "\n"
+        for report in reports
+        for path, reason in report.rejected
+    ]
+    write_atomically(out / QUARANTINE_FILE, "".join(lines).encode())
+
+
+def _finish(
+    out: Path, plan: Plan, plan_hash: str, converter: Converter, reports: Sequence[Report]
+) -> ShardSet:
+    result = ShardSet(
+        root=out,
+        modality=converter.modality,
+        unit=converter.unit,
+        sample_rate=converter.sample_rate,
+        fields=converter.fields,
+        shards=tuple(report.entry for report in reports if report.entry.samples),
+    )
+    if not result.shards:
+        raise UserError(f"{out}: not one input can be used; see {out / QUARANTINE_FILE}")
+    about = {
+        "converter": CONVERTER,
+        "options": plan.options,
+        "plan": plan_hash,
+        "inputs": plan.inputs,
+        "quarantined": sum(len(report.rejected) for report in reports),
+    }
+    write_atomically(out / INDEX_FILE, set_json(result, **about).encode())
+    _clean(out)
+    return result
+
+
+def _clean(out: Path) -> None:
+    """Removes what only an unfinished conversion needs."""
+    (out / PLAN_FILE).unlink(missing_ok=True)
+    remove_stale(out, all_of_them=True)
+    for report in out.glob("*-" + "[0-9]" * 6 + ".json"):
+        report.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------- worker processes
+
+
+def run_jobs(
+    work: Callable[[Job], Result], jobs: Sequence[Job], processes: int
+) -> Iterator[Result]:
+    """`work` of each job, in the order in which they end; in this process when one is enough.
+
+    Workers are started afresh (no fork: libraries hold locks and threads) and die with this
+    process, however it ends.
+    """
+    if processes == 1 or len(jobs) <= 1:
+        yield from map(work, jobs)
+        return
+    with _one_thread_each():
+        pool = ProcessPoolExecutor(
+            min(processes, len(jobs)),
+            mp_context=get_context("spawn"),
+            initializer=_die_with_parent,
+            initargs=(os.getpid(),),
+        )
+        try:
+            for future in as_completed([pool.submit(work, job) for job in jobs]):
+                yield future.result()
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                "a worker process died, perhaps for lack of memory; with fewer --jobs the same "
+                "command goes on from here"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Processes that are started meanwhile use one thread in numpy's BLAS and in OpenMP."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update({name: "1" for name in names})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _die_with_parent(parent: int) -> None:
+    """In a worker: Ctrl-C ends it without a traceback, and the parent's death kills it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            os._exit(1)

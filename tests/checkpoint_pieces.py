@@ -1,0 +1,141 @@
+"""A small run's state, whole and cut into ranks as the ZeRO stages do; for the checkpoint tests."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v_ds.checkpoint.format import by_kind
+from d2v_ds.checkpoint.write import build_manifest, publish, write_pieces
+from d2v_ds.engine import Shard
+from d2v_ds.run_folder import Generation, RunFolder
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "student.trunk.weight": (6, 5),
+    "student.trunk.bias": (7,),
+    "student.scale": (),
+    "teacher.trunk.weight": (6, 5),
+    "teacher.trunk.bias": (7,),
+}
+STUDENT = [name for name in SHAPES if name.startswith("student.")]
+TEACHER = [name for name in SHAPES if name.startswith("teacher.")]
+STATE = {"step": 7, "samples": 123, "position": {"epoch": 1, "step": 3}, "config": {"lr": 1e-3}}
+
+Cuts = dict[str, list[int]]  # name -> ascending cut points, one fewer than ranks
+Pieces = dict[str, tuple[int, Tensor]]
+
+
+@dataclass
+class Owned:
+    """What one rank owns."""
+
+    shards: dict[str, Shard]
+    ema: Pieces
+
+
+def numel(name: str) -> int:
+    return math.prod(SHAPES[name])
+
+
+def whole(seed: int) -> Owned:
+    """Everything, on one rank, with random values; Adam's steps differ between parameters."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(name: str) -> Tensor:
+        return torch.randn(numel(name), generator=generator)
+
+    shards = {
+        name: Shard(0, draw(name), draw(name), draw(name), torch.tensor(float(seed + i)))
+        for i, name in enumerate(STUDENT)
+    }
+    return Owned(shards, {name: (0, draw(name)) for name in TEACHER})
+
+
+def empty() -> Owned:
+    """As `whole`, before anything was restored: NaN everywhere."""
+    state = whole(0)
+    for shard in state.shards.values():
+        for values in (shard.master, shard.exp_avg, shard.exp_avg_sq, shard.adam_step):
+            values.fill_(math.nan)
+    for _, values in state.ema.values():
+        values.fill_(math.nan)
+    return state
+
+
+def cut(state: Owned, cuts: Cuts, rank: int) -> Owned:
+    """Live views of one rank's part of a whole state; nothing of a parameter where it is empty."""
+    shards, ema = {}, {}
+    for name, shard in state.shards.items():
+        low, high = bounds(cuts, name, rank)
+        if low < high:
+            values = (v[low:high] for v in (shard.master, shard.exp_avg, shard.exp_avg_sq))
+            shards[name] = Shard(low, *values, shard.adam_step)
+    for name, (_, values) in state.ema.items():
+        low, high = bounds(cuts, name, rank)
+        if low < high:
+            ema[name] = (low, values[low:high])
+    return Owned(shards, ema)
+
+
+def bounds(cuts: Cuts, name: str, rank: int) -> tuple[int, int]:
+    points = [0, *cuts[name], numel(name)]
+    return points[rank], points[rank + 1]
+
+
+def even_cuts(ranks: int) -> Cuts:
+    """Every parameter in equal parts, the last one short: ZeRO 3."""
+    return {
+        name: [min(numel(name), -(-numel(name) // ranks) * r) for r in range(1, ranks)]
+        for name in SHAPES
+    }
+
+
+def flat_cuts(ranks: int) -> Cuts:
+    """All parameters in one flat buffer, cut in equal parts: ZeRO 1 and 2."""
+    cuts: Cuts = {name: [] for name in SHAPES}
+    for names in (STUDENT, TEACHER):
+        partition = -(-sum(map(numel, names)) // ranks)
+        start = 0
+        for name in names:
+            points = (partition * r - start for r in range(1, ranks))
+            cuts[name] = [min(max(0, point), numel(name)) for point in points]
+            start += numel(name)
+    return cuts
+
+
+def save_cut(
+    run: RunFolder, generation: Generation, step: int, state: Owned, cuts: Cuts, ranks: int
+) -> Path:
+    """As checkpoint.save does it, the ranks one after the other in this process."""
+    aside = run.checkpoints / f".{step:08d}.{generation.number}.tmp"
+    aside.mkdir(parents=True)
+    owned = [cut(state, cuts, rank) for rank in range(ranks)]
+    files = [write_pieces(aside, r, by_kind(o.shards, o.ema)) for r, o in enumerate(owned)]
+    steps = {name: int(shard.adam_step) for name, shard in state.shards.items()}
+    return publish(run, generation, aside, build_manifest(step, STATE, SHAPES, steps, files))
+
+
+def values_of(state: Owned) -> dict[str, Any]:
+    """Every value by name, for comparisons to the bit."""
+    values: dict[str, Any] = {}
+    for name, shard in state.shards.items():
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            values[f"{kind}/{name}"] = getattr(shard, kind).tolist()
+        values[f"adam_step/{name}"] = shard.adam_step.item()
+    return values | {f"ema/{name}": v.tolist() for name, (_, v) in state.ema.items()}
+
+
+def tree(root: Path) -> dict[str, tuple[float, bytes]]:
+    """Every file and folder below `root` with its time of change and content."""
+    return {
+        str(path.relative_to(root)): (
+            path.stat().st_mtime_ns,
+            path.read_bytes() if path.is_file() else b"",
+        )
+        for path in sorted(root.rglob("*"))
+    }
