@@ -22,7 +22,7 @@ BAD_INPUT = 2
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code."""
-    arguments = parser().parse_args(argv)
+    arguments = parse(argv)
     try:
         code: int = arguments.command(arguments)
         return code
@@ -31,6 +31,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except BrokenPipeError:  # the reader of our output has gone
         return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """As argparse does, but settings and options may stand in any order."""
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    settings = [word for word in rest if "=" in word and not word.startswith("-")]
+    if settings != rest or (settings and not hasattr(arguments, "overrides")):
+        top.parse_args(argv)  # says what is wrong and exits with code 2
+    if settings:
+        arguments.overrides += settings
+    return arguments
 
 
 def parser() -> argparse.ArgumentParser:

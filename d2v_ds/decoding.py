@@ -117,7 +117,7 @@ NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "
 def _decode_scalar(kind: Any, raw: Any, path: str) -> Any:
     if kind is Any:
         return raw
-    if kind is float and isinstance(raw, str):  # YAML reads 1e-3 as a string
+    if kind in (int, float) and isinstance(raw, str):  # YAML reads 1e-3 as a string
         try:
             raw = float(raw)
         except ValueError:

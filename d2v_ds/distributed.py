@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -187,25 +187,24 @@ def launch(
     code is that of the first failing rank. None outlives this process.
     """
     port = free_port()
+    processes: list[subprocess.Popen[bytes]] = []
+    stopping: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        stopping.append(number)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
     with tempfile.TemporaryDirectory() as folder:
-        errors: list[IO[bytes] | None] = [None]
-        errors += [open(Path(folder, f"rank{rank}"), "w+b") for rank in range(1, ranks)]
-        processes: list[subprocess.Popen[bytes]] = []
-        stopping: list[int] = []
-
-        def forward(number: int, frame: FrameType | None) -> None:
-            stopping.append(number)
-            for process in processes:
-                if process.poll() is None:
-                    process.send_signal(number)
-
-        before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+        errors = [None, *(Path(folder, f"rank{rank}") for rank in range(1, ranks))]
         try:
             for rank in range(ranks):
                 processes.append(
                     start_rank(rank, ranks, port, [*command, *arguments], errors[rank])
                 )
-                if stopping:  # one that came before this rank could be told
+                if stopping:  # it came before this rank could be told
                     processes[-1].send_signal(stopping[-1])
             failed = wait_for(processes, lambda: stopping_grace if stopping else failing_grace)
         finally:
@@ -215,12 +214,11 @@ def launch(
                 signal.signal(number, handler)
         if failed is None:
             return 0
-        if (output := errors[failed]) is not None:
-            output.seek(0)
-            tail = output.read()[-4000:].decode(errors="replace").rstrip()
+        if (path := errors[failed]) is not None:
+            tail = path.read_bytes()[-4000:].decode(errors="replace").rstrip()
             print(f"rank {failed} failed:\n{tail}", file=sys.stderr)
-        code: int = processes[failed].returncode
-        return code if code > 0 else 128 - code  # as a shell says that a signal ended it
+    code: int = processes[failed].returncode
+    return code if code > 0 else 128 - code  # as a shell says that a signal ended it
 
 
 def free_port() -> int:
@@ -232,10 +230,10 @@ def free_port() -> int:
 
 
 def start_rank(
-    rank: int, ranks: int, port: int, command: Sequence[str], errors: IO[bytes] | None
+    rank: int, ranks: int, port: int, command: Sequence[str], errors: Path | None
 ) -> subprocess.Popen[bytes]:
     """One rank in a session of its own, so that a terminal's Ctrl-C reaches it once, through the
-    launcher; errors: where its standard error goes, None for rank 0."""
+    launcher; errors: where its standard error goes, None for this process's own output."""
     environment = {
         **os.environ,
         "RANK": str(rank),
@@ -245,15 +243,16 @@ def start_rank(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
     }
-    return subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=None if errors is None else subprocess.DEVNULL,
-        stderr=errors,
-        start_new_session=True,
-        preexec_fn=die_with_parent if sys.platform == "linux" else None,
-    )
+    with open(errors or os.devnull, "wb") as file:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=None if errors is None else subprocess.DEVNULL,
+            stderr=None if errors is None else file,
+            start_new_session=True,
+            preexec_fn=die_with_parent if sys.platform == "linux" else None,
+        )
 
 
 LIBC = ctypes.CDLL(None)

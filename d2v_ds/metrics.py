@@ -66,7 +66,7 @@ class Accumulator:
         layout = [(name, stats[name].shape) for name in sorted(stats)]
         packed = torch.cat([stats[name].detach().reshape(-1) for name, _ in layout])
         if self._total is None:
-            self._layout, self._total = layout, packed.to(torch.float64, copy=True)
+            self._layout, self._total = layout, packed.double()
             return
         assert layout == self._layout, f"the model reported {layout}, before it {self._layout}"
         self._total += packed

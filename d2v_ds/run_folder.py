@@ -4,7 +4,7 @@
       config.yaml  environment.json        what runs, and on what
       logs/JOB.RESTART/rank00000.txt       one folder a start, one log a rank
       metrics.jsonl  tb/                   curves
-      checkpoints/00000600/                see checkpoint.py
+      checkpoints/00000600/                see checkpoint/__init__.py
       heartbeat/
       GENERATION                           the start that owns the folder now
       STOP  STOPPED  DONE                  asked to stop; stopped well; finished

@@ -124,14 +124,15 @@ def set_up(
 ) -> Training:
     """Builds every part, and restores them from the newest checkpoint where there is one."""
     run = RunFolder(config.run_dir)
-    generation = on_rank_0(lambda: claim(run))
+    found = checkpoint.newest_verified(run)
+    if found:
+        check_resume(config, run, found, new=new, allow=allow)
+    generation = on_rank_0(lambda: claim(run))  # from here on no other start writes checkpoints
     log_to(run.log(generation, world.rank))
     on_rank_0(lambda: checkpoint.clean(run))
-    found = checkpoint.newest_verified(run)
-    state = TrainState()
-    if found:
-        state = TrainState(**found.state["train"])
-        check_resume(config, run, found, new=new, allow=allow)
+    if on_rank_0(run.steps)[-1:] != ([found.step] if found else []):
+        found = checkpoint.newest_verified(run)  # one was published, or given back its name
+    state = TrainState(**found.state["train"]) if found else TrainState()
     loader = create_loader(config, world, state)  # forks, so before anything of the GPU
 
     torch.manual_seed(config.run.seed)  # the same weights on every rank
@@ -166,13 +167,10 @@ def on_rank_0(action: Callable[[], T]) -> T:
 
 
 def claim(run: RunFolder) -> Generation:
-    """This start becomes the run folder's owner; what the last one's end left is cleared."""
+    """This start becomes the run folder's owner."""
     job = os.environ.get("SLURM_JOB_ID", "local")
     restart = os.environ.get("SLURM_RESTART_COUNT", "0") if job != "local" else None
-    generation = claim_generation(run, job, int(restart) if restart else None)
-    for marker in (run.stopped, run.done):
-        marker.unlink(missing_ok=True)
-    return generation
+    return claim_generation(run, job, int(restart) if restart else None)
 
 
 def check_resume(
@@ -213,6 +211,8 @@ def create_loader(config: Config, world: World, state: TrainState) -> Loader:
 def describe_run(config: Config, run: RunFolder) -> None:
     write_atomically(run.config, dump_yaml(config))
     write_atomically(run.environment, json.dumps(environment.describe(), indent=1) + "\n")
+    for marker in (run.stopped, run.done):  # how the last start ended
+        marker.unlink(missing_ok=True)
 
 
 def log_to(path: Path) -> None:

@@ -167,10 +167,10 @@ def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[
 
 
 def _size(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B?", text)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.upper())
     if not found or float(found[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text}: expected a size such as 256MB or 1GB")
-    return int(float(found[1]) * 1000 ** " kMGT".index(found[2] or " "))
+    return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
 
 
 def _share(text: str) -> float:

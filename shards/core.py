@@ -15,26 +15,20 @@ and at its end index.json and quarantine.jsonl take the place of plan.json and t
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import hashlib
 import json
 import os
-import signal
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol
 
 from tqdm import tqdm
 
 from d2v_ds.errors import UserError
 from d2v_ds.shard_format import INDEX_FILE, PLAN_FILE, ShardEntry, ShardSet, open_set, set_json
+from shards.workers import run_jobs
 from shards.writer import ShardWriter, remove_stale, write_atomically
 
 CONVERTER = 1  # raised when the same inputs and options begin to give other bytes
@@ -42,8 +36,6 @@ QUARANTINE_FILE = "quarantine.jsonl"
 MIN_SHARD = 4_000_000  # bytes; smaller corpora are not cut up for the sake of parallelism
 SHARDS_AT_LEAST = 16
 
-Job = TypeVar("Job")
-Result = TypeVar("Result")
 Rejected = tuple[str, str]  # path of an input, reason
 
 
@@ -102,7 +94,6 @@ class Plan:
 class Report:
     """Of a finished shard."""
 
-    plan: str
     entry: ShardEntry
     rejected: tuple[Rejected, ...]
 
@@ -153,11 +144,11 @@ def convert(plan: Plan, converter: Converter, out: Path, jobs: int, max_bad: flo
         return finished
     reports: dict[int, Report] = {}
     for i in range(len(plan.shards)):
-        report = _read_report(out, _name(converter, i), plan_hash)
+        report = _read_report(out, _name(converter, i))
         if report:
             reports[i] = report
     pending = [
-        (converter, out, _name(converter, i), plan.shards[i], plan_hash)
+        (converter, out, _name(converter, i), plan.shards[i])
         for i in range(len(plan.shards))
         if i not in reports
     ]
@@ -180,10 +171,10 @@ def convert(plan: Plan, converter: Converter, out: Path, jobs: int, max_bad: flo
 
 
 def convert_shard(
-    job: tuple[Converter, Path, str, tuple[Sample, ...], str],
+    job: tuple[Converter, Path, str, tuple[Sample, ...]],
 ) -> Report:
     """Writes one shard, then its report."""
-    converter, out, name, samples, plan_hash = job
+    converter, out, name, samples = job
     rejected: list[Rejected] = []
     with ShardWriter(out, name, converter.fields) as writer:
         for sample in samples:
@@ -192,7 +183,7 @@ def convert_shard(
             if converted.members:
                 writer.add(sample.key, converted.members, converted.length)
         entry = writer.finish() if writer.samples else ShardEntry(name, 0, 0, 0, "")
-    report = Report(plan_hash, entry, tuple(rejected))
+    report = Report(entry, tuple(rejected))
     write_atomically(_report_file(out, name), json.dumps(dataclasses.asdict(report)).encode())
     return report
 
@@ -205,20 +196,18 @@ def _report_file(out: Path, name: str) -> Path:
     return out / f"{name}.json"
 
 
-def _read_report(out: Path, name: str, plan_hash: str) -> Report | None:
-    """None where the shard is not finished under this plan."""
+def _read_report(out: Path, name: str) -> Report | None:
+    """None where the shard is not finished."""
     try:
         raw = json.loads(_report_file(out, name).read_bytes())
-        report = Report(
-            raw["plan"], ShardEntry(**raw["entry"]), tuple((p, r) for p, r in raw["rejected"])
-        )
+        report = Report(ShardEntry(**raw["entry"]), tuple((p, r) for p, r in raw["rejected"]))
         entry = report.entry
         whole = not entry.samples or (
             (out / f"{name}.tar").stat().st_size == entry.bytes and (out / f"{name}.idx").exists()
         )
     except FileNotFoundError:
         return None
-    return report if whole and report.plan == plan_hash else None
+    return report if whole else None
 
 
 def _enter(out: Path, plan: Plan, plan_hash: str) -> ShardSet | None:
@@ -314,62 +303,3 @@ def _clean(out: Path) -> None:
     remove_stale(out, all_of_them=True)
     for report in out.glob("*-" + "[0-9]" * 6 + ".json"):
         report.unlink(missing_ok=True)
-
-
-# -------------------------------------------------------------------------------- worker processes
-
-
-def run_jobs(
-    work: Callable[[Job], Result], jobs: Sequence[Job], processes: int
-) -> Iterator[Result]:
-    """`work` of each job, in the order in which they end; in this process when one is enough.
-
-    Workers are started afresh (no fork: libraries hold locks and threads) and die with this
-    process, however it ends.
-    """
-    if processes == 1 or len(jobs) <= 1:
-        yield from map(work, jobs)
-        return
-    with _one_thread_each():
-        pool = ProcessPoolExecutor(
-            min(processes, len(jobs)),
-            mp_context=get_context("spawn"),
-            initializer=_die_with_parent,
-            initargs=(os.getpid(),),
-        )
-        try:
-            for future in as_completed([pool.submit(work, job) for job in jobs]):
-                yield future.result()
-        except BrokenProcessPool:
-            raise ChildProcessError(
-                "a worker process died, perhaps for lack of memory; with fewer --jobs the same "
-                "command goes on from here"
-            ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Processes that are started meanwhile use one thread in numpy's BLAS and in OpenMP."""
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update({name: "1" for name in names})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _die_with_parent(parent: int) -> None:
-    """In a worker: Ctrl-C ends it without a traceback, and the parent's death kills it."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above
-            os._exit(1)

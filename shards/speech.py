@@ -231,16 +231,17 @@ def _seconds(path: Path) -> float:
 # --------------------------------------------------------------------------------------------- keys
 
 
-def make_key(text: str, always_hash: bool = False) -> str:
+def make_key(text: str, apart: str = "") -> str:
     """A WebDataset key from a path without its extension: letters, digits, `_`, `-` and `/`.
 
     webdataset cuts a name at the first dot and skips names that begin with two underscores. Keys
-    that are too long for a tar header end in a hash of the whole text instead.
+    that are too long for a tar header, or are to be told `apart`, end in a hash.
     """
     key = re.sub(r"[^\w/-]", "_", os.path.normpath(text).lstrip("/"))
     key = re.sub(r"^__+", "_", key)
-    if always_hash or len(key.encode()) > MAX_KEY:
-        digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:KEY_HASH]
+    if apart or len(key.encode()) > MAX_KEY:
+        whole = f"{text}\0{apart}".encode("utf-8", "surrogateescape")
+        digest = hashlib.sha256(whole).hexdigest()[:KEY_HASH]
         key = key.encode()[: MAX_KEY - KEY_HASH - 1].decode("utf-8", "ignore") + "_" + digest
     return key
 
@@ -249,6 +250,6 @@ def _with_unique_keys(samples: list[Sample]) -> list[Sample]:
     """Keys that several samples share (a.b.wav and a_b.wav; a.wav and a.flac) get a hash."""
     uses = Counter(sample.key for sample in samples)
     return [
-        replace(s, key=make_key("/".join((s.key, *s.paths)), True)) if uses[s.key] > 1 else s
+        replace(s, key=make_key(s.key, "\0".join(s.paths))) if uses[s.key] > 1 else s
         for s in samples
     ]

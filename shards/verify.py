@@ -18,7 +18,7 @@ from typing import BinaryIO
 from d2v_ds.errors import UserError
 from d2v_ds.shard_format import ShardEntry, ShardIndex, ShardSet, open_set, read_index
 from shards import speech
-from shards.core import run_jobs
+from shards.workers import run_jobs
 
 MAX_LINES = 20  # of problems, a shard
 

@@ -24,7 +24,6 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-SIZE = 4
 START_SECONDS = 120.0
 
 
@@ -33,17 +32,22 @@ class RankError(AssertionError):
 
 
 class Pool:
-    def __init__(self) -> None:
+    """Up to `size` ranks, started at the first call."""
+
+    def __init__(self, size: int = 4) -> None:
+        self._size = size
         self._connections: list[Connection] = []
         self._processes: list[Any] = []
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._calls = 0
 
-    def run(self, ranks: int, function: Callable[..., Any], *args: Any, timeout: float) -> Any:
+    def run(
+        self, ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120
+    ) -> Any:
         """What `function(*args)` returned on each of `ranks` ranks."""
-        assert 1 <= ranks <= SIZE
-        if not self._processes:
-            self._start()
+        assert 1 <= ranks <= self._size
+        if self._folder is None:
+            self._folder = self._start()
         self._calls += 1
         store = str(Path(self._folder.name, str(self._calls)))
         message = pickle.dumps((ranks, store, function, args))
@@ -85,12 +89,12 @@ class Pool:
             raise RankError(f"{name} failed\n" + "\n".join(failures.values()))
         return [results[rank] for rank in range(len(connections))]
 
-    def _start(self) -> None:
+    def _start(self) -> tempfile.TemporaryDirectory[str]:
         context = multiprocessing.get_context("spawn")
         before = dict(os.environ)
         os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu", CUDA_VISIBLE_DEVICES="")
         try:
-            for rank in range(SIZE):
+            for rank in range(self._size):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=serve, args=(theirs, rank), daemon=True)
                 process.start()
@@ -101,6 +105,7 @@ class Pool:
             os.environ.clear()
             os.environ.update(before)
         self._collect(self._connections, "starting the ranks", START_SECONDS)
+        return tempfile.TemporaryDirectory()  # where the ranks of each call meet
 
     def stop(self) -> None:
         for process in self._processes:
@@ -109,6 +114,9 @@ class Pool:
         for connection in self._connections:
             connection.close()
         self._processes, self._connections = [], []
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
 
 
 def serve(connection: Connection, rank: int) -> None:
@@ -142,6 +150,7 @@ def join_group(rank: int, ranks: int, store: str) -> None:
     import deepspeed.comm.comm
     import torch.distributed as dist
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
 
     if dist.is_initialized():
         if deepspeed.comm.comm.cdb is not None:
@@ -149,9 +158,9 @@ def join_group(rank: int, ranks: int, store: str) -> None:
             deepspeed.comm.comm.cdb = None
         else:
             dist.destroy_process_group()
-    # stage 3 numbers modules from the first engine of the process on, and compares between ranks
+    # stage 3 numbers modules and parameters from the first engine of a process on, and compares
+    # the numbers of different ranks
     DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+    Init.param_id = 0
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
-    dist.init_process_group(
-        "gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks
-    )
+    dist.init_process_group("gloo", store=dist.FileStore(store, ranks), rank=rank, world_size=ranks)

@@ -60,8 +60,13 @@ def test_channels_are_averaged() -> None:
 
 @pytest.mark.parametrize(
     "kind, subtype, error",
-    [("WAV", "PCM_24", 1e-6), ("FLAC", "PCM_24", 1e-6), ("WAV", "FLOAT", 1e-7), ("WAV", "PCM_U8", 0.01)],
-)  # fmt: skip
+    [
+        ("WAV", "PCM_24", 1e-6),
+        ("FLAC", "PCM_24", 1e-6),
+        ("WAV", "FLOAT", 1e-7),
+        ("WAV", "PCM_U8", 0.01),
+    ],
+)
 def test_other_widths(kind: str, subtype: str, error: float) -> None:
     x = (np.sin(np.arange(3000) / 5) * 0.7).astype(np.float32)
     np.testing.assert_allclose(audio.decode(encoded(x, kind, subtype)), x, atol=error)
@@ -85,7 +90,7 @@ def test_encode_flac_is_deterministic_and_lossless() -> None:
     assert len(audio.encode_flac(samples, RATE, level=8)) <= len(data)
 
 
-# -------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 @pytest.mark.parametrize("read", [audio.info, audio.decode])
@@ -119,12 +124,20 @@ def test_streamed_wav_without_a_size_is_read(size: int) -> None:
 
 def test_damaged_flac() -> None:
     data = encoded(noise(40_000), "FLAC")
-    with pytest.raises(ValueError, match="cannot be decoded|frames before the length"):
+    with pytest.raises(ValueError, match=r"cannot be decoded|frames before the length"):
         audio.decode(data[: len(data) // 2])
     flipped = bytearray(data)
     flipped[len(data) // 2] ^= 16
-    with pytest.raises(ValueError, match="cannot be decoded|frames before the length"):
+    with pytest.raises(ValueError, match=r"cannot be decoded|frames before the length"):
         audio.decode(bytes(flipped))
+
+
+def test_mp3_shorter_than_its_header() -> None:
+    data = encoded(
+        (np.sin(np.arange(40_000) / 20) * 9000).astype(np.int16), "MP3", "MPEG_LAYER_III"
+    )
+    with pytest.raises(ValueError, match="frames before the length in its header"):
+        audio.decode(data[: len(data) // 2])
 
 
 def test_flac_without_a_length() -> None:
@@ -144,9 +157,16 @@ def test_not_finite(value: float) -> None:
     assert len(audio.decode(encoded(x, "WAV", "FLOAT"), 0, 50)) == 50
 
 
-# ---------------------------------------------------------------------------------------- resampling
+# --------------------------------------------------------------------------------------- resampling
 
-RATES = [(8000, 16_000), (44_100, 16_000), (48_000, 16_000), (22_050, 16_000), (16_000, 8000), (11_025, 16_000)]  # fmt: skip
+RATES = [
+    (8000, 16_000),
+    (44_100, 16_000),
+    (48_000, 16_000),
+    (22_050, 16_000),
+    (16_000, 8000),
+    (11_025, 16_000),
+]
 
 
 def sine(frequency: float, rate: int, seconds: float = 0.5) -> NDArray[np.float32]:
@@ -173,8 +193,12 @@ def test_nothing_aliases() -> None:
 def test_resample_as_torchaudio(old: int, new: int) -> None:
     x = np.random.default_rng(1).standard_normal(old // 3).astype(np.float32)
     expected = audio.import_torchaudio().functional.resample(
-        torch.from_numpy(x), old, new, lowpass_filter_width=audio.ZERO_CROSSINGS, rolloff=audio.ROLLOFF
-    )  # fmt: skip
+        torch.from_numpy(x),
+        old,
+        new,
+        lowpass_filter_width=audio.ZERO_CROSSINGS,
+        rolloff=audio.ROLLOFF,
+    )
     np.testing.assert_allclose(audio.resample(x, old, new), expected.numpy(), atol=1e-4)
 
 
@@ -199,7 +223,7 @@ def test_constant_stays_constant() -> None:
     np.testing.assert_allclose(y[200:-200], 0.25, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------ features
+# ----------------------------------------------------------------------------------------- features
 
 
 @pytest.mark.parametrize("rate", [8000, 16_000])

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
 import checkpoint_pieces as pieces
 import pytest
@@ -360,14 +361,27 @@ def test_superseded_in_the_middle_of_a_save(
     assert pieces.values_of(restored(opened)) == pieces.values_of(pieces.whole(0))
 
 
-def test_two_starts_never_write_into_one_folder(run: RunFolder, generation: Generation) -> None:
-    """The one cut off and its successor save the same step at the same time."""
-    stale = run.checkpoints / f".{7:08d}.{generation.number}.tmp"
-    stale.mkdir(parents=True)
-    (stale / "rank00000.safetensors").write_text("being written by the old start")
-    newer = claim_generation(run, "job", 0)
-    save(run, newer, 7, pieces.whole(2))
-    assert (stale / "rank00000.safetensors").exists()
+def test_two_starts_never_write_into_one_folder(
+    run: RunFolder, generation: Generation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that was cut off in the middle of a save comes back while its successor saves the
+    same step: its file must not land among the successor's."""
+    write_pieces = write.write_pieces
+    outer: list[tuple[Any, ...]] = []
+
+    def interleaved(*arguments: Any) -> Any:
+        if not outer:  # the old start, on hold while the new one saves
+            outer.append(arguments)
+            save(run, claim_generation(run, "job", 0), 7, pieces.whole(2))
+            return write_pieces(*arguments)
+        files = write_pieces(*arguments)
+        outer[0][0].mkdir(exist_ok=True)
+        write_pieces(*outer[0])
+        return files
+
+    monkeypatch.setattr(write, "write_pieces", interleaved)
+    with pytest.raises(Superseded):
+        save(run, generation, 7, pieces.whole(1))
     opened = checkpoint.newest_verified(run)
     assert opened is not None
     assert pieces.values_of(restored(opened)) == pieces.values_of(pieces.whole(2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,7 @@ def test_a_late_claim_of_an_earlier_restart_is_refused(run: RunFolder) -> None:
 
 def test_two_claims_at_the_same_moment_have_one_winner(run: RunFolder) -> None:
     ours = claim_generation(run, "local")
+    assert ours.process.endswith(f":{os.getpid()}")
     theirs = Generation(ours.number, ours.job, ours.restart, "elsewhere:1")
     with pytest.raises(Superseded):
         refuse_superseded(run, theirs)

@@ -46,7 +46,9 @@ class Trunk(nn.Module):
         self.norm = nn.LayerNorm(D)
         self.conv = nn.Conv1d(D, D, 3, padding=1, groups=4)
         self.layer_scale = nn.Parameter(torch.ones(1, D))
-        self.ffn = nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Dropout(0.1), nn.Linear(2 * D, D))
+        self.ffn = nn.Sequential(
+            nn.Linear(D, 2 * D), nn.GELU(), nn.Dropout(0.1), nn.Linear(2 * D, D)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]"""
@@ -72,7 +74,7 @@ class Toy(nn.Module):
 
     def forward(self, batch: ToyBatch, masked_count: int) -> tuple[Tensor, dict[str, Tensor]]:
         front = self.front[batch.modality]
-        tokens = front(batch.inputs.to(next(iter(self.buffers()), front.weight).dtype))
+        tokens = front(batch.inputs.to(front.weight.dtype))
         with torch.no_grad():
             targets = self.teacher(tokens.detach())
         out = self.head[batch.modality](self.trunk(tokens))
@@ -98,7 +100,9 @@ def batches_of(step: int, count: int, modality: str) -> list[ToyBatch]:
     """All micro-batches of a step, of unequal shapes, and the same whoever asks."""
     g = torch.Generator().manual_seed(step)
     return [
-        ToyBatch(modality, i, torch.randn(1 + (i + step) % 3, 4 + (3 * i + step) % 7, C, generator=g))
+        ToyBatch(
+            modality, i, torch.randn(1 + (i + step) % 3, 4 + (3 * i + step) % 7, C, generator=g)
+        )
         for i in range(count)
     ]
 

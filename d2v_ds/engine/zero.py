@@ -85,6 +85,8 @@ class ZeroEngine:
         self._copies: dict[nn.Module, _FlatCopy] = {}
 
         module.to(device)
+        for parameter in module.parameters():  # before the fp32 values are kept, and rounded
+            dist.broadcast(parameter.data, 0)
         self._weights: dict[str, Any] = {n: p for g in groups for n, p in g.parameters.items()}
         initial = {n: p.detach().to("cpu", copy=True).view(-1) for n, p in self._weights.items()}
         self._adamw = AdamW(groups, optim)
@@ -118,9 +120,7 @@ class ZeroEngine:
             value = initial[name][shard.offset : shard.offset + len(shard.master)]
             rounded = value.to(DTYPES[self.precision]).float()
             assert shard.master.dtype == torch.float32, f"the master of {name} is not fp32"
-            assert torch.equal(shard.master.cpu(), rounded), (
-                f"{name}: the master differs from the weights; do all ranks start from the same?"
-            )
+            assert torch.equal(shard.master.cpu(), rounded), f"{name}: its master lies elsewhere"
             shard.master.copy_(value)
         self.refresh()
 
@@ -449,13 +449,16 @@ def publish_sharded(module: nn.Module, values: Mapping[str, tuple[int, Tensor]],
 
 
 def gather_again(parameters: list[Any]) -> None:
-    """Stage 3, after pieces were written: whole copies that are still about are dropped, and those
-    of persistent parameters, which DeepSpeed never frees, gathered anew."""
+    """Stage 3, after pieces were written: copies of the old values are dropped, whole ones and
+    those of hierarchical partitioning, and persistent parameters, which stay whole between steps,
+    gathered anew."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     whole = [p for p in parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE]
     if whole:
         whole[0].partition(whole)
+    for p in parameters:
+        p.ds_secondary_tensor = None
     persistent = [p for p in parameters if p.ds_persist]
     if persistent:
         persistent[0].all_gather(persistent)

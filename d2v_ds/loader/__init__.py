@@ -33,9 +33,10 @@ from d2v_ds.errors import UserError
 from d2v_ds.loader.plan import START, EpochStats, Plan, Step
 from d2v_ds.loader.reading import Lot, MicroBatches, Reader
 from d2v_ds.modalities.base import Modality
+from d2v_ds.preflight import require_divisible
 from d2v_ds.shard_format import ShardSet, fingerprint, read_index
 
-__all__ = ["EpochStats", "Loader", "read_samples", "require_divisible"]
+__all__ = ["EpochStats", "Loader", "read_samples"]
 
 PREFETCH = 2  # micro-batches that a worker makes ahead
 SMALL_SHM = 1 << 30  # bytes free in /dev/shm below which batches travel through pipes
@@ -165,19 +166,6 @@ def read_samples(shards: ShardSet, keys: Sequence[str]) -> Iterator[tuple[str, d
         reader.close()
 
 
-def require_divisible(micro_batches: int, ranks: int) -> None:
-    """Raises UserError when the micro-batches of a step cannot be shared evenly."""
-    if micro_batches % ranks == 0:
-        return
-    first = max(1, micro_batches // ranks) * ranks
-    *divisors, last = (str(n) for n in range(1, micro_batches + 1) if micro_batches % n == 0)
-    raise UserError(
-        f"batch.micro_batches: {micro_batches} is not divisible by {ranks} ranks. "
-        f"Use {first}, {first + ranks} or {first + 2 * ranks}, "
-        f"or {', '.join(divisors) + ' or ' if divisors else ''}{last} ranks."
-    )
-
-
 def _member(shards: ShardSet, modality: Modality) -> str:
     """The member that the modality reads. Raises UserError when the set has none that it can."""
     for key in modality.keys:
@@ -218,6 +206,7 @@ def _start(
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=_begin_worker if workers else None,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # torch draws a seed for the workers: not from the global one
     )
     before = multiprocessing.active_children()
     # A signal to stop, which launchers send to every process, is for the trainer: it needs its

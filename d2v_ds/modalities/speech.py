@@ -75,7 +75,7 @@ class SpeechConfig(ModalityConfig):
         super().__post_init__()
         if not self.convs:
             raise ValueError("convs: needs at least one (channels, kernel, stride)")
-        if frames(int(self.min_seconds * self.sample_rate), self.convs) < 2:
+        if frames(round(self.min_seconds * self.sample_rate), self.convs) < 2:
             raise ValueError(
                 f"min_seconds={self.min_seconds} is shorter than two frames of the convolutions"
             )
@@ -152,8 +152,8 @@ class Speech:
     def __init__(self, config: SpeechConfig) -> None:
         self.config = config
         self.views = config.views
-        self.max_samples = int(config.crop_seconds * config.sample_rate)
-        self.min_samples = int(config.min_seconds * config.sample_rate)
+        self.max_samples = round(config.crop_seconds * config.sample_rate)
+        self.min_samples = round(config.min_seconds * config.sample_rate)
 
     def crop(self, length: int) -> int:
         return 0 if length < self.min_samples else min(length, self.max_samples)
@@ -185,9 +185,10 @@ class Speech:
 
     def normalised(self, data: bytes) -> Waveform:
         """A file's whole waveform [S], zero mean, unit variance. Raises ValueError."""
-        waveform, rate = audio.decode(data)
+        rate = audio.info(data).rate
         if rate != self.config.sample_rate:
             raise ValueError(f"is {rate} Hz, expected {self.config.sample_rate} Hz")
+        waveform = audio.decode(data)
         # As torch's layer norm over the utterance does, before the crop (data2vec.md, G28).
         centred = waveform - waveform.mean(dtype=np.float64)
         scale = np.sqrt(np.mean(np.square(centred), dtype=np.float64) + 1e-5)

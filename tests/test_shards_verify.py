@@ -1,0 +1,288 @@
+"""d2v-shards verify and stats: every kind of damage is seen and named, a sound set is described."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import webdataset as wds
+
+from d2v_ds import audio
+from d2v_ds.shard_format import (
+    INDEX_FILE,
+    ShardSet,
+    index_bytes,
+    open_set,
+    read_index,
+    set_json,
+)
+from shards import samples
+from shards.cli import main
+from shards.writer import ShardWriter, remove_stale
+
+SPEECH = samples.path("speech")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of 50 recordings in a few shards, nothing wrong with it."""
+    out = tmp_path_factory.mktemp("sets") / "seen"
+    arguments = ["speech", str(SPEECH / "seen.tsv"), str(out), "--shard-size", "60KB", "-j1"]
+    assert main(arguments) == 0
+    return out
+
+
+@pytest.mark.parametrize("jobs", ["-j1", "-j2"])
+def test_sound_set(sound: Path, jobs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(sound), jobs]) == 0
+    assert capsys.readouterr().out == f"{sound}: no problems\n"
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.write_bytes(data)
+
+
+def flip_payload(tar: Path, offset: int) -> None:
+    flip(tar, offset + 700)
+
+
+def flip_header(tar: Path, offset: int) -> None:
+    flip(tar, offset - 512 + 3)
+
+
+def zero(tar: Path, offset: int) -> None:
+    data = bytearray(tar.read_bytes())
+    data[offset - 512 : offset + 4096] = bytes(4608)
+    tar.write_bytes(data)
+
+
+def cut_at_member(tar: Path, offset: int) -> None:
+    tar.write_bytes(tar.read_bytes()[: offset - 512])
+
+
+def cut_in_payload(tar: Path, offset: int) -> None:
+    tar.write_bytes(tar.read_bytes()[: offset + 100])
+
+
+def remove(tar: Path, offset: int) -> None:
+    tar.unlink()
+
+
+def flip_index(tar: Path, offset: int) -> None:
+    flip(tar.with_suffix(".idx"), 200)
+
+
+def remove_index(tar: Path, offset: int) -> None:
+    tar.with_suffix(".idx").unlink()
+
+
+def no_end(tar: Path, offset: int) -> None:
+    data = tar.read_bytes()
+    tar.write_bytes(data.rstrip(b"\0").ljust(len(data), b"\1"))
+
+
+DAMAGE: list[tuple[Callable[[Path, int], None], list[str]]] = [
+    (flip_payload, ["sha256", "its checksum"]),
+    (flip_header, ["sha256", "header of KEY.flac at byte"]),
+    (zero, ["sha256", "header of KEY.flac at byte", "sample 'KEY': its checksum"]),
+    (cut_at_member, ["bytes, index.json says", "header of KEY.flac", "sample 'KEY': its checksum"]),
+    (cut_in_payload, ["bytes, index.json says", "sample 'KEY': its checksum"]),
+    (remove, ["speech-000001.tar: No such file"]),
+    (flip_index, ["speech-000001.idx: is damaged"]),
+    (remove_index, ["speech-000001.idx: missing"]),
+    (no_end, ["sha256", "does not end with two empty blocks"]),
+]
+
+
+@pytest.mark.parametrize("damage, expected", DAMAGE, ids=[d.__name__ for d, _ in DAMAGE])
+def test_damage_is_seen(
+    damage: Callable[[Path, int], None],
+    expected: list[str],
+    sound: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shards = open_set(shutil.copytree(sound, tmp_path / "set"))
+    index = read_index(shards.index(shards.shards[1]))
+    row = index.count // 2
+    damage(shards.tar(shards.shards[1]), index.offsets[2 * row])
+    assert main(["verify", str(tmp_path / "set"), "-j1"]) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("speech-000001: ") for line in lines), lines
+    for text in expected:
+        text = text.replace("KEY", index.key(row))
+        assert any(text in line for line in lines), (text, lines)
+    assert last.endswith(f"{len(lines)} problem{'s' if len(lines) > 1 else ''}")
+
+
+def build(folder: Path, samples_of: list[list[tuple[str, bytes, bytes, int]]]) -> Path:
+    """A set with matching checksums of whatever it is given: (key, flac, json, length)."""
+    folder.mkdir()
+    entries = []
+    for i, rows in enumerate(samples_of):
+        with ShardWriter(folder, f"speech-{i:06d}", ("flac", "json")) as writer:
+            for key, flac, json, length in rows:
+                writer.add(key, (flac, json), length)
+            entries.append(writer.finish())
+    result = ShardSet(folder, "speech", "frames", 8000, ("flac", "json"), tuple(entries))
+    (folder / INDEX_FILE).write_text(
+        set_json(result, options={"rate": 8000}, inputs=len(samples_of), quarantined=0)
+    )
+    return folder
+
+
+@pytest.fixture
+def flac() -> tuple[bytes, int]:
+    data = (SPEECH / "recordings/0_theo_0.flac").read_bytes()
+    return data, audio.info(data).frames
+
+
+def problems(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["verify", str(path), "-j1"]) == 1
+    return capsys.readouterr().out
+
+
+def test_content_is_really_decoded(
+    flac: tuple[bytes, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, frames = flac
+    other = (SPEECH / "recordings/0_theo_0.flac").read_bytes()[:-40]
+    rows = [
+        ("good", data, b"{}", frames),
+        ("length", data, b"{}", frames + 1),
+        ("json", data, b"{", frames),
+        ("list", data, b"[]", frames),
+        ("cut", other, b"{}", frames),
+    ]
+    text = problems(build(tmp_path / "set", [rows]), capsys)
+    assert f"sample 'length': is {frames} long, the index says {frames + 1}" in text
+    assert "sample 'json'" in text and "sample 'list': json: is no object" in text
+    assert "sample 'cut'" in text and "'good'" not in text
+
+
+def test_wrong_rate(
+    flac: tuple[bytes, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = build(tmp_path / "set", [[("a", flac[0], b"{}", flac[1])]])
+    file = folder / INDEX_FILE
+    file.write_text(file.read_text().replace('"sample_rate": 8000', '"sample_rate": 16000'))
+    assert "8000 Hz, 1 channels; the set says 16000 Hz" in problems(folder, capsys)
+
+
+def test_keys_used_twice(
+    flac: tuple[bytes, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = ("a", flac[0], b"{}", flac[1])
+    assert "its index has a key twice" in problems(build(tmp_path / "one", [[row, row]]), capsys)
+    text = problems(build(tmp_path / "two", [[row], [row]]), capsys)
+    assert "sample 'a' is also in speech-000000" in text
+
+
+def test_index_of_another_shard(
+    sound: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(sound, tmp_path / "set")
+    shutil.copy(folder / "speech-000000.idx", folder / "speech-000001.idx")
+    text = problems(folder, capsys)
+    assert "its index and index.json disagree" in text and "lies" in text
+    assert "more problems" in text, "the list of a shard is cut"
+
+
+@pytest.mark.parametrize("command", ["verify", "stats"])
+def test_no_set(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "is not a shard set" in error and error.count("\n") == 1
+
+
+def test_a_member_that_the_index_does_not_list(
+    flac: tuple[bytes, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = build(tmp_path / "set", [[(key, flac[0], b"{}", flac[1]) for key in "abc"]])
+    index = read_index(folder / "speech-000000.idx")
+    numbers = {name: array("I", getattr(index, name)) for name in ("sizes", "crcs", "lengths")}
+    offsets = array("q", index.offsets)
+    del offsets[2:4], numbers["sizes"][2:4], numbers["crcs"][1], numbers["lengths"][1]
+    data = index_bytes(index.fields, index.bytes, ["a", "c"], offsets, **numbers)
+    (folder / "speech-000000.idx").write_bytes(data)
+    assert "c.flac does not follow the member before it" in problems(folder, capsys)
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 1024, 10_240])
+def test_padding_is_webdatasets(size: int, tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "speech-000000", ("flac", "json")) as writer:
+        for key in ("a", "b/c"):
+            writer.add(key, (bytes(size), b"{}"), 1)
+        entry = writer.finish()
+    theirs = io.BytesIO()
+    with wds.TarWriter(theirs, mtime=0, encoder=False) as peer:
+        for key in ("a", "b/c"):
+            peer.write({"__key__": key, "flac": bytes(size), "json": b"{}"})
+    assert (tmp_path / "speech-000000.tar").read_bytes() == theirs.getvalue()
+    assert entry.sha256 == hashlib.sha256(theirs.getvalue()).hexdigest()
+
+
+def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    here = socket.gethostname()
+    dead, live, away = (
+        tmp_path / f"speech-000000.tar.{owner}.tmp"
+        for owner in (f"{here}.{ended.pid}", f"{here}.{os.getpid()}", f"node7.{ended.pid}")
+    )
+    for file in (dead, live, away):
+        file.write_bytes(b"half")
+    remove_stale(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([live, away])
+    remove_stale(tmp_path, all_of_them=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_stays_of_an_abandoned_shard(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), ShardWriter(tmp_path, "speech-000000", ("flac",)) as writer:
+        writer.add("a", (b"x",), 1)
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+# -------------------------------------------------------------------------------------------- stats
+
+
+def test_stats(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", str(sound)]) == 0
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines()]
+    assert ["samples", "50"] in rows and ["sample", "rate", "16000", "Hz"] in rows
+    hours = open_set(sound).length / 16_000 / 3600
+    assert ["hours", f"{hours:.3f}"] in rows
+    assert ["george", "10"] in rows and ["7", "5"] in rows
+    bins = text.split("Length in s")[1].split("\n\n")[0].splitlines()[4:]
+    assert len(bins) == 10 and sum(int(line.split()[3]) for line in bins) == 50
+
+
+def test_stats_markdown(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", "--markdown", str(sound)]) == 0
+    text = capsys.readouterr().out
+    assert "## speaker\n\n| | |\n|---|---|\n| george | 10 |" in text
+
+
+def test_stats_of_long_columns_and_damage(
+    flac: tuple[bytes, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, frames = flac
+    rows = [(f"k{i}", data, b'{"text": "%d"}' % i, frames) for i in range(60)]
+    assert main(["stats", str(build(tmp_path / "set", [rows]))]) == 0
+    assert "distinct values  more than 50" in capsys.readouterr().out
+    assert main(["stats", str(build(tmp_path / "bad", [[("a", data, b"{", frames)]]))]) == 2
+    assert "sample 'a': its json is damaged" in capsys.readouterr().err

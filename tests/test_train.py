@@ -1,0 +1,300 @@
+"""Runs as users make them: the command, real shards, DeepSpeed on two ranks, kills and resumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from shards import samples
+from shards.cli import main as shards_main
+
+from d2v_ds.checkpoint import open_checkpoint
+from d2v_ds.run_folder import RunFolder, claim_generation
+
+QUICK = [
+    "modality.speech.views=2",
+    "model.dim=32",
+    "model.depth=2",
+    "model.layer_drop=0.2",
+    "model.dropout=0.1",
+    "target.top_k=2",
+    "modality.speech.convs="
+    "[[8, 10, 5], [8, 3, 2], [8, 3, 2], [16, 3, 2], [16, 3, 2], [16, 2, 2], [16, 2, 2]]",
+    "modality.speech.positions.groups=4",
+    "modality.speech.decoder={dim: 16, depth: 2, kernel: 5, groups: 4, dropout: 0.1}",
+    "modality.speech.crop_seconds=0.8",
+    "modality.speech.min_seconds=0.4",
+    "optim.warmup_steps=3",
+    "log.every=1",
+    "log.pictures_every=8",
+]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shards") / "train"
+    source = samples.path("speech") / "train.tsv"
+    join = ["--join", "speaker", "--join-seconds", "4"]
+    assert shards_main(["speech", str(source), str(out), *join]) == 0
+    return out
+
+
+class Run:
+    """One run folder and the command that trains in it."""
+
+    def __init__(self, root: Path, shards: Path, *settings: str) -> None:
+        self.folder = RunFolder(root)
+        self.settings = [f"run.dir={root}", f"data.shards={shards}", *QUICK, *settings]
+
+    def command(self, *more: str, nproc: int = 2) -> list[str]:
+        words = ["train", "speech_tiny", *self.settings, *more, "--nproc", str(nproc)]
+        return [sys.executable, "-m", "d2v_ds", *words]
+
+    def train(self, *more: str, nproc: int = 2) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(*more, nproc=nproc),
+            capture_output=True,
+            text=True,
+            timeout=240,
+            env=environment(),
+        )
+
+    def start(self, *more: str, nproc: int = 2) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            self.command(*more, nproc=nproc),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(),
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        if not self.folder.metrics.exists():
+            return []
+        lines = self.folder.metrics.read_text().split("\n")[:-1]
+        return [json.loads(line) for line in lines]
+
+    def losses(self) -> dict[int, float]:
+        steps = [row["step"] for row in self.rows()]
+        assert steps == sorted(set(steps)), "rows overlap"
+        return {row["step"]: row["loss"] for row in self.rows()}
+
+    def wait_for_step(self, step: int, process: subprocess.Popen[str]) -> None:
+        deadline = time.monotonic() + 120
+        while not (rows := self.rows()) or rows[-1]["step"] < step:
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < deadline, "the run makes no progress"
+            time.sleep(0.05)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    run = Run(tmp_path_factory.mktemp("undisturbed") / "run", shards, "run.steps=16")
+    done = run.train("save.every=4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    yield run
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    children = psutil.Process(process.pid).children()
+    return sorted(children, key=lambda child: int(child.environ()["RANK"]))
+
+
+def assert_equal_runs(ours: Run, expected: Run) -> None:
+    """To the bit: every loss, every tensor of the last checkpoint."""
+    assert ours.losses() == expected.losses()
+    step = expected.folder.steps()[-1]
+    a, b = (open_checkpoint(run.folder.checkpoint(step)) for run in (ours, expected))
+    for kind in ("master", "exp_avg", "exp_avg_sq", "ema"):
+        left, right = a.tensors(kind), b.tensors(kind)  # type: ignore[arg-type]
+        assert left.keys() == right.keys() and left
+        assert all(left[name].equal(right[name]) for name in left), kind
+    assert a.adam_steps == b.adam_steps
+    assert a.state["train"] == b.state["train"]
+
+
+def test_a_run_leaves_what_its_folder_promises(undisturbed: Run) -> None:
+    run = undisturbed.folder
+    assert list(undisturbed.losses()) == list(range(1, 17))
+    assert run.steps() == [8, 12, 16]  # the newest three of save.every=4
+    assert json.loads(run.done.read_text())["step"] == 16 and not run.stopped.exists()
+    assert {path.name for path in (run.root / "logs/local.0").iterdir()} == {
+        "rank00000.txt",
+        "rank00001.txt",
+    }
+    assert {path.name for path in run.heartbeat.iterdir()} == {"rank00000.json", "rank00001.json"}
+    described = json.loads(run.environment.read_text())
+    assert described["versions"]["torch"] and described["command"]
+    assert all("SECRET" not in value for value in described["environment"].values())
+
+
+def test_the_curves_are_in_tensorboard(undisturbed: Run) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(undisturbed.folder.tensorboard), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    wanted = {
+        "loss/total",
+        "optim/lr",
+        "ema/decay",
+        "optim/grad_norm",
+        "repr/std_target",
+        "repr/std_prediction",
+        "repr/std_front_end_time",
+        "repr/explained_share",
+        "mask/share",
+        "perf/samples_s",
+        "perf/audio_h_per_h",
+        "data/wait_share",
+    }
+    assert wanted <= set(tags["scalars"])
+    assert [event.step for event in events.Scalars("loss/total")] == list(range(1, 17))
+    assert tags["images"] == ["mask/speech"]
+    [configuration] = events.Tensors("configuration/text_summary")
+    assert b"crop_seconds: 0.8" in configuration.tensor_proto.string_val[0]
+    shares = [event.value for event in events.Scalars("mask/share")]
+    assert all(0.45 < share <= 0.5 for share in shares)
+
+
+def test_a_finished_run_says_so_and_a_longer_one_goes_on(undisturbed: Run, shards: Path) -> None:
+    again = undisturbed.train()
+    assert again.returncode == 0 and "finished at step 16" in again.stdout
+    refused = undisturbed.train("--new")
+    assert refused.returncode == 2
+    assert "holds checkpoints up to step 16, and --new was given" in refused.stderr
+
+
+def test_a_changed_model_is_refused_by_name(undisturbed: Run) -> None:
+    refused = undisturbed.train("model.depth=3", nproc=1)
+    assert refused.returncode == 2
+    [line] = refused.stderr.strip().splitlines()
+    assert "model.depth was 2, is 3" in line and "--allow model.depth" in line
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_a_run_whose_rank_was_killed_goes_on_to_the_bit(
+    stage: str, undisturbed: Run, shards: Path, tmp_path: Path
+) -> None:
+    """kill -9 of one rank; the launcher ends the other; the same command resumes."""
+    settings = ["run.steps=16", "save.every=4", f"engine.config={stage}"]
+    run = Run(tmp_path / "run", shards, *settings)
+    process = run.start()
+    run.wait_for_step(6, process)
+    victim = ranks_of(process)[1]
+    victim.send_signal(signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode not in (0, 2), output
+    assert run.folder.steps() and not run.folder.done.exists()
+    done = run.train()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resuming at step" in done.stdout
+    if stage == "zero2":  # the stage of the undisturbed run
+        assert_equal_runs(run, undisturbed)
+    else:
+        expected = undisturbed.losses()
+        assert run.losses() == pytest.approx(expected, rel=1e-5)
+        other = Run(tmp_path / "whole", shards, *settings)
+        assert other.train().returncode == 0
+        assert_equal_runs(run, other)
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR2", "STOP"])
+def test_a_run_that_is_told_to_stops_well_and_goes_on(
+    how: str, undisturbed: Run, shards: Path, tmp_path: Path
+) -> None:
+    run = Run(tmp_path / "run", shards, "run.steps=16", "save.every=100")
+    process = run.start()
+    run.wait_for_step(3, process)
+    if how == "STOP":
+        run.folder.stop.touch()
+    else:
+        process.send_signal(signal.Signals[how])
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    stopped = json.loads(run.folder.stopped.read_text())
+    assert how in stopped["reason"] and run.folder.steps() == [stopped["step"]]
+    if how == "STOP":
+        refused = run.train()
+        assert refused.returncode == 2 and "asks this run to stop; remove it" in refused.stderr
+        run.folder.stop.unlink()
+    done = run.train()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not run.folder.stopped.exists() and run.folder.done.exists()
+    assert_equal_runs(run, undisturbed)
+
+
+def test_files_of_one_stage_load_into_another(
+    undisturbed: Run, shards: Path, tmp_path: Path
+) -> None:
+    """Half under ZeRO 1 on two ranks, half on the local engine: the same losses."""
+    run = Run(tmp_path / "run", shards)
+    first = run.train("run.steps=8", "engine.config=zero1", "optim.schedule=constant")
+    assert first.returncode == 0, first.stdout + first.stderr
+    settings = ["run.steps=16", "engine.config=local", "optim.schedule=constant"]
+    second = run.train(*settings, nproc=1)
+    assert second.returncode == 0, second.stdout + second.stderr
+    whole = Run(tmp_path / "whole", shards)
+    assert whole.train(*settings, nproc=1).returncode == 0
+    assert run.losses() == pytest.approx(whole.losses(), rel=2e-5)
+
+
+def test_a_run_folder_that_was_taken_over_is_not_written(shards: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run", shards, "run.steps=400", "save.every=3")
+    process = run.start(nproc=1)
+    run.wait_for_step(4, process)
+    saved = run.folder.steps()
+    claim_generation(run.folder, "another", 0)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "is owned by generation" in output
+    assert set(run.folder.steps()) <= {*saved, 6}
+
+
+@pytest.mark.parametrize(
+    ("more", "nproc", "message"),
+    [
+        (["data.shards=/nowhere"], 1, "/nowhere"),
+        (["data.shards="], 1, "data.shards: must name a shard set"),
+        (["batch.micro_batches=3"], 2, "batch.micro_batches: 3 is not divisible by 2 ranks. Use "),
+        (["engine.config=local"], 2, "engine.config: local runs on one rank, this run has 2"),
+        (["engine.config=zero9"], 1, "did you mean"),
+        (["engine.precision=fp16"], 1, "engine.precision: fp16 needs a GPU"),
+        (["batch.size=0.1"], 1, "batch.size: 0.1 s in 4 micro-batches"),
+        (["modality.speech.sample_rate=8000"], 1, "8000"),
+        (["modality.speech.min_seconds=0.01"], 1, "min_seconds=0.01 is shorter than two frames"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_code_2(
+    more: list[str], nproc: int, message: str, shards: Path, tmp_path: Path
+) -> None:
+    done = Run(tmp_path / "run", shards).train(*more, nproc=nproc)
+    assert done.returncode == 2, done.stdout + done.stderr
+    lines = [line for line in done.stderr.strip().splitlines() if "d2v-ds:" in line]
+    assert len(lines) == 1 and message in lines[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_status_of_a_finished_run(undisturbed: Run) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "d2v_ds", "status", str(undisturbed.folder.root)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "state        finished: all 16 steps" in done.stdout
+    assert "step         16 of 16" in done.stdout
+    assert "checkpoint   step 16 (of 3 kept)" in done.stdout
+    assert "slowest rank" in done.stdout
