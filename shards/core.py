@@ -6,7 +6,7 @@ The plan is a pure function of the inputs and the options, and the content of a 
 the plan alone. So any number of processes gives the same bytes, and a conversion that was killed
 goes on with the shards that lack a report. While it is under way OUT holds
 
-    plan.json               hash, options and shards of the plan
+    plan.json               hash and options of the plan
     NAME-000000.tar, .idx   finished shards
     NAME-000000.json        report of a finished shard: its entry and the inputs it left out
 
