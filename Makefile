@@ -38,7 +38,7 @@ endif
 	touch $(READY)
 
 demo: setup
-	$(BIN)/d2v-shards speech $(SAMPLES)/train.tsv $(DEMO)/shards/train --join speaker --join-seconds 8
+	$(BIN)/d2v-shards speech $(SAMPLES)/train.tsv $(DEMO)/shards/train --join speaker --join-seconds 4
 	for set in train seen unseen; do \
 	  $(BIN)/d2v-shards speech $(SAMPLES)/$$set.tsv $(DEMO)/shards/labelled/$$set || exit; done
 	$(BIN)/d2v-ds train speech_tiny --nproc $(RANKS) run.dir=$(DEMO) run.seed=$(SEED) \

@@ -233,8 +233,9 @@ class Speech:
         )
 
     def baseline(self, example: Waveform) -> npt.NDArray[np.float32]:
-        mel = audio.log_mel(example, self.config.sample_rate)
-        return np.asarray(mel, dtype=np.float32).mean(0)
+        """Mean log-mel spectrum [bands], its level removed: the strongest of the plain means."""
+        mel = np.asarray(audio.log_mel(example, self.config.sample_rate), dtype=np.float32)
+        return (mel - mel.mean()).mean(0)
 
     def front_end(self, model: TransformerConfig) -> FrontEnd:
         config = self.config
