@@ -263,7 +263,9 @@ def test_positions_that_see_the_whole_crop_are_warned_of() -> None:
         )
 
     assert warnings() == []
-    [warning] = warnings("modality.speech.positions={depth: 5, kernel: 19}")
+    published = "modality.speech.positions={depth: 5, kernel: 19}"
+    assert warnings(published) == []
+    [warning] = warnings(published, "modality.speech.crop_seconds=1.005")
     assert "see 91 frames, the whole crop of 50" in warning
 
 
