@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -77,6 +78,13 @@ class Training:
     shapes: dict[str, tuple[int, ...]]
     loader: Loader
     state: TrainState
+
+    def shapes_by_side(self) -> dict[str, list[tuple[int, ...]]]:
+        """Parameter shapes of the student and of the teacher."""
+        return {
+            side: [shape for name, shape in self.shapes.items() if name.startswith(side + ".")]
+            for side in ("student", "teacher")
+        }
 
     def save(self) -> None:
         """One checkpoint of everything; all ranks together."""
@@ -233,6 +241,8 @@ def log_to(path: Path) -> None:
 def run_steps(t: Training, stop: StopFlag) -> int:
     """The loop; the exit code."""
     state, config = t.state, t.config
+    if own_rank() == 0:
+        report(t)
     saved, skipped = state.step, 0
     with Telemetry(config, t.run, t.task.modalities, state.step) as telemetry:
         while state.step < config.run.steps and not stop.agreed():
@@ -281,6 +291,42 @@ def run_steps(t: Training, stop: StopFlag) -> int:
     on_rank_0(lambda: status.finish(t.run, state.step, done=done, reason=reason))
     log.info("%s at step %d: %s", "finished" if done else "stopped", state.step, reason)
     return FINISHED
+
+
+def report(t: Training) -> None:
+    """What the run will be, before its first step: everything that was derived."""
+    config, stats = t.config, t.loader.stats
+    unit = t.loader.modality.unit
+    sizes = {kind: sum(map(math.prod, shapes)) for kind, shapes in t.shapes_by_side().items()}
+    log.info(
+        "%s: %s parameters to train, %s averaged by the teacher; %s, %s on %s",
+        config.run_dir,
+        f"{sizes['student']:,}",
+        f"{sizes['teacher']:,}",
+        config.engine.config,
+        t.engine.precision,
+        t.engine.device.type,
+    )
+    log.info(
+        "a step: up to %g %s in %d micro-batches, %d on each of %d ranks",
+        config.batch.size,
+        unit,
+        config.batch.micro_batches,
+        config.batch.micro_batches // t.world.size,
+        t.world.size,
+    )
+    log.info(
+        "an epoch: %d steps, %d samples, %.4g %s, %.1f %% padding; %d samples are too short",
+        stats.steps,
+        stats.samples,
+        stats.units,
+        unit,
+        100 * stats.padding,
+        stats.left_out,
+    )
+    for modality in t.task.modalities.values():
+        for warning in modality.warnings():
+            log.warning("%s", warning)
 
 
 def decay_of(config: Config, n: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from toy import BUCKETS, CPU, Plan, Toy, Trainer, build, part_of, whole
 from d2v_ds.config import EngineSettings, Optim
 from d2v_ds.distributed import seed_torch
 from d2v_ds.engine import create_engine, merge
+from d2v_ds.engine.layout import check_layout
 from d2v_ds.engine.zero import check_settings
 from d2v_ds.errors import UserError
 
@@ -468,3 +470,22 @@ def noise() -> float:
 
 def test_noise_does_not_depend_on_the_rank(run_ranks: RunRanks) -> None:
     assert len(set(run_ranks(4, noise))) == 1
+
+
+def test_pieces_that_do_not_cover_a_parameter_once_are_found() -> None:
+    whole_, halves = [(0, 6, 0)], [(0, 3, 9), (3, 3, 0)]
+    cases: list[tuple[list[Any], bool, str]] = [
+        (halves, False, ""),
+        ([(3, 3, 0), (0, 3, 9)], False, ""),
+        ([(0, 6, 0), (0, 0, 0)], False, ""),
+        (whole_ * 2, True, ""),
+        (whole_ * 2, False, "w: element 0 has no or several owners"),
+        (halves, True, "w is not whole on every rank"),
+        ([(0, 3, 0), (4, 2, 0)], False, "w: element 3 has no or several owners"),
+        ([(0, 3, 0), (3, 2, 0)], False, "w: 5 of 6 elements have an owner"),
+    ]
+    for pieces, replicated, message in cases:
+        layout = torch.tensor([[piece] for piece in pieces])  # [R, 1, 3]
+        call = functools.partial(check_layout, layout, {"w": 6}, replicated)
+        want = f"AssertionError: {message}" if message else "no error"
+        assert message_of(call) == want, pieces

@@ -15,7 +15,8 @@ from ranks import Pool, RankError
 
 @pytest.fixture(scope="module")
 def own_pool() -> Iterator[Pool]:
-    pool = Pool(2)
+    """So that the others keep theirs."""
+    pool = Pool()
     yield pool
     pool.stop()
 

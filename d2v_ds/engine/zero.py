@@ -26,6 +26,7 @@ from torch.nn.utils import get_total_norm
 from d2v_ds.batch import Batch
 from d2v_ds.config import Optim
 from d2v_ds.engine import ParamGroup, Shard, merge
+from d2v_ds.engine.layout import FlatCopy, check_layout, gather_layout, signature
 from d2v_ds.engine.local import publish_whole
 from d2v_ds.engine.optimizer import AdamW
 from d2v_ds.errors import UserError
@@ -82,7 +83,7 @@ class ZeroEngine:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self._accumulation, self._micro_batches = accumulation, 0
         self._grad_norm = torch.zeros((), device=device)
-        self._copies: dict[nn.Module, _FlatCopy] = {}
+        self._copies: dict[nn.Module, FlatCopy] = {}
 
         module.to(device)
         for parameter in module.parameters():  # before the fp32 values are kept, and rounded
@@ -96,10 +97,11 @@ class ZeroEngine:
             merge(ds_config, run_settings(precision, optim, accumulation)),
             device,
         )
-        flats, self._masters = find_masters(self.stage, self._engine, self._weights, self.rank)
+        flats, masters = find_masters(self.stage, self._engine, self._weights, self.rank)
         self._adamw.create_state(flats)
-        self._shards = {name: self._shard(master) for name, master in self._masters.items()}
-        self._layout = gather_layout(self._weights, self._masters, device)
+        self._shards = {name: self._shard(master) for name, master in masters.items()}
+        pieces = {n: (at.offset, at.length, at.start) for n, at in masters.items()}
+        self._layout = gather_layout(self._weights, pieces, device)
         check_layout(self._layout, {n: len(v) for n, v in initial.items()}, self.replicated)
         self._start_from(initial)
 
@@ -197,7 +199,7 @@ class ZeroEngine:
                 self._copies[module] = self._lay_out(module, values)
             self._copies[module].publish(values)
 
-    def _lay_out(self, module: nn.Module, values: Mapping[str, tuple[int, Tensor]]) -> _FlatCopy:
+    def _lay_out(self, module: nn.Module, values: Mapping[str, tuple[int, Tensor]]) -> FlatCopy:
         """Gives each parameter of the frozen module the place that an averaged one with the same
         pieces on all ranks has in its flat buffer, whatever their names."""
         free: dict[tuple[int, ...], deque[tuple[int, int]]] = defaultdict(deque)
@@ -210,7 +212,7 @@ class ZeroEngine:
                 start = first * sizes[index] + int(pieces[first, 2])
                 free[signature(pieces)].append((index, start))
 
-        copy = _FlatCopy(self.rank)
+        copy = FlatCopy(self.rank)
         frozen = dict(module.named_parameters())
         given = {n: (offset, len(value), 0) for n, (offset, value) in values.items()}
         layout = gather_layout(frozen, given, self.device)
@@ -352,85 +354,7 @@ def find_masters(
     return flats, found
 
 
-# torch renamed it; the old name still works, and warns
-all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-def gather_layout(names: Mapping[str, Any], own: Mapping[str, Any], device: torch.device) -> Tensor:
-    """[R, P, 3] int64 on the host: (offset, length, start in its master) of each rank's piece of
-    each of `names`; zeros where it has none. All ranks call it together with the same names."""
-    rows = []
-    for name in names:
-        piece = own.get(name, (0, 0, 0))
-        if isinstance(piece, _Master):
-            piece = (piece.offset, piece.length, piece.start)
-        rows.append(piece)
-    mine = torch.tensor(rows, dtype=torch.int64, device=device)  # [P, 3]
-    gathered = mine.new_empty(dist.get_world_size() * len(mine), 3)
-    all_gather(gathered, mine)
-    return gathered.view(-1, *mine.shape).cpu()
-
-
-def check_layout(layout: Tensor, lengths: Mapping[str, int], replicated: bool) -> None:
-    """Asserts that the ranks' pieces, [R, P, 3], cover every parameter exactly once, or whole on
-    every rank."""
-    for i, (name, length) in enumerate(lengths.items()):
-        pieces = [(o, n) for o, n, _ in layout[:, i].tolist() if n > 0]
-        if replicated:
-            assert pieces == [(0, length)] * len(layout), f"{name} is not whole on every rank"
-            continue
-        end = 0
-        for offset, count in sorted(pieces):
-            assert offset == end, f"{name}: element {min(offset, end)} has no or several owners"
-            end = offset + count
-        assert end == length, f"{name}: {end} of {length} elements have an owner"
-
-
-def signature(pieces: Tensor) -> tuple[int, ...]:
-    """(offset, length) of each rank's piece, from [R, 3]."""
-    return tuple(pieces[:, :2].flatten().tolist())
-
-
-# ------------------------------------------------------------------------- the frozen copy
-
-
-class _FlatCopy:
-    """Stages 1 and 2: a frozen module whose parameters are views of flat buffers that are cut over
-    the ranks as the masters' are, so that one all-gather a group brings it up to date."""
-
-    def __init__(self, rank: int) -> None:
-        self._rank = rank
-        self._buffers: dict[int, Tensor] = {}  # by optimizer group, [R * partition]
-        self._own: dict[str, Tensor] = {}  # views: where this rank's values go
-
-    def place(
-        self,
-        name: str,
-        parameter: nn.Parameter,
-        group: int,
-        size: int,
-        start: int,
-        own: tuple[int, int, int] | None,
-    ) -> None:
-        """Moves `parameter` to element `start` of its group's buffer, of `size` elements; own is
-        this rank's (offset, length, ...) of it."""
-        if group not in self._buffers:
-            self._buffers[group] = parameter.new_zeros(size)
-        view = self._buffers[group][start : start + parameter.numel()]
-        view.copy_(parameter.view(-1))
-        parameter.data = view.view_as(parameter)
-        if own is not None:
-            self._own[name] = view[own[0] : own[0] + own[1]]
-
-    def publish(self, values: Mapping[str, tuple[int, Tensor]]) -> None:
-        assert values.keys() == self._own.keys(), "published other parameters than the first time"
-        if values:
-            torch._foreach_copy_(
-                [self._own[name] for name in values], [value for _, value in values.values()]
-            )
-        for _, buffer in sorted(self._buffers.items()):
-            chunks = buffer.view(dist.get_world_size(), -1)
-            all_gather(buffer, chunks[self._rank])
+# ----------------------------------------------------------------------------- stage 3
 
 
 def publish_sharded(module: nn.Module, values: Mapping[str, tuple[int, Tensor]], rank: int) -> None:
