@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from d2v_ds.checkpoint import Checkpoint, newest_verified, open_checkpoint
@@ -31,6 +32,7 @@ from d2v_ds.shard_format import ShardSet, open_set
 Features = npt.NDArray[np.float32]
 Weights = Literal["student", "teacher"]
 
+TOGETHER = 16  # examples in one forward
 NEIGHBOURS = 10
 TEMPERATURE = (
     0.07  # votes weigh exp(similarity / temperature), as in DINO's kNN (Caron et al. 2021)
@@ -67,15 +69,23 @@ def read_labelled(shards: ShardSet, modality: Modality, column: str) -> Labelled
 def embed(
     task: Pretrain, modality: Modality, examples: list[Any], layer: int, weights: Weights
 ) -> Features:
-    """Mean over tokens of the output of block `layer` (from 1) -> [n, D]. One sample at a time:
-    no padding, and no dependence on what stands beside it."""
+    """Mean over tokens of the output of block `layer` (from 1) -> [n, D].
+
+    Examples of like size go through together; padding reaches no token that exists.
+    """
     device = next(task.parameters()).device
     task.eval()
-    rows = []
-    for example in examples:
-        batch = modality.unmasked([example]).to(device)
-        rows.append(task.blocks(batch, weights)[layer - 1].float().mean(1)[0].cpu())
-    return torch.stack(rows).numpy()
+    rows: dict[int, Tensor] = {}
+    by_size = sorted(range(len(examples)), key=lambda i: int(np.size(examples[i])))
+    for start in range(0, len(by_size), TOGETHER):
+        group = by_size[start : start + TOGETHER]
+        batch = modality.unmasked([examples[i] for i in group]).to(device)
+        block = task.blocks(batch, weights)[layer - 1].float()  # [B, T, D]
+        exists = batch.valid if batch.valid is not None else block.new_ones(block.shape[:2])
+        weight = exists[:, :, None].float()
+        mean = (block * weight).sum(1) / weight.sum(1)
+        rows.update(zip(group, mean.cpu(), strict=True))
+    return torch.stack([rows[i] for i in range(len(examples))]).numpy()
 
 
 def knn_accuracy(
