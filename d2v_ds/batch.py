@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,25 +22,47 @@ from torch import Tensor
 class Batch:
     modality: str
     index: int  # of this micro-batch among all of its step: seeds dropout and noise
-    inputs: Tensor  # what the front end takes; speech: waveforms [B, S], zeros after the end
+    inputs: Tensor  # what the front end takes: waveforms [B, S], images [B, 3, h, w], ids [B, T];
+    # zeros after the end of a waveform, padding ids after that of a text
     valid: Tensor | None  # [B, T] bool: token t exists in sample b; None: all of them do
     seen: Tensor  # [B * M, T] bool: exists and is not masked
-    visible: Tensor  # [B * M, K] int64: positions of the seen tokens, ascending; rows with fewer
-    # than K are filled with T, one past the end
+    visible: Tensor | None  # [B * M, K] int64: positions of the seen tokens, ascending; rows with
+    # fewer than K are filled with T, one past the end. None: masked tokens are not taken out but
+    # replaced, and all T stay in place
     ragged: bool  # some row of `visible` is filled
     masked: Tensor  # [N] int64: positions in the flattened [B * M * T] that are to be predicted
     keys: tuple[str, ...] = ()  # of the samples, for messages
     views: int = 1  # M
+    corrupted: Tensor | None = None  # [B * M, T] ids that the student reads in place of `inputs`,
+    # where masked tokens are replaced before the front end
+    shown: Tensor | None = None  # [B, T] bool: what of `inputs` the teacher sees; None: all
+    padded: bool = False  # as in fairseq, attention alone knows of padding: convolutions and
+    # statistics take it for tokens
 
-    def valid_views(self) -> Tensor | None:
-        """`valid` for every view, [B * M, T, 1]; None when all tokens exist."""
-        if self.valid is None:
-            return None
-        return self.valid.repeat_interleave(self.views, dim=0)[:, :, None]
+    def exists(self) -> Tensor | None:
+        """[B, T, 1] bool for what must not see padding; None when there is nothing to hide."""
+        return None if self.valid is None or self.padded else self.valid[:, :, None]
+
+    def exists_views(self) -> Tensor | None:
+        """`exists` for every view, [B * M, T, 1]."""
+        exists = self.exists()
+        return None if exists is None else exists.repeat_interleave(self.views, dim=0)
+
+    def attended(self) -> Tensor | None:
+        """Which of the student's tokens exist, [B * M, K] bool; None: all of them."""
+        T = self.seen.shape[1]
+        if self.visible is None:
+            return None if self.valid is None else self.valid.repeat_interleave(self.views, dim=0)
+        exists = self.visible < T if self.ragged else None
+        if self.padded and self.valid is not None:
+            valid = self.valid.repeat_interleave(self.views, dim=0)  # [B * M, T]
+            kept = valid.gather(1, self.visible.clamp(max=T - 1))
+            exists = kept if exists is None else kept & exists
+        return exists
 
     def to(self, device: torch.device) -> Batch:
         """Every tensor on `device`."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=True)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
@@ -48,7 +71,7 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """Called by torch's DataLoader."""
-        pinned = {
+        pinned: dict[str, Any] = {
             f.name: value.pin_memory()
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
@@ -68,28 +91,47 @@ class StepBatch:
     position: dict[str, int]  # the loader's state after this step: what a checkpoint keeps
 
 
-def mask_indices(masks: Sequence[npt.NDArray[np.bool_]]) -> dict[str, Tensor | bool | None]:
-    """The fields of a Batch that follow from the masks: valid, seen, visible, ragged, masked.
+def mask_indices(
+    masks: Sequence[npt.NDArray[np.bool_]],
+    *,
+    removed: bool = True,
+    valid: npt.NDArray[np.bool_] | None = None,
+) -> dict[str, Any]:
+    """The fields of a Batch that follow from the masks: valid, seen, visible, ragged, masked, and
+    padded.
 
-    masks: one [M, T_b] array a sample, True where masked; T is the largest T_b.
+    masks: one [M, T_b] array a sample, True where masked; T is the largest T_b. removed: the
+    encoder does without masked tokens. valid [B, T]: given, the masks are of one length and take
+    in the padding, which this tells from tokens (Batch.padded).
     """
     B, M, T = len(masks), masks[0].shape[0], max(mask.shape[1] for mask in masks)
-    valid = np.zeros((B, T), dtype=bool)
+    exists = np.zeros((B, T), dtype=bool)
     masked = np.zeros((B, M, T), dtype=bool)
     for b, mask in enumerate(masks):
         assert mask.shape[0] == M, f"sample {b} has {mask.shape[0]} views, the first has {M}"
-        valid[b, : mask.shape[1]] = True
+        exists[b, : mask.shape[1]] = True
         masked[b, :, : mask.shape[1]] = mask
-    seen = (valid[:, None] & ~masked).reshape(B * M, T)
+    seen = (exists[:, None] & ~masked).reshape(B * M, T)
+    fields: dict[str, Any] = {"visible": None, "ragged": False}
+    if removed:
+        fields = visible_positions(seen)
+    shown = exists if valid is None else valid
+    return fields | {
+        "valid": None if shown.all() else torch.from_numpy(shown),
+        "seen": torch.from_numpy(seen),
+        "masked": torch.from_numpy(np.flatnonzero(masked.reshape(-1))),
+        "padded": valid is not None,
+    }
+
+
+def visible_positions(seen: npt.NDArray[np.bool_]) -> dict[str, Any]:
+    """`visible` and `ragged` of a Batch for seen [R, T]."""
     counts = seen.sum(1)
-    visible = np.full((B * M, int(counts.max())), T, dtype=np.int64)
+    visible = np.full((len(seen), int(counts.max())), seen.shape[1], dtype=np.int64)
     rows, positions = np.nonzero(seen)  # row-major: ascending within each row
     slots = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts)
     visible[rows, slots] = positions
     return {
-        "valid": None if valid.all() else torch.from_numpy(valid),
-        "seen": torch.from_numpy(seen),
         "visible": torch.from_numpy(visible),
         "ragged": bool(counts.min() != counts.max()),
-        "masked": torch.from_numpy(np.flatnonzero(masked.reshape(-1))),
     }

@@ -42,7 +42,8 @@ class BatchSize:
 
 @dataclass(frozen=True)
 class Target:
-    """How the teacher's top layers become the regression target (data2vec.md section 4)."""
+    """How the teacher's top layers become the regression target (Baevski et al. 2022, section
+    3.3)."""
 
     top_k: int = 8
     layer_norm: Literal["instance", "layer", "none"] = "instance"  # of each layer, before the mean
@@ -67,7 +68,8 @@ class Optim:
     weight_decay: float = 0.01
     clip: float = 0.0  # global gradient norm; 0: no clipping
     warmup_steps: int = 1000
-    schedule: Literal["cosine", "tri_stage", "constant"] = "cosine"
+    schedule: Literal["cosine", "tri_stage", "constant", "cosine_beit"] = "cosine"
+    lr_end: float = 0.0  # where the cosines end
     decay_all: bool = (
         False  # weight decay on biases, norms and scales too, as fairseq does in effect
     )
@@ -93,10 +95,13 @@ class Log:
 class Save:
     every: int = 1000  # steps
     keep: int = 3  # newest checkpoints kept
+    keep_every: int = 0  # steps: a checkpoint each so many is kept for good; 0: none
 
 
 @dataclass(frozen=True)
 class Config:
+    # fairseq: every flag by which a published checkpoint differs from ours (FAIRSEQ below)
+    compat: Literal["none", "fairseq"] = "none"
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
     batch: BatchSize = field(default_factory=BatchSize)
@@ -142,6 +147,11 @@ def validate(config: Config) -> None:
         f"must be at least 1, got {config.batch.micro_batches}",
     )
     require(optim.lr > 0, "optim.lr", f"must be above 0, got {optim.lr}")
+    require(
+        0 <= optim.lr_end <= optim.lr,
+        "optim.lr_end",
+        f"{optim.lr_end} does not lie in 0 .. optim.lr={optim.lr}",
+    )
     require(optim.clip >= 0, "optim.clip", f"must be 0 (off) or more, got {optim.clip}")
     require(
         all(0 <= beta < 1 for beta in optim.betas),
@@ -163,11 +173,20 @@ def validate(config: Config) -> None:
     require(config.log.every >= 1, "log.every", f"must be at least 1, got {config.log.every}")
     require(config.save.every >= 1, "save.every", f"must be at least 1, got {config.save.every}")
     require(config.save.keep >= 1, "save.keep", f"must be at least 1, got {config.save.keep}")
+    require(
+        config.save.keep_every >= 0 and config.save.keep_every % config.save.every == 0,
+        "save.keep_every",
+        f"must be 0 (off) or a multiple of save.every={config.save.every}, "
+        f"got {config.save.keep_every}",
+    )
     for name in config.data.weights:
         require(name in config.modality, f"data.weights.{name}", "no such modality in this run")
 
 
-MAY_CHANGE = ("run.steps", "run.threads", "run.dir", "engine", "data.workers", "log", "save")
+MAY_CHANGE = (
+    *("run.steps", "run.threads", "run.dir", "engine", "data.workers", "log", "save"),
+    "model.checkpoint_activations",
+)
 
 
 def refuse_changes(
@@ -197,7 +216,41 @@ def refuse_changes(
 
 def learning_rate(optim: Optim, steps: int, n: int) -> float:
     """The learning rate of optimizer step n (from 0)."""
-    return LEARNING_RATES[optim.schedule](n, optim.lr, optim.warmup_steps, steps)
+    return LEARNING_RATES[optim.schedule](n, optim.lr, optim.warmup_steps, steps, optim.lr_end)
+
+
+# What compat=fairseq sets: as the original code runs, where the default here is corrected
+# (docs/differences.md).
+FAIRSEQ: dict[str, Any] = {
+    "optim.decay_all": True,
+    "optim.adam_eps": "fairseq",
+    "modality.speech.padded_statistics": True,
+    "modality.text.padded_statistics": True,
+    "modality.vision.cls_views": None,
+    "modality.text.text_teacher": "masked",
+}
+
+
+def apply_compat(raw: dict[str, Any], *, over: bool) -> None:
+    """Writes what raw["compat"] stands for into the settings `raw`, for the modalities that it
+    has; over: in place of what they say, else where they say nothing."""
+    if raw.get("compat") != "fairseq":
+        return
+    for path, value in FAIRSEQ.items():
+        *sections, key = path.split(".")
+        if sections[0] == "modality" and sections[1] not in raw.get("modality", {}):
+            continue
+        if path.endswith("text_teacher") and masked_of(raw, "text") != "replaced":
+            continue  # it is 1.0's
+        section = raw
+        for name in sections:
+            section = section.setdefault(name, {})
+        if over or key not in section:
+            section[key] = value
+
+
+def masked_of(raw: dict[str, Any], modality: str) -> str:
+    return str(raw["modality"][modality].get("masked", "removed"))
 
 
 # ------------------------------------------------------------------- files that the package carries

@@ -5,6 +5,7 @@ B samples, T tokens, N masked tokens, D width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +19,8 @@ def instance_norm(x: Tensor, valid: Tensor | None) -> Tensor:
     """Zero mean and unit variance over the tokens, for each sample and channel.
 
     x [B, T, D] fp32; valid [B, T] or None when every token exists: padding enters neither the
-    statistics nor, being zeroed, the result. Biased variance, eps 1e-5 (data2vec.md section 4).
+    statistics nor, being zeroed, the result. Biased variance, eps 1e-5 (F.instance_norm and
+    F.layer_norm of fairseq examples/data2vec/models/data2vec2.py).
     """
     if valid is None:
         variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
@@ -45,7 +47,7 @@ def make_targets(
 ) -> Tensor:
     """Mean over the teacher's top layers, each normalised; then normalised again.
 
-    layers: K tensors [B, T, D]; the result [B, T, D] is fp32 (data2vec.md section 4).
+    layers: K tensors [B, T, D]; the result [B, T, D] is fp32 (Baevski et al. 2022, section 3.3).
     """
     total = normalise(layers[0].float(), layer_norm, valid)
     for layer in layers[1:]:
@@ -59,7 +61,7 @@ def regression_loss(
     """Sum over masked tokens of scale * sum over channels of the error, fp32, a scalar.
 
     prediction, target [N, D]. beta 0: squared error; above: smooth L1 with that beta. scale None:
-    1 / sqrt(D) (data2vec.md section 5).
+    1 / sqrt(D) (fairseq data2vec2.py, d2v_loss).
     """
     prediction, target = prediction.float(), target.float()
     if beta == 0:
@@ -67,3 +69,22 @@ def regression_loss(
     else:
         total = F.smooth_l1_loss(prediction, target, beta=beta, reduction="sum")
     return total * (prediction.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def class_loss(prediction: Tensor, targets: Tensor, valid: Tensor | None, masked: Tensor) -> Tensor:
+    """Sum over views of their number of masked tokens times the error of the class token, whose
+    target is the mean of the sample's finished targets; 1 / sqrt(D), fp32, a scalar.
+
+    prediction [R, D]; targets [B, T, D]; valid [B, T] or None; masked [R], tokens of each view.
+    Divided by the masked tokens of a whole step it is the mean over all views, however the step is
+    cut, where each has as many (fairseq data2vec2.py, cls_loss, weighs it otherwise).
+    """
+    if valid is None:
+        mean = targets.mean(1)
+    else:
+        weight = valid[:, :, None].to(targets.dtype)
+        mean = (targets * weight).sum(1) / weight.sum(1)
+    views = len(prediction) // len(mean)
+    error = prediction.float() - mean.repeat_interleave(views, dim=0)  # [R, D]
+    total: Tensor = (error.square().sum(1) * masked).sum()
+    return total / math.sqrt(error.shape[1])

@@ -20,7 +20,7 @@ from d2v_ds.batch import Batch
 from d2v_ds.config import Config, Target
 from d2v_ds.decoding import decode, to_dict
 from d2v_ds.errors import UserError
-from d2v_ds.loss import make_targets, regression_loss
+from d2v_ds.loss import class_loss, make_targets, regression_loss
 from d2v_ds.modalities import create_modalities
 from d2v_ds.modalities.base import Modality
 from d2v_ds.student import Student
@@ -49,17 +49,27 @@ class Pretrain(nn.Module):
         """The batch's share of the step's loss, whose normaliser is the step's `masked_count` over
         all micro-batches and ranks, and sums for the metrics (metrics.py says what is made of
         them)."""
-        config = self.modalities[batch.modality].config
-        features = self.student.encoder.front_end(batch.modality).features
-        assert features is not None, "the student has all of its front end"
-        tokens = features(batch.inputs)  # [B, T, D]
+        modality = self.modalities[batch.modality]
+        # Where the student reads corrupted inputs, the whole ones are the teacher's alone.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and batch.corrupted is None):
+            tokens = self.student.encoder.features(batch)  # [B, T, D]
 
-        targets = self.targets(batch, tokens)  # [N, D]
-        predictions = self.student.predict(batch, tokens)  # [N, D]
+        whole = self.targets(batch, tokens)  # [B, T, D]
+        targets = at_masked(whole, batch)  # [N, D]
+        predictions, extra = self.student.predict(batch, tokens)  # [N, D], [R, E, D]
 
+        config = modality.config
         total = regression_loss(
             predictions, targets, beta=config.loss_beta, scale=config.loss_scale
         )
+        weight = modality.class_weight(len(batch.seen))
+        if weight > 0:
+            assert extra is not None, f"{batch.modality} has no extra token for its class loss"
+            R, T = batch.seen.shape
+            masked = torch.zeros(R, device=total.device).index_add_(
+                0, batch.masked // T, torch.ones_like(batch.masked, dtype=torch.float32)
+            )
+            total = total + weight * class_loss(extra[:, -1], whole, batch.valid, masked)
         loss = total / masked_count
         return loss, self.stats(
             batch, tokens.detach(), targets, predictions.detach(), loss.detach()
@@ -67,33 +77,26 @@ class Pretrain(nn.Module):
 
     @torch.no_grad()
     def targets(self, batch: Batch, tokens: Tensor) -> Tensor:
-        """The regression targets [N, D], fp32, at the masked positions of all views."""
+        """The regression targets of all tokens [B, T, D], fp32; padding's mean nothing."""
         layers = self.teacher.layers(self.student.encoder, batch, tokens, self.target.top_k)
         source = 0 if self.target.source == "ffn" else 1
-        targets = make_targets(
+        return make_targets(
             [layer[source] for layer in layers],
-            batch.valid,
+            None if batch.padded else batch.valid,
             layer_norm=self.target.layer_norm,
             final_norm=self.target.final_norm,
-        )  # [B, T, D]
-        T = targets.shape[1]
-        row, position = batch.masked // T, batch.masked % T
-        index = row // batch.views * T + position  # from [B * M * T] to [B * T]
-        return targets.flatten(0, 1).index_select(0, index)
+        )
 
     @torch.no_grad()
     def blocks(self, batch: Batch, weights: Literal["student", "teacher"]) -> list[Tensor]:
         """What every block makes of the unmasked batch, [B, T, D] each: features for probes."""
-        features = self.student.encoder.front_end(batch.modality).features
-        assert features is not None, "the student has all of its front end"
-        tokens = features(batch.inputs)
-        depth = len(self.student.encoder.trunk.blocks)
+        encoder = self.student.encoder
+        tokens = encoder.features(batch)
+        depth = len(encoder.trunk.blocks)
         if weights == "teacher":
-            layers = self.teacher.layers(self.student.encoder, batch, tokens, depth)
+            layers = self.teacher.layers(encoder, batch, tokens, depth)
         else:
-            _, layers = self.student.encoder.whole(
-                batch.modality, tokens, batch.valid, collect=depth
-            )
+            _, _, layers = encoder.whole(batch, tokens, collect=depth)
         return [block for _, block in layers]
 
     @torch.no_grad()
@@ -137,6 +140,14 @@ class Pretrain(nn.Module):
         return pairs
 
 
+def at_masked(x: Tensor, batch: Batch) -> Tensor:
+    """Of x [B, T, D] what is to be predicted, in the order of batch.masked: [N, D]."""
+    T = x.shape[1]
+    row, position = batch.masked // T, batch.masked % T
+    index = row // batch.views * T + position  # from [B * M * T] to [B * T]
+    return x.flatten(0, 1).index_select(0, index)
+
+
 def count(n: int, like: Tensor) -> Tensor:
     """n as a tensor on the device, without a copy from the host."""
     return torch.full((), float(n), dtype=torch.float32, device=like.device)
@@ -144,7 +155,7 @@ def count(n: int, like: Tensor) -> Tensor:
 
 def spread_over_time(tokens: Tensor, valid: Tensor | None) -> Tensor:
     """Standard deviation over the tokens, mean over channels: [B, T, D] -> [B]. Near 0 when the
-    front end has collapsed, which the targets' spread does not show (data2vec.md section 7)."""
+    front end has collapsed, which the targets' spread does not show."""
     if valid is None:
         return tokens.std(1, correction=0).mean(-1)
     weight = valid[:, :, None].float()

@@ -1,7 +1,7 @@
 """Schedules: pure functions of the step, nothing to save and nothing to restore.
 
 lr(n) belongs to the optimizer step number n, counted from 0; ema_decay(n) is the one applied after
-n optimizer steps, so n >= 1 (data2vec.md 3.2 and 6.2; fairseq's schedulers at 3d262bb).
+n optimizer steps, so n >= 1 (fairseq/optim/lr_scheduler, and get_annealed_rate, at 3d262bb).
 """
 
 from __future__ import annotations
@@ -12,20 +12,33 @@ TRI_STAGE_INIT = 0.01  # of the peak; fairseq init_lr_scale, final_lr_scale
 TRI_STAGE_FINAL = 0.01
 
 
-def cosine(n: int, peak: float, warmup: int, steps: int) -> float:
-    """Linear from 0 to `peak` over `warmup` steps, then half a cosine to 0 at `steps`; 0 after."""
+def cosine(n: int, peak: float, warmup: int, steps: int, end: float = 0.0) -> float:
+    """Linear from 0 to `peak` over `warmup` steps, then half a cosine to `end` at `steps`, where it
+    stays (fairseq's begins another period there)."""
     if n < warmup:
         return peak * n / warmup
     progress = min(1.0, (n - warmup) / max(1, steps - warmup))
-    return 0.5 * peak * (1.0 + math.cos(math.pi * progress))
+    return end + 0.5 * (peak - end) * (1.0 + math.cos(math.pi * progress))
 
 
-def tri_stage(n: int, peak: float, warmup: int, steps: int, decay_share: float = 0.07) -> float:
-    """Linear from 1 % of `peak`, hold, then exponential decay to 1 % over the last `decay_share`.
+def cosine_beit(n: int, peak: float, warmup: int, steps: int, end: float = 0.0) -> float:
+    """As `cosine`, but the warm-up reaches `peak` in its last step already, which the next repeats
+    (data2vec_vision beit/utils.py, cosine_scheduler)."""
+    if n < warmup:
+        return peak * n / max(1, warmup - 1)
+    return cosine(n, peak, warmup, steps, end)
+
+
+DECAY_SHARE = 0.07  # of the steps; fairseq phase_ratio [0.03, 0.9, 0.07]
+
+
+def tri_stage(n: int, peak: float, warmup: int, steps: int, end: float = 0.0) -> float:
+    """Linear from 1 % of `peak`, hold, then exponential decay to 1 % over the last 7 % of
+    the steps; `end` plays no part.
 
     Warm-up, hold and decay meet at whole steps as in fairseq (tri_stage_lr_scheduler.py).
     """
-    decay = int(steps * decay_share)
+    decay = int(steps * DECAY_SHARE)
     hold = steps - warmup - decay
     if n < warmup:
         return peak * (TRI_STAGE_INIT + (1.0 - TRI_STAGE_INIT) * n / warmup)
@@ -35,12 +48,17 @@ def tri_stage(n: int, peak: float, warmup: int, steps: int, decay_share: float =
     return peak * math.exp(math.log(TRI_STAGE_FINAL) * passed / max(1, decay))
 
 
-def constant(n: int, peak: float, warmup: int, steps: int) -> float:
-    """Linear from 0 to `peak` over `warmup` steps, then flat."""
+def constant(n: int, peak: float, warmup: int, steps: int, end: float = 0.0) -> float:
+    """Linear from 0 to `peak` over `warmup` steps, then flat; `end` plays no part."""
     return peak * n / warmup if n < warmup else peak
 
 
-LEARNING_RATES = {"cosine": cosine, "tri_stage": tri_stage, "constant": constant}
+LEARNING_RATES = {
+    "cosine": cosine,
+    "tri_stage": tri_stage,
+    "constant": constant,
+    "cosine_beit": cosine_beit,
+}
 
 
 def ema_decay(n: int, start: float, end: float, anneal_steps: int) -> float:

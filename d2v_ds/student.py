@@ -1,16 +1,18 @@
 """The student: encoder (front ends -> trunk) and one predictor a modality.
 
-    inputs --features--> tokens [B, T, D] --positions, masks, views--> [B * M, K, D] --context-->
-    --trunk--> [B * M, K, D] --predictor: masked slots filled with noise--> predictions [N, D]
+    2.0: tokens [B, T, D] --positions, views, masked ones out--> [R, K, D] --context, trunk-->
+         [R, K, D] --ConvDecoder: masked slots filled with noise--> predictions [N, D]
+    1.0: tokens [B, T, D] --views, masked ones replaced, positions--> [R, T, D] --context, trunk-->
+         [R, T, D] --Head--> predictions [N, D]
 
 B samples, M masked views a sample, R = B * M rows, T tokens, K visible tokens, N masked tokens,
-D width, H heads. Methods call submodules and never read a parameter themselves: under ZeRO 3 a
-parameter is whole only inside its owner's forward.
+E extra tokens of a row, D width, H heads. Methods call submodules and never read a parameter
+themselves: under ZeRO 3 a parameter is whole only inside its owner's forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,20 +21,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2v_ds.batch import Batch
-from d2v_ds.transformer import Alibi, TransformerConfig, Trunk
+from d2v_ds.transformer import TransformerConfig, Trunk
+
+Encoded = tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]
 
 
 class Context(nn.Module):
-    """What data2vec 2.0 does to visible tokens before the shared trunk: norm, dropout and, in the
-    larger models, blocks of the modality's own ("prenet")."""
+    """What tokens pass before the shared trunk: norm, dropout and, in the larger 2.0 models, blocks
+    of the modality's own ("prenet")."""
 
     def __init__(
-        self, model: TransformerConfig, *, depth: int, dropout: float, layer_drop: float
+        self,
+        model: TransformerConfig,
+        *,
+        depth: int,
+        dropout: float,
+        layer_drop: float,
+        norm: bool = True,
     ) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(model.dim, eps=model.norm_eps)
+        self.norm = nn.LayerNorm(model.dim, eps=model.norm_eps) if norm else nn.Identity()
         self.dropout = nn.Dropout(dropout)
-        self.prenet = Trunk(model, depth, layer_drop=layer_drop)
+        self.prenet = Trunk(model, depth, layer_drop=layer_drop, final_norm=False)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """[R, K, D] -> [R, K, D]."""
@@ -40,26 +50,62 @@ class Context(nn.Module):
         return x
 
 
+class MaskToken(nn.Module):
+    """The learned vector that stands for masked tokens in data2vec 1.0."""
+
+    def __init__(self, dim: int, init: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        # Two dimensions: it is not exempt from weight decay in the published models.
+        self.embedding = nn.Parameter(torch.zeros(1, dim))
+        init(self.embedding)
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        """x [R, T, D], seen [R, T] -> x with the token where nothing is seen."""
+        return torch.where(seen[:, :, None], x, self.embedding.to(x.dtype))
+
+
+class ExtraTokens(nn.Module):
+    """Learned tokens in front of the others, without positions: the class token."""
+
+    def __init__(self, number: int, dim: int, init: Callable[[Tensor], object]) -> None:
+        super().__init__()
+        self.number = number
+        # One dimension, so that weight decay spares them, as it does in BEiT and other ViTs.
+        self.embedding = nn.Parameter(torch.zeros(number * dim))
+        init(self.embedding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[R, K, D] -> [R, E + K, D]."""
+        extra = self.embedding.view(1, self.number, -1).to(x.dtype)
+        return torch.cat([extra.expand(len(x), -1, -1), x], dim=1)
+
+
 class FrontEnd(nn.Module):
     """The parts of one modality before the trunk. A teacher's copy lacks those it shares."""
 
-    features: nn.Module | None  # inputs -> tokens [B, T, D]
-    positions: nn.Module | None  # tokens [R, T, D], zero where unseen, and seen -> addend [R, T, D]
-    alibi: Alibi | None  # positions [R, K] -> attention bias [R, H, K, K]
-    context: Context
-
     def __init__(
         self,
+        *,
         features: nn.Module,
-        positions: nn.Module | None,
-        alibi: Alibi | None,
-        context: Context,
+        context: nn.Module,
+        positions: nn.Module | None = None,
+        bias: nn.Module | None = None,
+        extra: ExtraTokens | None = None,
+        mask_token: MaskToken | None = None,
+        dropout: float = 0.0,
+        zero_padding: bool = False,
     ) -> None:
         super().__init__()
-        self.features = features
+        # inputs -> tokens [B, T, D], with absolute positions where the modality has them
+        self.features: nn.Module | None = features
+        # tokens [R, T, D], zero where unseen, and exists [R, T, 1] -> addend [R, T, D]
         self.positions = positions
-        self.alibi = alibi
-        self.context = context
+        self.bias = bias  # positions [R, K] -> attention bias [R, H, K, K], or with extra tokens
+        self.extra = extra
+        self.mask_token = mask_token
+        self.context: nn.Module | None = context
+        self.dropout = nn.Dropout(dropout)  # of the student's tokens, the same for all its views
+        self.zero_padding = zero_padding  # even if padding is then taken for tokens
 
 
 class Encoder(nn.Module):
@@ -75,65 +121,117 @@ class Encoder(nn.Module):
         assert isinstance(front_end, FrontEnd)
         return front_end
 
-    def whole(
-        self,
-        modality: str,
-        tokens: Tensor,
-        valid: Tensor | None,
-        *,
-        positions: nn.Module | None = None,
-        collect: int = 0,
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Unmasked tokens [B, T, D] through context and trunk -> as Trunk.forward.
+    def features(self, batch: Batch) -> Tensor:
+        """Tokens [B, T, D] of the whole inputs."""
+        features = self.front_end(batch.modality).features
+        assert features is not None, "only a teacher shares features"
+        return features(batch.inputs)  # type: ignore[no-any-return]
 
-        valid [B, T]: padding is neither attended to nor seen by convolutions. positions: in place
-        of the front end's own, which a teacher that shares them lacks.
+    def whole(
+        self, batch: Batch, tokens: Tensor, *, shared: FrontEnd | None = None, collect: int = 0
+    ) -> Encoded:
+        """Unmasked tokens [B, T, D] through context and trunk: the trunk's output [B, T, D], that
+        of the extra tokens [B, E, D] and, of the top `collect` blocks, (FFN output, block output).
+
+        Padding is neither attended to nor seen by convolutions. shared: where the parts come from
+        that a teacher lacks.
         """
-        front_end, T = self.front_end(modality), tokens.shape[1]
-        exists = None if valid is None else valid[:, :, None]
-        x = tokens if exists is None else tokens * exists
-        positions = positions or front_end.positions
+        own = self.front_end(batch.modality)
+        lender = shared or own
+        valid, exists = batch.valid, batch.exists()
+        if batch.shown is not None:
+            valid, exists = batch.shown, batch.shown[:, :, None]
+        x = without_padding(tokens, valid if own.zero_padding else None, exists)
+        positions = own.positions or lender.positions
         if positions is not None:
             x = x + positions(x, exists)
-        everywhere = torch.arange(T, device=tokens.device)[None]
-        bias = attention_bias(front_end.alibi, everywhere, valid, x.dtype)
-        return self.trunk(front_end.context(x, bias), bias, collect=collect)  # type: ignore[no-any-return]
+        everywhere = torch.arange(x.shape[1], device=x.device)[None]
+        return self.attend(own, lender, x, everywhere, valid, collect)
 
-    def views(self, batch: Batch, tokens: Tensor) -> Tensor:
-        """The visible tokens of all masked views: tokens [B, T, D] -> [R, K, D]; rows with fewer
-        than K visible tokens carry meaningless values in their last slots."""
+    def views(self, batch: Batch, tokens: Tensor) -> Encoded:
+        """What the student sees in the masked views: tokens [B, T, D] -> [R, K, D], and as `whole`;
+        rows with fewer than K visible tokens carry meaningless values in their last slots."""
         front_end = self.front_end(batch.modality)
-        (_, T, D), (R, K) = tokens.shape, batch.visible.shape
-        x = tokens.repeat_interleave(batch.views, dim=0)  # [R, T, D]
-        if front_end.positions is not None:
-            # Positions come from the sequence with masked tokens zeroed, else they would leak.
-            x = x + front_end.positions(x * batch.seen[:, :, None], batch.valid_views())
-        slots = batch.visible.clamp(max=T - 1) if batch.ragged else batch.visible
-        x = x.gather(1, slots[:, :, None].expand(R, K, D))
-        exists = batch.visible < T if batch.ragged else None
-        bias = attention_bias(front_end.alibi, slots, exists, x.dtype)
-        x, _ = self.trunk(front_end.context(x, bias), bias)
-        return x
+        x = front_end.dropout(tokens)
+        if len(x) != len(batch.seen):  # else they are those of corrupted inputs, view by view
+            x = x.repeat_interleave(batch.views, dim=0)  # [R, T, D]
+        exists = batch.exists_views()
+        if batch.visible is None:
+            if front_end.mask_token is not None:
+                x = front_end.mask_token(x, batch.seen)
+            zeroed = batch.attended() if front_end.zero_padding else None
+            x = without_padding(x, zeroed, exists)
+            if front_end.positions is not None:
+                x = x + front_end.positions(x, exists)
+            slots = torch.arange(x.shape[1], device=x.device)[None]
+        else:
+            if front_end.positions is not None:
+                # Positions come from the sequence with masked tokens zeroed, else they would leak.
+                x = x + front_end.positions(x * batch.seen[:, :, None], exists)
+            slots = batch.visible.clamp(max=x.shape[1] - 1) if batch.ragged else batch.visible
+            x = x.gather(1, slots[:, :, None].expand(-1, -1, x.shape[2]))
+        return self.attend(front_end, front_end, x, slots, batch.attended(), 0)
+
+    def attend(
+        self,
+        own: FrontEnd,
+        lender: FrontEnd,
+        x: Tensor,
+        positions: Tensor,
+        exists: Tensor | None,
+        collect: int,
+    ) -> Encoded:
+        """x [R, K, D], whose tokens stand at positions [R or 1, K], those that exist [R, K] ->
+        the results of `whole`."""
+        context, extra, bias = (
+            own.context or lender.context,
+            own.extra or lender.extra,
+            own.bias or lender.bias,
+        )
+        assert context is not None, "a context is the teacher's own or the student's"
+        K = x.shape[1]
+        x = x if extra is None else extra(x)
+        E = x.shape[1] - K
+        mask = attention_bias(None if bias is None else bias(positions), exists, E, x)
+        x, layers = self.trunk(context(x, mask), mask, collect=collect)
+        if E == 0:
+            return x, None, layers
+        return x[:, E:], x[:, :E], [(ffn[:, E:], block[:, E:]) for ffn, block in layers]
+
+
+def without_padding(x: Tensor, valid: Tensor | None, exists: Tensor | None) -> Tensor:
+    """x [R, T, D] with zeros where valid [R, T] or exists [R, T, 1] says that there is nothing."""
+    if valid is not None:
+        exists = valid[:, :, None]
+    return x if exists is None else x * exists
 
 
 def attention_bias(
-    alibi: Alibi | None, positions: Tensor, exists: Tensor | None, dtype: torch.dtype
+    bias: Tensor | None, exists: Tensor | None, extra: int, like: Tensor
 ) -> Tensor | None:
-    """Additive attention bias [R or 1, H or 1, K, K], or None where none is needed.
+    """Additive attention bias [R or 1, H or 1, E + K or 1, E + K], or None where none is needed.
 
-    positions [R, K] int64 of the tokens in their sequence; exists [R, K] False for padding.
+    bias [R, H, K, K], to which extra tokens add zeros, or [R, H, E + K, E + K]; exists [R, K] False
+    for padding; like [R, E + K, D].
     """
-    bias = None if alibi is None else alibi(positions)
-    if exists is not None:
-        hidden = torch.zeros(exists.shape, dtype=dtype, device=exists.device)
-        hidden = hidden.masked_fill(~exists, float("-inf"))[:, None, None, :]  # [R, 1, 1, K]
-        bias = hidden if bias is None else bias + hidden
-    return bias
+    if bias is not None:
+        missing = like.shape[1] - bias.shape[-1]
+        bias = F.pad(bias, (missing, 0, missing, 0)) if missing else bias
+    if exists is None:
+        return bias
+    exists = F.pad(exists, (extra, 0), value=True)
+    hidden = torch.zeros(exists.shape, dtype=like.dtype, device=like.device)
+    hidden = hidden.masked_fill(~exists, float("-inf"))[:, None, None, :]  # [R, 1, 1, E + K]
+    return hidden if bias is None else bias + hidden
+
+
+# -------------------------------------------------------------------------------------- predictors
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The convolutional predictor of data2vec 2.0 (data2vec.md section 5)."""
+    """The convolutional predictor of data2vec 2.0 (fairseq
+    examples/data2vec/models/modalities/modules.py, D2vDecoderConfig)."""
 
     dim: int = 384
     depth: int = 4
@@ -141,30 +239,38 @@ class DecoderConfig:
     groups: int = 16
     dropout: float = 0.1  # of the encoder's output, before the masked slots are filled
     residual: bool = True
+    projection: int = 1  # linear layers after the convolutions
     noise: float = 0.01  # standard deviation of what fills the masked slots
     zero_last: bool = False  # begin with predictions of zero: keeps small, short runs from collapse
 
 
 class ConvDecoder(nn.Module):
     """Visible tokens back in place, noise in the masked slots, grouped convolutions over all of
-    them, a linear layer on the masked ones."""
+    them, linear layers on the masked ones. grid: patches of an image, for convolutions over it."""
 
-    def __init__(self, config: DecoderConfig, dim: int) -> None:
+    def __init__(
+        self,
+        config: DecoderConfig,
+        dim: int,
+        *,
+        grid: tuple[int, int] | None = None,
+        init: Callable[[nn.Module], None] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
+        self.grid = grid
         self.dropout = nn.Dropout(config.dropout)
+        conv = nn.Conv1d if grid is None else nn.Conv2d
         widths = [dim, *[config.dim] * config.depth]
         self.convs = nn.ModuleList(
-            nn.Conv1d(a, b, config.kernel, padding=config.kernel // 2, groups=config.groups)
+            conv(a, b, config.kernel, padding=config.kernel // 2, groups=config.groups)
             for a, b in pairwise(widths)
         )
-        self.proj = nn.Linear(config.dim, dim)
-        if config.zero_last:
-            nn.init.zeros_(self.proj.weight)
-            nn.init.zeros_(self.proj.bias)
+        self.proj = regressor(config.dim, dim, config.projection, init, config.zero_last)
 
     def fill(self, batch: Batch, x: Tensor) -> Tensor:
         """Encoder output [R, K, D] -> [R, T, D]: noise where masked, zeros where nothing is."""
+        assert batch.visible is not None, "a ConvDecoder fills in what was taken out"
         (R, T), (N,), D = batch.seen.shape, batch.masked.shape, x.shape[-1]
         # Slots past a row's last visible token go to position T, which is cut off.
         full = x.new_zeros(R, T + 1, D)
@@ -175,16 +281,55 @@ class ConvDecoder(nn.Module):
     def forward(self, batch: Batch, x: Tensor) -> Tensor:
         """[R, K, D] -> predictions [N, D] in the order of batch.masked."""
         x = self.fill(batch, self.dropout(x)).transpose(1, 2)  # [R, D, T]
-        valid = batch.valid_views()
-        exists = None if valid is None else valid.transpose(1, 2)  # [R, 1, T]
+        exists = batch.exists_views()
+        if exists is not None:
+            exists = exists.transpose(1, 2)  # [R, 1, T]
+        if self.grid is not None:
+            assert exists is None, "images have no padding"
+            x = x.reshape(*x.shape[:2], *self.grid)  # [R, D, h, w]
         for conv in self.convs:
-            y = conv(x)[..., : x.shape[-1]]  # an even kernel gives one position too many
-            y = F.gelu(F.layer_norm(y.transpose(1, 2), y.shape[1:2]).transpose(1, 2))
+            y = conv(x)[(..., *(slice(n) for n in x.shape[2:]))]  # an even kernel gives one more
+            y = F.gelu(F.layer_norm(y.movedim(1, -1), y.shape[1:2]).movedim(-1, 1))
             if exists is not None:
                 y = y * exists
             x = x + y if self.config.residual and x.shape == y.shape else y
-        x = x.transpose(1, 2).reshape(-1, x.shape[1])  # [R * T, D of the decoder]
+        x = x.flatten(2).transpose(1, 2).reshape(-1, x.shape[1])  # [R * T, D of the decoder]
         return self.proj(x.index_select(0, batch.masked))  # type: ignore[no-any-return]
+
+
+class Head(nn.Module):
+    """data2vec 1.0's predictor: linear layers on the encoder's output at the masked tokens."""
+
+    def __init__(
+        self, dim: int, layers: int, init: Callable[[nn.Module], None] | None, zero_last: bool
+    ) -> None:
+        super().__init__()
+        self.proj = regressor(dim, dim, layers, init, zero_last)
+
+    def forward(self, batch: Batch, x: Tensor) -> Tensor:
+        """[R, T, D] -> predictions [N, D] in the order of batch.masked."""
+        return self.proj(x.flatten(0, 1).index_select(0, batch.masked))  # type: ignore[no-any-return]
+
+
+def regressor(
+    width: int,
+    dim: int,
+    layers: int,
+    init: Callable[[nn.Module], None] | None,
+    zero_last: bool,
+) -> nn.Module:
+    """`layers` linear layers from `width` to `dim` with GELU between them and twice the width
+    inside; init: None for torch's default. zero_last: the last one begins at zero."""
+    widths = [width, *[2 * width] * (layers - 1), dim]
+    linears = [nn.Linear(a, b) for a, b in pairwise(widths)]
+    for linear in linears:
+        if init is not None:
+            init(linear)
+    if zero_last:
+        nn.init.zeros_(linears[-1].weight)
+        nn.init.zeros_(linears[-1].bias)
+    parts = [part for linear in linears for part in (linear, nn.GELU())][:-1]
+    return parts[0] if layers == 1 else nn.Sequential(*parts)
 
 
 def mask_noise(N: int, D: int, std: float, like: Tensor) -> Tensor:
@@ -205,6 +350,12 @@ class Student(nn.Module):
         self.encoder = Encoder(model, front_ends)
         self.predictors = nn.ModuleDict(predictors)
 
-    def predict(self, batch: Batch, tokens: Tensor) -> Tensor:
-        """Tokens [B, T, D] of the whole input -> predictions [N, D] at the masked positions."""
-        return self.predictors[batch.modality](batch, self.encoder.views(batch, tokens))  # type: ignore[no-any-return]
+    def predict(self, batch: Batch, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens [B, T, D] of the whole input -> predictions [N, D] at the masked positions, and
+        the encoder's output for the extra tokens, [R, E, D]."""
+        front_end = self.encoder.front_end(batch.modality)
+        if batch.corrupted is not None:
+            assert front_end.features is not None, "the student has all of its front end"
+            tokens = front_end.features(batch.corrupted)  # [R, T, D]
+        x, extra, _ = self.encoder.views(batch, tokens)
+        return self.predictors[batch.modality](batch, x), extra

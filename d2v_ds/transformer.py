@@ -1,7 +1,9 @@
 """The trunk: a stack of blocks on tokens, plain single-device torch.
 
 Tokens and an additive attention bias go in; the last block's output comes out, with what the
-regression targets need of the top layers. Post-norm blocks as in data2vec 2.0 (data2vec.md 1.4).
+regression targets need of the top layers. Post-norm blocks (data2vec 2.0, and 1.0 for speech and
+text; fairseq examples/data2vec/models) and pre-norm blocks with LayerScale, drop path and no bias
+of the keys (1.0 for vision; data2vec_vision beit/modeling_finetune.py) are one class.
 
 R rows (samples, or views of samples), T tokens of a row, D width, H heads, L layers.
 """
@@ -10,10 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -24,18 +28,32 @@ class TransformerConfig:
     depth: int = 12
     heads: int = 12
     mlp_ratio: float = 4.0
+    norm: Literal["post", "pre"] = "post"  # after each residual sum, or before each branch
     norm_eps: float = 1e-5
+    qkv_bias: Literal["all", "qv"] = "all"  # qv: none for the keys, as in BEiT
+    layer_scale: float = 0.0  # initial factor of each branch, learned by channel; 0: none
     dropout: float = 0.1  # of the attention's output and of the FFN's
     attention_dropout: float = 0.1
     activation_dropout: float = 0.0
+    drop_path: float = 0.0  # of a branch, by row: 0 in the first block, rising to this in the last
     layer_drop: float = 0.0
+    init: Literal["bert", "beit"] = "bert"
+    checkpoint_activations: bool = False  # a block's inner ones are made again in the backward pass
 
     def __post_init__(self) -> None:
         if self.dim % self.heads:
             raise ValueError(f"dim={self.dim} is not divisible by heads={self.heads}")
-        for name in ("dropout", "attention_dropout", "activation_dropout", "layer_drop"):
+        for name in (
+            "dropout",
+            "attention_dropout",
+            "activation_dropout",
+            "drop_path",
+            "layer_drop",
+        ):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} does not lie in [0, 1)")
+        if self.layer_scale < 0:
+            raise ValueError(f"layer_scale={self.layer_scale} must be 0 (off) or more")
 
 
 class Attention(nn.Module):
@@ -46,13 +64,20 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.heads
         self.dropout = config.attention_dropout
-        self.qkv = nn.Linear(config.dim, 3 * config.dim)
+        self.qkv = nn.Linear(config.dim, 3 * config.dim, bias=config.qkv_bias == "all")
+        self.q_bias = self.v_bias = None
+        if config.qkv_bias == "qv":
+            self.q_bias = nn.Parameter(torch.zeros(config.dim))
+            self.v_bias = nn.Parameter(torch.zeros(config.dim))
         self.proj = nn.Linear(config.dim, config.dim)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x [R, T, D], bias broadcastable to [R, H, T, T] or None -> [R, T, D]."""
         R, T, D = x.shape
-        q, k, v = self.qkv(x).view(R, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).view(R, T, 3, D)
+        if self.q_bias is not None and self.v_bias is not None:
+            qkv = qkv + torch.stack([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        q, k, v = qkv.view(R, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
         return self.proj(x.transpose(1, 2).reshape(R, T, D))  # type: ignore[no-any-return]
@@ -71,60 +96,113 @@ class FeedForward(nn.Module):
         return self.fc2(self.dropout(F.gelu(self.fc1(x))))  # type: ignore[no-any-return]
 
 
-class Block(nn.Module):
-    """x = norm1(x + attention(x)); x = norm2(x + ffn(x))."""
+class Branch(nn.Module):
+    """What happens to a branch's output before it is added to the residual: dropout, LayerScale
+    (Touvron et al. 2021), drop path (stochastic depth, Huang et al. 2016: whole rows)."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, drop_path: float) -> None:
         super().__init__()
+        self.dropout = nn.Dropout(config.dropout)
+        self.drop_path = drop_path
+        self.scale = None
+        if config.layer_scale > 0:
+            self.scale = nn.Parameter(torch.full((config.dim,), config.layer_scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[R, T, D] -> [R, T, D]."""
+        x = self.dropout(x)
+        if self.scale is not None:
+            x = x * self.scale
+        if self.training and self.drop_path > 0:
+            kept = torch.rand(len(x), 1, 1, device=x.device) >= self.drop_path
+            x = x * (kept / (1.0 - self.drop_path)).to(x.dtype)
+        return x
+
+
+class Block(nn.Module):
+    """post: x = norm1(x + attention(x)); x = norm2(x + ffn(x)).
+    pre: x = x + attention(norm1(x)); x = x + ffn(norm2(x))."""
+
+    def __init__(self, config: TransformerConfig, drop_path: float) -> None:
+        super().__init__()
+        self.post = config.norm == "post"
         self.attention = Attention(config)
         self.norm1 = nn.LayerNorm(config.dim, eps=config.norm_eps)
         self.ffn = FeedForward(config)
         self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.dropout = nn.Dropout(config.dropout)
+        self.branch1 = Branch(config, drop_path)
+        self.branch2 = Branch(config, drop_path)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """[R, T, D] -> the block's output and its FFN's output before dropout, residual and norm
         (the layer's contribution to the targets), both [R, T, D]."""
-        x = self.norm1(x + self.dropout(self.attention(x, bias)))
-        ffn = self.ffn(x)
-        return self.norm2(x + self.dropout(ffn)), ffn
+        if self.post:
+            x = self.norm1(x + self.branch1(self.attention(x, bias)))
+            ffn = self.ffn(x)
+            return self.norm2(x + self.branch2(ffn)), ffn
+        x = x + self.branch1(self.attention(self.norm1(x), bias))
+        ffn = self.ffn(self.norm2(x))
+        return x + self.branch2(ffn), ffn
 
 
 class Trunk(nn.Module):
-    """`depth` blocks. In training a block is dropped with probability `layer_drop`.
+    """`depth` blocks; pre-norm ones are followed by a norm. In training a block is dropped with
+    probability `layer_drop`.
 
     A dropped block runs and its result is not used: a block skipped under ZeRO 3 would leave last
     step's gradient partitions in place (wrong updates), and with one path the draw may differ
     between micro-batches and needs no agreement between ranks.
     """
 
-    def __init__(self, config: TransformerConfig, depth: int, *, layer_drop: float) -> None:
+    def __init__(
+        self,
+        config: TransformerConfig,
+        depth: int,
+        *,
+        layer_drop: float,
+        final_norm: bool = True,
+    ) -> None:
         super().__init__()
         self.layer_drop = layer_drop
-        self.blocks = nn.ModuleList(Block(config) for _ in range(depth))
-        self.apply(bert_init)
+        self.checkpoint_activations = config.checkpoint_activations
+        self.blocks = nn.ModuleList(
+            Block(config, config.drop_path * i / max(1, depth - 1)) for i in range(depth)
+        )
+        self.norm = None
+        if config.norm == "pre" and final_norm:
+            self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.apply(INITS[config.init])
+        if config.init == "beit":
+            scale_by_depth(self.blocks)
 
     def forward(
         self, x: Tensor, bias: Tensor | None, *, collect: int = 0
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """x [R, T, D], bias broadcastable to [R, H, T, T] -> the last block's output [R, T, D] and,
-        of each of the top `collect` blocks, (FFN output, block output), lowest first."""
+        """x [R, T, D], bias broadcastable to [R, H, T, T] -> the last block's output, normed after
+        pre-norm blocks, [R, T, D] and, of each of the top `collect` blocks, (FFN output, block
+        output), lowest first."""
         first = len(self.blocks) - collect
         layers: list[tuple[Tensor, Tensor]] = []
         for i, block in enumerate(self.blocks):
-            y, ffn = block(x, bias)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                y, ffn = checkpoint(block, x, bias, use_reentrant=False)
+            else:
+                y, ffn = block(x, bias)
             if self.training and self.layer_drop > 0:
                 kept = torch.rand((), device=x.device) >= self.layer_drop
                 y = torch.where(kept, y, x)
             x = y
             if i >= first:
                 layers.append((ffn, x))
-        return x, layers
+        return x if self.norm is None else self.norm(x), layers
+
+
+# ------------------------------------------------------------------------------ attention biases
 
 
 def alibi_slopes(heads: int) -> list[float]:
     """One slope a head, geometric for a power of two; else the next lower power's slopes, then
-    every second of the next higher's (Press et al., 2022; data2vec.md 1.4)."""
+    every second of the next higher's (Press et al. 2022; fairseq get_alibi)."""
 
     def geometric(n: int) -> list[float]:
         return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
@@ -135,7 +213,7 @@ def alibi_slopes(heads: int) -> list[float]:
 
 class Alibi(nn.Module):
     """Symmetric linear attention bias with one learned, non-negative scale a head, shared by all
-    layers (data2vec.md 1.4)."""
+    layers (fairseq examples/data2vec/models/modalities/base.py)."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -153,9 +231,65 @@ class Alibi(nn.Module):
         return (bias * scale[:, None, None]).to(self.scale.dtype)
 
 
+class RelativeBias(nn.Module):
+    """A learned attention bias for each head and each offset between two patches of a grid, shared
+    by all layers, with three more for a class token in front: from it, to it, to itself (BEiT, Bao
+    et al. 2022; data2vec_vision RelativePositionBias)."""
+
+    def __init__(self, grid: tuple[int, int], heads: int) -> None:
+        super().__init__()
+        self.grid = grid
+        h, w = grid
+        self.table = nn.Parameter(torch.zeros((2 * h - 1) * (2 * w - 1) + 3, heads))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Patch positions [R, T] int64, row by row -> bias [R, H, 1 + T, 1 + T]."""
+        h, w = self.grid
+        row, column = positions // w, positions % w
+        rows = row[:, :, None] - row[:, None, :] + h - 1  # [R, T, T], from 0
+        columns = column[:, :, None] - column[:, None, :] + w - 1
+        last = len(self.table)
+        index = F.pad(rows * (2 * w - 1) + columns, (1, 0, 1, 0), value=last - 1)
+        index[:, 0, 1:] = last - 3
+        index[:, 1:, 0] = last - 2
+        return self.table[index].permute(0, 3, 1, 2)
+
+
+# -------------------------------------------------------------------------------- initialisation
+
+
 def bert_init(module: nn.Module) -> None:
-    """Linear and Embedding weights N(0, 0.02), biases 0 (data2vec.md 1.4); for nn.Module.apply."""
+    """Linear and Embedding weights N(0, 0.02), biases and the padding's row 0 (fairseq
+    init_bert_params); for nn.Module.apply."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
         nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        with torch.no_grad():
+            module.weight[module.padding_idx].zero_()
+
+
+def beit_normal(tensor: Tensor) -> None:
+    """N(0, 0.02) cut at one standard deviation (data2vec_vision beit/modeling_cyclical.py)."""
+    nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
+
+
+def beit_init(module: nn.Module) -> None:
+    """Linear and Conv2d weights by `beit_normal`, biases 0; for nn.Module.apply."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        beit_normal(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def scale_by_depth(blocks: nn.ModuleList) -> None:
+    """The last weights of both branches of block n, from 1, by 1 / sqrt(2 n), as BEiT does."""
+    with torch.no_grad():
+        for i, block in enumerate(blocks):
+            assert isinstance(block, Block)
+            for linear in (block.attention.proj, block.ffn.fc2):
+                linear.weight.div_(math.sqrt(2.0 * (i + 1)))
+
+
+INITS = {"bert": bert_init, "beit": beit_init}

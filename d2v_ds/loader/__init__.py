@@ -11,6 +11,7 @@ neither changes what is in them, and a run goes on from a position on any number
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import multiprocessing
 import os
 import pickle
@@ -18,13 +19,14 @@ import signal
 import sys
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from multiprocessing.process import BaseProcess
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from d2v_ds.batch import Batch, StepBatch
@@ -49,7 +51,8 @@ class Loader:
     in this one; they are forked here, so make the Loader before CUDA is in use. position: that of a
     StepBatch, to go on after it. Raises UserError when the settings do not fit each other or the
     set, or the set is another one than that of `position`; while iterating, when a sample cannot be
-    used.
+    used. Where the number of masked tokens is drawn (Modality.masked_tokens), the ranks add theirs
+    up, and take every step together.
 
     Several modalities, one a step, are a layer above: a Loader each, and a pure function of (seed,
     step) that says whose turn it is on all ranks.
@@ -91,6 +94,11 @@ class Loader:
         # In the first whole epoch every sample is read, by some rank: checksums are compared until
         # its end.
         self.verified_epoch = self.position["epoch"] + (self.position["step"] > 0)
+        # Where masks of one length differ in their number, steps count theirs over all ranks.
+        self.ahead: tuple[StepBatch, Callable[[], int]] | None = None
+        self.group: Any = None
+        if self.plan.masked is None and world > 1:
+            self.group = dist.new_group(backend="gloo")  # never waits for a GPU, or for others
         self.planned: deque[Step] = deque()  # asked of the workers and not yet given out
         self.reader = Reader(shards, [_member(shards, modality)])
         source = MicroBatches(self.reader, modality, seed, by_pipe=workers > 0 and _shm_is_small())
@@ -107,23 +115,50 @@ class Loader:
             self.planned.append(step)
             verify = step.epoch <= self.verified_epoch
             for i in self.mine:
-                yield Lot(step.epoch, i, step.lots[i], step.masked[i], verify)
+                masked = None if step.masked is None else step.masked[i]
+                yield Lot(step.epoch, i, step.lots[i], masked, verify)
 
     def __iter__(self) -> Iterator[StepBatch]:
         return self
 
     def __next__(self) -> StepBatch:
+        if self.plan.masked is not None:
+            batch, _ = self._next_step()
+        else:
+            batch, count = self.ahead or self._next_step()
+            self.ahead = self._next_step()  # its count is summed while this step is taken
+            batch = dataclasses.replace(batch, masked_count=max(1, count()))
+        self.position = batch.position
+        return batch
+
+    def _next_step(self) -> tuple[StepBatch, Callable[[], int]]:
+        """The next step, and what waits for its number of masked tokens, which is in it already
+        where the plan knows it."""
         micro_batches = [self._take() for _ in self.mine]
         step = self.planned.popleft()
-        self.position = {**step.position, "set": self.set}
-        return StepBatch(
+        count = self._sum_ranks(sum(len(batch.masked) for batch in micro_batches))
+        batch = StepBatch(
             modality=self.modality.name,
             micro_batches=micro_batches,
-            masked_count=sum(step.masked),
+            masked_count=sum(step.masked or ()),
             samples=sum(map(len, step.lots)),
             units=step.units,
-            position=self.position,
+            position={**step.position, "set": self.set},
         )
+        return batch, count
+
+    def _sum_ranks(self, number: int) -> Callable[[], int]:
+        """Begins to add up a number over the ranks, on the host; the result, when called."""
+        if self.group is None:
+            return lambda: number
+        total = torch.tensor(number, dtype=torch.int64)
+        work = dist.all_reduce(total, group=self.group, async_op=True)
+
+        def result() -> int:
+            work.wait()
+            return int(total)
+
+        return result
 
     def _take(self) -> Batch:
         item = next(self.batches)

@@ -38,7 +38,7 @@ class Step:
 
     epoch: int
     lots: Sequence[Positions]  # the samples of each micro-batch
-    masked: Sequence[int]  # masked tokens of each micro-batch
+    masked: Sequence[int] | None  # tokens of each micro-batch; None: known when they are drawn
     units: float  # seconds of audio, images or tokens of all, after cropping
     position: dict[str, int]  # after this step
 
@@ -88,10 +88,13 @@ class Plan:
         distinct = [int(length) for length in self.distinct]
         self.usable = np.array([modality.crop(n) > 0 for n in distinct], dtype=bool)
         self.cost = np.zeros(len(distinct))
-        self.masked = np.zeros(len(distinct), dtype=np.int64)
+        masked = np.zeros(len(distinct), dtype=np.int64)
+        drawn = False  # the number of masked tokens
         for kind in np.flatnonzero(self.usable):
             self.cost[kind] = modality.cost(distinct[kind])
-            self.masked[kind] = modality.masked_tokens(distinct[kind])
+            tokens = modality.masked_tokens(distinct[kind])
+            masked[kind], drawn = tokens or 0, drawn or tokens is None
+        self.masked = None if drawn else masked
         assert (self.cost[self.usable] > 0).all(), f"{modality.name}: a sample costs nothing"
         self.used = np.array([len(self.usable_in(shard)) for shard in range(len(lengths))])
         self.samples = int(self.used.sum())
@@ -151,7 +154,7 @@ class Plan:
         return Step(
             epoch=epoch,
             lots=lots,
-            masked=[int(self.masked[k].sum()) for k in kinds],
+            masked=None if self.masked is None else [int(self.masked[k].sum()) for k in kinds],
             units=float(sum(self.cost[k].sum() for k in kinds)),
             position=position,
         )

@@ -102,7 +102,7 @@ class Lot:
     epoch: int
     index: int  # of the micro-batch in its step
     samples: Positions
-    masked: int  # tokens, as planned
+    masked: int | None  # tokens, as planned; None: not planned
     verify: bool
 
 
@@ -129,7 +129,7 @@ class MicroBatches(Dataset[Any]):
         rngs = [generator(self.seed, MASK, lot.epoch, position) for position in positions]
         batch = self.modality.collate(examples, rngs, lot.index)
         keys = tuple(self.reader.key(position) for position in positions)
-        assert len(batch.masked) == lot.masked, (
+        assert lot.masked in (None, len(batch.masked)), (
             f"planned {lot.masked} masked tokens, drew {len(batch.masked)} for the samples {keys}"
         )
         return dataclasses.replace(batch, keys=keys)

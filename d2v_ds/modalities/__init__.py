@@ -9,9 +9,13 @@ from d2v_ds.decoding import decode
 from d2v_ds.errors import UserError, suggestion
 from d2v_ds.modalities.base import Modality
 from d2v_ds.modalities.speech import Speech
+from d2v_ds.modalities.text import Text
+from d2v_ds.modalities.vision import Vision
 
 REGISTRY: dict[str, type[Modality]] = {
     "speech": Speech,
+    "vision": Vision,
+    "text": Text,
 }
 
 

@@ -6,16 +6,24 @@ B samples, M masked views a sample, T tokens, K visible tokens, N masked tokens,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 
 from d2v_ds.batch import Batch
-from d2v_ds.student import FrontEnd
+from d2v_ds.student import DecoderConfig, FrontEnd
 from d2v_ds.transformer import TransformerConfig
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The predictor of data2vec 1.0."""
+
+    layers: int = 1
+    zero_last: bool = False  # begin with predictions of zero
 
 
 @dataclass(frozen=True)
@@ -23,10 +31,19 @@ class ModalityConfig:
     """Settings that every modality has."""
 
     views: int = 8  # masked views of a sample for one pass of the teacher
+    # 2.0 takes masked tokens out of the encoder's input, 1.0 puts a mask token in their place
+    masked: Literal["removed", "replaced"] = "removed"
     # parts of the front end that the teacher takes from the student instead of averaging its own
     shared: tuple[str, ...] = ()
+    prenet_depth: int = 0  # blocks of the modality's own in front of the trunk
+    prenet_dropout: float = 0.0  # after the norm in front of them
+    prenet_layer_drop: float = 0.0
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)  # where tokens are removed
+    head: HeadConfig = field(default_factory=HeadConfig)  # where they are replaced
     loss_beta: float = 0.0  # 0: squared error; above: smooth L1
     loss_scale: float | None = None  # per channel; null: 1 / sqrt(width)
+    padded_statistics: bool = False  # as fairseq: only attention knows what is padding, target
+    # statistics and convolutions count it in
 
     def __post_init__(self) -> None:
         if self.views < 1:
@@ -38,7 +55,7 @@ class ModalityConfig:
                 raise ValueError(f"shared: no part {name!r} (allowed: {', '.join(SHAREABLE)})")
 
 
-SHAREABLE = ("features", "positions")
+SHAREABLE = ("features", "positions", "context")
 
 
 class Modality(Protocol):
@@ -65,8 +82,9 @@ class Modality(Protocol):
     def crop(self, length: int) -> int:
         """Length after cropping; 0 when the sample is too short to be used."""
 
-    def masked_tokens(self, length: int) -> int:
-        """Masked tokens of a sample of this length (before cropping) over all M views."""
+    def masked_tokens(self, length: int) -> int | None:
+        """Masked tokens of a sample of this length (before cropping) over all M views; None where
+        masks of one length differ in them, for all lengths alike."""
 
     def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Any:
         """One example from the sample's tar members: decoded, cropped, augmented, normalised; whole
@@ -80,6 +98,9 @@ class Modality(Protocol):
     def unmasked(self, examples: Sequence[Any]) -> Batch:
         """The examples as one batch of which the student sees everything (M = 1, N = 0)."""
 
+    def largest(self) -> Any:
+        """An example as large as any that decode gives, without content: to measure memory."""
+
     def baseline(self, example: Any) -> npt.NDArray[np.float32]:
         """Plain features of one example, to hold a probe's numbers against."""
 
@@ -91,5 +112,10 @@ class Modality(Protocol):
     def predictor(self, model: TransformerConfig) -> nn.Module:
         """forward(batch, encoder output [B * M, K, D]) -> predictions [N, D]."""
 
+    def class_weight(self, views: int) -> float:
+        """Weight of the loss of the last extra token in a micro-batch of so many views, against
+        that of a masked token; 0 where there is none."""
+
     def picture(self, batch: Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        """What to show of a batch: an image [rows, columns] and which tokens are masked [T]."""
+        """What to show of a batch's first view: an image [across, up] and what is masked, [T] over
+        its width or [t, u] over both."""

@@ -1,14 +1,15 @@
 """Speech: 16 kHz waveforms, seven strided convolutions, convolutional and ALiBi positions.
 
 B samples, M masked views a sample, R rows (B or B * M), S raw audio samples, T tokens (frames of
-20 ms), C channels of the convolutions, D width. data2vec 2.0 (data2vec.md 1.4 and 2.4).
+20 ms), C channels of the convolutions, D width. data2vec 2.0: fairseq
+examples/data2vec/models/modalities/audio.py; 1.0, without ALiBi: data2vec_audio.py there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,20 +19,20 @@ from torch.nn import functional as F
 
 from d2v_ds import audio
 from d2v_ds.batch import Batch, mask_indices
-from d2v_ds.masking import block_count, block_mask_1d
+from d2v_ds.masking import Mask, block_count, block_mask_1d, span_mask
 from d2v_ds.modalities.base import ModalityConfig
-from d2v_ds.student import Context, ConvDecoder, DecoderConfig, FrontEnd
+from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head, MaskToken
 from d2v_ds.transformer import Alibi, TransformerConfig
 
 Waveform = npt.NDArray[np.float32]
 
-# (channels, kernel, stride): 50 frames a second, receptive field 400 samples (data2vec.md 1.1)
+# (channels, kernel, stride): 50 frames a second, receptive field 400 samples (wav2vec 2.0)
 PUBLISHED_CONVS = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
 
 
 @dataclass(frozen=True)
 class PositionsConfig:
-    """Convolutional relative positions (data2vec.md 1.1)."""
+    """Convolutional relative positions (fairseq conv_pos_*, pos_conv_depth)."""
 
     depth: int = 5
     kernel: int = 19
@@ -40,12 +41,14 @@ class PositionsConfig:
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """Block masks (data2vec.md 2.4): exactly floor(prob * T) of T frames."""
+    """2.0: blocks, exactly floor(prob * T) of T frames (fairseq compute_block_mask_1d). 1.0: spans,
+    whose number varies (compute_mask_indices)."""
 
+    kind: Literal["blocks", "spans"] = "blocks"
     prob: float = 0.5
     length: int = 5
-    adjust: float = 0.05
-    inverse: bool = False
+    adjust: float = 0.05  # of blocks: more of them are drawn, for they overlap
+    inverse: bool = False  # of blocks: they are what stays visible
 
     def __post_init__(self) -> None:
         if not 0 < self.prob < 1:
@@ -65,11 +68,9 @@ class SpeechConfig(ModalityConfig):
     min_seconds: float = 2.0  # shorter ones are left out
     convs: tuple[tuple[int, int, int], ...] = PUBLISHED_CONVS  # (channels, kernel, stride)
     positions: PositionsConfig = field(default_factory=PositionsConfig)
-    prenet_depth: int = 0
-    prenet_dropout: float = 0.1  # after the norm in front of the trunk
-    prenet_layer_drop: float = 0.0
+    alibi: bool = True
+    prenet_dropout: float = 0.1
     mask: MaskConfig = field(default_factory=MaskConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,7 +95,7 @@ def frames(samples: int, convs: Sequence[tuple[int, int, int]]) -> int:
 
 class ConvFeatures(nn.Module):
     """Waveforms [B, S] -> tokens [B, T, D]: convolutions, each with LayerNorm over channels and
-    GELU, then LayerNorm and a linear layer (wav2vec 2.0's extractor, data2vec.md 1.1)."""
+    GELU, then LayerNorm and a linear layer (wav2vec 2.0's extractor)."""
 
     def __init__(self, convs: Sequence[tuple[int, int, int]], dim: int) -> None:
         super().__init__()
@@ -107,6 +108,7 @@ class ConvFeatures(nn.Module):
         self.norm = nn.LayerNorm(channels[-1])
         self.proj = nn.Linear(channels[-1], dim)
         for conv in self.convs:
+            assert isinstance(conv, nn.Conv1d)
             nn.init.kaiming_normal_(conv.weight)
 
     def forward(self, waveforms: Tensor) -> Tensor:
@@ -147,7 +149,7 @@ class Speech:
     unit: ClassVar[str] = "s"
     keys: ClassVar[tuple[str, ...]] = ("flac", "wav")
     baseline_name: ClassVar[str] = "mean log-mel"
-    Config: ClassVar[type[SpeechConfig]] = SpeechConfig
+    Config: ClassVar[type[ModalityConfig]] = SpeechConfig
 
     def __init__(self, config: SpeechConfig) -> None:
         self.config = config
@@ -161,8 +163,10 @@ class Speech:
     def cost(self, length: int) -> float:
         return self.crop(length) / self.config.sample_rate
 
-    def masked_tokens(self, length: int) -> int:
+    def masked_tokens(self, length: int) -> int | None:
         T, mask = frames(self.crop(length), self.config.convs), self.config.mask
+        if mask.kind == "spans":
+            return None
         return self.views * block_count(T, prob=mask.prob, inverse=mask.inverse)
 
     def warnings(self) -> list[str]:
@@ -189,10 +193,11 @@ class Speech:
         if rate != self.config.sample_rate:
             raise ValueError(f"is {rate} Hz, expected {self.config.sample_rate} Hz")
         waveform = audio.decode(data)
-        # As torch's layer norm over the utterance does, before the crop (data2vec.md, G28).
+        # As torch's layer norm over the whole utterance does (fairseq raw_audio_dataset.py).
         centred = waveform - waveform.mean(dtype=np.float64)
         scale = np.sqrt(np.mean(np.square(centred), dtype=np.float64) + 1e-5)
-        return (centred / scale).astype(np.float32)
+        scaled: Waveform = (centred / scale).astype(np.float32)
+        return scaled
 
     def random_crop(self, waveform: Waveform, rng: np.random.Generator) -> Waveform:
         kept = self.crop(len(waveform))
@@ -202,25 +207,33 @@ class Speech:
     def collate(
         self, examples: Sequence[Waveform], rngs: Sequence[np.random.Generator], index: int
     ) -> Batch:
-        mask = self.config.mask
-        masks = [
-            block_mask_1d(
-                frames(len(example), self.config.convs),
-                prob=mask.prob,
-                length=mask.length,
-                adjust=mask.adjust,
-                inverse=mask.inverse,
-                views=self.views,
-                rng=rng,
-            )
-            for example, rng in zip(examples, rngs, strict=True)
-        ]
+        T = [frames(len(example), self.config.convs) for example in examples]
+        masks = [self.mask(t, rng) for t, rng in zip(T, rngs, strict=True)]
+        valid = None
+        if self.config.padded_statistics:
+            masks = [np.pad(m, ((0, 0), (0, max(T) - m.shape[1]))) for m in masks]
+            valid = np.arange(max(T)) < np.array(T)[:, None]
         return Batch(
             modality=self.name,
             index=index,
             inputs=pad(examples),
             views=self.views,
-            **mask_indices(masks),
+            **mask_indices(masks, removed=self.config.masked == "removed", valid=valid),
+        )
+
+    def mask(self, T: int, rng: np.random.Generator) -> Mask:
+        """The masks of one sample's views [M, T]."""
+        mask = self.config.mask
+        if mask.kind == "spans":
+            return span_mask(T, prob=mask.prob, length=mask.length, views=self.views, rng=rng)
+        return block_mask_1d(
+            T,
+            prob=mask.prob,
+            length=mask.length,
+            adjust=mask.adjust,
+            inverse=mask.inverse,
+            views=self.views,
+            rng=rng,
         )
 
     def unmasked(self, examples: Sequence[Waveform]) -> Batch:
@@ -232,27 +245,42 @@ class Speech:
             modality=self.name, index=0, inputs=pad(examples), views=1, **mask_indices(nothing)
         )
 
+    def largest(self) -> Waveform:
+        return np.zeros(self.max_samples, dtype=np.float32)
+
     def baseline(self, example: Waveform) -> npt.NDArray[np.float32]:
         """Mean log-mel spectrum [bands], its level removed: the strongest of the plain means."""
         mel = np.asarray(audio.log_mel(example, self.config.sample_rate), dtype=np.float32)
-        return (mel - mel.mean()).mean(0)
+        mean: npt.NDArray[np.float32] = (mel - mel.mean()).mean(0)
+        return mean
 
     def front_end(self, model: TransformerConfig) -> FrontEnd:
         config = self.config
         return FrontEnd(
             features=ConvFeatures(config.convs, model.dim),
             positions=ConvPositions(config.positions, model.dim),
-            alibi=Alibi(model.heads),
+            bias=Alibi(model.heads) if config.alibi else None,
+            # U(0, 1): fairseq wav2vec2.py, mask_emb
+            mask_token=MaskToken(model.dim, nn.init.uniform_)
+            if config.masked == "replaced"
+            else None,
             context=Context(
                 model,
                 depth=config.prenet_depth,
                 dropout=config.prenet_dropout,
                 layer_drop=config.prenet_layer_drop,
             ),
+            zero_padding=config.masked == "replaced",  # fairseq's 1.0 does, its 2.0 does not
         )
 
     def predictor(self, model: TransformerConfig) -> nn.Module:
-        return ConvDecoder(self.config.decoder, model.dim)
+        config = self.config
+        if config.masked == "replaced":  # torch's initialisation, as in fairseq
+            return Head(model.dim, config.head.layers, None, config.head.zero_last)
+        return ConvDecoder(config.decoder, model.dim)
+
+    def class_weight(self, views: int) -> float:
+        return 0.0
 
     def picture(self, batch: Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
         """Of the first view of the first sample: log-mel frames [T_mel, bands] and mask [T]."""

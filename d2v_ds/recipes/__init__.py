@@ -2,7 +2,8 @@
 
 Plain mappings, so that listing or loading a recipe imports no torch; `d2v-ds show NAME` prints one
 with everything derived. Sources of the numbers are cited beside them: "fairseq" is
-facebookresearch/fairseq at 3d262bb, examples/data2vec/config.
+facebookresearch/fairseq at 3d262bb, examples/data2vec/config; data2vec_vision is
+facebookresearch/data2vec_vision at af9a363; "the paper" states what no file does.
 """
 
 from __future__ import annotations
@@ -10,16 +11,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from d2v_ds.config import Config
+from d2v_ds.config import Config, apply_compat
 from d2v_ds.decoding import apply_overrides, decode, load_yaml
 from d2v_ds.errors import UserError, suggestion
-from d2v_ds.recipes import speech
+from d2v_ds.recipes import speech, text, vision
 
-RECIPES: dict[str, Callable[[], dict[str, Any]]] = {
-    "speech_tiny": speech.speech_tiny,
-    "speech_base": speech.speech_base,
-    "speech_large": speech.speech_large,
-}
+FUNCTIONS = [
+    speech.speech_tiny,
+    speech.speech_base,
+    speech.speech_large,
+    speech.speech_tiny_v1,
+    speech.speech_base_v1,
+    vision.vision_tiny,
+    vision.vision_base,
+    vision.vision_large,
+    vision.vision_huge,
+    vision.vision_huge16,
+    vision.vision_tiny_v1,
+    vision.vision_base_v1,
+    vision.vision_large_v1,
+    text.text_tiny,
+    text.text_base,
+    text.text_large,
+    text.text_tiny_v1,
+    text.text_base_v1,
+]
+RECIPES: dict[str, Callable[[], dict[str, Any]]] = {f.__name__: f for f in FUNCTIONS}
 
 
 def load(source: str, overrides: list[str]) -> Config:
@@ -36,6 +53,10 @@ def load(source: str, overrides: list[str]) -> Config:
         raise UserError(
             f"{source!r}: no such recipe{suggestion(source, RECIPES)}; a file ends with .yaml"
         )
+    # A recipe's and a file's own settings give way to compat=fairseq where it is asked for here;
+    # other overrides stand.
+    asked = [o for o in overrides if o.partition("=")[0] == "compat"]
+    apply_compat(apply_overrides(raw, asked), over=bool(asked))
     return decode(Config, apply_overrides(raw, overrides))
 
 

@@ -1,4 +1,4 @@
-"""Speech: data2vec 2.0."""
+"""Speech: data2vec 2.0 and 1.0."""
 
 from __future__ import annotations
 
@@ -117,3 +117,41 @@ def speech_tiny() -> dict[str, Any]:
         "log": {"every": 10, "pictures_every": 100},
         "save": {"every": 100, "keep": 3},
     }
+
+
+def speech_base_v1() -> dict[str, Any]:
+    """data2vec 1.0 base on LibriSpeech 960 h: 94 M parameters, 63 minutes of audio a step."""
+    # fairseq audio/pretraining/base_librispeech.yaml, but for what a comment names
+    raw = speech_base()
+    raw["batch"] = {"size": 3800.0, "micro_batches": 16}  # 16 GPUs x 3.8 M samples of 16 kHz
+    speech = raw["modality"]["speech"]
+    del speech["decoder"], speech["prenet_layer_drop"]
+    speech |= {
+        "views": 1,
+        "masked": "replaced",
+        # ema_layers_only: true; in the published checkpoint the positions are averaged as well
+        "shared": ["features", "positions"],
+        "alibi": False,
+        "mask": {"kind": "spans", "prob": 0.65, "length": 10},
+        "head": {"layers": 1},
+    }
+    raw["teacher"] = {"decay": 0.999, "decay_end": 0.9999, "anneal_steps": 30_000}
+    raw["optim"] |= {"lr": 5e-4, "warmup_steps": 12_000, "schedule": "tri_stage"}  # 3 % of steps
+    return raw
+
+
+def speech_tiny_v1() -> dict[str, Any]:
+    """data2vec 1.0 for a laptop: 1 M parameters."""
+    # Not published anywhere: speech_base_v1 in the size of speech_tiny.
+    raw = speech_tiny()
+    speech = raw["modality"]["speech"]
+    del speech["decoder"]
+    speech |= {
+        "views": 1,
+        "masked": "replaced",
+        "shared": ["features", "positions"],
+        "alibi": False,
+        "mask": {"kind": "spans", "prob": 0.65, "length": 10},
+        "head": {"layers": 1, "zero_last": True},
+    }
+    return raw

@@ -1,0 +1,268 @@
+"""Text: blocks of token ids, learned positions, no special treatment of words.
+
+B samples, M masked views a sample, R = B * M rows, T tokens, V ids of the vocabulary, D width.
+data2vec 2.0: fairseq examples/data2vec/models/modalities/text.py; 1.0: data2vec_text.py there.
+
+A sample is a packed block: a one-dimensional array of ids, uint16 or uint32, in numpy's .npy format
+(the tokenizer's own, specials and all), so that reading it is one copy and needs no tokenizer.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from d2v_ds.batch import Batch, mask_indices
+from d2v_ds.masking import (
+    Mask,
+    Tokens,
+    corrupt_tokens,
+    token_span_mask,
+    uniform_count,
+    uniform_mask,
+)
+from d2v_ds.modalities.base import ModalityConfig
+from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head
+from d2v_ds.transformer import TransformerConfig, bert_init
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """2.0: single tokens, an exact number (fairseq random_masking). 1.0: spans, whose number
+    varies, some of whose tokens may become random ones or stay (MaskTokensDataset)."""
+
+    kind: Literal["uniform", "spans"] = "uniform"
+    prob: float = 0.48
+    length: int = 1  # of spans
+    random_prob: float = 0.0  # of spans: share of masked tokens that becomes a random one
+    keep_prob: float = 0.0  # of spans: share of masked tokens that stays as it is
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prob < 1:
+            raise ValueError(f"prob={self.prob} does not lie between 0 and 1")
+        if self.length < 1:
+            raise ValueError(f"length={self.length} must be at least 1")
+        if min(self.random_prob, self.keep_prob) < 0 or self.random_prob + self.keep_prob > 1:
+            raise ValueError(
+                f"random_prob={self.random_prob} and keep_prob={self.keep_prob} must be shares "
+                "whose sum is at most 1"
+            )
+
+
+@dataclass(frozen=True)
+class TextConfig(ModalityConfig):
+    """`modality.text.*`."""
+
+    views: int = 8
+    shared: tuple[str, ...] = ("features",)
+    vocab_size: int = 50_265  # ids, specials with them
+    pad_id: int = 1
+    mask_id: int = 50_264
+    specials: int = 4  # ids below this are never drawn as random tokens
+    max_tokens: int = 512
+    dropout: float = 0.1  # of the student's embeddings
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    text_teacher: Literal["whole", "masked"] = "whole"  # masked: as fairseq's 1.0, it reads the
+    # masked tokens alone, padding in place of the others
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("pad_id", "mask_id"):
+            if not 0 <= getattr(self, name) < self.vocab_size:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is no id of vocab_size={self.vocab_size}"
+                )
+        if not 0 <= self.specials < self.vocab_size:
+            raise ValueError(f"specials={self.specials} leaves no id of {self.vocab_size}")
+        if self.max_tokens < 2:
+            raise ValueError(f"max_tokens={self.max_tokens} must be at least 2")
+        if self.masked == "replaced" and self.views > 1 and self.text_teacher == "masked":
+            raise ValueError(f"text_teacher=masked takes views=1, got {self.views}")
+
+
+class TokenFeatures(nn.Module):
+    """Ids [B, T] -> tokens [B, T, D]: embedding plus learned position, LayerNorm.
+
+    Positions count tokens that are not padding, from pad_id + 1 on, as fairseq's make_positions.
+    """
+
+    def __init__(self, config: TextConfig, dim: int, norm_eps: float) -> None:
+        super().__init__()
+        self.pad_id = config.pad_id
+        self.tokens = nn.Embedding(config.vocab_size, dim, padding_idx=config.pad_id)
+        rows = config.max_tokens + config.pad_id + 1
+        self.positions = nn.Embedding(rows, dim, padding_idx=config.pad_id)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.apply(bert_init)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        exists = ids != self.pad_id
+        positions = exists.cumsum(1) * exists + self.pad_id  # [B, T]
+        return self.norm(self.tokens(ids) + self.positions(positions))  # type: ignore[no-any-return]
+
+
+class Text:
+    """The Modality contract (modalities/base.py) for text."""
+
+    name: ClassVar[str] = "text"
+    unit: ClassVar[str] = "tokens"
+    keys: ClassVar[tuple[str, ...]] = ("npy",)
+    baseline_name: ClassVar[str] = "bag of words"
+    Config: ClassVar[type[ModalityConfig]] = TextConfig
+
+    def __init__(self, config: TextConfig) -> None:
+        self.config = config
+        self.views = config.views
+
+    def crop(self, length: int) -> int:
+        return 0 if length < 2 else min(length, self.config.max_tokens)
+
+    def cost(self, length: int) -> float:
+        return float(self.crop(length))
+
+    def masked_tokens(self, length: int) -> int | None:
+        mask = self.config.mask
+        if mask.kind == "spans":
+            return None
+        return self.views * uniform_count(self.crop(length), prob=mask.prob)
+
+    def warnings(self) -> list[str]:
+        return []
+
+    def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Tokens:
+        """Ids [T], a random piece of at most max_tokens; with no rng, the first. Raises
+        ValueError."""
+        try:
+            ids = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"cannot be read as a .npy array ({error})") from None
+        if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
+            raise ValueError(
+                f"holds {ids.dtype} of shape {ids.shape}, expected one dimension of uint16 or "
+                "uint32 token ids"
+            )
+        if ids.max(initial=0) >= self.config.vocab_size:
+            raise ValueError(
+                f"has token id {ids.max()}, modality.text.vocab_size is {self.config.vocab_size}"
+            )
+        start, kept = 0, min(len(ids), self.config.max_tokens)
+        if rng is not None:
+            start = int(rng.integers(len(ids) - kept + 1))
+        piece: Tokens = ids[start : start + kept].astype(np.int64)
+        return piece
+
+    def collate(
+        self, examples: Sequence[Tokens], rngs: Sequence[np.random.Generator], index: int
+    ) -> Batch:
+        config, longest = self.config, max(map(len, examples))
+        masks = [self.mask(len(e), rng) for e, rng in zip(examples, rngs, strict=True)]
+        replaced: list[Tokens] = []  # of each view
+        if config.masked == "replaced":
+            for example, mask, rng in zip(examples, masks, rngs, strict=True):
+                replaced += list(self.corrupt(example, mask, rng))
+        valid = None
+        if config.padded_statistics:
+            masks = [np.pad(m, ((0, 0), (0, longest - m.shape[1]))) for m in masks]
+            valid = np.arange(longest) < np.array([len(e) for e in examples])[:, None]
+        inputs, shown = pad(examples, config.pad_id), None
+        if config.text_teacher == "masked":
+            rows = [np.pad(mask[0], (0, longest - mask.shape[1])) for mask in masks]
+            shown = torch.from_numpy(np.stack(rows))
+            inputs = inputs.where(shown, config.pad_id)
+        return Batch(
+            modality=self.name,
+            index=index,
+            inputs=inputs,
+            corrupted=pad(replaced, config.pad_id) if replaced else None,
+            shown=shown,
+            views=self.views,
+            **mask_indices(masks, removed=config.masked == "removed", valid=valid),
+        )
+
+    def mask(self, T: int, rng: np.random.Generator) -> Mask:
+        """The masks of one block's views [M, T]."""
+        mask = self.config.mask
+        if mask.kind == "uniform":
+            return uniform_mask(T, prob=mask.prob, views=self.views, rng=rng)
+        return token_span_mask(T, prob=mask.prob, length=mask.length, views=self.views, rng=rng)
+
+    def corrupt(self, ids: Tokens, mask: Mask, rng: np.random.Generator) -> Tokens:
+        """What the student reads of ids [T] in each view: [M, T]."""
+        config = self.config
+        return corrupt_tokens(
+            np.broadcast_to(ids, mask.shape),
+            mask,
+            mask_id=config.mask_id,
+            vocabulary=np.arange(config.specials, config.vocab_size),
+            random_prob=config.mask.random_prob,
+            keep_prob=config.mask.keep_prob,
+            rng=rng,
+        )
+
+    def unmasked(self, examples: Sequence[Tokens]) -> Batch:
+        nothing = [np.zeros((1, len(example)), dtype=bool) for example in examples]
+        return Batch(
+            modality=self.name,
+            index=0,
+            inputs=pad(examples, self.config.pad_id),
+            views=1,
+            **mask_indices(nothing),
+        )
+
+    def largest(self) -> Tokens:
+        return np.full(self.config.max_tokens, self.config.vocab_size - 1, dtype=np.int64)
+
+    def baseline(self, example: Tokens) -> npt.NDArray[np.float32]:
+        """Share of each id among the block's tokens [V]."""
+        counts = np.bincount(example, minlength=self.config.vocab_size)
+        return (counts / len(example)).astype(np.float32)
+
+    def front_end(self, model: TransformerConfig) -> FrontEnd:
+        config = self.config
+        return FrontEnd(
+            features=TokenFeatures(config, model.dim, model.norm_eps),
+            # The embeddings have a norm of their own; one more comes with prenet blocks.
+            context=Context(
+                model,
+                depth=config.prenet_depth,
+                dropout=config.prenet_dropout if config.prenet_depth else 0.0,
+                layer_drop=config.prenet_layer_drop,
+                norm=config.prenet_depth > 0,
+            ),
+            dropout=config.dropout,
+            zero_padding=config.masked == "replaced",  # fairseq's 1.0 does, its 2.0 does not
+        )
+
+    def predictor(self, model: TransformerConfig) -> nn.Module:
+        config = self.config
+        if config.masked == "replaced":
+            return Head(model.dim, config.head.layers, bert_init, config.head.zero_last)
+        return ConvDecoder(config.decoder, model.dim, init=bert_init)
+
+    def class_weight(self, views: int) -> float:
+        return 0.0
+
+    def picture(self, batch: Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """The first block's ids as columns of one shade each [T, rows], and the first view's
+        mask [T]."""
+        T = int(batch.seen[0].numel() if batch.valid is None else batch.valid[0].sum())
+        ids = batch.inputs[0, :T].cpu().numpy().astype(np.float32)
+        return np.repeat(ids[:, None], PICTURE_ROWS, axis=1), ~batch.seen[0, :T].cpu().numpy()
+
+
+PICTURE_ROWS = 16
+
+
+def pad(blocks: Sequence[Tokens], pad_id: int) -> Tensor:
+    """One tensor [B, T], padding after the end of shorter ones."""
+    inputs = torch.full((len(blocks), max(map(len, blocks))), pad_id, dtype=torch.int64)
+    for row, block in zip(inputs, blocks, strict=True):
+        row[: len(block)] = torch.from_numpy(np.ascontiguousarray(block))
+    return inputs

@@ -1,0 +1,261 @@
+"""Vision: images cut into square patches, with fixed sine-cosine positions (2.0) or a learned
+relative position bias (1.0), and a class token.
+
+B samples, M masked views a sample, h x w a grid of T = h * w patches, p pixels of a patch's side, D
+width. data2vec 2.0: fairseq examples/data2vec/models/modalities/images.py; 1.0: data2vec_vision
+beit/modeling_cyclical.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from d2v_ds import images
+from d2v_ds.batch import Batch, mask_indices
+from d2v_ds.images import Pixels
+from d2v_ds.masking import Mask, beit_mask, block_count, block_mask_2d
+from d2v_ds.modalities.base import ModalityConfig
+from d2v_ds.student import Context, ConvDecoder, ExtraTokens, FrontEnd, Head, MaskToken
+from d2v_ds.transformer import RelativeBias, TransformerConfig, beit_init, beit_normal
+
+CHANNELS = 3
+
+
+@dataclass(frozen=True)
+class MaskConfig:
+    """2.0: inverse blocks, of an exact number (fairseq compute_block_mask_2d). 1.0: BEiT's blocks,
+    up to a number (beit/masking_generator.py)."""
+
+    kind: Literal["blocks", "beit"] = "blocks"
+    prob: float = 0.8  # blocks: share that is masked
+    length: int = 3  # blocks: side of the squares, in patches
+    adjust: float = 0.07  # blocks: more of them are drawn, for they overlap
+    inverse: bool = True  # blocks: the squares are what stays visible
+    patches: int = 120  # beit: to be masked
+    min_patches: int = 16  # beit: of one block
+    max_patches: int | None = None  # beit: of one block; null: all that are to be masked
+
+    def __post_init__(self) -> None:
+        if not 0 < self.prob < 1:
+            raise ValueError(f"prob={self.prob} does not lie between 0 and 1")
+        for name in ("length", "patches", "min_patches"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True)
+class VisionConfig(ModalityConfig):
+    """`modality.vision.*`."""
+
+    views: int = 16
+    image_size: int = 224
+    patch_size: int = 16
+    positions: Literal["sincos", "relative"] = "sincos"
+    extra_tokens: int = 1
+    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the area that a training crop takes
+    jitter: float = 0.0  # of brightness, contrast and saturation
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    # The last extra token's output regresses the mean of its image's targets, with this weight
+    # against one view's masked tokens ...
+    cls_weight: float = 0.0
+    # ... times the views that fairseq's published run summed over on each GPU; null: as fairseq,
+    # times those of the micro-batch, so that its size changes the objective
+    cls_views: int | None = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
+            )
+        T = (self.image_size // self.patch_size) ** 2
+        if self.mask.kind == "beit" and self.mask.patches >= T:
+            raise ValueError(f"mask.patches={self.mask.patches} is not below the {T} patches")
+        if self.extra_tokens < 0:
+            raise ValueError(f"extra_tokens={self.extra_tokens} must be 0 or more")
+        if self.positions == "relative" and self.extra_tokens != 1:
+            raise ValueError("positions=relative takes extra_tokens=1, the class token")
+        if self.cls_weight > 0 and not self.extra_tokens:
+            raise ValueError(f"cls_weight={self.cls_weight} takes extra_tokens of at least 1")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(f"crop_scale={self.crop_scale} must rise within (0, 1]")
+        if not 0 <= self.jitter <= 1:
+            raise ValueError(f"jitter={self.jitter} does not lie in [0, 1]")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.image_size // self.patch_size
+        return side, side
+
+
+class PatchFeatures(nn.Module):
+    """Images [B, 3, H, W] -> tokens [B, T, D], patches row by row, plus fixed positions."""
+
+    def __init__(self, config: VisionConfig, dim: int) -> None:
+        super().__init__()
+        p = config.patch_size
+        self.proj = nn.Conv2d(CHANNELS, dim, p, p)
+        self.positions: Tensor | None
+        if config.positions == "sincos":
+            # Xavier-uniform over the flattened kernel, as MAE
+            nn.init.xavier_uniform_(self.proj.weight.view(dim, -1))
+            self.register_buffer("positions", sincos_2d(config.grid, dim))
+        else:
+            beit_init(self.proj)
+            self.positions = None
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x: Tensor = self.proj(pixels.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
+        return x if self.positions is None else x + self.positions.to(x.dtype)
+
+
+def sincos_2d(grid: tuple[int, int], dim: int) -> Tensor:
+    """Fixed positions [T, D]: half of the channels for the column, half for the row, each sines
+    then cosines of geometric frequencies (MAE, He et al. 2022; fairseq get_2d_sincos_pos_embed)."""
+    row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    frequency = 1.0 / 10_000 ** (np.arange(dim // 4) / (dim // 4))
+    halves = []
+    for place in (column, row):
+        angle = np.outer(place, frequency)  # [T, D / 4]
+        halves += [np.sin(angle), np.cos(angle)]
+    return torch.from_numpy(np.concatenate(halves, axis=1)).float()
+
+
+class Vision:
+    """The Modality contract (modalities/base.py) for images."""
+
+    name: ClassVar[str] = "vision"
+    unit: ClassVar[str] = "images"
+    keys: ClassVar[tuple[str, ...]] = ("jpg", "jpeg", "png", "webp")
+    baseline_name: ClassVar[str] = "pixels"
+    Config: ClassVar[type[ModalityConfig]] = VisionConfig
+
+    def __init__(self, config: VisionConfig) -> None:
+        self.config = config
+        self.views = config.views
+
+    def crop(self, length: int) -> int:
+        """Any image becomes one of image_size; lengths are pixels."""
+        return self.config.image_size**2
+
+    def cost(self, length: int) -> float:
+        return 1.0
+
+    def masked_tokens(self, length: int) -> int | None:
+        mask, (h, w) = self.config.mask, self.config.grid
+        if mask.kind == "beit":
+            return None
+        return self.views * block_count(h * w, prob=mask.prob, inverse=mask.inverse)
+
+    def warnings(self) -> list[str]:
+        return []
+
+    def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Pixels:
+        """Normalised pixels [3, H, W] of a random crop, flipped half the time; with no rng, of the
+        centre."""
+        config = self.config
+        image = images.decode(next(sample[key] for key in self.keys if key in sample))
+        if rng is None:
+            return images.normalise(images.centre_crop(image, config.image_size))
+        # BEiT's order: colours, then flip, then crop
+        if config.jitter > 0:
+            image = images.jitter(image, config.jitter, rng)
+        image = images.random_flip(image, rng)
+        return images.normalise(
+            images.random_crop(image, config.image_size, config.crop_scale, rng)
+        )
+
+    def collate(
+        self, examples: Sequence[Pixels], rngs: Sequence[np.random.Generator], index: int
+    ) -> Batch:
+        return Batch(
+            modality=self.name,
+            index=index,
+            inputs=torch.from_numpy(np.stack(examples)),
+            views=self.views,
+            **mask_indices(
+                [self.mask(rng) for rng in rngs], removed=self.config.masked == "removed"
+            ),
+        )
+
+    def mask(self, rng: np.random.Generator) -> Mask:
+        """The masks of one image's views [M, T]."""
+        mask, grid = self.config.mask, self.config.grid
+        if mask.kind == "beit":
+            return beit_mask(
+                grid,
+                target=mask.patches,
+                min_area=mask.min_patches,
+                max_area=mask.max_patches,
+                views=self.views,
+                rng=rng,
+            )
+        return block_mask_2d(
+            grid,
+            prob=mask.prob,
+            length=mask.length,
+            adjust=mask.adjust,
+            inverse=mask.inverse,
+            views=self.views,
+            rng=rng,
+        )
+
+    def unmasked(self, examples: Sequence[Pixels]) -> Batch:
+        h, w = self.config.grid
+        return Batch(
+            modality=self.name,
+            index=0,
+            inputs=torch.from_numpy(np.stack(examples)),
+            views=1,
+            **mask_indices([np.zeros((1, h * w), dtype=bool)] * len(examples)),
+        )
+
+    def largest(self) -> Pixels:
+        side = self.config.image_size
+        return np.zeros((3, side, side), dtype=np.float32)
+
+    def baseline(self, example: Pixels) -> npt.NDArray[np.float32]:
+        """All pixels, as a nearest-neighbour search on raw images sees them."""
+        return example.reshape(-1)
+
+    def front_end(self, model: TransformerConfig) -> FrontEnd:
+        config = self.config
+        init = beit_normal if model.init == "beit" else nn.init.normal_
+        return FrontEnd(
+            features=PatchFeatures(config, model.dim),
+            bias=RelativeBias(config.grid, model.heads) if config.positions == "relative" else None,
+            extra=ExtraTokens(config.extra_tokens, model.dim, init)
+            if config.extra_tokens
+            else None,
+            mask_token=MaskToken(model.dim, beit_normal) if config.masked == "replaced" else None,
+            context=Context(
+                model,
+                depth=config.prenet_depth,
+                dropout=config.prenet_dropout,
+                layer_drop=config.prenet_layer_drop,
+                norm=model.norm == "post",  # pre-norm blocks begin with one
+            ),
+        )
+
+    def predictor(self, model: TransformerConfig) -> nn.Module:
+        config = self.config
+        if config.masked == "replaced":
+            return Head(model.dim, config.head.layers, beit_init, config.head.zero_last)
+        # torch's initialisation of the last layer, as fairseq's reset_parameters
+        return ConvDecoder(config.decoder, model.dim, grid=config.grid)
+
+    def class_weight(self, views: int) -> float:
+        return self.config.cls_weight * (self.config.cls_views or views)
+
+    def picture(self, batch: Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        """The first image in grey [across, up] and which of its patches the first view masks."""
+        grey = images.denormalise(batch.inputs[0].cpu().numpy()).mean(2)
+        masked = ~batch.seen[0].cpu().numpy().reshape(self.config.grid)
+        return np.ascontiguousarray(grey[::-1].T), np.ascontiguousarray(masked[::-1].T)
