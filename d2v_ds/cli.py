@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -60,6 +61,12 @@ def parser() -> argparse.ArgumentParser:
     show = add("show", show_run, "resolved configuration, parameters, memory and batch split")
     add_run(show)
     show.add_argument("--ranks", type=positive, default=8, metavar="N", help="default: 8")
+    show.add_argument(
+        "--gpu-memory",
+        type=size_in_bytes,
+        metavar="SIZE",
+        help="of one GPU, as 80GiB: adds the smallest ZeRO stage and largest micro-batch that fit",
+    )
 
     train = add("train", train_run, "pre-train; goes on by itself where the run folder says so")
     add_run(train)
@@ -76,6 +83,10 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         metavar="KEY",
         help="a setting that may differ from the checkpoint's; may be repeated",
+    )
+
+    train.add_argument(
+        "--check", action="store_true", help="look for mistakes, print the run's folder, and end"
     )
 
     status = add("status", show_status, "step, time left, last checkpoint, restarts, slowest rank")
@@ -118,6 +129,13 @@ def positive(text: str) -> int:
     return value
 
 
+def size_in_bytes(text: str) -> int:
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)(GiB|GB|MiB)", text)
+    if parts is None:
+        raise argparse.ArgumentTypeError(f"must be a number and GiB, GB or MiB, got {text!r}")
+    return int(float(parts[1]) * {"GiB": 2**30, "GB": 10**9, "MiB": 2**20}[parts[2]])
+
+
 def list_recipes(arguments: argparse.Namespace) -> int:
     for name in recipes.RECIPES:
         print(f"{name:<16}{recipes.summary(name)}")
@@ -128,7 +146,7 @@ def show_run(arguments: argparse.Namespace) -> int:
     config = recipes.load(arguments.source, arguments.overrides)
     from d2v_ds import show
 
-    print(show.describe(config, arguments.ranks))
+    print(show.describe(config, arguments.ranks, arguments.gpu_memory))
     return 0
 
 
@@ -137,10 +155,13 @@ def train_run(arguments: argparse.Namespace) -> int:
 
     config = recipes.load(arguments.source, arguments.overrides)
     ranks = launched_ranks()
-    if ranks is not None and arguments.nproc is not None:
+    if ranks is not None and arguments.nproc is not None and not arguments.check:
         raise UserError(f"--nproc: a launcher has already started {ranks} ranks; leave it away")
-    ranks = ranks or arguments.nproc or gpus() or 1
+    ranks = arguments.nproc or ranks or gpus() or 1
     preflight.check(config, ranks)
+    if arguments.check:
+        print(config.run_dir)
+        return 0
     if launched_ranks() is None and ranks > 1:
         from d2v_ds.distributed import launch
 

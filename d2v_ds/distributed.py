@@ -20,12 +20,14 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 
 from d2v_ds.errors import UserError
 
@@ -41,6 +43,7 @@ class World:
     size: int = 1
     address: str = ""  # host and port where rank 0 listens; empty for a single process
     port: int = 0
+    key: str = ""  # of a step that srun started: what its ranks know each other by
 
     @staticmethod
     def from_environment(environ: Mapping[str, str] | None = None) -> World:
@@ -49,12 +52,13 @@ class World:
         env = os.environ if environ is None else environ
         if "RANK" in env and "WORLD_SIZE" in env:
             rank, local_rank, size = "RANK", "LOCAL_RANK", "WORLD_SIZE"
-            address, port = "127.0.0.1", 29500
+            address, port, key = "127.0.0.1", 29500, ""
         elif "SLURM_STEP_NUM_TASKS" in env:  # set by srun alone: a batch script is one process
             rank, local_rank, size = "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"
             address = first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
-            step = stable_hash(env.get("SLURM_JOB_ID", ""), env.get("SLURM_STEP_ID", ""))
-            port = 20000 + step % 10000  # below the ports that systems hand out by themselves
+            names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
+            key = ".".join(env.get(name, "0") for name in names)
+            port = port_of(key)
         else:
             return World()
         world = World(
@@ -63,6 +67,7 @@ class World:
             size=_number(env, size),
             address=env.get("MASTER_ADDR", address),
             port=_number(env, "MASTER_PORT", port),
+            key=key,
         )
         if not 0 <= world.rank < world.size:
             raise UserError(f"{rank}={world.rank} does not lie in 0 .. {size}={world.size} - 1")
@@ -82,6 +87,52 @@ def first_host(nodelist: str) -> str:
     return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
 
 
+def port_of(key: str, attempt: int = 0) -> int:
+    """A port for the holder of `key`, below those that systems hand out by themselves."""
+    return 20000 + stable_hash(key, attempt) % 10000
+
+
+MEETING = 300.0  # seconds within which all ranks must have started
+PORTS = 8  # tried in turn: something else may listen on the first
+
+
+def meet(world: World) -> Store:
+    """The store of this step's ranks: on the first port that is free on rank 0's node, told by its
+    key from the stores of other jobs there. Raises UserError when no port is free, RuntimeError
+    when rank 0 is not found."""
+    ports = [world.port, *(port_of(world.key, attempt) for attempt in range(1, PORTS))]
+    timeout = timedelta(seconds=MEETING)
+    if world.rank == 0:
+        for port in ports:
+            try:
+                store = TCPStore(world.address, port, None, True, timeout, wait_for_workers=False)
+            except RuntimeError:  # the port is taken
+                continue
+            store.set("d2v_ds", world.key)
+            return store
+        raise UserError(f"none of the ports {ports} is free on {world.address}; set MASTER_PORT")
+    deadline = time.monotonic() + MEETING
+    while time.monotonic() < deadline:
+        for port in ports:
+            found = _visit(world, port)
+            if found is not None:
+                found.set_timeout(timeout)
+                return found
+        time.sleep(0.2)
+    raise RuntimeError(f"rank 0 was not found on {world.address}, ports {ports}, in {MEETING:g} s")
+
+
+def _visit(world: World, port: int) -> TCPStore | None:
+    """The store on that port, if it is that of our rank 0."""
+    patience = timedelta(seconds=5)
+    try:  # a socket fails at once where nothing listens; the store would try for long
+        socket.create_connection((world.address, port), patience.seconds).close()
+        store = TCPStore(world.address, port, None, False, patience, wait_for_workers=False)
+        return store if store.get("d2v_ds") == world.key.encode() else None
+    except (OSError, RuntimeError):
+        return None
+
+
 def init(world: World, device: torch.device) -> None:
     """The process group of all ranks: gloo for tensors on the host, NCCL for those on a GPU. A
     single process needs neither a launcher nor a network."""
@@ -93,12 +144,11 @@ def init(world: World, device: torch.device) -> None:
     )
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if world.size == 1:
-        dist.init_process_group(
-            backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1
-        )
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         return
     os.environ.update(MASTER_ADDR=world.address, MASTER_PORT=str(world.port))
-    dist.init_process_group(backend, rank=world.rank, world_size=world.size)
+    store = PrefixStore("ranks", meet(world)) if world.key else None  # None: the launcher's
+    dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
 
 
 def shutdown() -> None:
@@ -111,6 +161,31 @@ def barrier() -> None:
     """Waits for all ranks, on the host."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(torch.zeros(1))
+
+
+def sums_right(device: torch.device, seconds: float = 30.0) -> bool:
+    """Whether an all-reduce over all ranks gives what it should, in time. All ranks together."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return True
+    ranks = dist.get_world_size()
+    values = torch.arange(4096, dtype=torch.float64, device=device) % 97
+    total = values * (dist.get_rank() + 1)
+    work = dist.all_reduce(total, async_op=True)
+    deadline = time.monotonic() + seconds
+    while not work.is_completed():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.001)
+    work.wait()
+    return bool(torch.equal(total, values * (ranks * (ranks + 1) // 2)))
+
+
+def cores_of_rank() -> int:
+    """Cores that this rank has for itself: what srun gave, else its share of this machine's."""
+    cores = len(os.sched_getaffinity(0))
+    if "SLURM_STEP_NUM_TASKS" in os.environ:  # where srun binds nobody, all see all cores
+        return min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 # -------------------------------------------------------------------------------------- seeding
@@ -138,7 +213,9 @@ class StopFlag:
 
     def __init__(self, run_dir: Path | None = None) -> None:
         self.reason = ""  # on this rank: the signal's name, or the file
-        self._file = run_dir / "STOP" if run_dir else None
+        logs = os.environ.get("D2V_JOB_LOGS")  # of a batch script, which asks there
+        self._files = [Path(run_dir, "STOP")] if run_dir else []
+        self._files += [Path(logs, "stop")] if logs else []
         self._before: dict[signal.Signals, Any] = {}
         self._group: Any = None
 
@@ -158,8 +235,8 @@ class StopFlag:
     def agreed(self) -> bool:
         """True on all ranks as soon as one of them was told to stop. All ranks call it together."""
         on_rank_0 = not dist.is_initialized() or dist.get_rank() == 0
-        if on_rank_0 and self._file and self._file.exists():  # one rank asks the file system
-            self.reason = self.reason or str(self._file)
+        if on_rank_0 and not self.reason:  # one rank asks the file system
+            self.reason = next((str(file) for file in self._files if file.exists()), "")
         if self._group is None:
             return bool(self.reason)
         flag = torch.tensor([int(bool(self.reason))])

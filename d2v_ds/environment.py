@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
 import re
 import socket
 import subprocess
 import sys
+import tarfile
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+PACKAGE = Path(__file__).parent
 PACKAGES = ("d2v-ds", "torch", "deepspeed", "numpy", "webdataset", "soundfile", "torchaudio")
 KEPT = re.compile(
     r"^(SLURM_|CUDA_|NCCL_|GLOO_|TORCH|OMP_|MASTER_|WORLD_SIZE|RANK|LOCAL_RANK|DS_|D2V_|PATH$|"
@@ -20,22 +24,57 @@ KEPT = re.compile(
 SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH)", re.IGNORECASE)
 
 
-def describe() -> dict[str, Any]:
-    """For environment.json; reads, never raises for what is missing."""
+def describe(nodes: Sequence[str] = ()) -> dict[str, Any]:
+    """For environment.json; reads, never raises for what is missing. nodes: by rank."""
     return {
         "command": sys.argv,
+        "nodes": list(nodes),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "cores": len(os.sched_getaffinity(0)),
         "versions": {name: version(name) for name in PACKAGES},
-        "git": git_revision(Path(__file__).parent),
+        "git": git_revision(PACKAGE),
+        "code": code_hash(),
         "environment": {
             key: "***" if SECRET.search(key) else value
             for key, value in sorted(os.environ.items())
             if KEPT.match(key)
         },
     }
+
+
+def node_name() -> str:
+    """This machine, as Slurm calls it where Slurm runs."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def code_files() -> list[Path]:
+    """The modules and data of this package, in a fixed order."""
+    return sorted(
+        path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+    )
+
+
+def code_hash() -> str:
+    """The same on two machines exactly when they run the same code."""
+    digest = hashlib.sha256()
+    for path in code_files():
+        digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def keep_code(folder: Path) -> Path:
+    """A copy of the package in folder/HASH.tar.gz, unless it is there."""
+    path = folder / f"{code_hash()}.tar.gz"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        with tarfile.open(aside, "w:gz") as tar:
+            for file in code_files():
+                tar.add(file, Path(PACKAGE.name) / file.relative_to(PACKAGE))
+        aside.replace(path)
+    return path
 
 
 def version(package: str) -> str | None:

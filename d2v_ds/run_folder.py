@@ -2,16 +2,17 @@
 
     RUN/
       config.yaml  environment.json        what runs, and on what
+      code/HASH.tar.gz                     the code of each start, by its hash in environment.json
       logs/JOB.RESTART/rank00000.txt       one folder a start, one log a rank
       metrics.jsonl  tb/                   curves
       checkpoints/00000600/                see checkpoint/__init__.py
-      heartbeat/
+      heartbeat/rank00000.json             what each rank is at, every few seconds
       GENERATION                           the start that owns the folder now
       STOP  STOPPED  DONE                  asked to stop; stopped well; finished
 
 Every start of a run claims the folder and gets a generation, one number higher than the last. A
-process that was cut off and replaced still holds the lower number, and is refused. Imports no
-torch: a login node reads a run in no time.
+process that was cut off and replaced still holds the lower number, and is refused; what it holds
+open is taken from under it. Imports no torch: a login node reads a run in no time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,6 +60,10 @@ class RunFolder:
         return self.root / "environment.json"
 
     @property
+    def code(self) -> Path:
+        return self.root / "code"
+
+    @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
 
@@ -89,9 +95,13 @@ class RunFolder:
     def done(self) -> Path:
         return self.root / "DONE"
 
+    def logs(self, generation: Generation) -> Path:
+        """Whatever one start of the run leaves: logs, stacks, what the batch script found."""
+        return self.root / "logs" / f"{generation.job}.{generation.restart}"
+
     def log(self, generation: Generation, rank: int) -> Path:
         """The log of one rank of one start."""
-        return self.root / "logs" / f"{generation.job}.{generation.restart}" / f"rank{rank:05d}.txt"
+        return self.logs(generation) / f"rank{rank:05d}.txt"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"{step:08d}"
@@ -120,7 +130,18 @@ def claim_generation(run: RunFolder, job: str, restart: int | None = None) -> Ge
     generation = Generation(last.number + 1 if last else 1, job, restart, process)
     run.root.mkdir(parents=True, exist_ok=True)
     write_atomically(run.generation, json.dumps(asdict(generation)) + "\n")
+    _take_over(run)
     return generation
+
+
+def _take_over(run: RunFolder) -> None:
+    """Replaces the curves' files by copies: a start that was cut off and replaced may still hold
+    them open, and what it writes then goes nowhere."""
+    for path in (run.metrics, *run.tensorboard.glob("events.*")):
+        if path.exists():
+            aside = path.with_name(f".{os.getpid()}.tmp")
+            shutil.copy2(path, aside)
+            os.replace(aside, path)
 
 
 def read_generation(run: RunFolder) -> Generation | None:

@@ -6,7 +6,6 @@ metrics.jsonl, checkpoints/, heartbeat/, GENERATION, DONE, STOPPED --> a few lin
 from __future__ import annotations
 
 import json
-import socket
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,27 +13,35 @@ from typing import Any
 
 from d2v_ds.decoding import load_yaml
 from d2v_ds.errors import UserError
-from d2v_ds.run_folder import RunFolder, read_generation, write_atomically
+from d2v_ds.run_folder import (
+    Generation,
+    RunFolder,
+    read_generation,
+    refuse_superseded,
+    write_atomically,
+)
 
-SILENT = 120.0  # seconds without a heartbeat after which a run is called silent
+SILENT = 60.0  # seconds without a heartbeat after which a rank is called silent
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """Written by every rank at each logging cadence."""
+    """What the watchdog of a rank writes every few seconds."""
 
     rank: int
     host: str
     step: int
-    time: float  # seconds since 1970
-    busy_seconds: float  # a step: waiting for data and in forward, where no rank waits for another
-    wait_seconds: float  # a step: of these, waiting for data
+    phase: str  # starting, data, training, saving, ended
+    since: float  # when the phase began, seconds since 1970
+    time: float  # when this was written: old when the process has stopped, whatever its phase
+    busy_seconds: float = 0.0  # a step: waiting for data and in forward, where no rank waits for
+    # another
+    wait_seconds: float = 0.0  # a step: of these, waiting for data
 
 
-def beat(run: RunFolder, rank: int, step: int, busy_seconds: float, wait_seconds: float) -> None:
-    """Writes this rank's heartbeat."""
-    heartbeat = Heartbeat(rank, socket.gethostname(), step, time.time(), busy_seconds, wait_seconds)
-    path = run.heartbeat / f"rank{rank:05d}.json"
+def beat(run: RunFolder, heartbeat: Heartbeat) -> None:
+    """Writes one rank's heartbeat."""
+    path = run.heartbeat / f"rank{heartbeat.rank:05d}.json"
     aside = path.with_suffix(".tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     aside.write_text(json.dumps(asdict(heartbeat)))
@@ -42,6 +49,7 @@ def beat(run: RunFolder, rank: int, step: int, busy_seconds: float, wait_seconds
 
 
 def heartbeats(run: RunFolder) -> list[Heartbeat]:
+    """The last of every rank, by rank."""
     return [
         Heartbeat(**json.loads(path.read_text()))
         for path in sorted(run.heartbeat.glob("rank*.json"))
@@ -66,8 +74,10 @@ def last_row(path: Path) -> dict[str, Any] | None:
     return None
 
 
-def finish(run: RunFolder, step: int, *, done: bool, reason: str) -> None:
-    """Writes DONE or STOPPED: how the run ended, and removes the other."""
+def finish(run: RunFolder, generation: Generation, step: int, *, done: bool, reason: str) -> None:
+    """Writes DONE or STOPPED: how the run ended, and removes the other. Raises Superseded when a
+    newer start owns the run folder."""
+    refuse_superseded(run, generation)
     marker, other = (run.done, run.stopped) if done else (run.stopped, run.done)
     write_atomically(
         marker, json.dumps({"step": step, "reason": reason, "time": time.time()}) + "\n"
@@ -92,9 +102,7 @@ def describe(root: Path) -> str:
     lines = [f"run          {root}", f"state        {_state(run, beats, now)}"]
     lines.append(f"step         {step} of {steps}")
     if row and row.get("step_s") and step < steps:
-        lines.append(
-            f"time left    {duration((steps - step) * row['perf/step_s'])} at its last pace"
-        )
+        lines.append(f"time left    {duration((steps - step) * row['step_s'])} at its last pace")
     saved = run.steps()
     lines.append(
         f"checkpoint   {f'step {saved[-1]} (of {len(saved)} kept)' if saved else 'none yet'}"
@@ -119,6 +127,9 @@ def _state(run: RunFolder, beats: list[Heartbeat], now: float) -> str:
         if marker.is_file():
             return f"{word}: {json.loads(marker.read_text())['reason']}"
     if not beats:
-        return "no step logged yet"
-    silent = now - min(b.time for b in beats)
-    return f"{'silent' if silent > SILENT else 'running'}: last heartbeat {duration(silent)} ago"
+        return "starting: no heartbeat yet"
+    oldest = min(beats, key=lambda b: b.time)
+    if now - oldest.time > SILENT:
+        return f"silent: rank {oldest.rank} on {oldest.host} for {duration(now - oldest.time)}"
+    slowest = min(beats, key=lambda b: b.since)
+    return f"running: {slowest.phase}, for {duration(now - slowest.since)}"

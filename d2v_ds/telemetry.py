@@ -1,8 +1,8 @@
 """What a run tells while it trains: rows and curves, pictures, heartbeats, a line on the console.
 
-    stats, waiting times --step_done, once a cadence--> metrics.jsonl, tb/, heartbeat/, log
+    stats, waiting times --step_done, once a cadence--> metrics.jsonl, tb/, log, the watchdog
 
-Every rank has one; those other than rank 0 take part in the reductions and write heartbeats.
+Every rank has one; those other than rank 0 take part in the reductions and feed their watchdog.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from d2v_ds import status
 from d2v_ds.batch import StepBatch
 from d2v_ds.config import Config
 from d2v_ds.decoding import dump_yaml
@@ -26,6 +25,7 @@ from d2v_ds.loader import Loader
 from d2v_ds.metrics import Accumulator, MetricsWriter, masked_picture, summarize
 from d2v_ds.modalities.base import Modality
 from d2v_ds.run_folder import RunFolder
+from d2v_ds.watchdog import Watchdog
 
 log = logging.getLogger("d2v_ds")
 
@@ -36,9 +36,14 @@ class Telemetry:
     """Times and sums of the steps since the last cadence. A context manager."""
 
     def __init__(
-        self, config: Config, run: RunFolder, modalities: Mapping[str, Modality], step: int
+        self,
+        config: Config,
+        run: RunFolder,
+        modalities: Mapping[str, Modality],
+        step: int,
+        watchdog: Watchdog,
     ) -> None:
-        self.config, self.run, self.modalities = config, run, modalities
+        self.config, self.modalities, self.watchdog = config, modalities, watchdog
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.accumulator = Accumulator()
         self.writer = MetricsWriter(run, step) if self.rank == 0 else None
@@ -49,6 +54,7 @@ class Telemetry:
             self.bar = tqdm(total=config.run.steps, initial=step, unit="step", dynamic_ncols=True)
         if self.writer and step == 0:
             self.writer.text("configuration", dump_yaml(config), 0)
+        self.step = step
         self.skipped = 0  # steps, since this start
         self._reset()
 
@@ -69,7 +75,9 @@ class Telemetry:
     def next_batch(self, loader: Loader) -> StepBatch:
         """The loader's next step; the time it takes is time waited for data."""
         start = time.perf_counter()
+        self.watchdog.mark("data", self.step)
         step_batch = next(loader)
+        self.watchdog.mark("training", self.step)
         self.waited += time.perf_counter() - start
         return step_batch
 
@@ -88,6 +96,7 @@ class Telemetry:
     ) -> None:
         """After every step, with how many were taken in all. values: what only the loop knows; its
         tensors are brought to the host once a cadence. All ranks call it together."""
+        self.step = step
         self.steps += 1
         self.samples += batch.samples
         self.units += batch.units
@@ -108,13 +117,7 @@ class Telemetry:
         waited = torch.tensor(self.waited)
         if dist.is_initialized():
             dist.all_reduce(waited, op=dist.ReduceOp.MAX)  # all ranks wait for the slowest
-        status.beat(
-            self.run,
-            self.rank,
-            step,
-            (self.waited + self.busy) / self.steps,
-            self.waited / self.steps,
-        )
+        self.watchdog.pace((self.waited + self.busy) / self.steps, self.waited / self.steps)
         if self.writer:
             row = {
                 **summarize(sums, self.steps),

@@ -33,19 +33,22 @@ from d2v_ds.engine.optimizer import param_groups
 from d2v_ds.errors import UserError
 from d2v_ds.loader import Loader
 from d2v_ds.modalities import create_modalities
+from d2v_ds.preflight import UnfitNodes
 from d2v_ds.pretrain import Pretrain, build_pretrain, resolved
+from d2v_ds.rank_check import check_ranks, tell_unfit, warn_of_too_few_cores
 from d2v_ds.run_folder import Generation, RunFolder, claim_generation, write_atomically
 from d2v_ds.schedules import ema_decay
 from d2v_ds.shard_format import open_set
 from d2v_ds.teacher import Ema
 from d2v_ds.telemetry import Telemetry
+from d2v_ds.watchdog import Watchdog
 
 T = TypeVar("T")
 
 log = logging.getLogger("d2v_ds")
 
 MAX_SKIPPED = 20  # steps in a row with a non-finite gradient before the run is given up
-FINISHED, UNHEALTHY = 0, 3  # exit codes; 1 is any other failure's, 2 UserError's
+FINISHED, UNHEALTHY = 0, 3  # exit codes; slurm/README.md has the others
 
 
 @dataclass
@@ -78,6 +81,8 @@ class Training:
     shapes: dict[str, tuple[int, ...]]
     loader: Loader
     state: TrainState
+    saver: checkpoint.Saver
+    watchdog: Watchdog
 
     def shapes_by_side(self) -> dict[str, list[tuple[int, ...]]]:
         """Parameter shapes of the student and of the teacher."""
@@ -87,18 +92,22 @@ class Training:
         }
 
     def save(self) -> None:
-        """One checkpoint of everything; all ranks together."""
-        checkpoint.save(
-            self.run,
-            self.generation,
+        """Begins a checkpoint of everything; all ranks together."""
+        self.watchdog.mark("saving", self.state.step)
+        self.saver.start(
             self.state.step,
             shards=self.engine.shards(),
-            ema=self.ema.values,
+            ema=self.ema.pieces,
             shapes=self.shapes,
             state={"train": dataclasses.asdict(self.state), "config": to_dict(self.config)},
-            keep=self.config.save.keep,
-            replicated=self.engine.replicated,
         )
+        self.watchdog.mark("training", self.state.step)
+
+    def finish_saving(self) -> None:
+        """Waits until the last checkpoint is there; all ranks together."""
+        self.watchdog.mark("saving", self.state.step)
+        self.saver.finish()
+        self.watchdog.mark("training", self.state.step)
 
 
 def train(config: Config, world: World, *, new: bool = False, allow: tuple[str, ...] = ()) -> int:
@@ -110,33 +119,42 @@ def train(config: Config, world: World, *, new: bool = False, allow: tuple[str, 
     config = resolved(config)
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", world.local_rank)
-    torch.set_num_threads(config.run.threads or threads_of_rank())
+        alone = torch.cuda.device_count() == 1  # Slurm can show each rank its own GPU only
+        device = torch.device("cuda", 0 if alone else world.local_rank)
+    torch.set_num_threads(config.run.threads or distributed.cores_of_rank())
     distributed.init(world, device)
     try:
-        with StopFlag(config.run_dir) as stop:
-            training = set_up(config, world, device, new=new, allow=allow)
+        with StopFlag(config.run_dir) as stop, Watchdog(world.rank, world.size) as watchdog:
+            nodes = check_ranks(config, device)
+            training = set_up(config, world, device, nodes, watchdog, new=new, allow=allow)
             with contextlib.closing(training.loader):
                 return run_steps(training, stop)
+    except UnfitNodes as error:
+        return tell_unfit(error)
     finally:
         distributed.shutdown()
 
 
-def threads_of_rank() -> int:
-    """Cores for each rank of this machine; srun has already dealt them out, other launchers not."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-
-
 def set_up(
-    config: Config, world: World, device: torch.device, *, new: bool, allow: tuple[str, ...]
+    config: Config,
+    world: World,
+    device: torch.device,
+    nodes: list[str],
+    watchdog: Watchdog,
+    *,
+    new: bool,
+    allow: tuple[str, ...],
 ) -> Training:
-    """Builds every part, and restores them from the newest checkpoint where there is one."""
+    """Builds every part, and restores them from the newest checkpoint where there is one. nodes:
+    of each rank."""
     run = RunFolder(config.run_dir)
     found = checkpoint.newest_verified(run)
     if found:
         check_resume(config, run, found, new=new, allow=allow)
     generation = on_rank_0(lambda: claim(run))  # from here on no other start writes checkpoints
     log_to(run.log(generation, world.rank))
+    watchdog.start(run, generation)
+    warn_of_too_few_cores(config.data.workers)
     on_rank_0(lambda: checkpoint.clean(run))
     if on_rank_0(run.steps)[-1:] != ([found.step] if found else []):
         found = checkpoint.newest_verified(run)  # one was published, or given back its name
@@ -159,12 +177,21 @@ def set_up(
     )
     ema = Ema(engine, task.teacher, tracked, "teacher.")
     if found:
-        found.restore(engine.shards(), ema.values, shapes)
+        found.restore(engine.shards(), ema.pieces, shapes)
         engine.refresh()
         ema.publish()
         log.info("resuming at step %d from %s", state.step, found.path)
-    on_rank_0(lambda: describe_run(config, run))
-    return Training(config, world, run, generation, task, engine, ema, shapes, loader, state)
+    on_rank_0(lambda: describe_run(config, run, nodes))
+    saver = checkpoint.Saver(
+        run,
+        generation,
+        keep=config.save.keep,
+        keep_every=config.save.keep_every,
+        replicated=engine.replicated,
+    )
+    return Training(
+        config, world, run, generation, task, engine, ema, shapes, loader, state, saver, watchdog
+    )
 
 
 def on_rank_0(action: Callable[[], T]) -> T:
@@ -216,9 +243,10 @@ def create_loader(config: Config, world: World, state: TrainState) -> Loader:
     )
 
 
-def describe_run(config: Config, run: RunFolder) -> None:
+def describe_run(config: Config, run: RunFolder, nodes: list[str]) -> None:
     write_atomically(run.config, dump_yaml(config))
-    write_atomically(run.environment, json.dumps(environment.describe(), indent=1) + "\n")
+    write_atomically(run.environment, json.dumps(environment.describe(nodes), indent=1) + "\n")
+    environment.keep_code(run.code)
     for marker in (run.stopped, run.done):  # how the last start ended
         marker.unlink(missing_ok=True)
 
@@ -244,8 +272,9 @@ def run_steps(t: Training, stop: StopFlag) -> int:
     if own_rank() == 0:
         report(t)
     saved, skipped = state.step, 0
-    with Telemetry(config, t.run, t.task.modalities, state.step) as telemetry:
+    with Telemetry(config, t.run, t.task.modalities, state.step, t.watchdog) as telemetry:
         while state.step < config.run.steps and not stop.agreed():
+            t.saver.poll()
             step_batch = telemetry.next_batch(t.loader)
             for batch in step_batch.micro_batches:
                 seed_torch(config.run.seed, state.step, batch.index)
@@ -265,6 +294,7 @@ def run_steps(t: Training, stop: StopFlag) -> int:
                     skipped,
                     [batch.keys for batch in step_batch.micro_batches],
                 )
+                t.finish_saving()
                 return UNHEALTHY
             skipped = 0
             state.advance(step_batch)
@@ -286,9 +316,10 @@ def run_steps(t: Training, stop: StopFlag) -> int:
                 saved = state.step
     if state.step != saved:
         t.save()
+    t.finish_saving()
     done = state.step >= config.run.steps
     reason = f"all {config.run.steps} steps" if done else stop.reason or "another rank was told to"
-    on_rank_0(lambda: status.finish(t.run, state.step, done=done, reason=reason))
+    on_rank_0(lambda: status.finish(t.run, t.generation, state.step, done=done, reason=reason))
     log.info("%s at step %d: %s", "finished" if done else "stopped", state.step, reason)
     return FINISHED
 

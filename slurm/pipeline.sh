@@ -1,0 +1,85 @@
+#!/bin/bash
+# Submits stages, each of which begins when the one before it has ended well.
+#
+#   slurm/pipeline.sh [--dry-run] STAGE [then STAGE ...]
+#
+# STAGE is [--sbatch-option=value ...] NAME ARGUMENTS. NAME is one of the scripts beside this one
+# (convert, pretrain ...), or else any command, which gets a node for itself. A `convert` with
+# --array is followed by its merge. --dry-run: prints what would be submitted. For example
+#
+#   slurm/pipeline.sh \
+#     --array=0-7 convert speech /corpora/librispeech /shards/librispeech \
+#     then --nodes=4 pretrain speech_base data.shards=/shards/librispeech \
+#     then --gpus=1 d2v-ds evaluate knn runs/speech_base --gallery /shards/a --test /shards/b
+set -euo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+usage() { sed -n '2,14s/^# \{0,1\}//p' "$0"; }
+wrong() {
+  echo "pipeline.sh: $*" >&2
+  exit 2
+}
+
+dry='' jobs=() previous=''
+
+submit() { # sbatch's options, script, arguments
+  local command=(sbatch --parsable --kill-on-invalid-dep=yes)
+  if [[ $previous ]]; then command+=("--dependency=afterok:$previous"); fi
+  command+=("$@")
+  if [[ $dry ]]; then
+    printf '%q ' "${command[@]}"
+    echo
+    previous="JOB$((${#jobs[@]} + 1))"
+  else
+    previous=$("${command[@]}") || {
+      if ((${#jobs[@]})); then scancel "${jobs[@]}"; fi
+      echo "pipeline.sh: a stage was refused, so the stages before it were cancelled" >&2
+      exit 1
+    }
+    previous=${previous%%;*}
+    echo "$previous: ${*#"$here/"}"
+  fi
+  jobs+=("$previous")
+}
+
+stage() { # [options] NAME arguments
+  local options=() array='' name
+  while [[ ${1:-} == -* ]]; do
+    if [[ $1 == --array=* || $1 == -a* ]]; then array=yes; fi
+    options+=("$1")
+    shift
+  done
+  name=${1:-}
+  [[ $name ]] || wrong "a stage needs a name: convert, pretrain, or a command"
+  if [[ -e $here/$name.sbatch ]]; then
+    submit "${options[@]}" "$here/$name.sbatch" "${@:2}"
+  else
+    submit "${options[@]}" "$here/run.sbatch" "$@"
+  fi
+  if [[ $name == convert && $array ]]; then
+    [[ ${4:-} && ${4:0:1} != - ]] || wrong "convert: FAMILY SOURCE OUT come before its options"
+    submit "$here/convert.sbatch" merge "$4"
+  fi
+}
+
+case ${1:-} in
+  -h | --help) usage; exit 0 ;;
+  "") usage >&2; exit 2 ;;
+  --dry-run) dry=yes; shift ;;
+esac
+# Inside a job, say of salloc, its variables would shape ours.
+while read -r name; do unset "$name"; done < <(compgen -e | grep -E '^(SLURM|SRUN)_' | grep -vx SLURM_CONF)
+settings=${D2V_CLUSTER_ENV:-$here/cluster.env}
+# shellcheck source=/dev/null
+if [[ -e $settings ]]; then . "$settings"; fi
+
+words=()
+for word; do
+  if [[ $word == "then" ]]; then
+    stage "${words[@]}"
+    words=()
+  else
+    words+=("$word")
+  fi
+done
+stage "${words[@]}"
