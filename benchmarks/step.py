@@ -116,12 +116,8 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("recipe", nargs="?", default="speech_tiny")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
-    parser.add_argument("--steps", type=int, default=5)
-    arguments, rest = parser.parse_known_args()
+def measure_recipe(recipe: str, overrides: list[str], steps: int) -> dict[str, Any]:
+    """`measure` on the embedded corpus, joined into long utterances."""
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder, "shards")
         source = samples.path("speech") / "train.tsv"
@@ -130,8 +126,18 @@ def main() -> None:
         )
         assert code == 0, "the embedded corpus could not be converted"
         settings = [f"data.shards={shards}", "data.workers=0", "engine.config=local"]
-        config = recipes.load(arguments.recipe, [*settings, *arguments.overrides, *rest])
-        print(json.dumps({"recipe": arguments.recipe, **measure(config, arguments.steps)}))
+        config = recipes.load(recipe, [*settings, *overrides])
+        return {"recipe": recipe, **measure(config, steps)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", nargs="?", default="speech_tiny")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value")
+    parser.add_argument("--steps", type=int, default=5)
+    arguments, rest = parser.parse_known_args()
+    overrides = [*arguments.overrides, *rest]
+    print(json.dumps(measure_recipe(arguments.recipe, overrides, arguments.steps)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 A modality's collate calls one of them for each sample with that sample's own generator, and
 batch.mask_indices turns the result into indices. The counts that follow from the length alone have
 functions too (`block_count`, `uniform_count`), so that the loader knows them without drawing; span
-and BEiT masks have none, their counts are drawn. What each does, with sources: data2vec.md 2.
+and BEiT masks have none, their counts are drawn. The originals are named beside each; they are in
+fairseq/data/data_utils.py where nothing else is said.
 
 M masked views, T tokens, [h, w] a grid of h * w patches.
 """
@@ -45,9 +46,9 @@ def span_mask(T: int, *, prob: float, length: int, views: int, rng: np.random.Ge
     """Spans of data2vec 1.0 speech -> [M, T]; the count varies from view to view.
 
     floor(prob * T / length + u) spans, at least one, whose starts are drawn without replacement
-    from [0, T - length), so that the last token is never masked (fairseq compute_mask_indices;
-    data2vec.md 2.1). Its trimming of a batch to the smallest count is not done. A span is at most
-    T - 1 long, so one token at least stays visible, and T = 1 is not masked at all.
+    from [0, T - length), so that the last token is never masked (fairseq compute_mask_indices). Its
+    trimming of a batch to the smallest count is not done. A span is at most T - 1 long, so one
+    token at least stays visible, and T = 1 is not masked at all.
     """
     if T == 1:
         return np.zeros((views, 1), dtype=bool)
@@ -62,7 +63,7 @@ def token_span_mask(
     """Spans of data2vec 1.0 text -> [M, T]; the count varies from view to view and may be 0.
 
     floor(prob * T / length + u) spans, whose starts are drawn without replacement from [0, T); what
-    goes beyond the end is cut (fairseq MaskTokensDataset; data2vec.md 2.3).
+    goes beyond the end is cut (fairseq data/mask_tokens_dataset.py).
     """
     counts = _span_counts(T, prob, length, views, rng)
     return _spread(_starts(counts, T, rng), T, length)
@@ -112,7 +113,7 @@ def block_mask_1d(
 
     Blocks of `length` around floor(T * (prob + adjust) / length) centres drawn with replacement,
     pushed in from the edges, then repaired to the exact count with single tokens. inverse: the same
-    for what stays visible (fairseq compute_block_mask_1d; data2vec.md 2.4).
+    for what stays visible (fairseq compute_block_mask_1d).
     """
     share = 1 - prob if inverse else prob
     centres = rng.integers(T, size=(views, int(T * ((share + adjust) / length)), 1))
@@ -136,7 +137,7 @@ def block_mask_2d(
     """Squares of data2vec 2.0 vision -> [M, h * w], in every view exactly block_count patches.
 
     As block_mask_1d with floor(h * w * (prob + adjust) / length^2) squares of length x length; the
-    released recipes use inverse=True (fairseq compute_block_mask_2d; data2vec.md 2.5).
+    released recipes use inverse=True (fairseq compute_block_mask_2d).
     """
     h, w = grid
     T = h * w
@@ -182,7 +183,7 @@ def beit_mask(
 
     Blocks of an area uniform in [min_area, what is left to mask (at most max_area)] and an aspect
     ratio log-uniform in [aspect, 1 / aspect], until the target is met or ten attempts at one block
-    fail; so the count varies (beit/masking_generator.py; data2vec.md 2.2).
+    fail; so the count varies (data2vec_vision beit/masking_generator.py).
     """
     mask = np.zeros((views, *grid), dtype=bool)
     for view in mask:
@@ -227,7 +228,8 @@ def uniform_count(T: int, *, prob: float) -> int:
 def uniform_mask(T: int, *, prob: float, views: int, rng: np.random.Generator) -> Mask:
     """Single tokens of data2vec 2.0 text -> [M, T], in every view exactly uniform_count of them.
 
-    int(T * (1 - prob)) random tokens stay visible (fairseq random_masking; data2vec.md 2.6).
+    int(T * (1 - prob)) random tokens stay visible (random_masking of fairseq
+    examples/data2vec/models/modalities/base.py).
     """
     return _repair(np.zeros((views, T), dtype=bool), uniform_count(T, prob=prob), rng)
 
@@ -246,7 +248,7 @@ def corrupt_tokens(
 
     Of the masked tokens a share random_prob becomes a random id of `vocabulary`, a share keep_prob
     stays, the others become mask_id: BERT's 80/10/10 with 0.1 and 0.1, the released recipe with 0
-    and 0 (fairseq MaskTokensDataset; data2vec.md 2.3).
+    and 0 (fairseq data/mask_tokens_dataset.py).
     """
     chance = rng.random(tokens.shape)
     corrupted = np.where(mask & (chance >= random_prob + keep_prob), mask_id, tokens)

@@ -220,14 +220,18 @@ def masked_picture(
 ) -> npt.NDArray[np.uint8]:
     """A spectrogram with its masked part shaded: [height, width, 3], low frequencies at the bottom.
 
-    log_mel: [frames, F], of any frame rate; mask: [T], over the same time.
+    log_mel: [frames, F], of any frame rate; mask: [T], over the same time, or [T, u] over both
+    axes, as of an image [across, up].
     """
     low, high = np.percentile(log_mel, [1, 99])
     level = np.clip((log_mel - low) / max(float(high - low), 1e-6), 0.0, 1.0)
     stops = np.linspace(0.0, 1.0, len(RAMP))
     picture = np.stack([np.interp(level, stops, RAMP[:, c]) for c in range(3)], axis=-1)
     frames = len(log_mel)
-    shaded = mask[np.arange(frames) * len(mask) // frames]  # [frames]
+    shaded = mask[np.arange(frames) * len(mask) // frames]  # [frames] or [frames, u]
+    if mask.ndim == 2:
+        rows = log_mel.shape[1]
+        shaded = shaded[:, np.arange(rows) * mask.shape[1] // rows]  # [frames, F]
     picture[shaded] += MASK_OPACITY * (MASK_COLOUR - picture[shaded])
     upright = picture.transpose(1, 0, 2)[::-1].round().astype(np.uint8)
     return upright.repeat(PIXELS, axis=0).repeat(PIXELS, axis=1)

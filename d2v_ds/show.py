@@ -1,25 +1,36 @@
 """What a run will be, computed without a GPU and without data.
 
-    Config --task on the meta device--> parameters by part, memory by ZeRO stage, batch split
-
-P trained parameters, A those that the teacher averages, N ranks.
+Config --task on the meta device--> parameters by part, memory by ZeRO stage, batch split
+and the memory of a GPU --> the stage and the micro-batch that fit it
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
+from itertools import pairwise
 
 import torch
 
 from d2v_ds.config import Config
 from d2v_ds.decoding import dump_yaml
+from d2v_ds.memory import (
+    activation_bytes,
+    checkpoint_bytes,
+    largest_batch,
+    sizes,
+    state_bytes,
+)
 from d2v_ds.pretrain import Pretrain, build_pretrain, resolved
+from d2v_ds.transformer import Trunk
 
 GIB = 2**30
+FREE = 0.1  # of a GPU's memory: what its driver, communication and fragmentation take
 
 
-def describe(config: Config, ranks: int) -> str:
-    """The text that `d2v-ds show` prints. Raises UserError."""
+def describe(config: Config, ranks: int, gpu_memory: int | None = None) -> str:
+    """The text that `d2v-ds show` prints; gpu_memory: bytes of one GPU, to tell what fits. Raises
+    UserError."""
     config = resolved(config)
     with torch.device("meta"):
         task = build_pretrain(config)
@@ -33,50 +44,27 @@ def describe(config: Config, ranks: int) -> str:
             *memory(task, ranks),
             "",
             *batch_split(config, {m.unit for m in task.modalities.values()}, ranks),
+            *([] if gpu_memory is None else ["", *fit(task, config, ranks, gpu_memory)]),
             *(f"warning: {warning}" for warning in warnings),
         ]
     )
 
 
 def parameters(task: Pretrain) -> list[str]:
-    """Counts by part of the model."""
+    """Counts by part of the model; fixed positions are counted in, as the original code does."""
     counts: Counter[str] = Counter()
-    for name, parameter in task.student.named_parameters():
+    for name, parameter in [*task.student.named_parameters(), *task.student.named_buffers()]:
         pieces = name.split(".")
         named = 4 if "front_ends" in pieces else 2
         counts[".".join(pieces[:named])] += parameter.numel()
-    student, teacher = sizes(task)
+    teacher = sizes(task)[1] + sum(b.numel() for b in task.teacher.buffers())
     width = max(map(len, counts)) + 2
     return [
         "parameters",
         *(f"  {name:<{width}}{count:>14,}" for name, count in counts.items()),
-        f"  {'student, trained':<{width}}{student:>14,}",
-        f"  {'teacher, averaged':<{width}}{teacher:>14,}",
+        f"  {'student':<{width}}{counts.total():>14,}",
+        f"  {'teacher':<{width}}{teacher:>14,}",
     ]
-
-
-def sizes(task: Pretrain) -> tuple[int, int]:
-    """P and A."""
-    return (
-        sum(p.numel() for p in task.student.parameters()),
-        sum(p.numel() for p in task.teacher.parameters()),
-    )
-
-
-def state_bytes(P: int, A: int, stage: int, ranks: int, width: int) -> int:
-    """Bytes of weights, gradients, optimizer and teacher on one rank; activations come on top.
-
-    width: of the low-precision weights, 2 or 4 bytes. Sharded over ranks are the fp32 states (from
-    stage 1), the gradients (from 2), and the weights and the teacher's copy (at 3).
-    """
-    masters = 0 if stage == 0 and width == 4 else 4 * P  # stage 0 in fp32 trains the weights
-    states = masters + 8 * P + 4 * A
-    gradients, weights = width * P, width * (P + A)
-    return (
-        states // (ranks if stage >= 1 else 1)
-        + gradients // (ranks if stage >= 2 else 1)
-        + weights // (ranks if stage == 3 else 1)
-    )
 
 
 def memory(task: Pretrain, ranks: int) -> list[str]:
@@ -101,3 +89,61 @@ def batch_split(config: Config, units: set[str], ranks: int) -> list[str]:
     if number % ranks == 0:
         lines.append(f"each of {ranks} ranks makes {number // ranks} of them, one after the other")
     return lines
+
+
+def fit(task: Pretrain, config: Config, ranks: int, gpu_memory: int) -> list[str]:
+    """The smallest ZeRO stage for the configured micro-batch, the largest micro-batch of each."""
+    P, A = sizes(task)
+    width = 4 if config.engine.precision == "fp32" else 2
+    states = [state_bytes(P, A, stage, ranks, width) for stage in range(4)]
+    room = [int(gpu_memory * (1 - FREE)) - of_stage for of_stage in states]
+    lines = [f"in {gpu_memory / GIB:g} GiB, {FREE:.0%} of it kept free, on each of {ranks} ranks"]
+    for name, modality in task.modalities.items():
+        cost, unit = modality.cost(2**40), modality.unit  # of the largest sample
+        samples = max(1, int(config.batch.size / config.batch.micro_batches / cost + 1e-6))
+        needs = [activations(task, name, width, samples, again) for again in (False, True)]
+        own = needs[config.model["checkpoint_activations"]][samples]
+        stage = next((stage for stage in range(4) if own <= room[stage]), None)
+        lines += [
+            f"{name}: activations of {samples * cost:g} {unit} take "
+            f"{needs[0][samples] / GIB:.2f} GiB, {needs[1][samples] / GIB:.2f} with "
+            "model.checkpoint_activations=true",
+            "  it fits at no stage: use more ranks, or lower batch.size / batch.micro_batches"
+            if stage is None
+            else f"  smallest stage for it: engine.config=zero{stage}",
+            f"  {'largest micro-batch, ' + unit:<28}{'without':>10}{'with':>10}",
+        ]
+        for stage in range(4):
+            cells = (most_samples(need, room[stage]) * cost for need in needs)
+            lines.append(f"  {f'ZeRO {stage}':<28}" + "".join(f"{cell:>10g}" for cell in cells))
+    return [*lines, f"a checkpoint takes {checkpoint_bytes(P, A) / 1e9:.3g} GB of disk"]
+
+
+def activations(
+    task: Pretrain, modality: str, width: int, samples: int, again: bool
+) -> dict[int, int]:
+    """{samples in a micro-batch: bytes of activations}, for `samples` and some more numbers."""
+    for module in task.modules():
+        if isinstance(module, Trunk):
+            module.checkpoint_activations = again
+    dtype = torch.float32 if width == 4 else torch.bfloat16
+    many = max(samples, 8)
+    return {
+        n: activation_bytes(task, largest_batch(task, modality, n), dtype, fused=True)
+        for n in sorted({1, samples, many, 2 * many})
+    }
+
+
+def most_samples(needed: Mapping[int, int], room: int) -> int:
+    """How many samples fit. Bytes grow with the samples, first slower, for some need is constant,
+    so that a straight line between two numbers asks for too much and never for too little."""
+    numbers = list(needed)
+    if needed[1] > room:
+        return 0
+    low, high = numbers[-2:]  # beyond the last, as between these
+    for a, b in pairwise(numbers):
+        if needed[b] > room:
+            low, high = a, b
+            break
+    slope = (needed[high] - needed[low]) / (high - low)
+    return int(low + (room - needed[low]) / slope)

@@ -7,6 +7,7 @@ needed, so --help and mistakes answer at once.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from d2v_ds.errors import UserError
+from d2v_ds.shard_format import INDEX_FILE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,15 +47,38 @@ def _speech(arguments: argparse.Namespace) -> int:
         shard_size=arguments.shard_size,
         seed=arguments.seed,
     )
-    shards = core.convert(plan, converter, arguments.out, arguments.jobs, arguments.max_bad)
+    shards = core.convert(
+        plan, converter, arguments.out, arguments.jobs, arguments.max_bad, arguments.task
+    )
+    if shards is None:
+        i, n = arguments.task
+        print(f"{arguments.out}: task {i} of {n} is done; after all, d2v-shards merge it")
+        return 0
     hours = shards.length / shards.sample_rate / 3600
     print(
         f"{arguments.out}: {shards.samples} samples, {hours:.3f} hours, {len(shards.shards)} shards"
     )
-    quarantine = arguments.out / core.QUARANTINE_FILE
-    left_out = quarantine.read_bytes().count(b"\n")
-    if left_out:
-        print(f"{left_out} of {plan.inputs} inputs were left out, with the reason in {quarantine}")
+    _tell_left_out(arguments.out)
+    return 0
+
+
+def _tell_left_out(out: Path) -> None:
+    from shards.core import QUARANTINE_FILE
+
+    about = json.loads((out / INDEX_FILE).read_bytes())
+    if about["quarantined"]:
+        print(
+            f"{about['quarantined']} of {about['inputs']} inputs were left out, with the reason in "
+            f"{out / QUARANTINE_FILE}"
+        )
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from shards import core
+
+    shards = core.merge(arguments.set, arguments.max_bad)
+    print(f"{arguments.set}: {shards.samples} samples, {len(shards.shards)} shards")
+    _tell_left_out(arguments.set)
     return 0
 
 
@@ -126,8 +151,22 @@ def _parser() -> argparse.ArgumentParser:
     speech.add_argument(
         "--max-bad", type=_share, default="1%", help="stop when more of the inputs are unusable"
     )
+    speech.add_argument(
+        "--task",
+        type=_task,
+        default=(0, 1),
+        metavar="I/N",
+        help="of an array job: every N-th shard from the I-th on, I from 0; then merge",
+    )
     _add_jobs(speech)
     speech.set_defaults(run=_speech)
+
+    merge = commands.add_parser("merge", help="finish a set whose tasks (--task) are done")
+    merge.add_argument("set", type=Path, metavar="OUT", help="the folder that the tasks wrote")
+    merge.add_argument(
+        "--max-bad", type=_share, default="1%", help="stop when more of the inputs are unusable"
+    )
+    merge.set_defaults(run=_merge)
 
     verify = commands.add_parser("verify", help="check every shard, checksum and sample of a set")
     verify.add_argument("set", type=Path, metavar="SET")
@@ -171,6 +210,13 @@ def _size(text: str) -> int:
     if not found or float(found[1]) == 0:
         raise argparse.ArgumentTypeError(f"{text}: expected a size such as 256MB or 1GB")
     return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
+
+
+def _task(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text}: expected I/N with I from 0 to N - 1, as in 0/8")
+    return int(found[1]), int(found[2])
 
 
 def _share(text: str) -> float:

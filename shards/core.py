@@ -6,11 +6,12 @@ The plan is a pure function of the inputs and the options, and the content of a 
 the plan alone. So any number of processes gives the same bytes, and a conversion that was killed
 goes on with the shards that lack a report. While it is under way OUT holds
 
-    plan.json               hash and options of the plan
+    plan.json               hash and options of the plan, and what index.json will say of the set
     NAME-000000.tar, .idx   finished shards
     NAME-000000.json        report of a finished shard: its entry and the inputs it left out
 
-and at its end index.json and quarantine.jsonl take the place of plan.json and the reports.
+and at its end index.json and quarantine.jsonl take the place of plan.json and the reports. An array
+job gives every n-th shard to each of n tasks, which meet in OUT alone; `merge` is their end.
 """
 
 from __future__ import annotations
@@ -131,28 +132,38 @@ def plan_shards(
 # --------------------------------------------------------------------------------------- converting
 
 
-def convert(plan: Plan, converter: Converter, out: Path, jobs: int, max_bad: float) -> ShardSet:
+def convert(
+    plan: Plan,
+    converter: Converter,
+    out: Path,
+    jobs: int,
+    max_bad: float,
+    task: tuple[int, int] = (0, 1),
+) -> ShardSet | None:
     """Runs the plan, or what is left of it, into the folder `out`; returns the finished set.
 
-    max_bad: the share of the inputs that may be left out. Raises UserError when it is passed, and
-    when `out` holds anything but this conversion.
+    max_bad: the share of the inputs that may be left out. task (i, n): of the plan every n-th shard
+    from the i-th on; the set is then finished by `merge`, and the result is None. Raises UserError
+    when max_bad is passed, and when `out` holds anything but this conversion.
     """
-    plan_hash = plan.hash()
-    finished = _enter(out, plan, plan_hash)
+    finished = _enter(out, plan, converter)
     if finished:
         _clean(out)
         return finished
+    first, every = task
+    own = range(first, len(plan.shards), every)
     reports: dict[int, Report] = {}
-    for i in range(len(plan.shards)):
-        report = _read_report(out, _name(converter, i))
+    for i in own:
+        report = _read_report(out, _name(converter.modality, i))
         if report:
             reports[i] = report
     pending = [
-        (converter, out, _name(converter, i), plan.shards[i])
-        for i in range(len(plan.shards))
+        (converter, out, _name(converter.modality, i), plan.shards[i])
+        for i in own
         if i not in reports
     ]
-    inputs, bad = plan.inputs, sum(len(r.rejected) for r in reports.values())
+    inputs = sum(len(sample.paths) for i in own for sample in plan.shards[i])
+    bad = sum(len(report.rejected) for report in reports.values())
     bar = tqdm(total=inputs, unit=" files", disable=None, desc=str(out))
     bar.update(sum(len(s.paths) for i in reports for s in plan.shards[i]))
     with bar:
@@ -164,10 +175,34 @@ def convert(plan: Plan, converter: Converter, out: Path, jobs: int, max_bad: flo
             if bad > max_bad * inputs:
                 break
     ordered = [reports[i] for i in sorted(reports)]
-    _write_quarantine(out, ordered)
+    if every == 1:
+        return _finish(out, _about(plan, converter), ordered, inputs, max_bad)
     if bad > max_bad * inputs:
-        raise UserError(_too_many_bad(out, ordered, inputs, max_bad))
-    return _finish(out, plan, plan_hash, converter, ordered)
+        raise UserError(_too_many_bad(ordered, inputs, max_bad))
+    return None
+
+
+def merge(out: Path, max_bad: float) -> ShardSet:
+    """Finishes the conversion in `out` when its tasks have made every shard; returns the set.
+
+    Raises UserError when shards are missing, when max_bad is passed, and when `out` holds no
+    conversion.
+    """
+    try:
+        about = json.loads((out / PLAN_FILE).read_bytes())
+    except FileNotFoundError:
+        if (out / INDEX_FILE).exists():
+            return open_set(out)
+        raise UserError(f"{out}: holds no conversion to merge; give the OUT of its tasks") from None
+    names = [_name(about["modality"], i) for i in range(about["shards"])]
+    found = [(name, _read_report(out, name)) for name in names]
+    missing = [name for name, report in found if not report]
+    if missing:
+        raise UserError(
+            f"{out}: {len(missing)} of {len(names)} shards are missing, the first {missing[0]}; "
+            "run the tasks again, each goes on where it was"
+        )
+    return _finish(out, about, [report for _, report in found if report], about["inputs"], max_bad)
 
 
 def convert_shard(
@@ -188,8 +223,8 @@ def convert_shard(
     return report
 
 
-def _name(converter: Converter, i: int) -> str:
-    return f"{converter.modality}-{i:06d}"
+def _name(modality: str, i: int) -> str:
+    return f"{modality}-{i:06d}"
 
 
 def _report_file(out: Path, name: str) -> Path:
@@ -210,8 +245,23 @@ def _read_report(out: Path, name: str) -> Report | None:
     return report if whole else None
 
 
-def _enter(out: Path, plan: Plan, plan_hash: str) -> ShardSet | None:
+def _about(plan: Plan, converter: Converter) -> dict[str, Any]:
+    """plan.json."""
+    return {
+        "plan": plan.hash(),
+        "options": plan.options,
+        "shards": len(plan.shards),
+        "inputs": plan.inputs,
+        "modality": converter.modality,
+        "unit": converter.unit,
+        "sample_rate": converter.sample_rate,
+        "fields": list(converter.fields),
+    }
+
+
+def _enter(out: Path, plan: Plan, converter: Converter) -> ShardSet | None:
     """Makes `out` ready for this plan; the set when it is finished already. Raises UserError."""
+    about = _about(plan, converter)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name a folder for the shards")
     out.mkdir(parents=True, exist_ok=True)
@@ -222,21 +272,21 @@ def _enter(out: Path, plan: Plan, plan_hash: str) -> ShardSet | None:
             held = json.loads((out / file).read_bytes())
         except ValueError:
             held = {}
-        if held.get("plan") != plan_hash:
+        if held.get("plan") != about["plan"]:
             raise UserError(_other_plan(out, file, held.get("options", {}), plan.options))
         if file == INDEX_FILE:
             return open_set(out)
         remove_stale(out)
         return None
     foreign = sorted(name for name in os.listdir(out) if not name.endswith(".tmp"))
+    if PLAN_FILE in foreign:  # another task was quicker
+        return _enter(out, plan, converter)
     if foreign:
         raise UserError(
             f"{out}: is not empty (it has {foreign[0]}) and holds no conversion; "
             "name a new or empty folder"
         )
-    write_atomically(
-        out / PLAN_FILE, json.dumps({"plan": plan_hash, "options": plan.options}).encode()
-    )
+    write_atomically(out / PLAN_FILE, json.dumps(about).encode())
     return None
 
 
@@ -253,12 +303,12 @@ def _other_plan(out: Path, file: str, held: dict[str, Any], wanted: dict[str, An
     )
 
 
-def _too_many_bad(out: Path, reports: Sequence[Report], inputs: int, max_bad: float) -> str:
+def _too_many_bad(reports: Sequence[Report], inputs: int, max_bad: float, where: str = "") -> str:
     rejected = [item for report in reports for item in report.rejected]
     path, reason = rejected[0]
     return (
         f"{len(rejected)} of {inputs} inputs cannot be used, more than --max-bad {max_bad:.3%}; "
-        f"the first: {path}: {reason}; all are in {out / QUARANTINE_FILE}. "
+        f"the first: {path}: {reason}{where}. "
         "Repair or remove them, or raise --max-bad"
     )
 
@@ -273,26 +323,32 @@ def _write_quarantine(out: Path, reports: Sequence[Report]) -> None:
 
 
 def _finish(
-    out: Path, plan: Plan, plan_hash: str, converter: Converter, reports: Sequence[Report]
+    out: Path, about: dict[str, Any], reports: Sequence[Report], inputs: int, max_bad: float
 ) -> ShardSet:
+    """Writes index.json; about: what plan.json says."""
+    _write_quarantine(out, reports)
+    quarantined = sum(len(report.rejected) for report in reports)
+    if quarantined > max_bad * inputs:
+        where = f"; all are in {out / QUARANTINE_FILE}"
+        raise UserError(_too_many_bad(reports, inputs, max_bad, where))
     result = ShardSet(
         root=out,
-        modality=converter.modality,
-        unit=converter.unit,
-        sample_rate=converter.sample_rate,
-        fields=converter.fields,
+        modality=about["modality"],
+        unit=about["unit"],
+        sample_rate=about["sample_rate"],
+        fields=tuple(about["fields"]),
         shards=tuple(report.entry for report in reports if report.entry.samples),
     )
     if not result.shards:
         raise UserError(f"{out}: not one input can be used; see {out / QUARANTINE_FILE}")
-    about = {
+    origin = {
         "converter": CONVERTER,
-        "options": plan.options,
-        "plan": plan_hash,
-        "inputs": plan.inputs,
-        "quarantined": sum(len(report.rejected) for report in reports),
+        "options": about["options"],
+        "plan": about["plan"],
+        "inputs": inputs,
+        "quarantined": quarantined,
     }
-    write_atomically(out / INDEX_FILE, set_json(result, **about).encode())
+    write_atomically(out / INDEX_FILE, set_json(result, **origin).encode())
     _clean(out)
     return result
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2v_ds.checkpoint.format import by_kind
+from d2v_ds.checkpoint import Saver
+from d2v_ds.checkpoint.format import EMA_KINDS, Kind, by_kind
 from d2v_ds.checkpoint.write import build_manifest, publish, write_pieces
 from d2v_ds.engine import Shard
 from d2v_ds.run_folder import Generation, RunFolder
@@ -35,7 +36,7 @@ class Owned:
     """What one rank owns."""
 
     shards: dict[str, Shard]
-    ema: Pieces
+    ema: dict[Kind, Pieces]
 
 
 def numel(name: str) -> int:
@@ -53,7 +54,7 @@ def whole(seed: int) -> Owned:
         name: Shard(0, draw(name), draw(name), draw(name), torch.tensor(float(seed + i)))
         for i, name in enumerate(STUDENT)
     }
-    return Owned(shards, {name: (0, draw(name)) for name in TEACHER})
+    return Owned(shards, {kind: {name: (0, draw(name)) for name in TEACHER} for kind in EMA_KINDS})
 
 
 def empty() -> Owned:
@@ -62,23 +63,26 @@ def empty() -> Owned:
     for shard in state.shards.values():
         for values in (shard.master, shard.exp_avg, shard.exp_avg_sq, shard.adam_step):
             values.fill_(math.nan)
-    for _, values in state.ema.values():
-        values.fill_(math.nan)
+    for pieces in state.ema.values():
+        for _, values in pieces.values():
+            values.fill_(math.nan)
     return state
 
 
 def cut(state: Owned, cuts: Cuts, rank: int) -> Owned:
     """Live views of one rank's part of a whole state; nothing of a parameter where it is empty."""
-    shards, ema = {}, {}
+    shards: dict[str, Shard] = {}
+    ema: dict[Kind, Pieces] = {kind: {} for kind in EMA_KINDS}
     for name, shard in state.shards.items():
         low, high = bounds(cuts, name, rank)
         if low < high:
-            values = (v[low:high] for v in (shard.master, shard.exp_avg, shard.exp_avg_sq))
-            shards[name] = Shard(low, *values, shard.adam_step)
-    for name, (_, values) in state.ema.items():
-        low, high = bounds(cuts, name, rank)
-        if low < high:
-            ema[name] = (low, values[low:high])
+            own = (v[low:high] for v in (shard.master, shard.exp_avg, shard.exp_avg_sq))
+            shards[name] = Shard(low, *own, shard.adam_step)
+    for kind, pieces in state.ema.items():
+        for name, (_, values) in pieces.items():
+            low, high = bounds(cuts, name, rank)
+            if low < high:
+                ema[kind][name] = (low, values[low:high])
     return Owned(shards, ema)
 
 
@@ -108,10 +112,31 @@ def flat_cuts(ranks: int) -> Cuts:
     return cuts
 
 
+def save(
+    run: RunFolder,
+    generation: Generation,
+    step: int,
+    own: Owned,
+    keep: int = 9,
+    *,
+    keep_every: int = 0,
+    replicated: bool = False,
+) -> Path:
+    """One checkpoint, from beginning to end; all ranks together, each with what it owns."""
+    saver = Saver(run, generation, keep=keep, keep_every=keep_every, replicated=replicated)
+    begin(saver, step, own)
+    saver.finish()
+    return run.checkpoint(step)
+
+
+def begin(saver: Saver, step: int, own: Owned) -> None:
+    saver.start(step, shards=own.shards, ema=own.ema, shapes=SHAPES, state=STATE)
+
+
 def save_cut(
     run: RunFolder, generation: Generation, step: int, state: Owned, cuts: Cuts, ranks: int
 ) -> Path:
-    """As checkpoint.save does it, the ranks one after the other in this process."""
+    """As Saver does it, the ranks one after the other in this process."""
     aside = run.checkpoints / f".{step:08d}.{generation.number}.tmp"
     aside.mkdir(parents=True)
     owned = [cut(state, cuts, rank) for rank in range(ranks)]
@@ -127,7 +152,9 @@ def values_of(state: Owned) -> dict[str, Any]:
         for kind in ("master", "exp_avg", "exp_avg_sq"):
             values[f"{kind}/{name}"] = getattr(shard, kind).tolist()
         values[f"adam_step/{name}"] = shard.adam_step.item()
-    return values | {f"ema/{name}": v.tolist() for name, (_, v) in state.ema.items()}
+    for kind, pieces in state.ema.items():
+        values |= {f"{kind}/{name}": v.tolist() for name, (_, v) in pieces.items()}
+    return values
 
 
 def tree(root: Path) -> dict[str, tuple[float, bytes]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -91,16 +92,7 @@ def save(
     rank: int, ranks: int, root: Path, generation: Generation, step: int, seed: int, keep: int
 ) -> None:
     own = pieces.cut(pieces.whole(seed), pieces.even_cuts(ranks), rank)
-    checkpoint.save(
-        RunFolder(root),
-        generation,
-        step,
-        shards=own.shards,
-        ema=own.ema,
-        shapes=pieces.SHAPES,
-        state=pieces.STATE,
-        keep=keep,
-    )
+    pieces.save(RunFolder(root), generation, step, own, keep)
 
 
 def save_and_die(rank: int, victim: int, boundary: int, *arguments: Any) -> None:
@@ -110,31 +102,35 @@ def save_and_die(rank: int, victim: int, boundary: int, *arguments: Any) -> None
     save(rank, *arguments)
 
 
-def save_on_a_full_disk(rank: int, full: int, *arguments: Any) -> None:
-    """`save` on every rank; on rank `full` the file system has no room left."""
+def save_on_a_full_disk(
+    rank: int, full: int, ranks: int, root: Path, generation: Generation
+) -> str:
+    """A save on every rank, of which none waits for it; on rank `full` the file system has no room
+    left. What the steps after it raised."""
     from d2v_ds.checkpoint import write
 
     def no_room(*_: object) -> None:
+        time.sleep(0.5)
         raise OSError(28, "No space left on device")
 
     if rank == full:
         write.save_file = no_room
-    save(rank, *arguments)
+    saver = checkpoint.Saver(RunFolder(root), generation, keep=1)
+    pieces.begin(saver, 10, pieces.cut(pieces.whole(2), pieces.even_cuts(ranks), rank))
+    for boundary in range(1000):
+        try:
+            saver.poll()
+        except checkpoint.SaveError as error:
+            saver.finish()  # nothing is left to be finished
+            assert boundary > 0
+            return str(error)
+        time.sleep(0.01)
+    return "no error"
 
 
 def save_replicated(rank: int, root: Path, generation: Generation, seed: int) -> None:
     own = pieces.whole(seed)
-    checkpoint.save(
-        RunFolder(root),
-        generation,
-        10,
-        shards=own.shards,
-        ema=own.ema,
-        shapes=pieces.SHAPES,
-        state=pieces.STATE,
-        keep=2,
-        replicated=True,
-    )
+    pieces.save(RunFolder(root), generation, 10, own, 2, replicated=True)
 
 
 def load(rank: int, ranks: int, root: Path) -> tuple[int, list[str], dict[str, Any]]:

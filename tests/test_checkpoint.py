@@ -14,12 +14,13 @@ from typing import Any
 import checkpoint_pieces as pieces
 import pytest
 import torch
-from checkpoint_pieces import SHAPES, STATE, STUDENT, Owned
+from checkpoint_pieces import SHAPES, STATE, STUDENT, Owned, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2v_ds import checkpoint
 from d2v_ds.checkpoint import write
+from d2v_ds.checkpoint.format import EMA_KINDS, FORMAT
 from d2v_ds.engine import Shard
 from d2v_ds.errors import UserError
 from d2v_ds.run_folder import Generation, RunFolder, Superseded, claim_generation
@@ -33,19 +34,6 @@ def run(tmp_path: Path) -> RunFolder:
 @pytest.fixture
 def generation(run: RunFolder) -> Generation:
     return claim_generation(run, "local")
-
-
-def save(run: RunFolder, generation: Generation, step: int, state: Owned, keep: int = 9) -> Path:
-    return checkpoint.save(
-        run,
-        generation,
-        step,
-        shards=state.shards,
-        ema=state.ema,
-        shapes=SHAPES,
-        state=STATE,
-        keep=keep,
-    )
 
 
 def restored(opened: checkpoint.Checkpoint) -> Owned:
@@ -96,8 +84,10 @@ def test_tensors_are_whole(
     assert {name: tuple(v.shape) for name, v in master.items()} == {n: SHAPES[n] for n in STUDENT}
     for name, shard in state.shards.items():
         assert torch.equal(master[name].flatten(), shard.master)
-    for name, values in opened.tensors("ema").items():
-        assert values.shape == SHAPES[name] and torch.equal(values.flatten(), state.ema[name][1])
+    for kind in EMA_KINDS:
+        for name, values in opened.tensors(kind).items():
+            assert values.shape == SHAPES[name]
+            assert torch.equal(values.flatten(), state.ema[kind][name][1])
 
 
 def test_save_and_restore_on_one_rank(run: RunFolder, generation: Generation) -> None:
@@ -119,7 +109,7 @@ def test_manifest_is_plain_json_without_absolute_paths(
     run: RunFolder, generation: Generation
 ) -> None:
     text = (save(run, generation, 7, pieces.whole(3)) / "manifest.json").read_text()
-    assert json.loads(text)["format"] == 1
+    assert json.loads(text)["format"] == FORMAT
     assert str(run.root) not in text
 
 
@@ -192,10 +182,15 @@ def test_restore_refuses_another_model(
 
 def test_a_gap_is_never_published(run: RunFolder, generation: Generation) -> None:
     state = pieces.whole(0)
-    state.ema["teacher.trunk.bias"] = (0, state.ema["teacher.trunk.bias"][1][:-1])
+    averages = state.ema["ema"]
+    averages["teacher.trunk.bias"] = (0, averages["teacher.trunk.bias"][1][:-1])
     with pytest.raises(AssertionError, match=r"ema of teacher.trunk.bias: ends at 6"):
         save(run, generation, 7, state)
-    del state.ema["teacher.trunk.bias"]
+    del state.ema["ema_compensation"]["teacher.trunk.bias"]
+    averages["teacher.trunk.bias"] = (0, torch.zeros(7))
+    with pytest.raises(AssertionError, match="averages lack a part"):
+        save(run, generation, 7, state)
+    del averages["teacher.trunk.bias"]
     with pytest.raises(AssertionError, match=r"no rank owns teacher.trunk.bias"):
         save(run, generation, 7, state)
     assert list(run.checkpoints.iterdir()) == []
@@ -243,9 +238,9 @@ def test_another_format_is_never_passed_over(
     run: RunFolder, generation: Generation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(run, generation, 6, pieces.whole(0))
-    monkeypatch.setattr("d2v_ds.checkpoint.write.FORMAT", 2)
+    monkeypatch.setattr("d2v_ds.checkpoint.write.FORMAT", 1)
     save(run, generation, 7, pieces.whole(0))
-    with pytest.raises(UserError, match=r"00000007: has checkpoint format 2, this d2v_ds reads 1"):
+    with pytest.raises(UserError, match=r"00000007: has checkpoint format 1, this d2v_ds reads 2"):
         checkpoint.newest_verified(run)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from toy import Plan, Trainer, build, whole
 
 from d2v_ds import checkpoint
+from d2v_ds.checkpoint.format import EMA_KINDS, Kind
 from d2v_ds.run_folder import Generation, RunFolder, claim_generation
 
 BEFORE, AFTER = 4, 5  # steps; in both of them parts of the model are idle now and then
@@ -24,29 +25,25 @@ class Outcome:
     """Of one rank."""
 
     state: dict[str, tuple[int, dict[str, Tensor]]]  # at the checkpoint
-    ema: dict[str, tuple[int, Tensor]]
+    ema: dict[Kind, dict[str, tuple[int, Tensor]]]
     losses: list[float]  # of the steps after it
-
-
-def teacher(trainer: Trainer) -> dict[str, tuple[int, Tensor]]:
-    return {f"teacher.{name}": piece for name, piece in trainer.ema.items()}
 
 
 def train_and_save(root: Path, generation: Generation, plan: Plan) -> Outcome:
     """Trains, saves, and goes on."""
     trainer = Trainer(plan).run()
-    checkpoint.save(
-        RunFolder(root),
-        generation,
+    replicated = trainer.engine.replicated
+    saver = checkpoint.Saver(RunFolder(root), generation, keep=1, replicated=replicated)
+    saver.start(
         BEFORE,
         shards=trainer.engine.shards(),
-        ema=teacher(trainer),
+        ema=trainer.ema.pieces,
         shapes=SHAPES,
         state={},
-        keep=1,
-        replicated=trainer.engine.replicated,
     )
-    return go_on(trainer)
+    outcome = go_on(trainer)  # what is written stays as it was at the start
+    saver.finish()
+    return outcome
 
 
 def load_and_train(root: Path, plan: Plan) -> Outcome:
@@ -54,15 +51,18 @@ def load_and_train(root: Path, plan: Plan) -> Outcome:
     trainer = Trainer(replace(plan, steps=1)).run()
     opened = checkpoint.newest_verified(RunFolder(root))
     assert opened is not None
-    opened.restore(trainer.engine.shards(), teacher(trainer), SHAPES)
+    opened.restore(trainer.engine.shards(), trainer.ema.pieces, SHAPES)
     trainer.engine.refresh()
-    trainer.engine.publish(trainer.toy.teacher, trainer.ema)
+    trainer.ema.publish()
     return go_on(trainer)
 
 
 def go_on(trainer: Trainer) -> Outcome:
     state = trainer.state()
-    ema = {name: (offset, values.clone()) for name, (offset, values) in trainer.ema.items()}
+    ema = {
+        kind: {name: (offset, values.clone()) for name, (offset, values) in pieces.items()}
+        for kind, pieces in trainer.ema.pieces.items()
+    }
     trainer.losses.clear()
     for step in range(BEFORE, BEFORE + AFTER):
         trainer.step(step)
@@ -78,10 +78,11 @@ def whole_state(outcomes: list[Outcome]) -> dict[str, Any]:
     }
     pieces: dict[str, dict[int, Tensor]] = {}
     for outcome in outcomes:
-        for name, (offset, tensor) in outcome.ema.items():
-            pieces.setdefault(name, {})[offset] = tensor
+        for kind, owned in outcome.ema.items():
+            for name, (offset, tensor) in owned.items():
+                pieces.setdefault(f"{kind}/{name}", {})[offset] = tensor
     for name, at in pieces.items():
-        values[f"ema/{name}"] = torch.cat([at[offset] for offset in sorted(at)]).tolist()
+        values[name] = torch.cat([at[offset] for offset in sorted(at)]).tolist()
     return values
 
 
@@ -154,6 +155,7 @@ def test_weights_are_read_without_an_engine(saved: Saved) -> None:
     for name, values in opened.tensors("master").items():
         assert tuple(values.shape) == SHAPES[name]
         assert values.flatten().tolist() == expected[f"master/{name}"]
-    for name, values in opened.tensors("ema").items():
-        assert tuple(values.shape) == SHAPES[name]
-        assert values.flatten().tolist() == expected[f"ema/{name.removeprefix('teacher.')}"]
+    for kind in EMA_KINDS:
+        for name, values in opened.tensors(kind).items():
+            assert tuple(values.shape) == SHAPES[name]
+            assert values.flatten().tolist() == expected[f"{kind}/{name}"]

@@ -121,12 +121,12 @@ def test_ranks_share_the_verification_and_agree(
 def test_what_fails_on_one_rank_is_raised_on_all(
     tmp_path: Path, run: RunFolder, generation: Generation
 ) -> None:
-    arguments = (1, 2, run.root, generation, 10, 2, 1)
+    arguments = (1, 2, run.root, generation)
     processes = ranks.start(2, tmp_path, ranks.save_on_a_full_disk, *arguments)
     assert ranks.finish(processes) == [0, 0]
     for rank in (0, 1):
         message = ranks.result(tmp_path, rank)
-        assert message.startswith("SaveError: rank 1: OSError:") and "No space left" in message
+        assert message.startswith("rank 1: OSError:") and "No space left" in message
     assert list(run.checkpoints.iterdir()) == []
 
 

@@ -71,7 +71,7 @@ def test_a_wrong_setting_is_named_with_what_is_allowed(override: str, message: s
         ("modality.speech.mask.prob=1", "modality.speech.mask: prob=1.0 does not lie between"),
         ("modality.speech.convs=[[1, 2]]", "modality.speech.convs[0]: expected 3 values, got 2"),
         ("modality.speech.shared=[conv]", "modality.speech: shared: no part 'conv'"),
-        ("modality.smell={}", "modality.smell: no such modality (allowed: speech)"),
+        ("modality.smell={}", "modality.smell: no such modality (allowed: speech, text, vision)"),
         ("target.top_k=9", "target.top_k: 9 exceeds model.depth=4; lower it"),
     ],
 )

@@ -162,7 +162,7 @@ def skip_one(plan: Plan) -> None:
     for step in range(plan.poison):
         assert trainer.step(step)
     state, weights = trainer.state(), trainer.weights()
-    ema = {n: v.clone() for n, (_, v) in trainer.ema.items()}
+    ema = {(k, n): v.clone() for k, p in trainer.ema.pieces.items() for n, (_, v) in p.items()}
     assert not trainer.step(plan.poison)
     assert not trainer.engine.grad_norm().isfinite()
     for name, (_, values) in trainer.state().items():
@@ -170,8 +170,8 @@ def skip_one(plan: Plan) -> None:
             assert torch.equal(value, state[name][1][key]), (name, key)
     for name, weight in trainer.weights().items():
         assert torch.equal(weight, weights[name]), name
-    for name, value in ema.items():
-        assert torch.equal(value, trainer.ema[name][1]), name
+    for (kind, name), value in ema.items():
+        assert torch.equal(value, trainer.ema.pieces[kind][name][1]), (kind, name)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -236,11 +236,12 @@ def migrate(here: Plan, there: Plan) -> tuple[list[float], list[float]]:
     parts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, trainer.state())
     state = whole(parts)
-    dist.all_gather_object(parts, trainer.ema)
-    ema: dict[str, dict[int, Tensor]] = {}
+    dist.all_gather_object(parts, trainer.ema.pieces)
+    ema: dict[tuple[str, str], dict[int, Tensor]] = {}
     for part in parts:
-        for name, (offset, value) in part.items():
-            ema.setdefault(name, {})[offset] = value
+        for kind, pieces in part.items():
+            for name, (offset, value) in pieces.items():
+                ema.setdefault((kind, name), {})[offset] = value
 
     other = Trainer(there)
     for name, shard in other.engine.shards().items():
@@ -249,10 +250,11 @@ def migrate(here: Plan, there: Plan) -> tuple[list[float], list[float]]:
             getattr(shard, key).copy_(state[name][key][piece])
         shard.adam_step.copy_(state[name]["adam_step"])
     other.engine.refresh()
-    for name, (offset, value) in other.ema.items():
-        full = torch.cat([ema[name][o] for o in sorted(ema[name])])
-        value.copy_(full[offset : offset + len(value)])
-    other.engine.publish(other.toy.teacher, other.ema)
+    for kind, pieces in other.ema.pieces.items():
+        for name, (offset, value) in pieces.items():
+            full = torch.cat([v for _, v in sorted(ema[kind, name].items())])
+            value.copy_(full[offset : offset + len(value)])
+    other.ema.publish()
 
     losses = []
     for t in (trainer, other):
@@ -302,9 +304,10 @@ def publish(plan: Plan) -> None:
             name: torch.randn(p.numel(), generator=g)
             for name, p in build()[0].trunk.named_parameters()
         }
+        owned = {n.removeprefix("teacher."): piece for n, piece in trainer.ema.values.items()}
         values = {
             name: (offset, full[name][offset : offset + len(value)])
-            for name, (offset, value) in trainer.ema.items()
+            for name, (offset, value) in owned.items()
         }
         trainer.engine.publish(trainer.toy.teacher, values)
         reference = copy.deepcopy(build()[0].trunk).to(dtype).eval()

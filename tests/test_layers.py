@@ -15,11 +15,12 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     {"errors", "schedules", "decoding", "config", "shard_format", "run_folder", "preflight"}
-    | {"status", "environment"},
+    | {"status", "environment", "watchdog"},
     {"audio", "images", "batch", "masking", "transformer", "loss", "distributed"},
-    {"modalities", "student", "teacher", "key_maps", "engine", "checkpoint", "metrics"},
+    {"modalities", "student", "teacher", "key_maps", "engine", "checkpoint", "metrics"}
+    | {"rank_check"},
     {"pretrain", "finetune", "loader", "health", "telemetry"},
-    {"train", "evaluate", "export", "show"},
+    {"train", "evaluate", "export", "memory", "show"},
     {"recipes", "cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

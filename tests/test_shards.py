@@ -431,3 +431,59 @@ def test_plan_cuts_by_size_and_keeps_small_corpora_whole() -> None:
     assert sum(sizes) == 200 and set(sizes[:-1]) == {5}
     assert len(plan_shards(many, 256_000_000, seed=0)) == 16, "as many where there is enough"
     assert len(plan_shards(many[:4], 256_000_000, seed=0)) == 1
+
+
+# ------------------------------------------------------------------------------------ array jobs
+
+
+def test_tasks_of_an_array_and_their_merge_give_the_same_set(
+    unseen: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, words = tmp_path / "out", [SPEECH / "unseen.tsv", tmp_path / "out", "--shard-size=100KB"]
+    for task in ("2/3", "0/3"):
+        assert convert(*words, "--task", task, "-j1") == 0
+    assert "task 0 of 3 is done" in capsys.readouterr().out
+    assert main(["merge", str(out)]) == 2
+    line = capsys.readouterr().err
+    assert "shards are missing, the first speech-000001; run the tasks again" in line
+    assert not (out / INDEX_FILE).exists()
+    assert convert(*words, "--task", "1/3", "-j1") == 0
+    assert main(["merge", str(out)]) == 0
+    assert hashes(out) == hashes(unseen.root)
+    assert main(["merge", str(out)]) == 0, "merging twice does no harm"
+    assert convert(*words, "--task", "1/3", "-j1") == 0, "nor does a task that runs again"
+
+
+def test_tasks_that_start_at_once_share_the_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = [SPEECH / "unseen.tsv", out, "--shard-size=100KB", "-j1"]
+    command = [sys.executable, "-m", "shards.cli", "speech", *map(str, words)]
+    tasks = [subprocess.Popen([*command, "--task", f"{i}/4"]) for i in range(4)]
+    assert [task.wait(60) for task in tasks] == [0] * 4
+    assert main(["merge", str(out)]) == 0 and main(["verify", str(out)]) == 0
+
+
+def test_too_many_bad_inputs_stop_the_merge(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spoiled(tmp_path / "in")
+    out = tmp_path / "out"
+    for task in ("0/2", "1/2"):
+        words = ["--task", task, "--max-bad", "1", "--shard-size", "20KB", "-j1"]
+        assert convert(tmp_path / "in", out, *words) == 0
+    assert main(["merge", str(out)]) == 2
+    assert "6 of 14 inputs cannot be used" in capsys.readouterr().err
+    assert main(["merge", str(out), "--max-bad", "50%"]) == 0
+    assert "6 of 14 inputs were left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["3/3", "1", "a/b", "-1/2"])
+def test_a_task_that_makes_no_sense(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        convert("in", "out", f"--task={task}")
+    assert exit.value.code == 2 and "expected I/N" in capsys.readouterr().err
+
+
+def test_merge_of_no_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", str(tmp_path)]) == 2
+    assert "holds no conversion to merge" in capsys.readouterr().err

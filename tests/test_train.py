@@ -18,6 +18,7 @@ from shards import samples
 from shards.cli import main as shards_main
 
 from d2v_ds.checkpoint import open_checkpoint
+from d2v_ds.checkpoint.format import KINDS
 from d2v_ds.run_folder import RunFolder, claim_generation
 
 QUICK = [
@@ -118,8 +119,8 @@ def assert_equal_runs(ours: Run, expected: Run) -> None:
     assert ours.losses() == expected.losses()
     step = expected.folder.steps()[-1]
     a, b = (open_checkpoint(run.folder.checkpoint(step)) for run in (ours, expected))
-    for kind in ("master", "exp_avg", "exp_avg_sq", "ema"):
-        left, right = a.tensors(kind), b.tensors(kind)  # type: ignore[arg-type]
+    for kind in KINDS:
+        left, right = a.tensors(kind), b.tensors(kind)
         assert left.keys() == right.keys() and left
         assert all(left[name].equal(right[name]) for name in left), kind
     assert a.adam_steps == b.adam_steps

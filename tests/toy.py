@@ -20,6 +20,7 @@ from d2v_ds.config import EngineSettings, Optim
 from d2v_ds.distributed import seed_torch
 from d2v_ds.engine import Engine, ParamGroup, create_engine
 from d2v_ds.engine.optimizer import param_groups
+from d2v_ds.teacher import Ema
 
 CPU = torch.device("cpu")
 C, D = 5, 24
@@ -128,7 +129,7 @@ class Plan:
 
 
 class Trainer:
-    """The training loop around an engine, with a plain EMA by way of shards and publish."""
+    """The training loop around an engine."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -146,12 +147,8 @@ class Trainer:
             device=CPU,
             overrides={} if plan.config == "local" else plan.overrides,
         )
-        self.ema = {
-            name.removeprefix("trunk."): (shard.offset, shard.master.clone())
-            for name, shard in self.engine.shards().items()
-            if name.startswith("trunk.")
-        }
-        self.engine.publish(self.toy.teacher, self.ema)
+        tracked = {f"teacher.{n}": f"trunk.{n}" for n, _ in self.toy.trunk.named_parameters()}
+        self.ema = Ema(self.engine, self.toy.teacher, tracked, "teacher.")
         self.losses: list[float] = []  # of this rank's micro-batches, one a step
         self.norms: list[float] = []
         self.applied: list[bool] = []
@@ -170,10 +167,7 @@ class Trainer:
         lr = plan.optim.lr * (1 + step % 3)
         applied = self.engine.step(lr, plan.optim.weight_decay, plan.modality(step))
         if applied:
-            for name, shard in self.engine.shards().items():
-                if name.startswith("trunk."):
-                    self.ema[name.removeprefix("trunk.")][1].lerp_(shard.master, 1 - plan.decay)
-            self.engine.publish(self.toy.teacher, self.ema)
+            self.ema.update(plan.decay, plan.modality(step))
         self.losses.append(total)
         self.norms.append(self.engine.grad_norm().item())
         self.applied.append(applied)

@@ -1,6 +1,6 @@
 """Checkpoints: the whole state of a run, by parameter name and offset, verified before it is used.
 
-    engine.shards(), EMA pieces, state --save--> checkpoints/STEP/ --newest_verified--> Checkpoint
+    engine.shards(), EMA pieces, state --Saver--> checkpoints/STEP/ --newest_verified--> Checkpoint
         --restore--> the pieces of any other engine      --tensors--> whole tensors for export
 
     checkpoints/00000600/
@@ -18,8 +18,9 @@ all ranks are on the disk, so a crash at any moment leaves the earlier checkpoin
 
 from d2v_ds.checkpoint.format import DamagedCheckpoint, Kind, Pieces, Shapes
 from d2v_ds.checkpoint.read import Checkpoint, newest_verified, open_checkpoint
+from d2v_ds.checkpoint.saver import Saver
 from d2v_ds.checkpoint.together import SaveError
-from d2v_ds.checkpoint.write import clean, publish, save
+from d2v_ds.checkpoint.write import clean, publish
 
 __all__ = [
     "Checkpoint",
@@ -27,10 +28,10 @@ __all__ = [
     "Kind",
     "Pieces",
     "SaveError",
+    "Saver",
     "Shapes",
     "clean",
     "newest_verified",
     "open_checkpoint",
     "publish",
-    "save",
 ]

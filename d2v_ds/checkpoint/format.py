@@ -13,29 +13,31 @@ from torch import Tensor
 from d2v_ds.engine import Shard
 from d2v_ds.errors import UserError
 
-Kind = Literal["master", "exp_avg", "exp_avg_sq", "ema"]
+Kind = Literal["master", "exp_avg", "exp_avg_sq", "ema", "ema_compensation"]
 Shapes = Mapping[str, tuple[int, ...]]  # of whole parameters, by name
 Pieces = Mapping[str, tuple[int, Tensor]]  # name -> (offset, flat fp32 values)
 Files = Mapping[str, Mapping[str, Any]]  # name -> its entry in the manifest: bytes, sha256, pieces
 PieceTable = Mapping[str, Mapping[str, list[tuple[int, int, str]]]]
 # kind -> parameter name -> [(offset, length, file)], ascending
 
-FORMAT = 1
+FORMAT = 2  # 2: with the compensation of the averages
 SHARD_KINDS: tuple[Kind, ...] = ("master", "exp_avg", "exp_avg_sq")
-KINDS: tuple[Kind, ...] = (*SHARD_KINDS, "ema")
+EMA_KINDS: tuple[Kind, ...] = ("ema", "ema_compensation")
+KINDS = SHARD_KINDS + EMA_KINDS
 
 
 class DamagedCheckpoint(UserError):
     """A checkpoint that is incomplete, or not what was written."""
 
 
-def by_kind(shards: Mapping[str, Shard], ema: Pieces) -> dict[Kind, Pieces]:
-    """The pieces that one rank owns."""
+def by_kind(shards: Mapping[str, Shard], ema: Mapping[Kind, Pieces]) -> dict[Kind, Pieces]:
+    """The pieces that one rank owns. ema: of each of EMA_KINDS."""
+    assert set(ema) == set(EMA_KINDS), f"the average has {EMA_KINDS}, got {list(ema)}"
     kinds: dict[Kind, Pieces] = {
         kind: {name: (shard.offset, getattr(shard, kind)) for name, shard in shards.items()}
         for kind in SHARD_KINDS
     }
-    return {**kinds, "ema": ema}
+    return {**kinds, **ema}
 
 
 def piece_table(files: Files) -> PieceTable:
@@ -66,6 +68,7 @@ def check_cover(
     missing = [n for n in shapes if n not in table["master"] and n not in table["ema"]]
     assert not missing, f"no rank owns {missing[0]}"
     assert set(table["master"]) == set(adam_steps), "masters and Adam's steps differ in names"
+    assert table["ema"].keys() == table["ema_compensation"].keys(), "averages lack a part"
 
 
 def sha256(path: Path) -> str:

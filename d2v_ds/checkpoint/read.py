@@ -60,10 +60,12 @@ class Checkpoint:
             if sha256(path) != entry["sha256"]:
                 raise DamagedCheckpoint(f"{path}: its SHA-256 is not that of what was written")
 
-    def restore(self, shards: Mapping[str, Shard], ema: Pieces, shapes: Shapes) -> None:
+    def restore(
+        self, shards: Mapping[str, Shard], ema: Mapping[Kind, Pieces], shapes: Shapes
+    ) -> None:
         """Writes this rank's own pieces in place, from those of whatever stage and ranks.
 
-        shapes: every parameter of this run's model and teacher, as given to `save`. Raises
+        shapes: every parameter of this run's model and teacher, as given to `Saver.start`. Raises
         UserError when names or shapes differ from the checkpoint's; nothing is written then.
         The caller's low-precision copies are stale afterwards: engine.refresh().
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from d2v_ds.errors import UserError
@@ -32,6 +33,15 @@ def all_gather(value: T) -> list[T]:
     values: list[Any] = [None] * rank_count()
     dist.all_gather_object(values, value)
     return values
+
+
+def all_true(flag: bool) -> bool:
+    """Whether `flag` is true on every rank; cheap."""
+    if not dist.is_initialized():
+        return flag
+    everywhere = torch.tensor(int(flag))
+    dist.all_reduce(everywhere, dist.ReduceOp.MIN)
+    return bool(everywhere)
 
 
 def together(action: Callable[[], T]) -> list[T]:

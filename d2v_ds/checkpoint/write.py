@@ -1,4 +1,4 @@
-"""Saving: every rank writes its pieces aside, rank 0 publishes them and keeps the last few."""
+"""Writing: every rank its pieces, aside; rank 0 makes them a checkpoint by a rename."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 import shutil
@@ -23,61 +22,13 @@ from d2v_ds.checkpoint.format import (
     Kind,
     Pieces,
     Shapes,
-    by_kind,
     check_cover,
     piece_table,
     sha256,
 )
-from d2v_ds.checkpoint.together import all_gather, own_rank, together
-from d2v_ds.engine import Shard
-from d2v_ds.errors import UserError
 from d2v_ds.run_folder import Generation, RunFolder, refuse_superseded, sync, write_durably
 
-log = logging.getLogger(__name__)
-
 PACKAGES = ("d2v-ds", "torch", "deepspeed", "safetensors")  # whose versions are recorded
-
-
-def save(
-    run: RunFolder,
-    generation: Generation,
-    step: int,
-    *,
-    shards: Mapping[str, Shard],
-    ema: Pieces,
-    shapes: Shapes,
-    state: Mapping[str, Any],
-    keep: int,
-    replicated: bool = False,
-) -> Path:
-    """Writes and publishes checkpoints/STEP, then removes all but the last `keep`; its path.
-
-    All ranks call it together, each with the pieces it owns; `shapes` has every parameter of every
-    rank and of the teacher. state: what JSON takes, at least all that training needs to go on.
-    replicated: every rank holds everything, and rank 0 alone writes. Returns, or raises, on all
-    ranks alike: UserError when the disk is too full, Superseded when a newer start owns the run
-    folder, SaveError for whatever else went wrong. Then the run folder is as it was.
-    """
-    rank, on_rank_0 = own_rank(), own_rank() == 0
-    own = on_rank_0 or not replicated
-    kinds = by_kind(shards, ema) if own else {}
-    steps = {name: int(shard.adam_step) for name, shard in shards.items()} if own else {}
-    size = sum(values.nbytes for pieces in kinds.values() for _, values in pieces.values())
-    needed = sum(all_gather(size))
-    aside = run.checkpoints / f".{step:08d}.{generation.number}.tmp"
-    try:
-        together(lambda: _prepare(run, generation, aside, needed) if on_rank_0 else None)
-        files = together(lambda: write_pieces(aside, rank, kinds))
-        adam_steps = _merge_steps(all_gather(steps))
-        manifest = build_manifest(step, state, shapes, adam_steps, files)
-        together(lambda: publish(run, generation, aside, manifest) if on_rank_0 else None)
-    except BaseException:
-        if on_rank_0:
-            shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if on_rank_0:
-        _retain(run, step, keep)
-    return run.checkpoint(step)
 
 
 def write_pieces(aside: Path, rank: int, kinds: Mapping[Kind, Pieces]) -> Files:
@@ -164,45 +115,6 @@ def clean(run: RunFolder) -> None:
         else:
             shutil.rmtree(path, ignore_errors=True)
     sync(run.checkpoints)
-
-
-def _prepare(run: RunFolder, generation: Generation, aside: Path, needed: int) -> None:
-    """The folder to write into, if there is room and this start still owns the run."""
-    refuse_superseded(run, generation)
-    run.checkpoints.mkdir(exist_ok=True)
-    free = shutil.disk_usage(run.checkpoints).free
-    if free < needed * 1.01 + 2**20:  # file headers and the manifest come on top
-        raise UserError(
-            f"{run.checkpoints}: a checkpoint needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are "
-            "free; free some space, or lower save.keep (one more than that lies here while saving)"
-        )
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-
-
-def _merge_steps(ranks: list[dict[str, int]]) -> dict[str, int]:
-    """Adam's own step by parameter; every rank that owns a piece must have counted the same."""
-    merged: dict[str, int] = {}
-    for steps in ranks:
-        for name, step in steps.items():
-            assert merged.setdefault(name, step) == step, f"{name}: ranks differ in Adam's step"
-    return merged
-
-
-def _retain(run: RunFolder, step: int, keep: int) -> None:
-    """Removes all but the last `keep` checkpoints up to `step`, which was just published.
-
-    Those of later steps, left by a start that went on from a damaged one, are not counted and not
-    touched: training comes by and replaces them.
-    """
-    for old in [s for s in run.steps() if s <= step][:-keep]:
-        removed = run.checkpoints / f".{old:08d}.removed"
-        try:
-            os.rename(run.checkpoint(old), removed)
-            sync(run.checkpoints)  # else a power cut could leave the name and take the files
-            shutil.rmtree(removed)
-        except OSError as error:  # an old checkpoint too many is no reason to end a run
-            log.warning("cannot remove %s: %s", run.checkpoint(old), error)
 
 
 def _versions() -> dict[str, str]:

@@ -65,6 +65,7 @@ class AdamW(torch.optim.AdamW):
 
     def __init__(self, groups: Sequence[ParamGroup], optim: Optim) -> None:
         self._eps, self._fairseq = optim.eps, optim.adam_eps == "fairseq"
+        on_gpu = any(p.is_cuda for group in groups for p in group.parameters.values())
         super().__init__(
             [
                 {
@@ -79,7 +80,10 @@ class AdamW(torch.optim.AdamW):
             betas=optim.betas,
             eps=optim.eps,
             weight_decay=0.0,
-            fused=True,  # one pass over memory and no temporaries, on CPU as on CUDA
+            # One pass over memory. On a CPU its last digits depend on where in a tensor an element
+            # lies, so on the ranks and the stage; plain operations do not.
+            fused=on_gpu,
+            foreach=False,
         )
 
     def create_state(self, parameters: Iterable[Tensor]) -> None:

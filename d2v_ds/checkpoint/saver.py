@@ -1,0 +1,191 @@
+"""Saving in the background: training waits for a copy to host memory alone.
+
+    start: live pieces --copy--> host memory --a thread of each rank--> files, aside
+    poll, at a step's boundary: every rank's files are on the disk --rank 0--> checkpoints/STEP/
+
+What needs all ranks, to agree that the files are there and to publish them, happens in `start`,
+`poll` and `finish`, which all ranks call together from their main threads; a thread writes files
+and does nothing else. Until a checkpoint is published the earlier ones stay.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v_ds.checkpoint import write
+from d2v_ds.checkpoint.format import Files, Kind, Pieces, Shapes, by_kind
+from d2v_ds.checkpoint.together import all_gather, all_true, own_rank, together
+from d2v_ds.engine import Shard
+from d2v_ds.errors import UserError
+from d2v_ds.run_folder import Generation, RunFolder, refuse_superseded, sync
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A checkpoint that is being written."""
+
+    step: int
+    aside: Path
+    state: Mapping[str, Any]
+    shapes: Shapes
+    adam_steps: Mapping[str, int]
+    written: Future[Files]
+
+
+class Saver:
+    """The checkpoints of one start of a run: one at a time is under way.
+
+    keep: the newest that stay; keep_every: those of steps that it divides stay for good (0: none).
+    replicated: every rank holds everything, and rank 0 alone writes. What goes wrong is raised on
+    all ranks alike, by whichever method comes next: UserError when the disk is too full, Superseded
+    when a newer start owns the run folder, SaveError for the rest. The run folder is then as if the
+    save had never begun. Host memory for one copy of the state is kept between saves.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        generation: Generation,
+        *,
+        keep: int,
+        keep_every: int = 0,
+        replicated: bool = False,
+    ) -> None:
+        self.run, self.generation = run, generation
+        self.keep, self.keep_every = keep, keep_every
+        self._owns = own_rank() == 0 or not replicated
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._host: dict[tuple[Kind, str], Tensor] = {}
+        self._pending: _Pending | None = None
+
+    def start(
+        self,
+        step: int,
+        *,
+        shards: Mapping[str, Shard],
+        ema: Mapping[Kind, Pieces],
+        shapes: Shapes,
+        state: Mapping[str, Any],
+    ) -> None:
+        """Begins checkpoints/STEP, after finishing the one before; returns when the state is in
+        host memory.
+
+        Each rank gives the pieces it owns; `shapes` has every parameter of every rank and of the
+        teacher. state: what JSON takes, at least all that training needs to go on.
+        """
+        self.finish()
+        kinds = by_kind(shards, ema) if self._owns else {}
+        steps = {n: int(shard.adam_step) for n, shard in shards.items()} if self._owns else {}
+        size = sum(values.nbytes for pieces in kinds.values() for _, values in pieces.values())
+        needed = sum(all_gather(size))
+        rank = own_rank()
+        aside = self.run.checkpoints / f".{step:08d}.{self.generation.number}.tmp"
+        try:
+            together(lambda: self._prepare(aside, needed) if rank == 0 else None)
+            adam_steps = _merge_steps(all_gather(steps))
+            copies: dict[Kind, Pieces] = {}
+            together(lambda: copies.update(self._copy(kinds)))
+        except BaseException:
+            self._discard(aside)
+            raise
+        written = self._thread.submit(write.write_pieces, aside, rank, copies)
+        self._pending = _Pending(step, aside, state, shapes, adam_steps, written)
+
+    def poll(self) -> None:
+        """Publishes the checkpoint under way once every rank has written its part."""
+        if self._pending and all_true(self._pending.written.done()):
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the checkpoint under way, if there is one, publishes it, and removes those
+        that are no longer to be kept."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        try:
+            files = together(pending.written.result)
+            manifest = write.build_manifest(
+                pending.step, pending.state, pending.shapes, pending.adam_steps, files
+            )
+            together(lambda: self._publish(pending.aside, manifest))
+        except BaseException:
+            self._discard(pending.aside)
+            raise
+        if own_rank() == 0:
+            self._retain(pending.step)
+
+    def _prepare(self, aside: Path, needed: int) -> None:
+        """The folder to write into, if there is room and this start still owns the run."""
+        refuse_superseded(self.run, self.generation)
+        self.run.checkpoints.mkdir(exist_ok=True)
+        free = shutil.disk_usage(self.run.checkpoints).free
+        if free < needed * 1.01 + 2**20:  # file headers and the manifest come on top
+            raise UserError(
+                f"{self.run.checkpoints}: a checkpoint needs {needed / 1e9:.3g} GB, "
+                f"{free / 1e9:.3g} GB are free; free some space, or lower save.keep (one more than "
+                "that lies here while saving)"
+            )
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+
+    def _copy(self, kinds: Mapping[Kind, Pieces]) -> dict[Kind, Pieces]:
+        """The pieces in host memory, which the next save uses again."""
+        copies: dict[Kind, Pieces] = {}
+        for kind, pieces in kinds.items():
+            own = {}
+            for name, (offset, values) in pieces.items():
+                copy = self._host.get((kind, name))
+                if copy is None:
+                    copy = torch.empty_like(values, device="cpu", pin_memory=values.is_cuda)
+                    self._host[kind, name] = copy
+                own[name] = offset, copy.copy_(values, non_blocking=True)
+            copies[kind] = own
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copies
+
+    def _publish(self, aside: Path, manifest: Mapping[str, Any]) -> None:
+        if own_rank() == 0:
+            write.publish(self.run, self.generation, aside, manifest)
+
+    def _discard(self, aside: Path) -> None:
+        if own_rank() == 0:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def _retain(self, step: int) -> None:
+        """Removes what is not to be kept of the checkpoints up to `step`, which was just published.
+
+        Those of later steps, left by a start that went on from a damaged one, are not counted and
+        not touched: training comes by and replaces them.
+        """
+        for old in [s for s in self.run.steps() if s <= step][: -self.keep]:
+            if self.keep_every and old % self.keep_every == 0:
+                continue
+            removed = self.run.checkpoints / f".{old:08d}.removed"
+            try:
+                os.rename(self.run.checkpoint(old), removed)
+                sync(self.run.checkpoints)  # else a power cut could leave the name, not the files
+                shutil.rmtree(removed)
+            except OSError as error:  # an old checkpoint too many is no reason to end a run
+                log.warning("cannot remove %s: %s", self.run.checkpoint(old), error)
+
+
+def _merge_steps(ranks: list[dict[str, int]]) -> dict[str, int]:
+    """Adam's own step by parameter; every rank that owns a piece must have counted the same."""
+    merged: dict[str, int] = {}
+    for steps in ranks:
+        for name, step in steps.items():
+            assert merged.setdefault(name, step) == step, f"{name}: ranks differ in Adam's step"
+    return merged

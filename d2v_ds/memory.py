@@ -1,0 +1,160 @@
+"""What a rank's memory must hold, computed without a GPU and without data.
+
+    sizes --formula--> state_bytes: weights, gradients, optimizer, teacher, by ZeRO stage
+    task, examples --forward and backward on the meta device--> activation_bytes of a micro-batch
+
+The model itself runs on tensors without content, so that what is counted is what it allocates,
+whatever the modality. P trained parameters, A those that the teacher averages, N ranks.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from d2v_ds.batch import Batch
+from d2v_ds.pretrain import Pretrain
+
+
+def sizes(task: Pretrain) -> tuple[int, int]:
+    """P and A."""
+    return (
+        sum(p.numel() for p in task.student.parameters()),
+        sum(p.numel() for p in task.teacher.parameters()),
+    )
+
+
+def state_bytes(P: int, A: int, stage: int, ranks: int, width: int) -> int:
+    """Bytes of weights, gradients, optimizer and teacher on one rank; activations come on top.
+
+    width: of the low-precision weights, 2 or 4 bytes. Sharded over ranks are the fp32 states (from
+    stage 1), the gradients (from 2), and the weights and the teacher's copy (at 3).
+    """
+    masters = 0 if stage == 0 and width == 4 else 4 * P  # stage 0 in fp32 trains the weights
+    states = masters + 8 * P + 8 * A  # an average has a compensation
+    gradients, weights = width * P, width * (P + A)
+    return (
+        states // (ranks if stage >= 1 else 1)
+        + gradients // (ranks if stage >= 2 else 1)
+        + weights // (ranks if stage == 3 else 1)
+    )
+
+
+def checkpoint_bytes(P: int, A: int) -> int:
+    """On the disk, over all ranks: master and two moments, average and compensation, in fp32."""
+    return 12 * P + 8 * A
+
+
+def activation_bytes(task: Pretrain, batch: Batch, dtype: torch.dtype, *, fused: bool) -> int:
+    """The most that forward and backward of `batch` hold at any time beside weights and gradients.
+
+    The task goes to the meta device, in `dtype`. fused: attention as kernels of a GPU do
+    it, without the weights of all pairs of tokens; else as a CPU does where its bias is learned.
+    """
+    task.to("meta", dtype)  # buffers may lie elsewhere still
+    batch = batch.to(torch.device("meta"))
+    with torch.enable_grad(), fused_attention(fused), PeakMemory(task, batch) as memory:
+        run_once(task, batch)
+    peak: int = memory.peak
+    return peak
+
+
+def run_once(task: nn.Module, batch: Batch) -> None:
+    """Forward and backward of one micro-batch; gradients go as soon as they are made, for others
+    count them."""
+
+    def drop(p: Tensor) -> None:
+        p.grad = None
+
+    trained = [p for p in task.parameters() if p.requires_grad]
+    hooks = [p.register_post_accumulate_grad_hook(drop) for p in trained]  # type: ignore[no-untyped-call]
+    loss, _ = task(batch, batch.masked.numel())
+    loss.backward()
+    for hook in hooks:
+        hook.remove()
+
+
+def largest_batch(task: Pretrain, modality: str, samples: int) -> Batch:
+    """`samples` examples of the largest size that the modality has."""
+    kind = task.modalities[modality]
+    rngs = [np.random.default_rng(i) for i in range(samples)]
+    return kind.collate([kind.largest()] * samples, rngs, 0)
+
+
+class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of what operations allocate, and their most at any time."""
+
+    def __init__(self, *given: nn.Module | Batch) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self._alive: set[int] = set()
+        self._given = [t.untyped_storage() for t in tensors_of(given)]  # kept, so never counted
+        self._alive.update(storage._cdata for storage in self._given)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for made in tree_leaves(result):
+            if isinstance(made, Tensor):
+                self._count(made.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._alive:
+            self._alive.add(key)
+            self.now += size
+            weakref.finalize(storage, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self._alive.remove(key)
+        self.now -= size
+
+
+def tensors_of(given: Iterable[nn.Module | Batch]) -> Iterable[Tensor]:
+    for one in given:
+        if isinstance(one, nn.Module):
+            yield from one.parameters()
+            yield from one.buffers()
+        else:
+            yield from (value for value in vars(one).values() if isinstance(value, Tensor))
+
+
+@contextmanager
+def fused_attention(on: bool) -> Iterator[None]:
+    """On the meta device, where attention is else made of plain operations: with the memory of a
+    fused kernel. A mode of torch would not reach what the backward pass computes again."""
+    plain = F.scaled_dot_product_attention
+    if on:
+        F.scaled_dot_product_attention = attention  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, dropout_p: float
+) -> Tensor:
+    """q, k, v [R, H, T, D / H] -> the same; the kernel that takes a learned bias [R, H, T, T]."""
+    if attn_mask is not None:
+        attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
+    keep = torch.is_grad_enabled()
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    out: Tensor = kernel(q, k, v, attn_mask, keep, dropout_p)[0]
+    return out

@@ -1,0 +1,87 @@
+"""The tiny recipes of all variants take optimizer steps, on one process and under ZeRO 2 and 3, to
+the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import variants
+from variants import VARIANTS
+
+from d2v_ds import masking
+from d2v_ds.config import EngineSettings
+from d2v_ds.distributed import seed_torch
+from d2v_ds.engine import create_engine
+from d2v_ds.engine.optimizer import param_groups
+from d2v_ds.teacher import Ema
+
+STEPS, MICRO_BATCHES = 4, 2
+# The keys' bias has no gradient but rounding, which Adam would follow with a small eps.
+MORE = ["model.dropout=0.1", "model.layer_drop=0.2", "optim.eps=1e-3"]
+BUCKETS = {
+    "reduce_bucket_size": 5000,
+    "allgather_bucket_size": 5000,
+    "stage3_prefetch_bucket_size": 5000,
+    "stage3_param_persistence_threshold": 100,
+}
+
+
+def trajectory(variant: str, stage: str) -> tuple[dict[tuple[int, int], float], dict[str, Any]]:
+    """This rank's losses by (step, micro-batch), and its pieces of masters and averages."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    more = ["model.drop_path=0.2"] if variant == "v1_vision" else []
+    config = variants.config(variant, *MORE, *more)
+    task = variants.build(variant, *MORE, *more)
+    modality, tracked = variants.modality_of(task), task.tracked()
+    engine = create_engine(
+        task,
+        param_groups(task, task.part, set(tracked.values()).__contains__, decay_all=False),
+        settings=EngineSettings(config=stage, precision="fp32"),
+        optim=config.optim,
+        accumulation=MICRO_BATCHES // world,
+        device=torch.device("cpu"),
+        overrides=None if stage == "local" else {"zero_optimization": BUCKETS},
+    )
+    ema = Ema(engine, task.teacher, tracked, "teacher.")
+    losses = {}
+    for step in range(STEPS):
+        samples = variants.examples(task, 20 + step, 40, 33, 25)
+        batches = [
+            modality.collate(
+                samples[2 * i : 2 * i + 2], [masking.generator(step, i, j) for j in range(2)], i
+            )
+            for i in range(MICRO_BATCHES)
+        ]
+        count = sum(len(batch.masked) for batch in batches)
+        share = MICRO_BATCHES // world
+        for batch in batches[rank * share : (rank + 1) * share]:
+            seed_torch(0, step, batch.index)
+            loss, _ = engine(batch, count)
+            engine.backward(loss)
+            losses[step, batch.index] = loss.item()
+        assert engine.step(1e-3, 0.01, modality.name)
+        ema.update(0.9, modality.name)
+    pieces = {f"master/{n}": (s.offset, s.master.clone()) for n, s in engine.shards().items()}
+    pieces |= {f"ema/{n}": (v[0], v[1].clone()) for n, v in ema.values.items()}
+    return losses, pieces
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_trains_alike_on_every_engine(
+    variant: str, run_ranks: Callable[..., list[Any]]
+) -> None:
+    [(expected, whole)] = run_ranks(1, trajectory, variant, "local")
+    assert expected[STEPS - 1, 0] > 0 and len(set(expected.values())) == len(expected)
+    for stage in ("zero2", "zero3"):
+        results = run_ranks(2, trajectory, variant, stage)
+        losses = {key: value for found, _ in results for key, value in found.items()}
+        assert losses == pytest.approx(expected, rel=1e-5), stage
+        for _, pieces in results:
+            for name, (offset, values) in pieces.items():
+                theirs = whole[name][1][offset : offset + len(values)]
+                error = float((values - theirs).abs().max()) / (STEPS * 1e-3)
+                assert error <= 1e-4, f"{stage}: {name} is off by {error:.1e} of what steps move"
