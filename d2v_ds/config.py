@@ -278,7 +278,8 @@ def engine_config_file(name: str) -> Path | None:
         near = difflib.get_close_matches(name, ["local", *known], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(
-            f"engine.config: {name!r} is neither a JSON file nor one of local, {', '.join(known)}{hint}"
+            f"engine.config: {name!r} is neither a JSON file nor one of local, "
+            f"{', '.join(known)}{hint}"
         )
     return path
 

@@ -111,11 +111,11 @@ def fit(task: Pretrain, config: Config, ranks: int, gpu_memory: int) -> list[str
             "  it fits at no stage: use more ranks, or lower batch.size / batch.micro_batches"
             if stage is None
             else f"  smallest stage for it: engine.config=zero{stage}",
-            f"  {'largest micro-batch, ' + unit:<28}{'without':>10}{'with':>10}",
+            f"  {'largest micro-batch, ' + unit:<28}{'without':>12}{'with':>12}",
         ]
         for stage in range(4):
             cells = (most_samples(need, room[stage]) * cost for need in needs)
-            lines.append(f"  {f'ZeRO {stage}':<28}" + "".join(f"{cell:>10g}" for cell in cells))
+            lines.append(f"  {f'ZeRO {stage}':<28}" + "".join(f"{cell:>12,.0f}" for cell in cells))
     return [*lines, f"a checkpoint takes {checkpoint_bytes(P, A) / 1e9:.3g} GB of disk"]
 
 

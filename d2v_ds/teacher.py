@@ -10,7 +10,7 @@ B samples, T tokens, D width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -100,8 +100,7 @@ class Ema:
         for t, shard in owned.items():
             piece = (self.values[t][1], self.compensation[t][1], shard.master)
             by_part.setdefault(part[tracked[t]], []).append(piece)
-        size = CHUNK.get(engine.device.type, CHUNK["cpu"])
-        self._chunks = {name: in_chunks(pieces, size) for name, pieces in by_part.items()}
+        self._chunks = {name: in_chunks(pieces) for name, pieces in by_part.items()}
         self.publish()
 
     @property
@@ -124,16 +123,18 @@ class Ema:
         )
 
 
-# An update's temporary has this many elements: on a CPU few enough to stay in its cache, on a GPU
-# enough to keep it busy.
-CHUNK = {"cpu": 2**17, "cuda": 2**24}
+# An update's temporary has this many elements: on a CPU few enough for a core's cache, and for
+# torch not to share out the work, which costs more than it saves; on a GPU enough to keep it busy.
+CHUNK = {"cpu": 2**15, "cuda": 2**24}
 
 Piece = tuple[Tensor, Tensor, Tensor]  # flat fp32: value, compensation, master, of one length
 Chunk = tuple[list[Tensor], list[Tensor], list[Tensor]]  # the same, in lists
 
 
-def in_chunks(pieces: Iterable[Piece], size: int) -> list[Chunk]:
-    """Views of all pieces, cut and gathered into lists of at most `size` elements together."""
+def in_chunks(pieces: Sequence[Piece], size: int = 0) -> list[Chunk]:
+    """Views of all pieces, cut and gathered into lists of at most `size` elements together; 0: what
+    is best where they lie."""
+    size = size or CHUNK["cuda" if pieces[0][0].is_cuda else "cpu"]
     chunks: list[Chunk] = []
     room = 0
     for piece in pieces:

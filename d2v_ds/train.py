@@ -39,6 +39,7 @@ from d2v_ds.rank_check import check_ranks, tell_unfit, warn_of_too_few_cores
 from d2v_ds.run_folder import Generation, RunFolder, claim_generation, write_atomically
 from d2v_ds.schedules import ema_decay
 from d2v_ds.shard_format import open_set
+from d2v_ds.staging import own_copy
 from d2v_ds.teacher import Ema
 from d2v_ds.telemetry import Telemetry
 from d2v_ds.watchdog import Watchdog
@@ -159,7 +160,7 @@ def set_up(
     if on_rank_0(run.steps)[-1:] != ([found.step] if found else []):
         found = checkpoint.newest_verified(run)  # one was published, or given back its name
     state = TrainState(**found.state["train"]) if found else TrainState()
-    loader = create_loader(config, world, state)  # forks, so before anything of the GPU
+    loader = create_loader(config, world, state, watchdog)  # forks, so before anything of the GPU
 
     torch.manual_seed(config.run.seed)  # the same weights on every rank
     task = build_pretrain(config).train()
@@ -227,11 +228,11 @@ def check_resume(
         log.warning("resuming with changed settings, as allowed: %s", ", ".join(allowed))
 
 
-def create_loader(config: Config, world: World, state: TrainState) -> Loader:
+def create_loader(config: Config, world: World, state: TrainState, watchdog: Watchdog) -> Loader:
     """The loader of the run's one modality, standing where `state` says."""
     [(name, modality)] = create_modalities(config.modality).items()
     return Loader(
-        open_set(config.shards_of(name), name),
+        own_copy(open_set(config.shards_of(name), name), watchdog),
         modality,
         seed=config.run.seed,
         size=config.batch.size,

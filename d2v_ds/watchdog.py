@@ -29,6 +29,7 @@ log = logging.getLogger("d2v_ds")
 
 HUNG, FAILURE = 5, 1  # exit codes
 INTERVAL = 5.0  # seconds between heartbeats, at most
+PATIENT = "waiting for shards"  # the one phase that may last: see staging.py
 SILENT_BEATS = 4  # beats missed in a row after which a rank is called silent
 
 
@@ -111,7 +112,7 @@ class Watchdog:
         refuse_superseded(self.run, self.generation)
         self._write_beat()
         now = time.time()
-        if self.limit and now - self._beat.since > self.limit and not self._hung.exists():
+        if self._hangs(now) and not self._hung.exists():
             self._accuse(verdict(heartbeats(self.run), self.ranks, now, self.interval))
         if not self._hung.exists():
             return
@@ -121,6 +122,11 @@ class Watchdog:
             log.error("stacks of all threads are in %s", self._stacks_path)
         elif now - self._dumped > SILENT_BEATS * self.interval:  # the others have dumped theirs
             self._leave(HUNG)
+
+    def _hangs(self, now: float) -> bool:
+        if not self.limit or self._beat.phase == PATIENT:
+            return False
+        return now - self._beat.since > self.limit
 
     def _write_beat(self) -> None:
         beat(self.run, dataclasses.replace(self._beat, time=time.time()))

@@ -157,6 +157,8 @@ leave_out() { # nodes: requeues without them, where that can help
 requeue() { # why, nodes to leave out. Only after the ranks have ended: it kills what still runs
   local without=${2:-} excluded
   [[ $(job_field JobState) == RUNNING ]] || end 0 "not requeued: $(job_field JobState)"
+  # This node may have been cut off, and the job be running elsewhere by now.
+  [[ $(job_field Restarts) == "$restart" ]] || end 1 "not requeued: it was already"
   log "requeue: $1"
   trap '' TERM USR2
   if [[ $without ]]; then # the list of a running job cannot be changed, that of a held one can

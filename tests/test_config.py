@@ -13,7 +13,7 @@ import yaml
 
 from d2v_ds import recipes
 from d2v_ds.config import Config, load_engine_config, refuse_changes
-from d2v_ds.decoding import apply_overrides, decode, differences, dump_yaml, to_dict
+from d2v_ds.decoding import decode, differences, dump_yaml, to_dict
 from d2v_ds.errors import UserError
 from d2v_ds.pretrain import build_pretrain, resolved
 
@@ -50,6 +50,7 @@ def test_one_shard_set_or_one_for_each_modality() -> None:
         ("optim.lr=-1", "optim.lr: must be above 0, got -1.0"),
         ("optim.warmup_steps=401", "optim.warmup_steps: 401 does not lie in 0 .. run.steps=400"),
         ("teacher.decay=1.5", "teacher.decay: must lie in [0, 1], got 1.5"),
+        ("save.keep_every=150", "save.keep_every: must be 0 (off) or a multiple of save.every=100"),
         ("data.weights.text=1", "data.weights.text: no such modality in this run"),
         ("optim.lr.x=1", "optim.lr: is a value, not a section"),
         ("optim.lr", "'optim.lr': expected key.path=value"),

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from toy import BUCKETS, CPU, Plan, Toy, Trainer, build, part_of, whole
 
-from d2v_ds.config import EngineSettings, Optim
+from d2v_ds.config import EngineSettings, Optim, load_engine_config, resource
 from d2v_ds.distributed import seed_torch
 from d2v_ds.engine import create_engine, merge
 from d2v_ds.engine.layout import check_layout
@@ -456,14 +456,49 @@ def test_masters_start_from_the_fp32_weights_of_rank_0(run_ranks: RunRanks, stag
 )
 def test_settings_that_are_refused(settings: dict[str, Any], precision: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        check_settings(settings, precision)
+        check_settings(settings, precision, CPU)
 
 
 def test_the_stages_come_with_the_package() -> None:
-    from d2v_ds.config import load_engine_config
-
     for stage in STAGES:
-        assert check_settings(load_engine_config(f"zero{stage}"), "bf16") == stage
+        assert check_settings(load_engine_config(f"zero{stage}"), "bf16", CPU) == stage
+
+
+NODE = zero_optimization(zero_hpz_partition_size=2)  # of a machine with two ranks
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "overrides"),
+    [
+        ("offload", "fp32", BUCKETS),
+        ("zero3_offload", "fp32", BUCKETS),
+        ("zero3_hierarchical", "fp32", merge(BUCKETS, NODE)),
+        ("zero1_fp32_gradients", "bf16", BUCKETS),
+    ],
+)
+def test_the_large_scale_files_train(
+    run_ranks: RunRanks, name: str, precision: str, overrides: dict[str, Any]
+) -> None:
+    plan = Plan(config=name, precision=precision, steps=6, overrides=overrides)
+    (local,) = run_ranks(1, train, dataclasses.replace(plan, config="local"))
+    results = run_ranks(2, train, plan)
+    losses = [sum(of_ranks) for of_ranks in zip(*(r["losses"] for r in results), strict=True)]
+    rtol, state_rtol = TOLERANCE[precision]
+    assert losses == pytest.approx(local["losses"], rel=rtol)
+    assert difference(whole([r["state"] for r in results]), whole([local["state"]])) <= state_rtol
+
+
+def test_what_needs_a_gpu_is_refused_on_a_cpu() -> None:
+    with pytest.raises(UserError, match=r"zero_quantized_weights needs a GPU; .*zero3 on a CPU"):
+        check_settings(load_engine_config("zero3_quantized"), "bf16", CPU)
+    assert check_settings(load_engine_config("zero3_quantized"), "bf16", torch.device("cuda")) == 3
+
+
+def test_every_file_is_explained_in_one_line() -> None:
+    folder = resource("ds_configs")
+    rows = [r for r in (folder / "README.md").read_text().splitlines() if r.startswith("| `")]
+    explained = {row.split("`")[1] for row in rows}
+    assert explained == {path.stem for path in folder.glob("*.json")} and len(rows) == 9
 
 
 def noise() -> float:

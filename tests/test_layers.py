@@ -18,7 +18,7 @@ LAYERS = [
     | {"status", "environment", "watchdog"},
     {"audio", "images", "batch", "masking", "transformer", "loss", "distributed"},
     {"modalities", "student", "teacher", "key_maps", "engine", "checkpoint", "metrics"}
-    | {"rank_check"},
+    | {"rank_check", "staging"},
     {"pretrain", "finetune", "loader", "health", "telemetry"},
     {"train", "evaluate", "export", "memory", "show"},
     {"recipes", "cli", "__main__"},

@@ -24,8 +24,8 @@ from d2v_ds import loader as loader_module
 from d2v_ds.batch import Batch, StepBatch
 from d2v_ds.errors import UserError
 from d2v_ds.loader import Loader, read_samples, reading
-from d2v_ds.preflight import require_divisible
 from d2v_ds.loader import plan as plan_module
+from d2v_ds.preflight import require_divisible
 from d2v_ds.shard_format import ShardSet
 
 EPOCH = 19  # steps of the first one

@@ -1,12 +1,14 @@
 """The speech model under every ZeRO stage against the local engine: the same losses and weights.
 
-Four micro-batches of unequal length a step, two on each of two ranks, dropout and LayerDrop on,
-clipping active, the teacher following, twenty steps.
+One or four micro-batches of unequal length on each rank, dropout and LayerDrop on, clipping active,
+the teacher following, eight steps.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,7 @@ from d2v_ds.engine.optimizer import param_groups
 from d2v_ds.pretrain import build_pretrain
 from d2v_ds.teacher import Ema
 
-STEPS = 20
-MICRO_BATCHES = 4
+STEPS = 8
 SETTINGS = [
     "model.dim=32",
     "model.depth=3",
@@ -47,14 +48,66 @@ BUCKETS = {
     "reduce_bucket_size": 5000,
     "allgather_bucket_size": 5000,
     "stage3_prefetch_bucket_size": 5000,
-    "stage3_param_persistence_threshold": 100,
+    "stage3_param_persistence_threshold": 0,
+}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+SWITCHES: dict[str, list[dict[str, Any]]] = {
+    "local": [{}],
+    "zero0": [{}],
+    "zero1": [{}, OFFLOAD],
+    "zero2": [{}, OFFLOAD],
+    "zero3": [
+        {},
+        {**OFFLOAD, "offload_param": {"device": "cpu"}},
+        {"stage3_param_persistence_threshold": 1000},  # some parameters stay gathered
+    ],
 }
 
 
-def trajectory(stage: str, precision: str) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Case:
+    stage: str
+    precision: str
+    ranks: int
+    share: int  # micro-batches on each rank
+    checkpoint_activations: bool
+    switch: int  # of SWITCHES[stage]
+
+    def __str__(self) -> str:
+        return "-".join(map(str, astuple(self)))
+
+
+CASES = [
+    Case(stage, *rest, switch)
+    for stage in ("zero0", "zero1", "zero2", "zero3")
+    for *rest, switch in itertools.product(
+        ("fp32", "bf16"), (1, 2, 4), (1, 4), (False, True), range(len(SWITCHES[stage]))
+    )
+]
+
+
+def pairs(case: Case) -> set[Any]:
+    """Every two settings that a case has together, and its switch alone."""
+    settings = list(enumerate(astuple(case)[:-1]))
+    return {*itertools.combinations(settings, 2), (case.stage, case.switch)}
+
+
+def pairwise(cases: list[Case]) -> list[Case]:
+    """A few of the cases that have between them every pair of settings that any has."""
+    missing = set().union(*map(pairs, cases))
+    chosen = []
+    while missing:
+        best = max(cases, key=lambda case: len(pairs(case) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+def trajectory(case: Case) -> dict[str, Any]:
     """Trains on this rank -> losses by (step, micro-batch), this rank's masters and averages."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    config = recipes.load("speech_tiny", SETTINGS)
+    rank, number = dist.get_rank(), case.ranks * case.share
+    again = f"model.checkpoint_activations={str(case.checkpoint_activations).lower()}"
+    config = recipes.load("speech_tiny", [*SETTINGS, again])
     torch.manual_seed(0)
     task = build_pretrain(config).train()
     modality = task.modalities["speech"]
@@ -62,18 +115,20 @@ def trajectory(stage: str, precision: str) -> dict[str, Any]:
     engine = create_engine(
         task,
         param_groups(task, task.part, set(tracked.values()).__contains__, decay_all=False),
-        settings=type(config.engine)(config=stage, precision=precision),  # type: ignore[arg-type]
+        settings=type(config.engine)(config=case.stage, precision=case.precision),  # type: ignore[arg-type]
         optim=config.optim,
-        accumulation=MICRO_BATCHES // world,
+        accumulation=number // dist.get_world_size(),
         device=torch.device("cpu"),
-        overrides=None if stage == "local" else {"zero_optimization": BUCKETS},
+        overrides=None
+        if case.stage == "local"
+        else {"zero_optimization": {**BUCKETS, **SWITCHES[case.stage][case.switch]}},
     )
     ema = Ema(engine, task.teacher, tracked, "teacher.")
     losses: dict[tuple[int, int], float] = {}
     norms = []
     for step in range(STEPS):
         rng = np.random.default_rng(step)
-        lengths = rng.integers(6000, 16000, size=(MICRO_BATCHES, 2))
+        lengths = rng.integers(4000, 10000, size=(number, 2))
         batches = [
             modality.collate(
                 [rng.standard_normal(n).astype(np.float32) for n in pair],
@@ -83,7 +138,7 @@ def trajectory(stage: str, precision: str) -> dict[str, Any]:
             for i, pair in enumerate(lengths)
         ]
         count = sum(batch.masked.numel() for batch in batches)
-        share = MICRO_BATCHES // world
+        share = number // dist.get_world_size()
         for batch in batches[rank * share : (rank + 1) * share]:
             seed_torch(0, step, batch.index)
             loss, _ = engine(batch, count)
@@ -114,42 +169,48 @@ def assemble(results: list[dict[str, Any]], kind: str) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def reference(pool: Any) -> Callable[[str], dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+def reference(pool: Any) -> Callable[[Case], dict[str, Any]]:
+    """The trajectory of the local engine, which has all micro-batches on one rank."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
 
-    def get(precision: str) -> dict[str, Any]:
-        if precision not in found:
-            [found[precision]] = pool.run(1, trajectory, "local", precision, timeout=120)
-        return found[precision]
+    def get(case: Case) -> dict[str, Any]:
+        key = case.precision, case.ranks * case.share
+        if key not in found:
+            local = Case("local", case.precision, 1, key[1], False, 0)
+            [found[key]] = pool.run(1, trajectory, local, timeout=120)
+        return found[key]
 
     return get
 
 
-# Largest difference, in units of what twenty steps at a learning rate of 1e-3 can move a weight.
+# Largest difference, in units of what the steps at a learning rate of 1e-3 can move a weight.
 TOLERANCE = {"fp32": 3e-5, "bf16": 0.1}
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+FEW = pairwise(CASES)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", ["zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(c, id=str(c), marks=[] if c in FEW else [pytest.mark.slow]) for c in CASES],
+)
 def test_every_stage_trains_as_the_local_engine_does(
-    stage: str,
-    precision: str,
+    case: Case,
     run_ranks: Callable[..., list[Any]],
-    reference: Callable[[str], dict[str, Any]],
+    reference: Callable[[Case], dict[str, Any]],
 ) -> None:
-    expected = reference(precision)
-    results = run_ranks(2, trajectory, stage, precision)
+    expected = reference(case)
+    results = run_ranks(case.ranks, trajectory, case)
     losses = {key: value for result in results for key, value in result["losses"].items()}
     assert losses.keys() == expected["losses"].keys()
     ours = torch.tensor([losses[key] for key in sorted(losses)])
     theirs = torch.tensor([expected["losses"][key] for key in sorted(losses)])
-    torch.testing.assert_close(ours, theirs, rtol=LOSS_TOLERANCE[precision], atol=0)
+    rtol = LOSS_TOLERANCE[case.precision]
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=0)
     for kind in ("masters", "ema"):
         ours, theirs = assemble(results, kind), assemble([expected], kind)
         error = (ours - theirs).abs().max().item() / (STEPS * 1e-3)
-        print(f"{stage} {precision} {kind}: {error:.1e}")
-        assert error <= TOLERANCE[precision], f"{kind} are off by {error:.1e}"
+        print(f"{case} {kind}: {error:.1e}")
+        assert error <= TOLERANCE[case.precision], f"{kind} are off by {error:.1e}"
     norms = [torch.tensor(result["norms"]) for result in (*results, expected)]
     for norm in norms[:-1]:
-        torch.testing.assert_close(norm, norms[-1], rtol=LOSS_TOLERANCE[precision], atol=0)
+        torch.testing.assert_close(norm, norms[-1], rtol=rtol, atol=0)

@@ -80,6 +80,23 @@ def test_write_atomically_leaves_no_other_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["STOPPED"]
 
 
+def test_what_a_replaced_start_still_writes_goes_nowhere(run: RunFolder) -> None:
+    """Its open files are the curves; a path of its own it gets by asking, and is refused."""
+    claim_generation(run, "4711", 0)
+    run.tensorboard.mkdir()
+    files = [run.metrics, run.tensorboard / "events.out.tfevents.1.node.1.0"]
+    opened = [path.open("a") for path in files]
+    for file in opened:
+        file.write("before\n")
+        file.flush()
+    claim_generation(run, "4711", 1)
+    for file in opened:
+        file.write("after\n")
+        file.close()
+    assert [path.read_text() for path in files] == ["before\n", "before\n"]
+    assert len(list(run.tensorboard.iterdir())) == 1
+
+
 def test_needs_no_torch() -> None:
     code = "import sys, d2v_ds.run_folder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -14,12 +14,12 @@ from typing import Any
 
 import psutil
 import pytest
-from shards import samples
-from shards.cli import main as shards_main
 
 from d2v_ds.checkpoint import open_checkpoint
 from d2v_ds.checkpoint.format import KINDS
 from d2v_ds.run_folder import RunFolder, claim_generation
+from shards import samples
+from shards.cli import main as shards_main
 
 QUICK = [
     "modality.speech.views=2",

@@ -33,7 +33,7 @@ def stuck_in_the_data_loader(how):
 root, rank, how = sys.argv[1:]
 run = RunFolder(Path(root))
 with Watchdog(int(rank), 2, limit=1.5) as watchdog:
-    watchdog.start(read_generation(run))
+    watchdog.start(run, read_generation(run))
     watchdog.mark("data", 7)
     if how.startswith(("hangs", "holding")):
         stuck_in_the_data_loader(how)

@@ -63,6 +63,12 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+GPU_ONLY = (
+    "zero_optimization.zero_quantized_weights",
+    "zero_optimization.zero_quantized_gradients",
+)
+
+
 class ZeroEngine:
     """Implements `Engine`, where the methods are described, on every rank of torch.distributed."""
 
@@ -77,7 +83,7 @@ class ZeroEngine:
         accumulation: int,
         device: torch.device,
     ) -> None:
-        self.stage = check_settings(ds_config, precision)
+        self.stage = check_settings(ds_config, precision, device)
         self.device, self.precision, self.groups = device, precision, groups
         self.replicated = self.stage == 0
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
@@ -229,7 +235,7 @@ class ZeroEngine:
 # ------------------------------------------------------------------------------------- starting
 
 
-def check_settings(ds_config: Mapping[str, Any], precision: str) -> int:
+def check_settings(ds_config: Mapping[str, Any], precision: str, device: torch.device) -> int:
     """The ZeRO stage. Raises UserError for settings that cannot be right here."""
     stage = lookup(ds_config, "zero_optimization.stage")
     if stage not in (0, 1, 2, 3):
@@ -239,6 +245,9 @@ def check_settings(ds_config: Mapping[str, Any], precision: str) -> int:
     for path, (values, reason) in REFUSED.items():
         if (value := lookup(ds_config, path)) in values:
             raise UserError(f"engine.config: {path}={value!r} is refused: {reason}")
+    for path in GPU_ONLY:
+        if lookup(ds_config, path) and device.type == "cpu":
+            raise UserError(f"engine.config: {path} needs a GPU; remove it, or use zero3 on a CPU")
     if precision == "fp16" and stage == 0:
         raise UserError(
             "engine.precision: DeepSpeed does not scale the loss of fp16 at ZeRO stage 0; "

@@ -78,7 +78,9 @@ class Job:
         return int(self.field("ExitCode").split(":")[0])
 
     def log(self) -> str:
-        path = Path(self.field("StdOut"))
+        shown = self.cluster.command("scontrol", "show", "job", self.number).stdout
+        found = re.search(r"StdOut=(.*)", shown)  # the path may have spaces
+        path = Path(found[1] if found else "")
         return path.read_text() if path.is_file() else ""
 
     def until(self, reached: Callable[[], Any], what: str, seconds: float = 60) -> Job:

@@ -49,11 +49,12 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def whole_cluster(cluster: Cluster) -> Iterator[None]:
+    """All nodes up, and afterwards no job left."""
+    cluster("up")
     yield
     cluster.command("scancel", "--user", str(os.getuid()))
-    cluster.command("scancel", "--signal=KILL", "--full", "--user", str(os.getuid()))
     cluster("up")  # boots what a test switched off
     deadline = time.monotonic() + 20
     while cluster.command("squeue", "--noheader").stdout and time.monotonic() < deadline:
@@ -63,15 +64,21 @@ def whole_cluster(cluster: Cluster) -> Iterator[None]:
 @pytest.fixture
 def standin(cluster: Cluster, tmp_path: Path) -> Workplace:
     """Jobs whose `d2v-ds` is the stand-in."""
-    settings = f"export PATH={HERE / 'standin'}:{Path(sys.executable).parent}:$PATH\n"
-    settings += "export D2V_HANG_SECONDS=4 D2V_DUMP_SECONDS=1 D2V_MIN_FREE_MB=10\n"
-    return Workplace(cluster, tmp_path / "home", settings)
+    return Workplace(cluster, tmp_path / "home", standin_settings())
 
 
 @pytest.fixture
 def trainer(cluster: Cluster, tmp_path: Path) -> Workplace:
     """Jobs with the real commands."""
     return Workplace(cluster, tmp_path / "home", real_settings(tmp_path / "bin"))
+
+
+def standin_settings() -> str:
+    """A cluster.env whose d2v-ds is the stand-in."""
+    return (
+        f"export PATH={HERE / 'standin'}:{Path(sys.executable).parent}:$PATH\n"
+        "export D2V_DUMP_SECONDS=1 D2V_MIN_FREE_MB=10\n"
+    )
 
 
 def real_settings(bin: Path) -> str:

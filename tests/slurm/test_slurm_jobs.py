@@ -1,20 +1,62 @@
-"""The batch scripts against a real Slurm, with a stand-in for the training: see standin/d2v-ds."""
+"""pretrain.sbatch against a real Slurm, with a stand-in for the training: see standin/d2v-ds.
+
+The jobs are submitted all at once and run beside each other; each test waits for its own.
+"""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from cluster import SCRIPTS, Cluster, Job, Workplace
+from conftest import standin_settings
 
 NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
+FIRST_TWO = ("--nodelist=vn[1-2]",)
+
+JOBS: dict[str, tuple[list[str], tuple[str, ...], str]] = {  # arguments, options, cluster.env
+    # rank 1 ends at once, rank 0 saves for 4 s more: longer than Slurm would wait (KillWait)
+    "signal": (["run.steps=40", "save_seconds=4"], (), ""),
+    "crash": (["run.steps=1000", "crash=1:5:9"], FIRST_TWO, ""),
+    # rank 1 fails as soon as rank 0 has begun a save of 5 s
+    "crash in a save": (["run.steps=5", "save_seconds=5", "crash=1:5:9"], (), ""),
+    "hang": (["run.steps=120", "hang=1:5"], FIRST_TWO, "export D2V_HANG_SECONDS=8"),
+    "idle": (["idle=1"], (), "export D2V_MAX_FRUITLESS=1"),
+    "STOP": (["run.steps=1000"], (), ""),
+    "scancel": (["run.steps=1000"], (), ""),
+    "nonsense": (["nonsense"], (), ""),
+    "loud fan": (
+        ["run.steps=10"],
+        (),
+        "NODE_CHECK='if [ $SLURMD_NODENAME = vn1 ]; then echo a fan is loud; fi'",
+    ),
+    "unfit ranks": (["run.steps=10", "unfit=vn2"], (), ""),
+    "full disks": (["run.steps=10"], (), "export D2V_MIN_FREE_MB=1000000000"),
+    "bare": (["run.steps=5"], ("--export=D2V_CLUSTER_ENV",), ""),
+    "one": (["run.steps=20"], FIRST_TWO, ""),
+    "two": (["run.steps=20"], FIRST_TWO, ""),
+}
+
+Submitted = Callable[[str], tuple[Workplace, Job]]
 
 
-def pretrain(place: Workplace, *words: str, options: tuple[str, ...] = ()) -> Job:
-    return place.submit("pretrain.sbatch", "run.dir=run", *words, options=(*NODES, *options))
+@pytest.fixture(scope="module")
+def submitted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Submitted]:
+    """submitted(name): where the job of that name runs, and the job. Its run folder is `run`."""
+    folder = tmp_path_factory.mktemp("jobs")
+    jobs = {}
+    for name, (words, options, settings) in JOBS.items():
+        place = Workplace(cluster, folder / name, f"{standin_settings()}{settings}\n")
+        arguments = ["run.dir=run", *words]
+        jobs[name] = (
+            place,
+            place.submit("pretrain.sbatch", *arguments, options=(*NODES, *options)),
+        )
+    yield jobs.__getitem__
 
 
 def starts(place: Workplace, run: str = "run") -> list[int]:
@@ -24,143 +66,115 @@ def starts(place: Workplace, run: str = "run") -> list[int]:
     return [row["restart"] for row in rows]
 
 
-def step_reached(place: Workplace, step: int, run: str = "run") -> bool:
-    return len(place.rows(run)) >= step
+def reaches_step(job: Job, place: Workplace, step: int) -> None:
+    job.until(lambda: len(place.rows("run")) >= step, f"step {step}")
 
 
-# ------------------------------------------------------------------------------ ends and restarts
+def test_wrong_arguments_end_with_one_line_and_code_2(submitted: Submitted) -> None:
+    place, job = submitted("nonsense")
+    job.ends("FAILED")
+    assert job.code == 2 and job.log() == "d2v-ds: unknown recipe 'nonsense'\n"
+    assert not (place.folder / "run").exists()
 
 
-def test_a_signal_lets_the_ranks_save_then_the_job_is_requeued(standin: Workplace) -> None:
-    """Rank 1 ends at once, rank 0 saves for 4 s after it: more than Slurm would wait (KillWait)."""
-    job = pretrain(standin, "run.steps=40", "save_seconds=4")
-    job.until(lambda: step_reached(standin, 5), "five steps")
+def test_a_signal_lets_the_ranks_save_then_the_job_is_requeued(submitted: Submitted) -> None:
+    place, job = submitted("signal")
+    reaches_step(job, place, 5)
     job.signal()
     job.ends()
     assert job.field("Restarts") == "1"
-    assert set(starts(standin)) == {0, 1} and len(starts(standin)) == 40
+    assert set(starts(place)) == {0, 1} and len(starts(place)) == 40
     assert re.search(r"asked to stop.*\n(.*\n)*.*requeue: stopped well", job.log())
-    logs = standin.folder / "run/logs"
+    logs = place.folder / "run/logs"
     assert "rank 1 begins at step 0" in (logs / f"{job.number}.0/rank00001.txt").read_text()
     assert "rank 1 begins" not in job.log() and "rank 0 begins at step 0" in job.log()
-    assert "NodeList=vn[1-2]" in (logs / f"{job.number}.1/job.txt").read_text()
+    assert re.search(r" NodeList=vn\[", (logs / f"{job.number}.1/job.txt").read_text())
 
 
-def test_a_preempted_job_saves_and_comes_back(standin: Workplace, cluster: Cluster) -> None:
-    job = pretrain(standin, "run.steps=60", options=("--exclusive", "--nodes=3"))
-    job.until(lambda: step_reached(standin, 5), "five steps")
-    urgent = standin.folder / "urgent.sh"
-    urgent.write_text("#!/bin/sh\nsleep 1\n")
-    options = ("--partition=urgent", "--nodes=3", "--exclusive", str(urgent))
-    assert cluster.command("sbatch", *options, cwd=standin.folder).returncode == 0
-    job.says("asked to stop", 20).ends()
-    assert set(starts(standin)) == {0, 1}
-
-
-def test_a_crash_ends_all_ranks_with_its_own_code(standin: Workplace) -> None:
-    began = time.monotonic()
-    job = pretrain(standin, "run.steps=1000", "crash=1:5:9").ends("FAILED")
-    assert time.monotonic() - began < 20
-    assert job.code == 9 and job.field("Restarts") == "0"
-    assert "rank 1 on vn2 ended with exit code 9" in job.log()
-    assert "it lost its GPU" in job.log()  # the last words of that rank's own log
-
-
-def test_a_crash_does_not_end_a_rank_that_is_saving(standin: Workplace) -> None:
-    """Rank 1 fails as soon as rank 0 has begun a save of 5 s, longer than KillWait."""
-    job = pretrain(standin, "run.steps=5", "save_seconds=5", "crash=1:5:9").ends("FAILED")
-    assert job.code == 9
-    assert (standin.folder / "run/checkpoints/00000005").is_dir()
-
-
-def test_a_silent_rank_is_named_and_the_job_goes_on(standin: Workplace) -> None:
-    job = pretrain(standin, "run.steps=80", "hang=1:5").ends()
-    assert job.field("Restarts") == "1"
-    assert re.search(r"no heartbeat for 4 s from rank 1 on vn2", job.log())
-    hung = (standin.folder / f"run/logs/{job.number}.0/hung").read_text()
-    assert hung == "silent: rank 1 on vn2\n"
-    assert (standin.folder / "run/DONE").exists()
-
-
-def test_restarts_without_progress_come_to_an_end(standin: Workplace) -> None:
-    settings = standin.settings.read_text() + "export D2V_MAX_FRUITLESS=1\n"
-    standin.settings.write_text(settings)
-    job = pretrain(standin, "idle=1").ends("FAILED")
-    assert job.field("Restarts") == "2"
-    assert "2 restarts without a new checkpoint: giving up" in job.log()
-
-
-def test_a_stop_file_ends_the_job_without_a_restart(standin: Workplace) -> None:
-    job = pretrain(standin, "run.steps=1000")
-    job.until(lambda: step_reached(standin, 3), "three steps")
-    (standin.folder / "run/STOP").touch()
+def test_a_stop_file_ends_the_job_without_a_restart(submitted: Submitted) -> None:
+    place, job = submitted("STOP")
+    reaches_step(job, place, 3)
+    (place.folder / "run/STOP").touch()
     job.ends()
     assert job.field("Restarts") == "0" and "remove it and submit again" in job.log()
-    assert (standin.folder / "run/STOPPED").exists()
+    assert (place.folder / "run/STOPPED").exists()
 
 
-def test_scancel_saves_and_is_final(standin: Workplace, cluster: Cluster) -> None:
-    job = pretrain(standin, "run.steps=1000")
-    job.until(lambda: step_reached(standin, 3), "three steps")
+def test_scancel_saves_and_is_final(submitted: Submitted, cluster: Cluster) -> None:
+    place, job = submitted("scancel")
+    reaches_step(job, place, 3)
     cluster.command("scancel", job.number)
     job.ends("CANCELLED")
-    assert list((standin.folder / "run/checkpoints").iterdir())
+    assert list((place.folder / "run/checkpoints").iterdir())
     time.sleep(1)
     assert job.state == "CANCELLED" and job.field("Restarts") == "0"
 
 
-def test_wrong_arguments_end_with_one_line_and_code_2(standin: Workplace) -> None:
-    job = pretrain(standin, "nonsense").ends("FAILED")
-    assert job.code == 2 and job.log() == "d2v-ds: unknown recipe 'nonsense'\n"
-    assert not (standin.folder / "run").exists()
+def test_a_crash_ends_all_ranks_with_its_own_code(submitted: Submitted) -> None:
+    place, job = submitted("crash")
+    job.ends("FAILED")
+    assert job.code == 9 and job.field("Restarts") == "0"
+    assert "rank 1 on vn2 ended with exit code 9" in job.log()
+    assert "it lost its GPU" in job.log()  # the last words of that rank's own log
+    assert len(place.rows("run")) < 200, "rank 0 goes on for long"
 
 
-# ------------------------------------------------------------------------------------------- nodes
+def test_a_crash_does_not_end_a_rank_that_is_saving(submitted: Submitted) -> None:
+    place, job = submitted("crash in a save")
+    job.ends("FAILED")
+    assert job.code == 9
+    assert (place.folder / "run/checkpoints/00000005").is_dir()
 
 
-def test_an_unfit_node_is_named_and_left_out(standin: Workplace) -> None:
-    standin.settings.write_text(
-        standin.settings.read_text()
-        + "NODE_CHECK='if [ $SLURMD_NODENAME = vn1 ]; then echo a fan is loud; fi'\n"
-    )
-    job = pretrain(standin, "run.steps=10").ends()
+def test_a_silent_rank_is_named_and_the_job_goes_on(submitted: Submitted) -> None:
+    place, job = submitted("hang")
+    job.ends()
+    assert job.field("Restarts") == "1"
+    assert "no heartbeat for 8 s from rank 1 on vn2" in job.log()
+    hung = (place.folder / f"run/logs/{job.number}.0/hung").read_text()
+    assert hung == "silent: rank 1 on vn2\n"
+    assert (place.folder / "run/DONE").exists()
+
+
+def test_restarts_without_progress_come_to_an_end(submitted: Submitted) -> None:
+    _, job = submitted("idle")
+    job.ends("FAILED")
+    assert job.field("Restarts") == "2"
+    assert "2 restarts without a new checkpoint: giving up" in job.log()
+
+
+def test_an_unfit_node_is_named_and_left_out(submitted: Submitted) -> None:
+    _, job = submitted("loud fan")
+    job.ends()
     assert "node vn1 is not fit: NODE_CHECK says: a fan is loud" in job.log()
     assert job.field("NodeList") == "vn[2-3]" and job.field("Restarts") == "1"
 
 
-def test_a_node_that_the_ranks_find_unfit_is_left_out(standin: Workplace) -> None:
-    job = pretrain(standin, "run.steps=10", "unfit=vn2").ends()
+def test_a_node_that_the_ranks_find_unfit_is_left_out(submitted: Submitted) -> None:
+    _, job = submitted("unfit ranks")
+    job.ends()
     assert job.field("NodeList") == "vn[1,3]" and "requeue: without vn2" in job.log()
 
 
-def test_a_cause_that_all_nodes_share_is_no_reason_to_go_on(standin: Workplace) -> None:
-    standin.settings.write_text(
-        standin.settings.read_text() + "export D2V_MIN_FREE_MB=1000000000\n"
-    )
-    job = pretrain(standin, "run.steps=10").ends("FAILED")
-    assert re.search(r"node vn2 is not fit: .*: \d+ MB are free, 1000000000 must be", job.log())
+def test_a_cause_that_all_nodes_share_is_no_reason_to_go_on(submitted: Submitted) -> None:
+    _, job = submitted("full disks")
+    job.ends("FAILED")
+    assert re.search(r"node vn\d is not fit: .*: \d+ MB are free, 1000000000 must be", job.log())
     assert "no node is fit, so the cause is probably common to all" in job.log()
 
 
-def test_a_lost_node_is_replaced(standin: Workplace, cluster: Cluster) -> None:
-    job = pretrain(standin, "run.steps=600")
-    job.until(lambda: step_reached(standin, 3), "three steps")
-    cluster("crash", "vn2")
-    cluster.command("scontrol", "update", "nodename=vn2", "state=down", "reason=test")
-    job.says(r"job \d+\.1: 2 ranks on vn\[1,3\]", 60)
-    rows = len(standin.rows("run"))
-    job.until(lambda: step_reached(standin, rows + 3), "more steps")
+def test_a_job_needs_nothing_of_the_submitting_shell(submitted: Submitted) -> None:
+    place, job = submitted("bare")
+    job.ends()
+    assert len(place.rows("run")) == 5
 
 
-def test_two_jobs_share_a_node(standin: Workplace) -> None:
-    jobs = [
-        standin.submit("pretrain.sbatch", f"run.dir={name}", "run.steps=20", options=NODES)
-        for name in ("one", "two")
-    ]
-    for job, name in zip(jobs, ("one", "two"), strict=True):
+def test_two_jobs_share_their_nodes(submitted: Submitted) -> None:
+    for name in ("one", "two"):
+        place, job = submitted(name)
         job.ends()
         assert job.field("NodeList") == "vn[1-2]"
-        assert {row["job"] for row in standin.rows(name)} == {job.number}
+        assert {row["job"] for row in place.rows("run")} == {job.number}
 
 
 # ----------------------------------------------------------------------------------------- scripts
@@ -168,7 +182,7 @@ def test_two_jobs_share_a_node(standin: Workplace) -> None:
 
 def scripts() -> list[Path]:
     found = sorted(p for p in SCRIPTS.iterdir() if p.suffix in {".sbatch", ".sh"})
-    assert len(found) >= 6
+    assert len(found) >= 8
     return found
 
 
@@ -184,9 +198,9 @@ def test_shellcheck_is_clean() -> None:
 @pytest.mark.parametrize("script", COMMANDS, ids=lambda path: path.name)
 def test_every_script_explains_itself(script: Path) -> None:
     done = subprocess.run([script, "--help"], capture_output=True, text=True)
-    assert done.returncode == 0 and script.name in done.stdout and not done.stderr
+    assert done.returncode == 0 and f"slurm/{script.name}" in done.stdout and not done.stderr
     done = subprocess.run([script], capture_output=True, text=True)
-    assert done.returncode == 2 and script.name in done.stderr
+    assert done.returncode == 2 and f"slurm/{script.name}" in done.stderr
 
 
 @pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sbatch")), ids=lambda path: path.name)

@@ -1,0 +1,210 @@
+"""Before training: what ranks that do not fit together are told, and which node is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from d2v_ds import distributed, rank_check
+from d2v_ds.config import Config, Run
+from d2v_ds.errors import UserError
+from d2v_ds.preflight import Finding, UnfitNodes, leave_token, unfit
+from d2v_ds.rank_check import check_ranks, warn_of_too_few_cores
+from d2v_ds.run_folder import RunFolder
+
+RunRanks = Callable[..., list[Any]]
+
+
+def finding(node: str, **changed: Any) -> Finding:
+    return dataclasses.replace(Finding(node, "code", "config", True, 10**12, True), **changed)
+
+
+def test_ranks_that_fit_together() -> None:
+    assert unfit([finding("a"), finding("a"), finding("b")]) == {}
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"sees_run": False, "free": 0}, "does not see the run folder"),
+        ({"code": "old"}, "has other code than most"),
+        ({"config": "old"}, "has other settings than most"),
+        ({"right_sum": False}, "its all-reduce over the ranks is wrong, or does not end"),
+    ],
+)
+def test_the_node_that_differs_is_named(changed: dict[str, Any], reason: str) -> None:
+    assert unfit([finding("a"), finding("b", **changed), finding("c")]) == {"b": reason}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"code": "old"}, r"the ranks have other code: a / b; start all from the same files"),
+        ({"free": 10**6}, r"run\.dir: 1 MB are free on its disk"),
+    ],
+)
+def test_what_no_other_node_would_mend(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        unfit([finding("a"), finding("b", **changed)])
+
+
+def test_sums_that_are_wrong_everywhere_are_no_nodes_fault() -> None:
+    with pytest.raises(UserError, match="on every node; look at the network"):
+        unfit([finding("a", right_sum=False), finding("b", right_sum=False)])
+
+
+# -------------------------------------------------------------------------------- over real ranks
+
+
+def check(root: str, how: str) -> list[str] | str:
+    import os
+
+    os.environ["SLURMD_NODENAME"] = f"node{dist.get_rank()}"
+    config = Config(run=Run(dir=root))
+    if how == "other settings" and dist.get_rank() == 1:
+        config = Config(run=Run(dir=root, seed=1))
+    if how == "wrong sums" and dist.get_rank() == 1:
+        rank_check.distributed.sums_right = lambda device: (sums(device), False)[1]
+    try:
+        return check_ranks(config, torch.device("cpu"))
+    except UnfitNodes as error:
+        return f"unfit: {error}"
+    except UserError as error:
+        return f"error: {error}"
+    finally:
+        rank_check.distributed.sums_right = sums
+
+
+sums = distributed.sums_right
+
+
+def test_all_ranks_learn_the_nodes(run_ranks: RunRanks, tmp_path: Path) -> None:
+    assert run_ranks(2, check, str(tmp_path / "run"), "") == [["node0", "node1"]] * 2
+    assert not list((tmp_path / "run").iterdir()), "no token stays"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "how", "answer"),
+    [
+        (3, "other settings", "unfit: node node1: has other settings than most"),
+        (2, "other settings", "error: the ranks have other settings: node0 / node1; start all"),
+        (2, "wrong sums", "unfit: node node1: its all-reduce over the ranks is wrong, or does"),
+    ],
+)
+def test_all_ranks_raise_alike(
+    ranks: int, how: str, answer: str, run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    answers = run_ranks(ranks, check, str(tmp_path / "run"), how)
+    assert len(set(answers)) == 1 and answers[0].startswith(answer)
+
+
+def sums_with_a_broken_rank() -> bool:
+    if dist.get_rank() == 1:  # it adds something else
+        dist.all_reduce(torch.ones(4096, dtype=torch.float64))
+        return False
+    return distributed.sums_right(torch.device("cpu"))
+
+
+def test_a_sum_is_really_taken(run_ranks: RunRanks) -> None:
+    assert run_ranks(3, distributed.sums_right, torch.device("cpu")) == [True] * 3
+    assert run_ranks(2, sums_with_a_broken_rank) == [False, False]
+
+
+def test_a_token_lies_in_the_run_folder(tmp_path: Path) -> None:
+    token = leave_token(RunFolder(tmp_path / "runs/new"))
+    assert token.exists() and token.parent == tmp_path / "runs/new"
+
+
+# ------------------------------------------------------------------------------------ cores, ports
+
+
+@pytest.mark.parametrize(
+    ("given", "workers", "words"),
+    [
+        ("1", 2, "each rank has 1 core(s) for itself and 2 loader workers; ask for --cpus-per-"),
+        ("1", 0, ""),
+    ],
+)
+def test_too_few_cores_for_the_loader_are_a_loud_warning(
+    given: str,
+    workers: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", given)
+    monkeypatch.setattr(rank_check.log, "propagate", True)
+    warn_of_too_few_cores(workers)
+    assert (words in caplog.text and "SLOW" in caplog.text) if words else not caplog.text
+
+
+RANK = """
+import os, sys, torch
+from dataclasses import replace
+from d2v_ds.distributed import World, init, shutdown
+import torch.distributed as dist
+world = World.from_environment()
+init(world, torch.device("cpu"))
+values = [None] * world.size
+dist.all_gather_object(values, os.environ["SLURM_JOB_ID"])
+print(values)
+shutdown()
+"""
+
+
+def start_job(job: str, port: int) -> list[subprocess.Popen[str]]:
+    """Two ranks, as srun starts them."""
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(RANK)],
+            env={
+                **distributed.os.environ,
+                "SLURM_JOB_ID": job,
+                "SLURM_STEP_ID": "0",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank),
+                "MASTER_PORT": str(port),
+                "OMP_NUM_THREADS": "1",
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+
+
+def test_jobs_on_one_port_never_meet() -> None:
+    """Something else holds the port that both jobs are told to use."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        jobs = {job: start_job(job, other.getsockname()[1]) for job in ("77", "78")}
+        for job, ranks in jobs.items():
+            for rank in ranks:
+                output, errors = rank.communicate(timeout=120)
+                assert rank.returncode == 0, errors
+                assert output.strip() == str([job, job])
+
+
+def test_two_jobs_that_are_told_the_same_free_port() -> None:
+    port = distributed.free_port()
+    jobs = {job: start_job(job, port) for job in ("77", "78")}
+    for job, ranks in jobs.items():
+        for rank in ranks:
+            output, errors = rank.communicate(timeout=120)
+            assert rank.returncode == 0, errors
+            assert output.strip() == str([job, job])
