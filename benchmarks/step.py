@@ -30,6 +30,7 @@ from d2v_ds.engine.optimizer import param_groups
 from d2v_ds.pretrain import build_pretrain
 from d2v_ds.teacher import Ema
 from d2v_ds.train import TrainState, create_loader
+from d2v_ds.watchdog import Watchdog
 from shards import samples
 from shards.cli import main as shards_main
 
@@ -66,7 +67,7 @@ def matmul_gflops(device: torch.device, n: int = 1024) -> float:
 def measure(config: Config, steps: int) -> dict[str, Any]:
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     distributed.init(World(), device)
-    loader = create_loader(config, World(), TrainState())
+    loader = create_loader(config, World(), TrainState(), Watchdog(0, 1))
     torch.manual_seed(0)
     task = build_pretrain(config).train()
     tracked = task.tracked()

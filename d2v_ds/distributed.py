@@ -8,6 +8,7 @@ Knows torch.distributed and nothing of the training.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -17,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,45 +94,56 @@ def port_of(key: str, attempt: int = 0) -> int:
     return 20000 + stable_hash(key, attempt) % 10000
 
 
-MEETING = 300.0  # seconds within which all ranks must have started
+MEETING = timedelta(seconds=300)  # within which all ranks must have started
 PORTS = 8  # tried in turn: something else may listen on the first
 
 
 def meet(world: World) -> Store:
-    """The store of this step's ranks: on the first port that is free on rank 0's node, told by its
-    key from the stores of other jobs there. Raises UserError when no port is free, RuntimeError
-    when rank 0 is not found."""
+    """The store of this step's ranks; no two steps ever share one.
+
+    Rank 0 opens it on a port that the system picks, and tells the port and the step's key to
+    whoever asks on the first free of PORTS ports that all ranks know. Raises UserError when none of
+    them is free, RuntimeError when rank 0 is not found.
+    """
     ports = [world.port, *(port_of(world.key, attempt) for attempt in range(1, PORTS))]
-    timeout = timedelta(seconds=MEETING)
     if world.rank == 0:
-        for port in ports:
-            try:
-                store = TCPStore(world.address, port, None, True, timeout, wait_for_workers=False)
-            except RuntimeError:  # the port is taken
-                continue
-            store.set("d2v_ds", world.key)
-            return store
-        raise UserError(f"none of the ports {ports} is free on {world.address}; set MASTER_PORT")
-    deadline = time.monotonic() + MEETING
+        listener = _first_free(world, ports)
+        store = TCPStore(world.address, 0, None, True, MEETING, wait_for_workers=False)
+        greeting = f"d2v_ds {world.key} {store.port}\n".encode()
+        threading.Thread(target=_greet, args=(listener, greeting), daemon=True).start()
+        return store
+    deadline = time.monotonic() + MEETING.total_seconds()
     while time.monotonic() < deadline:
         for port in ports:
-            found = _visit(world, port)
-            if found is not None:
-                found.set_timeout(timeout)
-                return found
+            found = _ask(world, port)
+            if found:
+                return TCPStore(world.address, found, None, False, MEETING, wait_for_workers=False)
         time.sleep(0.2)
-    raise RuntimeError(f"rank 0 was not found on {world.address}, ports {ports}, in {MEETING:g} s")
+    raise RuntimeError(f"rank 0 was not found on {world.address}, ports {ports}, in {MEETING}")
 
 
-def _visit(world: World, port: int) -> TCPStore | None:
-    """The store on that port, if it is that of our rank 0."""
-    patience = timedelta(seconds=5)
-    try:  # a socket fails at once where nothing listens; the store would try for long
-        socket.create_connection((world.address, port), patience.seconds).close()
-        store = TCPStore(world.address, port, None, False, patience, wait_for_workers=False)
-        return store if store.get("d2v_ds") == world.key.encode() else None
-    except (OSError, RuntimeError):
+def _first_free(world: World, ports: Sequence[int]) -> socket.socket:
+    for port in ports:
+        with contextlib.suppress(OSError):  # it is taken
+            return socket.create_server(("", port))
+    raise UserError(f"none of the ports {ports} is free on {world.address}; set MASTER_PORT")
+
+
+def _greet(listener: socket.socket, greeting: bytes) -> None:
+    """Tells everyone who asks; those of other jobs go on to the next port."""
+    while True:
+        with contextlib.suppress(OSError), listener.accept()[0] as asker:
+            asker.sendall(greeting)
+
+
+def _ask(world: World, port: int) -> int | None:
+    """The port of our store, if our rank 0 answers on `port`."""
+    try:
+        with socket.create_connection((world.address, port), timeout=5) as asked:
+            name, key, store_port = asked.makefile("rb").readline(200).decode().split()
+    except (OSError, ValueError):  # nobody, or somebody who says something else, or nothing
         return None
+    return int(store_port) if (name, key) == ("d2v_ds", world.key) else None
 
 
 def init(world: World, device: torch.device) -> None:

@@ -17,9 +17,9 @@ unset SLURM_EXPORT_ENV # else `sbatch --export=NONE` empties the ranks' environm
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take sbatch's since Slurm 22.05
 export D2V_HANG_SECONDS=${D2V_HANG_SECONDS:-900}
 restart=${SLURM_RESTART_COUNT:-0}
-cancelled=''
+early='' cancelled=''
 
-UNFIT=4 HUNG=5 # exit codes of the ranks that a restart can help
+BAD_INPUT=2 UNHEALTHY=3 UNFIT=4 HUNG=5 # exit codes of the ranks; see README.md
 
 log() { printf '%(%F %T)T job %s.%s: %s\n' -1 "$SLURM_JOB_ID" "$restart" "$*"; }
 end() { # code, why
@@ -37,6 +37,7 @@ job_field() { scontrol show job -o "$SLURM_JOB_ID" | sed -n "s/.* $1=\([^ ]*\).*
 
 run_ranks() { # command subcommand arguments...
   ranks=${SLURM_NTASKS:-$SLURM_NNODES}
+  trap 'early=yes' USR2
   run=$(once "$1" "$2" --check --nproc "$ranks" "${@:3}") || exit # it has said what is wrong
   run=$(realpath -m "$run")
   logs=$run/logs/$SLURM_JOB_ID.$restart
@@ -45,8 +46,10 @@ run_ranks() { # command subcommand arguments...
   log "$ranks ranks on $SLURM_JOB_NODELIST; run folder $run"
   give_up_without_progress
   check_nodes
+  if ((${#unfit[@]})); then leave_out "${unfit[@]}"; fi
   rm -f "$run"/heartbeat/rank* # of the last start: they would look silent
 
+  if [[ $early ]]; then requeue "asked to stop before the ranks had started"; fi
   export D2V_JOB_LOGS=$logs
   trap 'ask_to_stop' USR2
   trap 'cancelled=yes' TERM # scancel, a lost node, the end of a grace time: never requeue then
@@ -70,9 +73,11 @@ give_up_without_progress() { # counts the restarts in a row that brought no new 
   echo "${newest:-none} $count" >"$file"
 }
 
-check_nodes() { # every node proves itself, or is left out
-  local node report sick=()
+check_nodes() { # every node proves itself within 30 s, or comes into the list `unfit`
+  local node report
+  unfit=()
   echo "$SLURM_JOB_ID.$restart" >"$logs/token"
+  rm -f "$logs"/node-*.txt
   timeout 30 srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --quiet \
     --output="$logs/node-%N.txt" bash -c "$(<"$here/node_check.sh")" node_check \
     "$logs" "$SLURM_JOB_ID.$restart" "${LAUNCH[0]:-}" "$NODE_CHECK"
@@ -80,10 +85,8 @@ check_nodes() { # every node proves itself, or is left out
     report=$(tail -n 1 "$logs/node-$node.txt" 2>/dev/null)
     [[ $report == OK ]] && continue
     log "node $node is not fit: ${report:-no answer within 30 s}"
-    sick+=("$node")
+    unfit+=("$node")
   done
-  ((${#sick[@]})) || return 0
-  leave_out "${sick[@]}"
 }
 
 ask_to_stop() {
@@ -125,7 +128,7 @@ end_if_silent() { # names the ranks without a recent heartbeat, has all stacks d
 }
 
 finish() { # exit code of the step
-  local code=$1 rank node file nodes
+  local code=$1 rank node file
   if ((code)) && [[ -e $logs/failed ]]; then
     read -r code rank node <"$logs/failed" # srun reports the largest code, not the first
     file=$logs/rank$(printf %05d "$rank").txt
@@ -134,9 +137,19 @@ finish() { # exit code of the step
   fi
   case $code in
     0) ;;
-    "$UNFIT") read -ra nodes <"$logs/unfit"; leave_out "${nodes[@]}" ;;
+    "$BAD_INPUT" | "$UNHEALTHY") exit "$code" ;;
+    "$UNFIT")
+      read -ra unfit <"$logs/unfit"
+      leave_out "${unfit[@]}"
+      ;;
     "$HUNG") requeue "$(cat "$logs/hung" 2>/dev/null)" ;;
-    *) exit "$code" ;;
+    *) # a fault of the code, or of a node: then the others' ranks fail as well, and perhaps first
+      if [[ ! $cancelled ]]; then
+        check_nodes
+        if ((${#unfit[@]})); then leave_out "${unfit[@]}"; fi
+      fi
+      exit "$code"
+      ;;
   esac
   if [[ -e $run/DONE ]]; then end 0 "finished"; fi
   if [[ ! -e $run/STOPPED ]]; then end 1 "the ranks ended well, but wrote neither DONE nor STOPPED"; fi

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import socket
 import subprocess
 import sys
-import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +67,6 @@ def test_sums_that_are_wrong_everywhere_are_no_nodes_fault() -> None:
 
 
 def check(root: str, how: str) -> list[str] | str:
-    import os
-
     os.environ["SLURMD_NODENAME"] = f"node{dist.get_rank()}"
     config = Config(run=Run(dir=root))
     if how == "other settings" and dist.get_rank() == 1:
@@ -163,13 +161,15 @@ shutdown()
 """
 
 
-def start_job(job: str, port: int) -> list[subprocess.Popen[str]]:
-    """Two ranks, as srun starts them."""
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", textwrap.dedent(RANK)],
-            env={
-                **distributed.os.environ,
+@pytest.fixture
+def start_job() -> Iterator[Callable[[str, int], list[subprocess.Popen[str]]]]:
+    """start_job(number, port): its two ranks, as srun starts them."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(job: str, port: int) -> list[subprocess.Popen[str]]:
+        for rank in range(2):
+            environment = {
+                **os.environ,
                 "SLURM_JOB_ID": job,
                 "SLURM_STEP_ID": "0",
                 "SLURM_STEP_NUM_TASKS": "2",
@@ -178,33 +178,35 @@ def start_job(job: str, port: int) -> list[subprocess.Popen[str]]:
                 "SLURM_LOCALID": str(rank),
                 "MASTER_PORT": str(port),
                 "OMP_NUM_THREADS": "1",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+            }
+            pipe = subprocess.PIPE
+            command = [sys.executable, "-c", RANK]
+            started.append(
+                subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True)
+            )
+        return started[-2:]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
-def test_jobs_on_one_port_never_meet() -> None:
-    """Something else holds the port that both jobs are told to use."""
+@pytest.mark.parametrize("taken", [True, False])
+def test_two_jobs_that_are_told_the_same_port_never_meet(
+    taken: bool, start_job: Callable[[str, int], list[subprocess.Popen[str]]]
+) -> None:
+    """taken: something that never says a word listens there already."""
     with socket.socket() as other:
         other.bind(("", 0))
-        other.listen()
-        jobs = {job: start_job(job, other.getsockname()[1]) for job in ("77", "78")}
+        port = other.getsockname()[1]
+        if taken:
+            other.listen()
+        else:
+            other.close()
+        jobs = {job: start_job(job, port) for job in ("77", "78")}
         for job, ranks in jobs.items():
             for rank in ranks:
                 output, errors = rank.communicate(timeout=120)
                 assert rank.returncode == 0, errors
                 assert output.strip() == str([job, job])
-
-
-def test_two_jobs_that_are_told_the_same_free_port() -> None:
-    port = distributed.free_port()
-    jobs = {job: start_job(job, port) for job in ("77", "78")}
-    for job, ranks in jobs.items():
-        for rank in ranks:
-            output, errors = rank.communicate(timeout=120)
-            assert rank.returncode == 0, errors
-            assert output.strip() == str([job, job])

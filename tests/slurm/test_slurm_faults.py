@@ -12,9 +12,8 @@ pytestmark = pytest.mark.usefixtures("whole_cluster")
 def test_a_lost_node_is_replaced(standin: Workplace, cluster: Cluster) -> None:
     job = standin.submit("pretrain.sbatch", "run.dir=run", "run.steps=600", options=NODES)
     reaches_step(job, standin, 3)
-    lost = job.field("NodeList").replace("vn[", "vn").rstrip("]")[-1]
+    lost = job.field("NodeList").rstrip("]")[-1]
     cluster("crash", f"vn{lost}")
-    cluster.command("scontrol", "update", f"nodename=vn{lost}", "state=down", "reason=test")
     job.says(rf"job {job.number}\.1: 2 ranks on vn", 60)
     rows = len(standin.rows("run"))
     reaches_step(job, standin, rows + 3)
