@@ -66,7 +66,7 @@ def require_divisible(micro_batches: int, ranks: int) -> None:
     fewer = " or ".join(filter(None, [", ".join(divisors[:-1]), divisors[-1]]))
     raise UserError(
         f"batch.micro_batches: {micro_batches} is not divisible by {ranks} ranks. Use {more}, "
-        f"or {fewer} ranks."
+        f"or {fewer} rank{'' if fewer == '1' else 's'}."
     )
 
 
