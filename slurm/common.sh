@@ -17,7 +17,7 @@ unset SLURM_EXPORT_ENV # else `sbatch --export=NONE` empties the ranks' environm
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take sbatch's since Slurm 22.05
 export D2V_HANG_SECONDS=${D2V_HANG_SECONDS:-900}
 restart=${SLURM_RESTART_COUNT:-0}
-early='' cancelled=''
+early='' cancelled='' skipped=0
 
 BAD_INPUT=2 UNHEALTHY=3 UNFIT=4 HUNG=5 # exit codes of the ranks; see README.md
 
@@ -53,6 +53,9 @@ run_ranks() { # command subcommand arguments...
   export D2V_JOB_LOGS=$logs
   trap 'ask_to_stop' USR2
   trap 'cancelled=yes' TERM # scancel, a lost node, the end of a grace time: never requeue then
+  # A node that was cut off keeps its own srun of this job, which at its return may signal what has
+  # its step's number: so every restart has another one.
+  for ((; restart % 5 > skipped; skipped++)); do srun --nodes=1 --ntasks=1 --quiet true; done
   # --wait=0: the first rank to end sets no limit to others that are still saving.
   srun --kill-on-bad-exit=1 --wait=0 "${SRUN_OPTIONS[@]}" \
     bash -c "$(<"$here/rank.sh")" rank "$run" "$logs" "${LAUNCH[@]}" "$@" &
@@ -129,6 +132,9 @@ end_if_silent() { # names the ranks without a recent heartbeat, has all stacks d
 
 finish() { # exit code of the step
   local code=$1 rank node file
+  if ((code == 0)) && [[ -e $run/DONE ]]; then end 0 "finished"; fi
+  # This node may have been cut off, and the job be running elsewhere by now.
+  [[ $(job_field Restarts) == "$restart" ]] || end 1 "this is not the job's last start any more"
   if ((code)) && [[ -e $logs/failed ]]; then
     read -r code rank node <"$logs/failed" # srun reports the largest code, not the first
     file=$logs/rank$(printf %05d "$rank").txt
@@ -151,7 +157,6 @@ finish() { # exit code of the step
       exit "$code"
       ;;
   esac
-  if [[ -e $run/DONE ]]; then end 0 "finished"; fi
   if [[ ! -e $run/STOPPED ]]; then end 1 "the ranks ended well, but wrote neither DONE nor STOPPED"; fi
   if [[ -e $run/STOP ]]; then end 0 "stopped by $run/STOP; remove it and submit again to go on"; fi
   if [[ $cancelled ]]; then end 0 "cancelled; the run is saved"; fi
@@ -170,8 +175,6 @@ leave_out() { # nodes: requeues without them, where that can help
 requeue() { # why, nodes to leave out. Only after the ranks have ended: it kills what still runs
   local without=${2:-} excluded
   [[ $(job_field JobState) == RUNNING ]] || end 0 "not requeued: $(job_field JobState)"
-  # This node may have been cut off, and the job be running elsewhere by now.
-  [[ $(job_field Restarts) == "$restart" ]] || end 1 "not requeued: it was already"
   log "requeue: $1"
   trap '' TERM USR2
   if [[ $without ]]; then # the list of a running job cannot be changed, that of a held one can
