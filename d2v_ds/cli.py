@@ -68,6 +68,12 @@ def parser() -> argparse.ArgumentParser:
         help="of one GPU, as 80GiB: adds the smallest ZeRO stage and largest micro-batch that fit",
     )
 
+    show.add_argument(
+        "--measure",
+        action="store_true",
+        help="run the longest micro-batch on this machine instead of foretelling its memory",
+    )
+
     train = add("train", train_run, "pre-train; goes on by itself where the run folder says so")
     add_run(train)
     train.add_argument(
@@ -144,9 +150,11 @@ def list_recipes(arguments: argparse.Namespace) -> int:
 
 def show_run(arguments: argparse.Namespace) -> int:
     config = recipes.load(arguments.source, arguments.overrides)
+    if arguments.measure:  # torch's profiler, which counts a CPU's memory, else says when it starts
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from d2v_ds import show
 
-    print(show.describe(config, arguments.ranks, arguments.gpu_memory))
+    print(show.describe(config, arguments.ranks, arguments.gpu_memory, measure=arguments.measure))
     return 0
 
 

@@ -2,13 +2,16 @@
 
     sizes --formula--> state_bytes: weights, gradients, optimizer, teacher, by ZeRO stage
     task, examples --forward and backward on the meta device--> activation_bytes of a micro-batch
+    the same on a CPU or GPU --> measured_activations
 
-The model itself runs on tensors without content, so that what is counted is what it allocates,
-whatever the modality. P trained parameters, A those that the teacher averages, N ranks.
+On the meta device the model itself runs on tensors without content, so that what is counted is what
+it allocates, whatever the modality. P trained parameters, A those that the teacher averages, N
+ranks.
 """
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,6 +69,35 @@ def activation_bytes(task: Pretrain, batch: Batch, dtype: torch.dtype, *, fused:
         run_once(task, batch)
     peak: int = memory.peak
     return peak
+
+
+def measured_activations(task: Pretrain, batch: Batch) -> tuple[int, float]:
+    """What activation_bytes foretells, as the allocator of the task's device hands it out, and the
+    seconds that forward and backward take. A first pass is not counted: libraries make their own
+    buffers in it."""
+    device = next(task.parameters()).device
+    batch = batch.to(device)
+    run_once(task, batch)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
+        run_once(task, batch)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, time.perf_counter() - start
+    start = time.perf_counter()
+    run_once(task, batch)
+    seconds = time.perf_counter() - start
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run_once(task, batch)
+    events = profile.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    now = peak = 0
+    for _, change in sorted(changes, key=lambda change: change[0]):
+        now += change
+        peak = max(peak, now)
+    return peak, seconds
 
 
 def run_once(task: nn.Module, batch: Batch) -> None:

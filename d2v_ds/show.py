@@ -8,32 +8,41 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 
 from d2v_ds.config import Config
 from d2v_ds.decoding import dump_yaml
+from d2v_ds.engine import DTYPES, resolve_precision
 from d2v_ds.memory import (
     activation_bytes,
     checkpoint_bytes,
     largest_batch,
+    measured_activations,
     sizes,
     state_bytes,
 )
+from d2v_ds.modalities.base import Modality
 from d2v_ds.pretrain import Pretrain, build_pretrain, resolved
 from d2v_ds.transformer import Trunk
 
 GIB = 2**30
+LONGEST = 2**40  # a length beyond any crop
 FREE = 0.1  # of a GPU's memory: what its driver, communication and fragmentation take
 
 
-def describe(config: Config, ranks: int, gpu_memory: int | None = None) -> str:
-    """The text that `d2v-ds show` prints; gpu_memory: bytes of one GPU, to tell what fits. Raises
+def describe(
+    config: Config, ranks: int, gpu_memory: int | None = None, *, measure: bool = False
+) -> str:
+    """The text that `d2v-ds show` prints; gpu_memory: bytes of one GPU, to tell what fits. measure:
+    run the longest micro-batch of each modality here instead of foretelling its memory. Raises
     UserError."""
     config = resolved(config)
     with torch.device("meta"):
         task = build_pretrain(config)
+    measured = measure_longest(config) if measure else {}
     warnings = [w for m in task.modalities.values() for w in m.warnings()]
     return "\n".join(
         [
@@ -44,7 +53,8 @@ def describe(config: Config, ranks: int, gpu_memory: int | None = None) -> str:
             *memory(task, ranks),
             "",
             *batch_split(config, {m.unit for m in task.modalities.values()}, ranks),
-            *([] if gpu_memory is None else ["", *fit(task, config, ranks, gpu_memory)]),
+            *(["", *(m.line for m in measured.values())] if measured else []),
+            *([] if gpu_memory is None else ["", *fit(task, config, ranks, gpu_memory, measured)]),
             *(f"warning: {warning}" for warning in warnings),
         ]
     )
@@ -91,7 +101,47 @@ def batch_split(config: Config, units: set[str], ranks: int) -> list[str]:
     return lines
 
 
-def fit(task: Pretrain, config: Config, ranks: int, gpu_memory: int) -> list[str]:
+@dataclass(frozen=True)
+class Measured:
+    """The longest micro-batch of a modality, as it ran here."""
+
+    bytes: int  # of activations
+    line: str
+
+
+def measure_longest(config: Config) -> dict[str, Measured]:
+    """Forward and backward of each modality's longest micro-batch, in the run's precision, on the
+    GPU where there is one. Raises UserError."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = resolve_precision(config.engine.precision, device)
+    torch.manual_seed(config.run.seed)
+    task = build_pretrain(config).train().to(device, DTYPES[precision])
+    measured = {}
+    for name, modality in task.modalities.items():
+        samples = micro_batch_samples(config, modality)
+        size, seconds = measured_activations(task, largest_batch(task, name, samples))
+        measured[name] = Measured(
+            size,
+            f"{name}: measured on this machine's {device.type} in {precision}: a micro-batch of "
+            f"{samples * modality.cost(LONGEST):g} {modality.unit} takes {size / GIB:.3f} GiB of "
+            f"activations and {seconds:.2f} s",
+        )
+    return measured
+
+
+def micro_batch_samples(config: Config, modality: Modality) -> int:
+    """How many of a modality's largest samples make a micro-batch."""
+    limit = config.batch.size / config.batch.micro_batches
+    return max(1, int(limit / modality.cost(LONGEST) + 1e-6))
+
+
+def fit(
+    task: Pretrain,
+    config: Config,
+    ranks: int,
+    gpu_memory: int,
+    measured: Mapping[str, Measured],
+) -> list[str]:
     """The smallest ZeRO stage for the configured micro-batch, the largest micro-batch of each."""
     P, A = sizes(task)
     width = 4 if config.engine.precision == "fp32" else 2
@@ -99,10 +149,12 @@ def fit(task: Pretrain, config: Config, ranks: int, gpu_memory: int) -> list[str
     room = [int(gpu_memory * (1 - FREE)) - of_stage for of_stage in states]
     lines = [f"in {gpu_memory / GIB:g} GiB, {FREE:.0%} of it kept free, on each of {ranks} ranks"]
     for name, modality in task.modalities.items():
-        cost, unit = modality.cost(2**40), modality.unit  # of the largest sample
-        samples = max(1, int(config.batch.size / config.batch.micro_batches / cost + 1e-6))
+        cost, unit = modality.cost(LONGEST), modality.unit
+        samples = micro_batch_samples(config, modality)
         needs = [activations(task, name, width, samples, again) for again in (False, True)]
         own = needs[config.model["checkpoint_activations"]][samples]
+        if name in measured:
+            own = measured[name].bytes
         stage = next((stage for stage in range(4) if own <= room[stage]), None)
         lines += [
             f"{name}: activations of {samples * cost:g} {unit} take "

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
 from d2v_ds import recipes, show
+from d2v_ds.errors import UserError
 from d2v_ds.memory import (
     PeakMemory,
     activation_bytes,
     checkpoint_bytes,
     largest_batch,
-    run_once,
+    measured_activations,
     sizes,
     state_bytes,
 )
@@ -25,22 +28,6 @@ def build(recipe: str, *overrides: str, device: str = "cpu") -> Pretrain:
         return build_pretrain(recipes.load(recipe, list(overrides))).train()
 
 
-def allocated(task: Pretrain, modality: str, samples: int) -> int:
-    """The most that the allocator gave to forward and backward, beside what was there before."""
-    batch = largest_batch(task, modality, samples)
-    run_once(task, batch)  # libraries make their own buffers at the first use
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        run_once(task, batch)
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    now = peak = 0
-    for _, change in sorted(changes, key=lambda change: change[0]):
-        now += change
-        peak = max(peak, now)
-    return peak
-
-
 @pytest.mark.parametrize("again", [False, True], ids=["kept", "checkpointed"])
 @pytest.mark.parametrize("recipe", ["speech_tiny", "speech_tiny_v1", "vision_tiny", "text_tiny"])
 def test_activations_are_foretold(recipe: str, again: bool) -> None:
@@ -48,11 +35,12 @@ def test_activations_are_foretold(recipe: str, again: bool) -> None:
     # learned bias: the estimate without `fused` is of plain operations.
     settings = [f"model.checkpoint_activations={again}".lower(), "model.attention_dropout=0.1"]
     modality = recipe.partition("_")[0]
-    measured = allocated(build(recipe, *settings), modality, 6)
+    real = build(recipe, *settings)
+    measured, seconds = measured_activations(real, largest_batch(real, modality, 6))
     task = build(recipe, *settings, device="meta")
     foretold = activation_bytes(task, largest_batch(task, modality, 6), torch.float32, fused=False)
     print(f"{recipe}: {foretold / 1e6:.1f} MB foretold, {measured / 1e6:.1f} MB measured")
-    assert foretold == pytest.approx(measured, rel=0.15)
+    assert foretold == pytest.approx(measured, rel=0.15) and seconds > 0
 
 
 def test_checkpointing_and_fused_attention_save_memory() -> None:
@@ -116,3 +104,21 @@ def test_show_tells_what_fits() -> None:
     narrow = show.describe(recipes.load("speech_large", []), 48, 8 * 2**30)
     assert "smallest stage for it: engine.config=zero2" in narrow
     assert "GiB, 10% of it" not in show.describe(config, 8)
+
+
+def test_show_measures_the_longest_micro_batch() -> None:
+    config = recipes.load("speech_tiny", [])
+    text = show.describe(config, 2, 2**30, measure=True)
+    [line] = [line for line in text.splitlines() if line.startswith("speech: measured")]
+    found = re.fullmatch(
+        r"speech: measured on this machine's cpu in fp32: a micro-batch of 2.005 s takes (\S+) GiB of "
+        r"activations and (\S+) s",
+        line,
+    )
+    assert found, line
+    assert 0.01 < float(found[1]) < 1 and float(found[2]) > 0
+    assert "smallest stage for it: engine.config=zero0" in text
+    alone = show.describe(config, 2, measure=True)
+    assert "speech: measured" in alone and "smallest stage" not in alone
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        show.describe(recipes.load("speech_tiny", ["engine.precision=fp16"]), 2, measure=True)

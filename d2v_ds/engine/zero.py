@@ -25,13 +25,11 @@ from torch.nn.utils import get_total_norm
 
 from d2v_ds.batch import Batch
 from d2v_ds.config import Optim
-from d2v_ds.engine import ParamGroup, Shard, merge
+from d2v_ds.engine import DTYPES, ParamGroup, Shard, merge
 from d2v_ds.engine.layout import FlatCopy, check_layout, gather_layout, signature
 from d2v_ds.engine.local import publish_whole
 from d2v_ds.engine.optimizer import AdamW
 from d2v_ds.errors import UserError
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # DeepSpeed settings that take the fp32 masters away from us or train to something else:
 # path -> (refused values, reason)
