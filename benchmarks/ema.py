@@ -8,7 +8,8 @@ stands still, at a relative distance of 10 %, 1 % and 0.1 %; the projection of t
 of the exact average, the least over the parameters.
 memory: bytes on a rank by ZeRO stage and ranks, in bf16, with two micro-batches a rank, at the
 most of the moments after a backward pass and after a step, against the formula of `d2v-ds show`.
-time: share of a step that the average and its publication take, for speech_base.
+time: share that the average and its publication take of a step of one micro-batch, the least that a
+rank does in a step, for the base recipes at their own size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import argparse
 import gc
 import json
 import os
+import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,8 +34,9 @@ from d2v_ds.config import Config, EngineSettings
 from d2v_ds.distributed import World
 from d2v_ds.engine import create_engine
 from d2v_ds.engine.optimizer import param_groups
-from d2v_ds.memory import sizes, state_bytes
-from d2v_ds.pretrain import build_pretrain
+from d2v_ds.memory import largest_batch, sizes, state_bytes
+from d2v_ds.pretrain import build_pretrain, resolved
+from d2v_ds.show import LONGEST, micro_batch_samples
 from d2v_ds.teacher import Ema, move
 
 STEPS = 2000
@@ -202,23 +206,53 @@ def tensor_bytes() -> int:
 # ---------------------------------------------------------------------------------------- time
 
 
-def time_rows(seconds: float, steps: int) -> list[dict[str, Any]]:
-    """A step of speech_base with one micro-batch of up to `seconds` of audio."""
-    import step
+BASES = ("speech_base", "vision_base", "text_base")
 
-    overrides = [f"batch.size={seconds}", "batch.micro_batches=1"]
-    measured = step.measure_recipe("speech_base", overrides, steps)
-    return [
-        {
-            "recipe": measured["recipe"],
-            "device": measured["device"],
-            "threads": measured["threads"],
-            "audio seconds": measured["audio_seconds_a_step"],
-            "step seconds": measured["step_seconds"],
-            "average and publication seconds": measured["seconds"]["ema"],
-            "share": measured["share"]["ema"],
-        }
-    ]
+
+def time_row(recipe: str, steps: int) -> dict[str, Any]:
+    """Steps of one micro-batch, as long as the recipe has it, of samples without content."""
+    config = resolved(recipes.load(recipe, ["engine.config=local"]))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    task = build_pretrain(config).train()
+    [(name, modality)] = task.modalities.items()
+    samples = micro_batch_samples(config, modality)
+    batch = largest_batch(task, name, samples).to(device)
+    tracked = task.tracked()
+    engine = create_engine(
+        task,
+        param_groups(task, task.part, set(tracked.values()).__contains__, decay_all=False),
+        settings=config.engine,
+        optim=config.optim,
+        accumulation=1,
+        device=device,
+    )
+    ema = Ema(engine, task.teacher, tracked, "teacher.")
+    rest, own = [], []
+    for _ in range(steps + 1):
+        start = now(device)
+        loss, _ = engine(batch, batch.masked.numel())
+        engine.backward(loss)
+        engine.step(1e-6, 0.0, name)
+        middle = now(device)
+        ema.update(0.999, name)
+        own.append(now(device) - middle)
+        rest.append(middle - start)
+    ours, whole = statistics.median(own[1:]), statistics.median(rest[1:])
+    return {
+        "recipe": recipe,
+        "device": f"{device.type}, {torch.get_num_threads()} threads",
+        "micro-batch": f"{samples * modality.cost(LONGEST):g} {modality.unit}",
+        "step, s": round(ours + whole, 2),
+        "average and publication, s": round(ours, 3),
+        "share": f"{ours / (ours + whole):.2%}",
+    }
+
+
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 # -------------------------------------------------------------------------------------- report
@@ -234,8 +268,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--skip", nargs="*", default=[], choices=["error", "memory", "time"])
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of audio in a timed step")
-    parser.add_argument("--steps", type=int, default=3, help="timed")
+    parser.add_argument("--recipes", nargs="*", default=BASES, help="timed")
+    parser.add_argument("--steps", type=int, default=3, help="timed, after one that is not")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     if "error" not in arguments.skip:
@@ -245,7 +279,7 @@ def main() -> None:
         results["memory"] = memory_rows()
         print(table(results["memory"]), end="\n\n", flush=True)
     if "time" not in arguments.skip:
-        results["time"] = time_rows(arguments.seconds, arguments.steps)
+        results["time"] = [time_row(recipe, arguments.steps) for recipe in arguments.recipes]
         print(table(results["time"]))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")

@@ -111,8 +111,8 @@ def test_show_measures_the_longest_micro_batch() -> None:
     text = show.describe(config, 2, 2**30, measure=True)
     [line] = [line for line in text.splitlines() if line.startswith("speech: measured")]
     found = re.fullmatch(
-        r"speech: measured on this machine's cpu in fp32: a micro-batch of 2.005 s takes (\S+) GiB of "
-        r"activations and (\S+) s",
+        r"speech: measured on this machine's cpu in fp32: a micro-batch of 2.005 s takes (\S+) GiB "
+        r"of activations and (\S+) s",
         line,
     )
     assert found, line

@@ -90,15 +90,20 @@ class Run:
         return {row["step"]: row["loss"] for row in self.rows()}
 
     def wait_for_step(self, step: int, process: subprocess.Popen[str]) -> None:
-        deadline = time.monotonic() + 120
+        """Fails with all that the run said when it does not come so far."""
+        deadline = time.monotonic() + 180
         while not (rows := self.rows()) or rows[-1]["step"] < step:
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < deadline, "the run makes no progress"
+            if process.poll() is not None or time.monotonic() > deadline:
+                process.kill()  # its ranks end with it
+                said = [process.communicate()[0]]
+                said += [f.read_text() for f in self.folder.root.glob("logs/*/stacks-*.txt")]
+                pytest.fail(f"no step {step}, exit code {process.poll()}\n" + "\n".join(said))
             time.sleep(0.05)
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1"}
+    """A rank that hangs ends its run and leaves the stacks of all."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "D2V_HANG_SECONDS": "60"}
 
 
 @pytest.fixture(scope="module")
