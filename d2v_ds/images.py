@@ -1,10 +1,11 @@
 """One image: decoding, and what training and evaluation do to it.
 
-    bytes -> decode -> RGB --jitter, random_flip, random_crop, or centre_crop--> RGB
-        --normalise--> float32 [3, h, w]
+    bytes -> open_image --jitter, random_crop, random_flip, or centre_crop--> uint8 [3, h, w]
+        --normalise, on the device--> float32
 
-Pillow's images in between; h, w pixels. Randomness comes from the generator alone, so it does not
-depend on the process. Anything that cannot be used raises ValueError without the file's name.
+A crop is chosen before anything is decoded, so that a JPEG is decoded no larger than it needs; h, w
+pixels. Randomness comes from the generator alone, so it does not depend on the process. Anything
+that cannot be used raises ValueError without the file's name.
 """
 
 from __future__ import annotations
@@ -12,73 +13,170 @@ from __future__ import annotations
 import io
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageEnhance
 
-Pixels = npt.NDArray[np.float32]
+if TYPE_CHECKING:  # converting images needs no torch
+    from torch import Tensor
 
-MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet's pixels in [0, 1], by channel
-STD = np.array([0.229, 0.224, 0.225], np.float32)
+Pixels = npt.NDArray[np.uint8]  # [3, h, w]
+Box = tuple[int, int, int, int]  # left, top, width, height
+
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels in [0, 1], by channel
+STD = (0.229, 0.224, 0.225)
 ATTEMPTS = 10  # to place a crop of the wanted area and aspect ratio
 ASPECT = (3 / 4, 4 / 3)
 RESIZE = 256 / 224  # the short side before a centre crop, in sizes of the crop
 
 
+def open_image(data: bytes) -> Image.Image:
+    """The image with its size, not decoded yet. Raises ValueError when it is none, or too large to
+    be one."""
+    with _told():
+        return Image.open(io.BytesIO(data))
+
+
 def decode(data: bytes) -> Image.Image:
     """The image as RGB. Raises ValueError when it is none, damaged, or too large to be one."""
+    with _told():
+        return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Pillow's errors as ValueError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             warnings.simplefilter("ignore", UserWarning)  # of odd metadata
-            return Image.open(io.BytesIO(data)).convert("RGB")
+            yield
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot be read as an image ({error})") from None
     except Image.DecompressionBombWarning as error:
         raise ValueError(f"has too many pixels ({error})") from None
 
 
+def inspect(data: bytes) -> tuple[str, int, int]:
+    """(extension, width, height) of an image, all of it decoded, for only that shows damage; the
+    extension is jpg, png or webp, else Pillow's name of the format. Raises ValueError."""
+    decode(data)
+    with Image.open(io.BytesIO(data)) as image:
+        kind = str(image.format).lower()
+        return {"jpeg": "jpg", "mpo": "jpg"}.get(kind, kind), image.width, image.height
+
+
+def to_png(data: bytes) -> bytes:
+    """The image as RGB without loss. Raises ValueError."""
+    return _encode(decode(data), "png")
+
+
+def shrink(data: bytes, shorter: int) -> tuple[bytes, int, int]:
+    """(bytes, width, height) of an image whose shorter side becomes `shorter` (bicubic), in its own
+    format where that is jpg or webp (quality 95), else png. Raises ValueError."""
+    kind, w, h = inspect(data)
+    factor = shorter / min(w, h)
+    size = max(shorter, round(w * factor)), max(shorter, round(h * factor))
+    resized = decode(data).resize(size, Image.Resampling.BICUBIC)
+    return _encode(resized, kind), *size
+
+
+def _encode(image: Image.Image, kind: str) -> bytes:
+    file = io.BytesIO()
+    if kind == "jpg":
+        image.save(file, "JPEG", quality=95, subsampling=0)
+    elif kind == "webp":
+        image.save(file, "WEBP", quality=95)
+    else:
+        image.save(file, "PNG")
+    return file.getvalue()
+
+
+# ------------------------------------------------------------------------------------------- crops
+
+
 def random_crop(
     image: Image.Image, size: int, scale: tuple[float, float], rng: np.random.Generator
-) -> Image.Image:
+) -> Pixels:
     """A crop of a random share of the area in `scale` and a random aspect ratio, resized (bicubic)
-    to size x size: torchvision's RandomResizedCrop, as MAE, BEiT and data2vec train with."""
+    to size x size: torchvision's RandomResizedCrop, as MAE, BEiT and data2vec train with. Raises
+    ValueError."""
+    return crop(image, random_box(image.width, image.height, scale, rng), size)
+
+
+def random_box(w: int, h: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
+    """Of an image of w x h; where no crop fits, the largest in its middle."""
     for _ in range(ATTEMPTS):
-        area = image.width * image.height * rng.uniform(*scale)
+        area = w * h * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= image.width and 0 < h <= image.height:
-            left = int(rng.integers(image.width - w + 1))
-            top = int(rng.integers(image.height - h + 1))
-            box = (left, top, left + w, top + h)
-            return image.resize((size, size), Image.Resampling.BICUBIC, box)
-    ratio = min(max(image.width / image.height, ASPECT[0]), ASPECT[1])
-    w = min(image.width, round(image.height * ratio))
-    h = min(image.height, round(image.width / ratio))
-    left, top = (image.width - w) // 2, (image.height - h) // 2
-    return image.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + w, top + h))
+        across, down = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < across <= w and 0 < down <= h:
+            left = int(rng.integers(w - across + 1))
+            top = int(rng.integers(h - down + 1))
+            return left, top, across, down
+    ratio = min(max(w / h, ASPECT[0]), ASPECT[1])
+    across, down = min(w, round(h * ratio)), min(h, round(w / ratio))
+    return (w - across) // 2, (h - down) // 2, across, down
 
 
-def centre_crop(image: Image.Image, size: int) -> Image.Image:
-    """The middle size x size after resizing the short side (bicubic) to 256 / 224 of size."""
+def centre_crop(image: Image.Image, size: int) -> Pixels:
+    """The middle size x size after resizing the short side to 256 / 224 of size: as torchvision's
+    Resize and CenterCrop. Raises ValueError."""
     factor = round(size * RESIZE) / min(image.size)
     w, h = max(size, round(image.width * factor)), max(size, round(image.height * factor))
     left, top = (w - size) // 2, (h - size) // 2
-    resized = image.resize((w, h), Image.Resampling.BICUBIC)
-    return resized.crop((left, top, left + size, top + size))
+    resized = _resize(_pixels(image, (0, 0, *image.size), (w, h)), (w, h))
+    return resized[:, top : top + size, left : left + size]
 
 
-def random_flip(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+def crop(image: Image.Image, box: Box, size: int) -> Pixels:
+    """The box of an image, resized (bicubic, with antialiasing) to size x size. Raises
+    ValueError."""
+    return _resize(_pixels(image, box, (size, size)), (size, size))
+
+
+def _pixels(image: Image.Image, box: Box, wanted: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """RGB [h, w, 3] of a box, which will be resized to `wanted` (w, h). A JPEG that is twice as
+    large or more is decoded at a half, quarter or eighth of its size."""
+    left, top, w, h = box
+    full = image.size
+    if image.format == "JPEG" and w >= 2 * wanted[0] and h >= 2 * wanted[1]:
+        image.draft(None, (full[0] * wanted[0] // w, full[1] * wanted[1] // h))
+    x, y = image.width / full[0], image.height / full[1]
+    scaled = round(left * x), round(top * y), round((left + w) * x), round((top + h) * y)
+    with _told():
+        return np.array(image.crop(scaled).convert("RGB"))
+
+
+def _resize(pixels: npt.NDArray[np.uint8], size: tuple[int, int]) -> Pixels:
+    """[h, w, 3] -> [3, *size reversed]: torch resizes bytes at a seventh of Pillow's cost, to the
+    same up to two levels."""
+    import torch
+    from torch.nn import functional as F
+
+    w, h = size
+    if pixels.shape[:2] != (h, w):
+        channels_last = torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
+        resized = F.interpolate(channels_last, (h, w), mode="bicubic", antialias=True)
+        return np.ascontiguousarray(resized[0].numpy())
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+# ----------------------------------------------------------------------------------- augmentation
+
+
+def random_flip(pixels: Pixels, rng: np.random.Generator) -> Pixels:
     """Left and right change places in every second image."""
-    if rng.random() < 0.5:
-        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return image
+    return np.ascontiguousarray(pixels[:, :, ::-1]) if rng.random() < 0.5 else pixels
 
 
 def jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and saturation times a random factor in 1 +- strength, in random order
-    (torchvision's ColorJitter)."""
+    """Brightness, contrast and saturation of an RGB image times a random factor each in
+    1 +- strength, in random order (torchvision's ColorJitter)."""
     changes = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
     for i in rng.permutation(len(changes)):
         factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
@@ -86,15 +184,9 @@ def jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Ima
     return image
 
 
-def normalise(image: Image.Image) -> Pixels:
-    """[3, h, w] with ImageNet's mean and standard deviation taken out."""
-    pixels = np.asarray(image, dtype=np.float32) / 255.0
-    scaled = (pixels - MEAN) / STD
-    return np.ascontiguousarray(scaled.transpose(2, 0, 1), dtype=np.float32)
-
-
-def denormalise(pixels: Pixels) -> Pixels:
-    """[3, h, w] as `normalise` made it -> [h, w, 3] in [0, 1]."""
-    shown = pixels.transpose(1, 2, 0) * STD + MEAN
-    clipped: Pixels = np.clip(shown, 0.0, 1.0)
-    return clipped
+def normalise(pixels: Tensor) -> Tensor:
+    """uint8 [B, 3, h, w] -> float32 with ImageNet's mean and standard deviation taken out."""
+    scaled = pixels.float().div_(255)
+    for channel, mean, std in zip(scaled.unbind(1), MEAN, STD, strict=True):
+        channel.sub_(mean).div_(std)  # numbers: nothing has to be copied to the device
+    return scaled

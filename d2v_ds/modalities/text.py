@@ -3,8 +3,9 @@
 B samples, M masked views a sample, R = B * M rows, T tokens, V ids of the vocabulary, D width.
 data2vec 2.0: fairseq examples/data2vec/models/modalities/text.py; 1.0: data2vec_text.py there.
 
-A sample is a packed block: a one-dimensional array of ids, uint16 or uint32, in numpy's .npy format
-(the tokenizer's own, specials and all), so that reading it is one copy and needs no tokenizer.
+A sample is ids as the tokenizer gave them, specials and all, so that reading it is one copy and
+needs no tokenizer: those of a packed block as they lie in the shard (fields u16, u32), or a
+labelled text's as a one-dimensional .npy array of uint16 or uint32.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_ds.batch import Batch, mask_indices
+from d2v_ds.errors import UserError
 from d2v_ds.masking import (
     Mask,
     Tokens,
@@ -31,6 +33,9 @@ from d2v_ds.masking import (
 from d2v_ds.modalities.base import ModalityConfig
 from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head
 from d2v_ds.transformer import TransformerConfig, bert_init
+
+BERT_STD = 0.02  # of embeddings, by bert_init
+RAW_IDS = {"u16": "<u2", "u32": "<u4"}  # field -> type
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,9 @@ class TextConfig(ModalityConfig):
     mask_id: int = 50_264
     specials: int = 4  # ids below this are never drawn as random tokens
     max_tokens: int = 512
+    # Initial standard deviation of the learned positions; as published, that of the tokens'. Places
+    # predict themselves, which short runs learn first, and then nothing else: they begin with less.
+    position_std: float = BERT_STD
     dropout: float = 0.1  # of the student's embeddings
     mask: MaskConfig = field(default_factory=MaskConfig)
     text_teacher: Literal["whole", "masked"] = "whole"  # masked: as fairseq's 1.0, it reads the
@@ -81,6 +89,8 @@ class TextConfig(ModalityConfig):
                 )
         if not 0 <= self.specials < self.vocab_size:
             raise ValueError(f"specials={self.specials} leaves no id of {self.vocab_size}")
+        if self.position_std < 0:
+            raise ValueError(f"position_std={self.position_std} must be 0 or more")
         if self.max_tokens < 2:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 2")
         if self.masked == "replaced" and self.views > 1 and self.text_teacher == "masked":
@@ -101,6 +111,8 @@ class TokenFeatures(nn.Module):
         self.positions = nn.Embedding(rows, dim, padding_idx=config.pad_id)
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
         self.apply(bert_init)
+        with torch.no_grad():
+            self.positions.weight.mul_(config.position_std / BERT_STD)
 
     def forward(self, ids: Tensor) -> Tensor:
         exists = ids != self.pad_id
@@ -113,7 +125,7 @@ class Text:
 
     name: ClassVar[str] = "text"
     unit: ClassVar[str] = "tokens"
-    keys: ClassVar[tuple[str, ...]] = ("npy",)
+    keys: ClassVar[tuple[str, ...]] = ("u16", "u32", "npy")
     baseline_name: ClassVar[str] = "bag of words"
     Config: ClassVar[type[ModalityConfig]] = TextConfig
 
@@ -136,18 +148,27 @@ class Text:
     def warnings(self) -> list[str]:
         return []
 
+    def check_set(self, about: Mapping[str, Any]) -> None:
+        """Raises UserError when the ids of a shard set, of which `about` is the index.json, are not
+        those of these settings. Sets that do not tell their tokenizer are taken as they are."""
+        tokenizer = about.get("tokenizer", {})
+        wrong = [
+            name
+            for name in ("vocab_size", "pad_id", "mask_id")
+            if tokenizer.get(name, getattr(self.config, name)) != getattr(self.config, name)
+        ]
+        if wrong:
+            have = ", ".join(f"modality.text.{n}={getattr(self.config, n)}" for n in wrong)
+            want = " ".join(f"modality.text.{n}={tokenizer[n]}" for n in wrong)
+            raise UserError(
+                f"data.shards: its tokenizer does not fit {have}; set {want}, or convert the "
+                "corpus with another tokenizer"
+            )
+
     def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Tokens:
         """Ids [T], a random piece of at most max_tokens; with no rng, the first. Raises
         ValueError."""
-        try:
-            ids = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"cannot be read as a .npy array ({error})") from None
-        if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
-            raise ValueError(
-                f"holds {ids.dtype} of shape {ids.shape}, expected one dimension of uint16 or "
-                "uint32 token ids"
-            )
+        ids = read_ids(sample)
         if ids.max(initial=0) >= self.config.vocab_size:
             raise ValueError(
                 f"has token id {ids.max()}, modality.text.vocab_size is {self.config.vocab_size}"
@@ -157,6 +178,10 @@ class Text:
             start = int(rng.integers(len(ids) - kept + 1))
         piece: Tokens = ids[start : start + kept].astype(np.int64)
         return piece
+
+    def fit(self, example: Tokens, length: int) -> Tokens:
+        size = self.crop(length)
+        return example if len(example) == size else np.resize(example, size)
 
     def collate(
         self, examples: Sequence[Tokens], rngs: Sequence[np.random.Generator], index: int
@@ -258,6 +283,24 @@ class Text:
 
 
 PICTURE_ROWS = 16
+
+
+def read_ids(sample: Mapping[str, bytes]) -> npt.NDArray[Any]:
+    """Ids [T] of a sample's members. Raises ValueError."""
+    for key, kind in RAW_IDS.items():
+        if key in sample:
+            return np.frombuffer(sample[key], np.dtype(kind))
+    ids: npt.NDArray[Any]
+    try:
+        ids = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"cannot be read as a .npy array ({error})") from None
+    if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
+        raise ValueError(
+            f"holds {ids.dtype} of shape {ids.shape}, expected one dimension of uint16 or "
+            "uint32 token ids"
+        )
+    return ids
 
 
 def pad(blocks: Sequence[Tokens], pad_id: int) -> Tensor:

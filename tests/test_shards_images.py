@@ -1,0 +1,435 @@
+"""d2v-shards images: every layout, bytes untouched, damage named, and read back by the loader."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import sys
+import tarfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset as wds
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from d2v_ds.errors import UserError
+from d2v_ds.loader import read_samples
+from d2v_ds.modalities.vision import Vision, VisionConfig
+from d2v_ds.shard_format import open_set
+from shards.cli import main
+from shards.images import check
+from shards.images.converter import ImageConverter
+from shards.images.layouts import open_layout, recognise
+
+FIELDS = ("jpg", "json", "png", "webp")
+
+
+def convert(*arguments: object) -> int:
+    return main(["images", *map(str, arguments)])
+
+
+def picture(kind: str = "PNG", size: tuple[int, int] = (20, 12), seed: int = 0) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+def write(path: Path, data: bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path.read_bytes()
+
+
+def contents(folder: Path) -> dict[str, tuple[dict[str, Any], str, bytes]]:
+    """{key: (json, kind of image, its bytes)} as the loader reads them."""
+    result = {}
+    for key, sample in read_samples(open_set(folder, "vision"), FIELDS):
+        meta = json.loads(sample.pop("json"))
+        [(kind, data)] = sample.items()
+        result[key] = meta, kind, data
+    return result
+
+
+def quarantine(folder: Path) -> dict[str, str]:
+    lines = (folder / "quarantine.jsonl").read_text().splitlines()
+    return {row["path"]: row["reason"] for row in map(json.loads, lines)}
+
+
+# ------------------------------------------------------------------------------------------ folder
+
+
+def test_a_folder_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {
+        "in/cat/1.jpg": picture("JPEG", seed=1),
+        "in/cat/deep/2.JPEG": picture("JPEG", seed=2),
+        "in/dog/1.png": picture("PNG", seed=3),
+        "in/dog/x.webp": picture("WEBP", seed=4),
+        "in/dog/grey.bmp": picture("BMP", seed=5),
+        "in/alone.png": picture("PNG", seed=6),
+        "in/dog/.hidden.png": b"no image",
+        "in/dog/notes.txt": b"no image",
+    }
+    for name, data in files.items():
+        write(tmp_path / name, data)
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    assert "layout folder" in capsys.readouterr().out
+    found = contents(tmp_path / "out")
+    assert set(found) == {"cat/1", "cat/deep/2", "dog/1", "dog/x", "dog/grey", "alone"}
+    for key, kind in (("cat/1", "jpg"), ("cat/deep/2", "jpg"), ("dog/1", "png"), ("dog/x", "webp")):
+        meta, made, data = found[key]
+        assert made == kind and data == files[f"in/{meta['path']}"]
+    assert found["cat/deep/2"][0] == {
+        "label": "cat",
+        "path": "cat/deep/2.JPEG",
+        "width": 20,
+        "height": 12,
+        "index": 0,
+    }
+    assert found["dog/1"][0]["index"] == 1 and "label" not in found["alone"][0]
+    meta, kind, data = found["dog/grey"]
+    assert kind == "png"
+    with Image.open(io.BytesIO(data)) as ours, Image.open(tmp_path / "in/dog/grey.bmp") as theirs:
+        assert ours.tobytes() == theirs.tobytes()
+    shards = open_set(tmp_path / "out")
+    assert (shards.unit, shards.fields, shards.length) == ("pixels", FIELDS, 6 * 20 * 12)
+    assert json.loads((tmp_path / "out/index.json").read_bytes())["classes"] == ["cat", "dog"]
+
+
+def test_plain_webdataset_reads_it(tmp_path: Path) -> None:
+    for i, kind in enumerate(("jpg", "png", "webp")):
+        write(tmp_path / f"in/class/{i}.{kind}", picture(kind.replace("jpg", "jpeg"), seed=i))
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    shards = open_set(tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        urls = [str(shards.tar(shard)) for shard in shards.shards]
+        theirs = {s["__key__"]: s for s in wds.WebDataset(urls, shardshuffle=False)}
+        gc.collect()
+    ours = contents(tmp_path / "out")
+    assert theirs.keys() == ours.keys()
+    for key, (meta, kind, data) in ours.items():
+        assert theirs[key][kind] == data and json.loads(theirs[key]["json"]) == meta
+        assert not {"jpg", "png", "webp"} - {kind} & theirs[key].keys()
+
+
+def test_the_loader_decodes_it(tmp_path: Path) -> None:
+    for i in range(4):
+        write(tmp_path / f"in/{i}.{'png' if i % 2 else 'jpg'}", picture("PNG" if i % 2 else "JPEG"))
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    modality = Vision(VisionConfig(image_size=16, patch_size=4))
+    for _, sample in read_samples(open_set(tmp_path / "out"), modality.keys):
+        assert modality.decode(sample, None).shape == (3, 16, 16)
+
+
+def test_resize(tmp_path: Path) -> None:
+    large, small = picture("JPEG", (200, 100)), picture("JPEG", (40, 30), seed=1)
+    write(tmp_path / "in/large.jpg", large)
+    write(tmp_path / "in/small.jpg", small)
+    write(tmp_path / "in/tall.png", picture("PNG", (51, 333)))
+    write(tmp_path / "in/wide.bmp", picture("BMP", (333, 51)))
+    assert convert(tmp_path / "in", tmp_path / "out", "--resize", 50, "-j1") == 0
+    found = contents(tmp_path / "out")
+    assert found["small"][2] == small
+    sizes = {"large": (100, 50), "tall": (50, 326), "wide": (326, 50), "small": (40, 30)}
+    for key, size in sizes.items():
+        meta, kind, data = found[key]
+        with Image.open(io.BytesIO(data)) as image:
+            assert image.size == (meta["width"], meta["height"]) == size
+            assert kind == {"JPEG": "jpg", "PNG": "png"}[str(image.format)]
+    with Image.open(io.BytesIO(large)) as image, Image.open(io.BytesIO(found["large"][2])) as ours:
+        expected = image.resize((100, 50), Image.Resampling.BICUBIC)
+        difference = np.asarray(expected, dtype=float) - np.asarray(ours, dtype=float)
+    assert np.abs(difference).mean() < 4  # what JPEG costs on noise at quality 95
+
+
+# ---------------------------------------------------------------------------------- other layouts
+
+
+def test_imagenets_tar_of_tars(tmp_path: Path) -> None:
+    """As ILSVRC2012_img_train.tar is described at https://image-net.org/download-images."""
+    images = {
+        f"{c}_{i}.JPEG": picture("JPEG", seed=10 * i + len(c))
+        for c in ("n01440764", "n01443537")
+        for i in (1, 27)
+    }
+    inner = {}
+    for c in ("n01440764", "n01443537"):
+        members = {name: data for name, data in images.items() if name.startswith(c)}
+        inner[f"{c}.tar"] = write_tar(tmp_path / f"classes/{c}.tar", members)
+    write_tar(tmp_path / "ILSVRC2012_img_train.tar", inner)
+    for source in (tmp_path / "ILSVRC2012_img_train.tar", tmp_path / "classes"):
+        assert recognise(source) == "imagenet"
+        out = tmp_path / f"out_{source.stem}"
+        assert convert(source, out, "-j1") == 0
+        found = contents(out)
+        assert set(found) == {f"{name.split('_')[0]}/{name[:-5]}" for name in images}
+        for key, (meta, kind, data) in found.items():
+            name = key.split("/")[1]
+            assert (kind, data) == ("jpg", images[f"{name}.JPEG"])
+            assert meta["label"] == name.split("_")[0]
+            assert meta["index"] == ["n01440764", "n01443537"].index(meta["label"])
+
+
+def test_manifests(tmp_path: Path) -> None:
+    for i in range(3):
+        write(tmp_path / f"deep/{i}.png", picture(seed=i))
+    rows = [(f"deep/{i}.png", "ab"[i % 2], 'says, "x"') for i in range(3)]
+    csv = "path,kind,note\n" + "".join(f'{p},{k},"says, ""x"""\n' for p, k, _ in rows)
+    write(tmp_path / "a.csv", csv.encode())
+    write(tmp_path / "b.tsv", csv.replace('"says, ""x"""', "note").replace(",", "\t").encode())
+    lines = [json.dumps({"path": p, "kind": k, "note": n}) for p, k, n in rows]
+    write(tmp_path / "c.jsonl", "\n".join(lines).encode())
+    for name in ("a.csv", "b.tsv", "c.jsonl"):
+        out = tmp_path / f"out_{name}"
+        assert convert(tmp_path / name, out, "--label-key", "kind", "-j1") == 0
+        found = contents(out)
+        assert len(found) == 3
+        for key, (meta, _, data) in found.items():
+            assert data == (tmp_path / f"{key}.png").read_bytes()
+            i = int(key[-1])
+            assert (meta["label"], meta["index"]) == ("ab"[i % 2], i % 2)
+            assert meta["note"] == ("note" if name == "b.tsv" else 'says, "x"')
+
+
+def test_parquet_of_hugging_face(tmp_path: Path) -> None:
+    """Columns and schema as https://huggingface.co/docs/hub/datasets-image describes them."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    data = [picture(seed=i) for i in range(5)]
+    table = pa.table(
+        {
+            "img": [{"bytes": d, "path": f"{i}.png"} for i, d in enumerate(data)],
+            "label": [0, 1, 1, 0, 1],
+            "caption": [f"picture {i}" for i in range(5)],
+        }
+    )
+    features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    told = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(told), tmp_path / "a.parquet", row_group_size=2)
+    assert convert(tmp_path, tmp_path.parent / "pq", "--image-key", "img", "-j1") == 0
+    found = contents(tmp_path.parent / "pq")
+    assert sorted(meta["caption"] for meta, _, _ in found.values()) == [
+        f"picture {i}" for i in range(5)
+    ]
+    for meta, kind, image in found.values():
+        i = int(meta["caption"][-1])
+        assert (kind, image) == ("png", data[i]) and meta["path"] == f"a.parquet, row {i}"
+        index = [0, 1, 1, 0, 1][i]
+        assert (meta["label"], meta["index"]) == (["cat", "dog"][index], index)
+    about = json.loads((tmp_path.parent / "pq/index.json").read_bytes())
+    assert about["classes"] == ["cat", "dog"] and about["inputs"] == 5
+
+
+def test_webdataset_tars(tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for i in range(4):
+        members[f"x/{i}.jpg"] = picture("JPEG", seed=i)
+        members[f"x/{i}.cls"] = str(i % 2).encode()
+        if i:
+            members[f"x/{i}.json"] = json.dumps({"width": 1, "source": "web"}).encode()
+        members[f"x/{i}.txt"] = f"a picture {i}".encode()
+    write_tar(tmp_path / "in/a-000000.tar", members)
+    assert recognise(tmp_path / "in") == "webdataset"
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    found = contents(tmp_path / "out")
+    for i in range(4):
+        meta, kind, data = found[f"x/{i}"]
+        assert (kind, data) == ("jpg", members[f"x/{i}.jpg"])
+        assert (meta["label"], meta["text"], meta["width"]) == (str(i % 2), f"a picture {i}", 20)
+        assert meta.get("source") == ("web" if i else None)
+
+
+# ----------------------------------------------------------------------------------- what is wrong
+
+
+def test_damaged_images_are_left_out_and_named(tmp_path: Path) -> None:
+    good = picture("JPEG", (64, 64))
+    write(tmp_path / "in/good.jpg", good)
+    write(tmp_path / "in/cut.jpg", good[:-300])
+    write(tmp_path / "in/empty.png", b"")
+    write(tmp_path / "in/text.png", b"this is no image")
+    write(tmp_path / "in/wrong_name.png", good)
+    assert convert(tmp_path / "in", tmp_path / "out", "--max-bad", "100%", "-j1") == 0
+    found = contents(tmp_path / "out")
+    assert {key: kind for key, (_, kind, _) in found.items()} == {
+        "good": "jpg",
+        "wrong_name": "jpg",
+    }
+    reasons = quarantine(tmp_path / "out")
+    assert set(reasons) == {"cut.jpg", "empty.png", "text.png"}
+    assert all(reason.startswith("cannot be read as an image") for reason in reasons.values())
+
+
+def test_what_is_wrong_beside_an_image_is_named(tmp_path: Path) -> None:
+    members = {
+        "a.jpg": picture("JPEG"),
+        "a.json": b"{broken",
+        "b.jpg": picture("JPEG"),
+        "b.json": b"[]",
+        "c.jpg": picture("JPEG"),
+        "c.txt": b"\xff",
+        "d.jpg": picture("JPEG"),
+    }
+    write_tar(tmp_path / "a.tar", members)
+    assert convert(tmp_path / "a.tar", tmp_path / "out", "--max-bad", "100%", "-j1") == 0
+    assert list(contents(tmp_path / "out")) == ["d"]
+    reasons = sorted(quarantine(tmp_path / "out").values())
+    assert [reason[:18] for reason in reasons] == [
+        "its .json is damag",
+        "its .json is no ob",
+        "its .txt is not UT",
+    ]
+
+
+def test_behind_the_damage_in_a_tar_the_conversion_goes_on(tmp_path: Path) -> None:
+    """Where webdataset and tarfile would stop in silence."""
+    members = {f"n1_{i}.jpg": picture("JPEG", seed=i) for i in range(4)}
+    whole = write_tar(tmp_path / "inner/n1.tar", members)
+    places = [whole.index(f"n1_{i}.jpg".encode()) for i in range(4)]
+    data = bytearray(whole)
+    data[places[1] + 5] ^= 255
+    nested = write_tar(tmp_path / "all.tar", {"n1.tar": bytes(data), "n2.tar": whole})
+    assert bytes(data) in nested
+    assert convert(tmp_path / "all.tar", tmp_path / "out", "--max-bad", "50%", "-j1") == 0
+    expected = {f"n1/n1_{i}" for i in (0, 2, 3)} | {f"n2/n1_{i}" for i in range(4)}
+    assert set(contents(tmp_path / "out")) == expected
+    [(name, reason)] = quarantine(tmp_path / "out").items()
+    assert name == "all.tar, n1.tar" and reason.startswith("damaged header")
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut/a.tar").write_bytes(whole[: places[3] + 700])
+    assert convert(tmp_path / "cut", tmp_path / "out2", "--max-bad", "50%", "-j1") == 0
+    assert set(contents(tmp_path / "out2")) == {f"n1_{i}" for i in range(3)}
+    assert "reach past the end" in quarantine(tmp_path / "out2")["a.tar"]
+
+
+def test_a_sample_without_one_image_is_named(tmp_path: Path) -> None:
+    members = {"a.jpg": picture("JPEG"), "a.png": picture(), "b.txt": b"x", "c.png": picture()}
+    write_tar(tmp_path / "a.tar", members)
+    assert convert(tmp_path / "a.tar", tmp_path / "out", "--max-bad", "100%", "-j1") == 0
+    assert quarantine(tmp_path / "out") == {
+        "a.tar, sample a": "has 2 images, expected one (jpg, png)",
+        "a.tar, sample b": "has 0 images, expected one (txt)",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.csv", b"file,label\nx,y\n", "must name the columns, each once, one of them `path`"),
+        ("a.csv", b"path,label\nx\n", "line 2: 1 columns, the header has 2"),
+        ("a.csv", b"", "it names none"),
+        ("a.csv", b"path,label\n", "lists no image"),
+        ("a.tsv", b"path\tpath\n", "each once"),
+        ("a.csv", b"path\n\xff\n", "is not UTF-8"),
+        ("a.jsonl", b'{"path": "x"}\n{"pth": "x"}\n', "line 2: has no `path`; did you mean 'pth'?"),
+        ("a.jsonl", b"[]", "line 1: is no JSON object"),
+        ("a.jsonl", b"{", "line 1: is not JSON"),
+        ("a.jsonl", b'{"path": 5}', "line 1: has no `path`"),
+        ("a.zip", b"x", "is neither a folder, a manifest"),
+        ("folder/readme.md", b"x", "has no .jpg, .jpeg, .png"),
+        ("missing", None, "no such folder or file"),
+    ],
+)
+def test_wrong_sources_are_told(
+    name: str,
+    data: bytes | None,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if data is not None:
+        write(tmp_path / name, data)
+    assert convert(tmp_path / name.split("/")[0], tmp_path / "out") == 2
+    line = capsys.readouterr().err
+    assert message in line and line.count("\n") == 1
+
+
+def test_tars_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tar(tmp_path / "a.tar", {"a.txt": b"x"})
+    for layout in ("webdataset", "imagenet"):
+        assert convert(tmp_path / "a.tar", tmp_path / "out", "--layout", layout) == 2
+        assert "a.tar: has no sample with one image (.jpg, " in capsys.readouterr().err
+
+
+def test_a_listed_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "1.png", picture())
+    write(tmp_path / "a.csv", b"path\n1.png\n2.png\n")
+    assert convert(tmp_path / "a.csv", tmp_path / "out", "--max-bad", "50%", "-j1") == 0
+    assert quarantine(tmp_path / "out") == {"2.png": "No such file or directory"}
+
+
+def test_parquet_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"picture": [b"x"], "image": [None]}), tmp_path / "a.parquet")
+    with pytest.raises(UserError, match=r"--image-key: .*a.parquet has no column 'img'"):
+        open_layout("parquet", tmp_path, "img", "label")
+    found = open_layout("parquet", tmp_path, "image", "label")
+    made = list(ImageConverter(found.root, image_key="image").convert(list(found.samples)))
+    assert [item for one in made for item in one.rejected] == [
+        ("a.parquet, row 0", "'image' has no bytes in it")
+    ]
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 but nothing else PAR1")
+    found = open_layout("parquet", tmp_path, "image", "label")
+    made = list(ImageConverter(found.root, image_key="image").convert(list(found.samples)))
+    [(name, reason)] = [item for one in made for item in one.rejected]
+    assert name == "a.parquet" and reason.startswith("is no Parquet file")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match="pip install pyarrow"):
+        open_layout("parquet", tmp_path, "image", "label")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    data=st.binary(max_size=300),
+    cut=st.integers(0, 400),
+    kind=st.sampled_from(["JPEG", "PNG", "WEBP", "BMP", "TIFF", "none"]),
+)
+def test_no_bytes_break_it(
+    data: bytes, cut: int, kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Whatever lies in a file, it becomes one sample, or is named."""
+    if kind != "none":
+        whole = picture(kind, (9, 9))
+        data = whole[:cut] + data + whole[cut + len(data) :]
+    root = tmp_path_factory.mktemp("fuzz")
+    write(root / "a.png", data)
+    found = open_layout("folder", root, "", "")
+    made = list(ImageConverter(root).convert(list(found.samples)))
+    samples = [one for one in made if one.members]
+    rejected = [item for one in made for item in one.rejected]
+    assert len(samples) + len(rejected) == 1
+    for one in samples:
+        members = {
+            name: member
+            for name, member in zip(FIELDS, one.members, strict=True)
+            if member is not None
+        }
+        assert check(members, {}) == one.length
+
+
+def test_check(tmp_path: Path) -> None:
+    assert check({"png": picture(), "json": b"{}"}, {}) == 240
+    with pytest.raises(ValueError, match="has 2 images, expected one"):
+        check({"png": picture(), "jpg": picture("JPEG")}, {})
+    with pytest.raises(ValueError, match="json: is no object"):
+        check({"png": picture(), "json": b"[]"}, {})
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        check({"png": picture()[:100]}, {})
