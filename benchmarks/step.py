@@ -29,7 +29,7 @@ from d2v_ds.engine import create_engine
 from d2v_ds.engine.optimizer import param_groups
 from d2v_ds.pretrain import build_pretrain
 from d2v_ds.teacher import Ema
-from d2v_ds.train import TrainState, create_loader
+from d2v_ds.train import TrainState, create_mixture
 from d2v_ds.watchdog import Watchdog
 from shards import samples
 from shards.cli import main as shards_main
@@ -67,7 +67,7 @@ def matmul_gflops(device: torch.device, n: int = 1024) -> float:
 def measure(config: Config, steps: int) -> dict[str, Any]:
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     distributed.init(World(), device)
-    loader = create_loader(config, World(), TrainState(), Watchdog(0, 1))
+    mixture = create_mixture(config, World(), TrainState(), Watchdog(0, 1))
     torch.manual_seed(0)
     task = build_pretrain(config).train()
     tracked = task.tracked()
@@ -87,7 +87,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
         clock = Clock(device)
         task.targets = lambda *a, clock=clock: clock.timed("teacher", targets, *a)  # type: ignore[method-assign]
         rates.append(matmul_gflops(device))
-        step_batch = clock.timed("data", next, loader)
+        step_batch = clock.timed("data", mixture.next, step)
         for batch in step_batch.micro_batches:
             seed_torch(0, step, batch.index)
             batch = batch.to(device)
@@ -98,7 +98,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
         clock.timed("ema", ema.update, 0.999, step_batch.modality)
         clock.seconds["student"] = clock.seconds.pop("forward") - clock.seconds["teacher"]
         rows.append(dict(clock.seconds))
-    loader.close()
+    mixture.close()
     distributed.shutdown()
     seconds = {part: statistics.median(row[part] for row in rows[1:]) for part in PARTS}
     whole = statistics.median(sum(row.values()) for row in rows[1:])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import struct
 import sys
 import types
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Waveform = NDArray[np.float32]
 
 INT16_SCALE = 32768.0
+CHUNK = struct.Struct("<4sI")  # of a WAV: name, size
 UNKNOWN_FRAMES = 1 << 48  # libsndfile gives 2^63 - 1 for a FLAC without a total
 UNKNOWN_RIFF_SIZE = 0x7FFF0000  # streaming writers put 0, or something from here on up
 
@@ -45,37 +47,107 @@ class Info:
 
 def info(source: bytes | Path) -> Info:
     """What the header says. Raises ValueError when it is no audio, empty, or a truncated WAV."""
-    with _open(source) as file:
-        return Info(file.samplerate, file.frames, file.channels, file.format, file.subtype)
+    with Recording(source) as recording:
+        return recording.info
 
 
-def decode(source: bytes | Path, start: int = 0, frames: int = -1) -> Waveform:
-    """`frames` frames from `start` on (-1: all), channels averaged: float32 [S] in [-1, 1].
+def decode(
+    source: bytes | Path, start: int = 0, frames: int = -1, channel: int | None = None
+) -> Waveform:
+    """`frames` frames from `start` on (-1: all), one channel or the mean of all: float32 [S] in
+    [-1, 1].
 
     16-bit audio comes out exact: rint(32768 * x) is what was stored. Raises ValueError when the
     file is damaged within what is read, shorter than asked for, or holds NaN or infinity.
     """
-    with _open(source) as file:
-        wanted = file.frames - start if frames < 0 else frames
-        if not 0 < wanted <= file.frames - start:
-            raise ValueError(f"frames {start} to {start + wanted} asked for, it has {file.frames}")
-        # int16 is several times faster than float32, which libsndfile needs for anything wider
-        # and for float files, whose values it does not scale to integers.
-        exact = file.subtype in ("PCM_16", "PCM_S8", "PCM_U8")
-        try:
-            if start:
-                file.seek(start)
-            data = file.read(wanted, dtype="int16" if exact else "float32")
-        except soundfile.SoundFileError as error:
-            raise ValueError(f"cannot be decoded: {_reason(error)}") from None
-    if len(data) != wanted:
-        raise ValueError(f"ends {wanted - len(data)} frames before the length in its header")
+    with Recording(source) as recording:
+        data = recording.pcm(start, frames, channel)
+    if data.dtype == np.float32:
+        return data
+    x: Waveform = data.astype(np.float32)
+    x *= 1.0 / INT16_SCALE
+    return x
+
+
+class Recording:
+    """One file of audio, open; a context manager. Raises ValueError as `info` does."""
+
+    def __init__(self, source: bytes | Path) -> None:
+        self.plain = _plain_wav(source) if isinstance(source, bytes) else None
+        if self.plain:
+            rate, samples = self.plain
+            self.info = Info(rate, len(samples), samples.shape[1], "WAV", "PCM_16")
+        else:
+            self.file = file = _open(source)
+            self.info = Info(file.samplerate, file.frames, file.channels, file.format, file.subtype)
+
+    def __enter__(self) -> Recording:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if not self.plain:
+            self.file.close()
+
+    def pcm(self, start: int = 0, frames: int = -1, channel: int | None = None) -> NDArray[Any]:
+        """As `decode`, but where audio of up to 16 bits needs no mean, the int16 [S] that are
+        stored; those of a plain WAV are a view of it."""
+        wanted = self.info.frames - start if frames < 0 else frames
+        stop = start + wanted
+        if not 0 < wanted <= self.info.frames - start:
+            raise ValueError(f"frames {start} to {stop} asked for, it has {self.info.frames}")
+        data = self.plain[1][start:stop] if self.plain else _read(self.file, start, stop)
+        if self.info.channels == 1 or channel is not None:
+            one: NDArray[Any] = np.ascontiguousarray(data[:, channel or 0])
+            return one
+        x: Waveform = data.astype(np.float32)
+        if data.dtype == np.int16:
+            x *= 1.0 / INT16_SCALE
+        mean: Waveform = x.mean(axis=1, dtype=np.float32)
+        return mean
+
+
+def _read(file: soundfile.SoundFile, start: int, stop: int) -> NDArray[Any]:
+    """Frames [S, channels], int16 or float32."""
+    # int16 is several times faster than float32, which libsndfile needs for anything wider and for
+    # float files, whose values it does not scale to integers.
+    exact = file.subtype in ("PCM_16", "PCM_S8", "PCM_U8")
+    try:
+        if start:
+            file.seek(start)
+        data: NDArray[Any] = file.read(
+            stop - start, dtype="int16" if exact else "float32", always_2d=True
+        )
+    except soundfile.SoundFileError as error:
+        raise ValueError(f"cannot be decoded: {_reason(error)}") from None
+    if len(data) != stop - start:
+        raise ValueError(f"ends {stop - start - len(data)} frames before the length in its header")
     if not exact and not np.isfinite(data).all():
         raise ValueError("holds NaN or infinite samples")
-    x: Waveform = data.astype(np.float32)  # [S] or [S, channels]
-    if exact:
-        x *= 1.0 / INT16_SCALE
-    return x if x.ndim == 1 else x.mean(axis=1, dtype=np.float32)
+    return data
+
+
+def _plain_wav(source: bytes) -> tuple[int, NDArray[np.int16]] | None:
+    """(rate, [S, channels]) of a sound WAV with 16-bit PCM, without a copy; None for all else,
+    about which libsndfile has more to say."""
+    if source[:4] != b"RIFF" or source[8:12] != b"WAVE" or _promised(source) > len(source) + 1:
+        return None
+    rate = channels = 0
+    first = 12
+    while first + 8 <= len(source):
+        kind, size = CHUNK.unpack_from(source, first)
+        first += CHUNK.size
+        if kind == b"fmt " and size >= 16:
+            coding, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", source, first)
+            if coding != 1 or bits != 16:
+                return None
+        elif kind == b"data":
+            frames = size // (2 * channels) if channels else 0
+            if not frames or size % (2 * channels) or first + size > len(source):
+                return None
+            samples = np.frombuffer(source, "<i2", frames * channels, first)
+            return rate, samples.reshape(frames, channels)
+        first += size + size % 2
+    return None
 
 
 def _open(source: bytes | Path) -> soundfile.SoundFile:
@@ -88,9 +160,8 @@ def _open(source: bytes | Path) -> soundfile.SoundFile:
     if size == 0:
         raise ValueError("is empty")
     if head[:4] == b"RIFF" and head[8:] == b"WAVE":  # libsndfile reads a truncated one in silence
-        promised = int.from_bytes(head[4:8], "little") + 8
-        if 8 < promised < UNKNOWN_RIFF_SIZE and size < promised - 1:  # the last pad byte may lack
-            raise ValueError(f"is truncated: {size} bytes, its header says {promised}")
+        if _promised(head) > size + 1:  # the last pad byte may lack
+            raise ValueError(f"is truncated: {size} bytes, its header says {_promised(head)}")
     try:
         file = soundfile.SoundFile(
             io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
@@ -103,6 +174,12 @@ def _open(source: bytes | Path) -> soundfile.SoundFile:
             "holds no audio" if file.frames <= 0 else "does not say how long it is (streamed FLAC)"
         )
     return file
+
+
+def _promised(wav: bytes) -> int:
+    """Bytes that a WAV has by its header; 0 where it does not say."""
+    size = int.from_bytes(wav[4:8], "little") + 8
+    return size if 8 < size < UNKNOWN_RIFF_SIZE else 0
 
 
 def _reason(error: soundfile.SoundFileError) -> str:
@@ -132,6 +209,11 @@ ZERO_CROSSINGS = 32  # of the sinc on each side
 ROLLOFF = 0.95  # of the lower Nyquist frequency: the window's transition then ends at it
 BLOCK = 1 << 20  # numbers of unfolded input at a time
 MAX_KERNEL = 1 << 24  # numbers; beyond it the rates have no small ratio
+
+
+def resampling_reach(old: int, new: int) -> int:
+    """How many inputs on each side an output of `resample` depends on."""
+    return 0 if old == new else math.ceil(ZERO_CROSSINGS / (ROLLOFF * min(1.0, new / old)))
 
 
 def resample(x: Waveform, old: int, new: int) -> Waveform:
@@ -164,7 +246,7 @@ def _sinc_kernel(old: int, new: int) -> tuple[int, int, int, NDArray[np.float64]
     divisor = math.gcd(old, new)
     old, new = old // divisor, new // divisor
     cutoff = ROLLOFF * min(1.0, new / old)  # of the input's Nyquist frequency
-    reach = math.ceil(ZERO_CROSSINGS / cutoff)
+    reach = resampling_reach(old, new)
     if (2 * reach + old) * new > MAX_KERNEL:
         raise ValueError(f"its rate has no small ratio to the wanted one ({old}:{new})")
     repeats = max(1, reach // old)

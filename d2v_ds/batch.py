@@ -8,7 +8,7 @@ host, so no boolean mask is ever turned into indices on the device.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,21 +62,19 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Every tensor on `device`."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=True)
-            for f in dataclasses.fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return dataclasses.replace(self, **moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> Batch:
-        """Called by torch's DataLoader."""
-        pinned: dict[str, Any] = {
-            f.name: value.pin_memory()
+    def own(self) -> Batch:
+        """Every tensor in memory of its own; page-locked where a GPU will fetch it."""
+        return self._each(Tensor.pin_memory if torch.cuda.is_available() else Tensor.clone)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {
+            f.name: change(value)
             for f in dataclasses.fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return dataclasses.replace(self, **pinned)
+        return dataclasses.replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,9 @@ class StepBatch:
     masked_count: int  # masked tokens in all micro-batches of all ranks
     samples: int  # samples in all micro-batches of all ranks
     units: float  # seconds of audio, images or tokens in all of them
-    position: dict[str, int]  # the loader's state after this step: what a checkpoint keeps
+    position: dict[str, Any]  # of the loader after this step: what a checkpoint keeps
+    source: str = ""  # of the mixture (loader/mixture.py)
+    bad: int = 0  # samples of this rank's micro-batches that others stand in for
 
 
 def mask_indices(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,15 +30,21 @@ class Run:
 
 @dataclass(frozen=True)
 class Data:
-    shards: str | dict[str, str] = ""  # one shard set, or one per modality
-    weights: dict[str, float] = field(default_factory=dict)  # share of the steps, per modality
-    workers: int = 2  # loader processes per rank; 0: decode in the training process
+    """A source is a modality, or MODALITY/CORPUS where it has several: speech/libri."""
+
+    shards: str | dict[str, str] = ""  # one shard set, or {source: its shard set}
+    weights: dict[str, float] = field(default_factory=dict)  # {source: its share of the steps}, in
+    # any measure; empty: equal
+    workers: int = 2  # loader processes per rank, divided among the sources, of which each has one
+    # at least; 0: decode in the training process
+    max_bad: float = 0.001  # share of samples that cannot be used, above which a run ends
 
 
 @dataclass(frozen=True)
 class BatchSize:
-    size: float = 60.0  # of a whole optimizer step, in the modality's unit (seconds of audio)
-    micro_batches: int = 1  # into how many it is cut, whatever the ranks
+    size: float | dict[str, float] = 60.0  # of a whole optimizer step, in the modality's unit
+    # (seconds of audio, images, tokens); {modality: size} where a run has several
+    micro_batches: int = 1  # into how many it is cut, whatever the ranks and the modality
 
 
 @dataclass(frozen=True)
@@ -121,10 +128,20 @@ class Config:
     def run_dir(self) -> Path:
         return Path(self.run.dir or f"runs/{self.run.name or 'run'}")
 
-    def shards_of(self, modality: str) -> str:
-        """The shard set of one modality."""
+    @property
+    def sources(self) -> dict[str, str]:
+        """{source: its shard set}, in the order in which ranks open them."""
         shards = self.data.shards
-        return shards if isinstance(shards, str) else shards[modality]
+        return shards if isinstance(shards, dict) else dict.fromkeys(self.modality, shards)
+
+    def batch_size(self, modality: str) -> float:
+        """Of a step of this modality, in its unit."""
+        size = self.batch.size
+        return size[modality] if isinstance(size, dict) else size
+
+
+def modality_of(source: str) -> str:
+    return source.partition("/")[0]
 
 
 def validate(config: Config) -> None:
@@ -140,7 +157,11 @@ def validate(config: Config) -> None:
     require(
         config.data.workers >= 0, "data.workers", f"must be 0 or more, got {config.data.workers}"
     )
-    require(config.batch.size > 0, "batch.size", f"must be above 0, got {config.batch.size}")
+    require(
+        0 <= config.data.max_bad <= 1,
+        "data.max_bad",
+        f"must lie in [0, 1], got {config.data.max_bad}",
+    )
     require(
         config.batch.micro_batches >= 1,
         "batch.micro_batches",
@@ -179,12 +200,60 @@ def validate(config: Config) -> None:
         f"must be 0 (off) or a multiple of save.every={config.save.every}, "
         f"got {config.save.keep_every}",
     )
-    for name in config.data.weights:
-        require(name in config.modality, f"data.weights.{name}", "no such modality in this run")
+    validate_sources(config)
+
+
+def validate_sources(config: Config) -> None:
+    """Whether what is given by source or by modality is of the run's. Raises UserError."""
+    names, size = sorted(config.modality), config.batch.size
+    sizes = {f".{name}": s for name, s in size.items()} if isinstance(size, dict) else {"": size}
+    sources = config.data.shards if isinstance(config.data.shards, dict) else {}
+    given = [f"data.shards.{source}" for source in sources]
+    for path in [*given, *(f"batch.size{name}" for name in sizes if name)]:
+        name = modality_of(path.split(".", 2)[2])
+        if name not in names:
+            raise UserError(f"{path}: no modality {name!r} in this run (has: {', '.join(names)})")
+    for name, number in sizes.items():
+        if number <= 0:
+            raise UserError(f"batch.size{name}: must be above 0, got {number:g}")
+    validate_weights(config)
+
+
+def require_one_each(config: Config) -> None:
+    """Raises UserError unless each of several modalities has its own batch size and shard set."""
+    names, shards, size = sorted(config.modality), config.data.shards, config.batch.size
+    several = f"{len(names)} modalities; give one each for {', '.join(names)}, for example"
+    if isinstance(shards, str) and shards and len(names) > 1:
+        raise UserError(f"data.shards: one set for {several} data.shards.{names[0]}={shards}")
+    if not isinstance(size, dict) and len(names) > 1:
+        raise UserError(f"batch.size: one number for {several} batch.size.{names[0]}={size:g}")
+    for name in names:
+        if isinstance(size, dict) and name not in size:
+            raise UserError(f"batch.size.{name}: must be given (has: {', '.join(size)})")
+
+
+def validate_weights(config: Config) -> None:
+    weights, given = config.data.weights, [modality_of(source) for source in config.sources]
+    # Of a modality without a shard set more is told before the run begins.
+    sources = [*config.sources, *(name for name in config.modality if name not in given)]
+    for source, weight in weights.items():
+        if source not in sources:
+            raise UserError(
+                f"data.weights.{source}: no such source in this run (has: {', '.join(sources)})"
+            )
+        if not 0 < weight < math.inf:
+            raise UserError(f"data.weights.{source}: must be above 0, got {weight:g}")
+    missing = [source for source in sources if source not in weights]
+    if weights and missing:
+        raise UserError(
+            f"data.weights.{missing[0]}: must be given, as other sources have a weight "
+            f"({', '.join(weights)})"
+        )
 
 
 MAY_CHANGE = (
     *("run.steps", "run.threads", "run.dir", "engine", "data.workers", "log", "save"),
+    "data.max_bad",
     "model.checkpoint_activations",
 )
 

@@ -88,15 +88,18 @@ def _decode_dataclass(kind: type, raw: Any, path: str) -> Any:
 def _decode_union(options: tuple[Any, ...], raw: Any, path: str) -> Any:
     if raw is None and type(None) in options:
         return None
-    errors = []
+    told: UserError | None = None  # of the options tried: one that has the form of `raw`
     for option in options:
         if option is type(None):
             continue
+        origin: Any = typing.get_origin(option)
         try:
             return _decode(option, raw, path)
         except UserError as error:
-            errors.append(error)
-    raise errors[-1]
+            if told is None or (origin is dict) == isinstance(raw, Mapping):
+                told = error
+    assert told is not None, f"{path}: a union of nothing"
+    raise told
 
 
 def _decode_tuple(arguments: tuple[Any, ...], raw: Any, path: str) -> Any:

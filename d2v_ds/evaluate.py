@@ -23,11 +23,12 @@ from d2v_ds.checkpoint import Checkpoint, newest_verified, open_checkpoint
 from d2v_ds.config import Config
 from d2v_ds.decoding import decode
 from d2v_ds.errors import UserError
+from d2v_ds.find_set import find_set
 from d2v_ds.loader import read_samples
 from d2v_ds.modalities.base import Modality
 from d2v_ds.pretrain import Pretrain, build_pretrain
 from d2v_ds.run_folder import RunFolder
-from d2v_ds.shard_format import ShardSet, open_set
+from d2v_ds.shard_format import ShardSet
 
 Features = npt.NDArray[np.float32]
 Weights = Literal["student", "teacher"]
@@ -51,6 +52,7 @@ class Labelled:
 def read_labelled(shards: ShardSet, modality: Modality, column: str) -> Labelled:
     """A whole shard set, decoded without crop or augmentation. Raises UserError when a sample has
     no `column` in its .json."""
+    modality.check_set(shards.about)
     examples, labels = [], []
     for key, sample in read_samples(shards, (*modality.keys, "json")):
         meta = json.loads(sample.get("json", b"{}"))
@@ -132,7 +134,7 @@ def run_knn(
     block = (depth + 1) // 2 if layer is None else layer
     if block > depth:
         raise UserError(f"--layer: the encoder has {depth} blocks, got {block}")
-    sets = [read_labelled(open_set(s, name), kind, label) for s in (gallery, *tests)]
+    sets = [read_labelled(find_set(s, name), kind, label) for s in (gallery, *tests)]
 
     def score(encode: Callable[[list[Any]], Features]) -> dict[str, float]:
         known, *queries = (encode(labelled.examples) for labelled in sets)

@@ -4,7 +4,7 @@
         --reduce (one all-reduce, one host synchronisation)--> sums of all ranks
         --summarize--> scalars --MetricsWriter (rank 0)--> metrics.jsonl, tb/
 
-N masked tokens, T tokens of the model, F mel bands, D target width.
+N masked tokens, T tokens of the model, F mel bands, D target width, P places in time.
 """
 
 from __future__ import annotations
@@ -29,10 +29,14 @@ from d2v_ds.run_folder import RunFolder
 
 VARIANCE_EPS = 1e-6  # fairseq, compute_var
 
-TAGS = {  # our name -> TensorBoard's; a name with a slash is its own tag
+# Our name -> TensorBoard's. NAME/OF, a value of one modality or source, is shown under TAG/OF;
+# loss/speech under loss/speech.
+TAGS = {
     "loss": "loss/total",
     "target_spread": "repr/std_target",
     "prediction_spread": "repr/std_prediction",
+    "target_sample_spread": "repr/std_target_samples",
+    "target_rank": "repr/rank_target",
     "front_end_spread": "repr/std_front_end_time",
     "explained_share": "repr/explained_share",
     "masked_share": "mask/share",
@@ -45,6 +49,7 @@ TAGS = {  # our name -> TensorBoard's; a name with a slash is its own tag
     "audio_h_per_h": "perf/audio_h_per_h",
     "step_s": "perf/step_s",
     "wait_share": "data/wait_share",
+    "bad": "data/bad",
     "epoch": "data/epoch",
 }
 
@@ -54,7 +59,7 @@ class Accumulator:
 
     Kept in fp64: over the 1e6 masked tokens of a cadence, fp32 totals of squares leave two digits
     of a spread that is small beside the mean. The names and shapes of the first `add` after a
-    `reduce` hold until the next; a mixture of modalities takes one accumulator each.
+    `reduce` hold until the next; each modality of a mixture has one of its own.
     """
 
     def __init__(self) -> None:
@@ -99,21 +104,51 @@ def summarize(sums: Mapping[str, npt.NDArray[np.float64]], steps: int = 1) -> di
     sums: loss (each step's normalised by its own masked count), masked, tokens, samples; error, the
     sum over masked tokens of |p - y|^2; target_sum, target_sq, prediction_sum, prediction_sq [D];
     front_std, the sum over samples of the mean over channels of the standard deviation over time
-    of the front end's output. Spreads are fairseq's `target_var` and `pred_var`: mean_d
-    sqrt(var_d + 1e-6), unbiased. explained_share: 1 - error / sum |y - mean|^2. NaN where nothing
-    was masked.
+    of the front end's output; sampled, sampled_sum [D], sampled_products [D, D] of some targets;
+    placed [P], placed_sum, placed_sq [P, D] of all samples' targets at P places. NaN where there
+    was nothing.
+
+    Spreads are fairseq's `target_var` and `pred_var`: mean_d sqrt(var_d + 1e-6), unbiased; that of
+    samples is between the targets of different samples at one place, and falls to 0 where they
+    tell places apart and nothing else. explained_share: 1 - error / sum |y - mean|^2. target_rank:
+    the effective rank (Roy and Vetterli 2007) of the targets' covariance.
     """
     count = float(sums["masked"])
     target = _squared_deviations(sums["target_sum"], sums["target_sq"], count)
     prediction = _squared_deviations(sums["prediction_sum"], sums["prediction_sq"], count)
+    of_samples = [
+        _spread(_squared_deviations(total, squares, float(number)), float(number))
+        for number, total, squares in zip(
+            sums["placed"], sums["placed_sum"], sums["placed_sq"], strict=True
+        )
+    ]
     return {
         "loss": float(sums["loss"]) / steps,
         "target_spread": _spread(target, count),
         "prediction_spread": _spread(prediction, count),
+        "target_sample_spread": float(np.mean(of_samples)),
+        "target_rank": effective_rank(
+            sums["sampled_products"], sums["sampled_sum"], float(sums["sampled"])
+        ),
         "front_end_spread": _ratio(float(sums["front_std"]), float(sums["samples"])),
         "explained_share": 1.0 - _ratio(float(sums["error"]), float(target.sum())),
         "masked_share": _ratio(count, float(sums["tokens"])),
     }
+
+
+def effective_rank(
+    products: npt.NDArray[np.float64], total: npt.NDArray[np.float64], count: float
+) -> float:
+    """exp of the entropy of the covariance's eigenvalues, which are taken as shares: 1 for vectors
+    on a line, D for equal spread in all directions. products [D, D]: sum of y y^T, total [D]."""
+    if count < 2:
+        return math.nan
+    covariance = products / count - np.outer(total, total) / count**2
+    if not np.isfinite(covariance).all():
+        return math.nan
+    spectrum = np.maximum(np.linalg.eigvalsh(covariance.astype(np.float32)), 0.0)
+    shares = spectrum[spectrum > 0] / spectrum.sum(dtype=np.float64)
+    return float(np.exp(-(shares * np.log(shares)).sum())) if len(shares) else math.nan
 
 
 def _squared_deviations(
@@ -133,6 +168,13 @@ def _ratio(part: float, whole: float) -> float:
     return part / whole if whole else math.nan
 
 
+def tag_of(name: str) -> str:
+    """TensorBoard's name of a value."""
+    name, of, modality = name.partition("/")
+    assert name in TAGS, f"{name!r} is not in TAGS"
+    return TAGS[name].removesuffix("/total") + of + modality if of else TAGS[name]
+
+
 class MetricsWriter:
     """Rows in metrics.jsonl and curves in tb/, on rank 0.
 
@@ -150,15 +192,14 @@ class MetricsWriter:
         self._events = SummaryWriter(str(run.tensorboard), purge_step=step + 1 if step else 0)
 
     def scalars(self, step: int, samples: int, values: Mapping[str, float]) -> None:
-        """One row: `step` steps and `samples` samples are done. Names are those of TAGS, or tags.
+        """One row: `step` steps and `samples` samples are done. Names are of TAGS, or NAME/OF.
 
         A value that is not finite is null in the row.
         """
         now = time.time()
         row: dict[str, Any] = {"step": step, "samples": samples, "time": round(now, 3)}
         for name, value in values.items():
-            tag = TAGS.get(name, name)
-            assert "/" in tag, f"{name!r} is neither in TAGS nor a tag"
+            tag = tag_of(name)
             row[name] = float(value) if math.isfinite(value) else None
             self._events.add_scalar(tag, value, step, walltime=now)
         self._rows.write(json.dumps(row) + "\n")

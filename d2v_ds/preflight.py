@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from d2v_ds.config import Config, load_engine_config
+from d2v_ds.config import Config, load_engine_config, modality_of, require_one_each
 from d2v_ds.decoding import dump_yaml
 from d2v_ds.environment import code_hash, node_name
 from d2v_ds.errors import UserError
+from d2v_ds.find_set import find_set
 from d2v_ds.run_folder import RunFolder
-from d2v_ds.shard_format import open_set
 
 MIN_FREE = 200e6  # bytes of the run's disk: logs and curves; a checkpoint looks for itself
 
@@ -34,6 +34,7 @@ def check(config: Config, ranks: int) -> None:
         )
     if not config.modality:
         raise UserError("modality: a run needs at least one, for example modality.speech")
+    require_one_each(config)
     for name in config.modality:
         require_shards(config, name)
     run = RunFolder(config.run_dir)
@@ -44,16 +45,18 @@ def check(config: Config, ranks: int) -> None:
 
 
 def require_shards(config: Config, modality: str) -> None:
-    """Raises UserError unless a sound shard set of the modality is named."""
-    shards = config.data.shards
-    if not shards:
+    """Raises UserError unless sound shard sets of the modality are named."""
+    sources = {s: path for s, path in config.sources.items() if modality_of(s) == modality}
+    setting = "data.shards" if len(config.modality) == 1 else f"data.shards.{modality}"
+    if not all(sources.values()) or not config.sources:
         raise UserError(
-            f"data.shards: must name a shard set, for example data.shards=/data/{modality}; make "
-            f"one with `d2v-shards {modality} SOURCE OUT`"
+            f"{setting}: must name a shard set, for example {setting}=/data/{modality}; "
+            "`d2v-shards --help` tells how to make one"
         )
-    if isinstance(shards, dict) and modality not in shards:
-        raise UserError(f"data.shards.{modality}: must be given (has: {', '.join(sorted(shards))})")
-    open_set(config.shards_of(modality), modality)
+    if not sources:
+        raise UserError(f"{setting}: must be given (has: {', '.join(sorted(config.sources))})")
+    for path in sources.values():
+        find_set(path, modality)
 
 
 def require_divisible(micro_batches: int, ranks: int) -> None:

@@ -4,7 +4,7 @@
                             \\                                                          |
                              `--whole--> teacher --top K layers, normalised--> targets -+-> loss
 
-B samples, M masked views a sample, T tokens, N masked tokens in the batch, D width.
+B samples, M masked views a sample, T tokens, N masked tokens in the batch, D width, P places.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_ds.batch import Batch
-from d2v_ds.config import Config, Target
+from d2v_ds.config import Config, Target, require_one_each
 from d2v_ds.decoding import decode, to_dict
 from d2v_ds.errors import UserError
 from d2v_ds.loss import class_loss, make_targets, regression_loss
@@ -26,6 +26,9 @@ from d2v_ds.modalities.base import Modality
 from d2v_ds.student import Student
 from d2v_ds.teacher import Teacher
 from d2v_ds.transformer import TransformerConfig
+
+SAMPLED = 1024  # targets of a micro-batch, at most, of which the effective rank is told
+PLACES = 8  # in time, at which targets are compared between samples
 
 
 class Pretrain(nn.Module):
@@ -71,9 +74,10 @@ class Pretrain(nn.Module):
             )
             total = total + weight * class_loss(extra[:, -1], whole, batch.valid, masked)
         loss = total / masked_count
-        return loss, self.stats(
-            batch, tokens.detach(), targets, predictions.detach(), loss.detach()
+        stats = self.stats(
+            batch, tokens.detach(), whole, targets, predictions.detach(), loss.detach()
         )
+        return loss * config.loss_weight, stats
 
     @torch.no_grad()
     def targets(self, batch: Batch, tokens: Tensor) -> Tensor:
@@ -101,11 +105,26 @@ class Pretrain(nn.Module):
 
     @torch.no_grad()
     def stats(
-        self, batch: Batch, tokens: Tensor, targets: Tensor, predictions: Tensor, loss: Tensor
+        self,
+        batch: Batch,
+        tokens: Tensor,
+        whole: Tensor,
+        targets: Tensor,
+        predictions: Tensor,
+        loss: Tensor,
     ) -> dict[str, Tensor]:
-        """fp32 sums over the batch: scalars, and [D] for targets and predictions."""
+        """fp32 sums over the batch: scalars; [D] for masked targets and predictions; [D, D] for
+        some targets; [P, D] for all samples' targets at P places."""
         predictions = predictions.float()
         N, B = targets.shape[0], tokens.shape[0]
+        sampled = targets[:: max(1, -(-N // SAMPLED))]
+        places = (torch.arange(PLACES, device=whole.device) * 2 + 1) * whole.shape[1]
+        places = places // (2 * PLACES)
+        placed = whole.index_select(1, places)  # [B, P, D]
+        exists = torch.ones_like(placed[:, :, :1])
+        if batch.valid is not None:
+            exists = batch.valid.index_select(1, places)[:, :, None].float()
+            placed = placed * exists
         return {
             "loss": loss,
             "masked": count(N, loss),
@@ -119,6 +138,12 @@ class Pretrain(nn.Module):
             "prediction_sq": predictions.square().sum(0),
             "front_std": spread_over_time(tokens.float(), batch.valid).sum(),
             "samples": count(B, loss),
+            "sampled": count(len(sampled), loss),
+            "sampled_sum": sampled.sum(0),
+            "sampled_products": sampled.T @ sampled,
+            "placed": exists[:, :, 0].sum(0),
+            "placed_sum": placed.sum(0),
+            "placed_sq": placed.square().sum(0),
         }
 
     def part(self, name: str) -> str:
@@ -172,7 +197,9 @@ def build_pretrain(config: Config) -> Pretrain:
         raise UserError(
             f"target.top_k: {config.target.top_k} exceeds model.depth={model.depth}; lower it"
         )
-    return Pretrain(model, create_modalities(config.modality), config.target)
+    modalities = create_modalities(config.modality)
+    require_one_each(config)
+    return Pretrain(model, modalities, config.target)
 
 
 def resolved(config: Config) -> Config:

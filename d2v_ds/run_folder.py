@@ -7,6 +7,7 @@
       metrics.jsonl  tb/                   curves
       checkpoints/00000600/                see checkpoint/__init__.py
       heartbeat/rank00000.json             what each rank is at, every few seconds
+      bad_samples/rank00000.jsonl          samples that could not be used
       GENERATION                           the start that owns the folder now
       STOP  STOPPED  DONE                  asked to stop; stopped well; finished
 
@@ -102,6 +103,10 @@ class RunFolder:
     def log(self, generation: Generation, rank: int) -> Path:
         """The log of one rank of one start."""
         return self.logs(generation) / f"rank{rank:05d}.txt"
+
+    def bad_samples(self, rank: int) -> Path:
+        """Samples that one rank could not use."""
+        return self.root / "bad_samples" / f"rank{rank:05d}.jsonl"
 
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"{step:08d}"

@@ -14,14 +14,15 @@ modality's unit (speech: audio frames at the set's sample rate).
 An .idx is one line of JSON, padded with spaces so that the arrays behind it are aligned to 8 bytes,
 with the crc32 of them, then for n samples of f fields (extensions), little-endian, row by row:
 
-    offset i64[n, f]   of each payload in the tar
-    size   u32[n, f]   of each payload, bytes
-    crc32  u32[n]      of a sample's payloads, one after the other in field order
-    length u32[n]
-    key    u32[n + 1]  bounds of the keys in the blob that follows, UTF-8
+    offset   i64[n, f]   of each payload in the tar; 0: the sample has no such member
+    size     u32[n, f]   of each payload, bytes
+    checksum u32[n, f]   of each payload (checksum.py); which one, the line of JSON says
+    length   u32[n]
+    key      u32[n + 1]  bounds of the keys in the blob that follows, UTF-8
 
-With two fields that is 36 bytes a sample and its key, so the index of 20 million samples is about
-1.5 GB on disk, of which a reader holds one shard's at a time.
+A payload is a member, or lies in one: of text, a tar member KEY.npy holds many blocks, and each is
+a sample of its own. With two fields a sample takes 40 bytes and its key, so the index of 20 million
+samples is about 1.5 GB on disk. Of all shards only the lengths are ever held, and read alone.
 """
 
 from __future__ import annotations
@@ -33,13 +34,15 @@ import sys
 import zlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, BinaryIO, Literal
 
+from d2v_ds.checksum import BEST
 from d2v_ds.errors import UserError
 
-FORMAT = 1
+FORMAT = 1  # of index.json
+INDEX_FORMAT = 2  # of an .idx
 INDEX_FILE = "index.json"
 
 
@@ -62,6 +65,9 @@ class ShardSet:
     sample_rate: int  # frames a second; 0 where there is no such thing
     fields: tuple[str, ...]  # members of every sample, without the dot
     shards: tuple[ShardEntry, ...]
+    tars: Path | None = None  # where the tars lie, if not in root
+    about: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # index.json
+    remote: str = ""  # where they come from, if not from this machine (shard_cache.py)
 
     @property
     def samples(self) -> int:
@@ -72,7 +78,7 @@ class ShardSet:
         return sum(shard.length for shard in self.shards)
 
     def tar(self, shard: ShardEntry) -> Path:
-        return self.root / f"{shard.name}.tar"
+        return (self.tars or self.root) / f"{shard.name}.tar"
 
     def index(self, shard: ShardEntry) -> Path:
         return self.root / f"{shard.name}.idx"
@@ -88,7 +94,8 @@ class ShardIndex:
     fields: tuple[str, ...]
     offsets: memoryview[int]  # int64 [count * fields]
     sizes: memoryview[int]  # uint32 [count * fields]
-    crcs: memoryview[int]  # uint32 [count]
+    checksum: str  # their kind
+    checksums: memoryview[int]  # uint32 [count * fields]
     lengths: memoryview[int]  # uint32 [count]
     key_bounds: memoryview[int]  # uint32 [count + 1]
     key_blob: memoryview[int]  # bytes
@@ -119,6 +126,8 @@ def open_set(path: str | Path, modality: str = "", check_tars: bool = True) -> S
             int(raw["sample_rate"]),
             tuple(raw["fields"]),
             shards,
+            root / raw["tars"] if "tars" in raw else None,
+            raw,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
@@ -190,54 +199,125 @@ def fingerprint(shards: ShardSet) -> str:
 
 PLAN_FILE = "plan.json"  # of a conversion that has not finished
 ALIGNMENT = 8
+HEAD_MOST = 1 << 16  # bytes of the line of JSON
 
 
 def read_index(path: str | Path) -> ShardIndex:
     """One .idx, read whole. Raises UserError naming the file when it is missing or damaged."""
     path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; copy it again or convert the corpus again") from None
+    with _index_file(path) as file:
+        raw = file.read()
     data = memoryview(raw)
     try:
-        start = end = raw.index(b"\n") + 1
-        header = json.loads(raw[:end])
-        if header["format"] != FORMAT:
-            raise ValueError(f"format {header['format']}, this version reads {FORMAT}")
-        count, width = header["samples"], len(header["fields"])
-        arrays: list[tuple[Literal["q", "I"], int]] = [
-            ("q", count * width),
-            ("I", count * width),
-            ("I", count),
-            ("I", count),
-            ("I", count + 1),
-        ]
-        views = []
-        for code, number in arrays:
-            size = number * array(code).itemsize
-            views.append(data[end : end + size].cast(code))
-            end += size
-        offsets, sizes, crcs, lengths, bounds = views
-        if end + bounds[count] != len(data):
-            raise ValueError(f"{len(data)} bytes, expected {end + bounds[count]}")
-        if zlib.crc32(data[start:]) != header["crc32"]:
+        head = _Head.parse(raw[: raw.index(b"\n") + 1])
+        views = [data[first : first + size].cast(code) for code, first, size in head.arrays()]
+        offsets, sizes, checksums, lengths, bounds = views
+        end = head.end + bounds[head.samples]
+        if end != len(data):
+            raise ValueError(f"{len(data)} bytes, expected {end}")
+        if zlib.crc32(data[head.size :]) != head.crc32:
             raise ValueError("its checksum is wrong")
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(
-            f"{path}: is damaged ({error}); copy it again or convert the corpus again"
-        ) from None
+        raise _damaged(path, error) from None
     return ShardIndex(
-        count,
-        header["bytes"],
-        tuple(header["fields"]),
+        head.samples,
+        head.tar_bytes,
+        head.fields,
         offsets,
         sizes,
-        crcs,
+        head.checksum,
+        checksums,
         lengths,
         bounds,
-        data[end:],
+        data[head.end :],
     )
+
+
+def read_lengths(path: Path, entry: ShardEntry) -> array[int]:
+    """The lengths in one .idx, without the rest of it. Raises UserError naming the file when it is
+    missing, damaged, or of another tar than `entry`."""
+    with _index_file(path) as file:
+        try:
+            head = _Head.parse(file.readline(HEAD_MOST))
+            _, first, size = head.arrays()[3]
+            file.seek(first)
+            lengths = array("I", file.read(size))
+            if len(lengths) != head.samples:
+                raise ValueError("it ends early")
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, error) from None
+    found, expected = (head.samples, head.tar_bytes), (entry.samples, entry.bytes)
+    if found != expected:
+        raise UserError(
+            f"{path}: does not belong to its tar ({found[0]} samples and {found[1]} bytes, "
+            f"expected {expected[0]} and {expected[1]}); convert again"
+        )
+    if sum(lengths) != entry.length:
+        raise _damaged(path, f"its lengths add up to {sum(lengths)}, not {entry.length}")
+    return lengths
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The line of JSON of an .idx."""
+
+    size: int  # of the line itself
+    samples: int
+    tar_bytes: int
+    fields: tuple[str, ...]
+    checksum: str
+    crc32: int  # of all that follows
+
+    @staticmethod
+    def parse(line: bytes) -> _Head:
+        """Raises ValueError, KeyError, TypeError."""
+        raw = json.loads(line)
+        if raw["format"] != INDEX_FORMAT:
+            raise ValueError(f"format {raw['format']}, this version reads {INDEX_FORMAT}")
+        return _Head(
+            len(line),
+            raw["samples"],
+            raw["bytes"],
+            tuple(raw["fields"]),
+            raw["checksum"],
+            raw["crc32"],
+        )
+
+    def arrays(self) -> list[tuple[Literal["q", "I"], int, int]]:
+        """(type, first byte, bytes) of each, in order."""
+        cells = self.samples * len(self.fields)
+        numbers: list[tuple[Literal["q", "I"], int]] = [
+            ("q", cells),
+            ("I", cells),
+            ("I", cells),
+            ("I", self.samples),
+            ("I", self.samples + 1),
+        ]
+        places, first = [], self.size
+        for code, number in numbers:
+            size = number * array(code).itemsize
+            places.append((code, first, size))
+            first += size
+        return places
+
+    @property
+    def end(self) -> int:
+        """Where the blob of keys begins."""
+        _, first, size = self.arrays()[-1]
+        return first + size
+
+
+def _index_file(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; copy it again or convert the corpus again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _damaged(path: Path, reason: object) -> UserError:
+    return UserError(f"{path}: is damaged ({reason}); copy it again or convert the corpus again")
 
 
 def index_bytes(
@@ -246,27 +326,31 @@ def index_bytes(
     keys: Sequence[str],
     offsets: array[int],
     sizes: array[int],
-    crcs: array[int],
+    checksums: array[int],
     lengths: array[int],
+    checksum: str = BEST,
 ) -> bytes:
     """The content of an .idx; arrays as in ShardIndex ("q" for offsets, "I" for the others)."""
     assert sys.byteorder == "little", "shards are written on little-endian machines only"
     count = len(keys)
-    assert len(offsets) == len(sizes) == count * len(fields) and len(crcs) == len(lengths) == count
+    assert len(offsets) == len(sizes) == len(checksums) == count * len(fields)
+    assert len(lengths) == count
     blob = [key.encode() for key in keys]
     bounds = array("I", [0])
     for key in blob:
         bounds.append(bounds[-1] + len(key))
-    body = b"".join([offsets, sizes, crcs, lengths, bounds, *blob])
+    body = b"".join([offsets, sizes, checksums, lengths, bounds, *blob])
     header = json.dumps(
         {
-            "format": FORMAT,
+            "format": INDEX_FORMAT,
             "fields": list(fields),
             "samples": count,
             "bytes": tar_bytes,
+            "checksum": checksum,
             "crc32": zlib.crc32(body),
         }
     ).encode()
+    assert len(header) < HEAD_MOST - ALIGNMENT, f"{len(fields)} fields"
     return header + b" " * (-(len(header) + 1) % ALIGNMENT) + b"\n" + body
 
 
@@ -282,6 +366,7 @@ def set_json(shards: ShardSet, **about: Any) -> str:
             "samples": shards.samples,
             "bytes": sum(s.bytes for s in shards.shards),
             "length": shards.length,
+            **({"tars": str(shards.tars)} if shards.tars else {}),
             **about,
             "shards": [asdict(s) for s in shards.shards],
         },

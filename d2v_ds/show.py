@@ -16,6 +16,7 @@ import torch
 from d2v_ds.config import Config
 from d2v_ds.decoding import dump_yaml
 from d2v_ds.engine import DTYPES, resolve_precision
+from d2v_ds.loader.mixture import shares_of
 from d2v_ds.memory import (
     activation_bytes,
     checkpoint_bytes,
@@ -52,7 +53,7 @@ def describe(
             "",
             *memory(task, ranks),
             "",
-            *batch_split(config, {m.unit for m in task.modalities.values()}, ranks),
+            *batch_split(config, task.modalities, ranks),
             *(["", *(m.line for m in measured.values())] if measured else []),
             *([] if gpu_memory is None else ["", *fit(task, config, ranks, gpu_memory, measured)]),
             *(f"warning: {warning}" for warning in warnings),
@@ -61,17 +62,22 @@ def describe(
 
 
 def parameters(task: Pretrain) -> list[str]:
-    """Counts by part of the model; fixed positions are counted in, as the original code does."""
+    """Counts by part of the model, and where there are several modalities by theirs; fixed
+    positions are counted in, as the original code does."""
     counts: Counter[str] = Counter()
+    own: Counter[str] = Counter()
     for name, parameter in [*task.student.named_parameters(), *task.student.named_buffers()]:
         pieces = name.split(".")
         named = 4 if "front_ends" in pieces else 2
         counts[".".join(pieces[:named])] += parameter.numel()
+        own[task.part(f"student.{name}")] += parameter.numel()
+    parts = ["", *task.modalities] if len(task.modalities) > 1 else []
     teacher = sizes(task)[1] + sum(b.numel() for b in task.teacher.buffers())
     width = max(map(len, counts)) + 2
     return [
         "parameters",
         *(f"  {name:<{width}}{count:>14,}" for name, count in counts.items()),
+        *(f"  {f'of {name}' if name else 'shared':<{width}}{own[name]:>14,}" for name in parts),
         f"  {'student':<{width}}{counts.total():>14,}",
         f"  {'teacher':<{width}}{teacher:>14,}",
     ]
@@ -89,13 +95,21 @@ def memory(task: Pretrain, ranks: int) -> list[str]:
     return lines
 
 
-def batch_split(config: Config, units: set[str], ranks: int) -> list[str]:
-    size, number, unit = config.batch.size, config.batch.micro_batches, " or ".join(sorted(units))
+def batch_split(config: Config, modalities: Mapping[str, Modality], ranks: int) -> list[str]:
+    number = config.batch.micro_batches
     divisors = [str(n) for n in range(1, number + 1) if number % n == 0]
-    lines = [
-        f"a step of {size:g} {unit} is cut into {number} micro-batches of at most "
-        f"{size / number:g} {unit}, on {', '.join(divisors)} ranks alike"
-    ]
+    lines = []
+    for name, modality in modalities.items():
+        size, unit = config.batch_size(name), modality.unit
+        of = "" if len(modalities) == 1 else f" of {name}"
+        lines.append(
+            f"a step{of} of {size:g} {unit} is cut into {number} micro-batches of at most "
+            f"{size / number:g} {unit}, on {', '.join(divisors)} ranks alike"
+        )
+    if len(config.sources) > 1:
+        shares = zip(config.sources, shares_of(config).of, strict=True)
+        shown = ", ".join(f"{source} {float(share):.1%}" for source, share in shares)
+        lines.append(f"each step is of one source, shared out as {shown}")
     if number % ranks == 0:
         lines.append(f"each of {ranks} ranks makes {number // ranks} of them, one after the other")
     return lines
@@ -131,7 +145,7 @@ def measure_longest(config: Config) -> dict[str, Measured]:
 
 def micro_batch_samples(config: Config, modality: Modality) -> int:
     """How many of a modality's largest samples make a micro-batch."""
-    limit = config.batch.size / config.batch.micro_batches
+    limit = config.batch_size(modality.name) / config.batch.micro_batches
     return max(1, int(limit / modality.cost(LONGEST) + 1e-6))
 
 
@@ -148,6 +162,7 @@ def fit(
     states = [state_bytes(P, A, stage, ranks, width) for stage in range(4)]
     room = [int(gpu_memory * (1 - FREE)) - of_stage for of_stage in states]
     lines = [f"in {gpu_memory / GIB:g} GiB, {FREE:.0%} of it kept free, on each of {ranks} ranks"]
+    stages = []
     for name, modality in task.modalities.items():
         cost, unit = modality.cost(LONGEST), modality.unit
         samples = micro_batch_samples(config, modality)
@@ -156,6 +171,7 @@ def fit(
         if name in measured:
             own = measured[name].bytes
         stage = next((stage for stage in range(4) if own <= room[stage]), None)
+        stages.append(stage)
         lines += [
             f"{name}: activations of {samples * cost:g} {unit} take "
             f"{needs[0][samples] / GIB:.2f} GiB, {needs[1][samples] / GIB:.2f} with "
@@ -168,6 +184,13 @@ def fit(
         for stage in range(4):
             cells = (most_samples(need, room[stage]) * cost for need in needs)
             lines.append(f"  {f'ZeRO {stage}':<28}" + "".join(f"{cell:>12,.0f}" for cell in cells))
+    if len(stages) > 1:  # the largest need over the modalities is that of the run
+        fitting = [stage for stage in stages if stage is not None]
+        lines.append(
+            f"smallest stage for all modalities: engine.config=zero{max(fitting)}"
+            if len(fitting) == len(stages)
+            else "the run fits at no stage, for not all of its modalities do"
+        )
     return [*lines, f"a checkpoint takes {checkpoint_bytes(P, A) / 1e9:.3g} GB of disk"]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -31,9 +32,10 @@ CHUNK = 16 * 2**20  # bytes
 
 
 def own_copy(shards: ShardSet, watchdog: Watchdog) -> ShardSet:
-    """The set to read from on this node. All ranks call it together. Raises UserError on all."""
+    """The set to read from on this node; a remote one has its own cache. All ranks call it
+    together. Raises UserError on all."""
     folder = os.environ.get("D2V_STAGE")
-    if not folder:
+    if not folder or shards.remote:
         return shards
     alive = partial(watchdog.mark, "copying shards", 0)
 
@@ -55,6 +57,8 @@ def stage(shards: ShardSet, folder: Path, alive: Callable[[], None]) -> Path | N
     index promises, or `folder` cannot be written.
     """
     index = (shards.root / INDEX_FILE).read_bytes()
+    if shards.tars:  # they will lie beside the index
+        index = json.dumps({k: v for k, v in json.loads(index).items() if k != "tars"}).encode()
     target = folder / "d2v_ds" / f"{shards.root.name}-{hashlib.sha256(index).hexdigest()[:16]}"
     try:
         target.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,13 +97,16 @@ def describe(root: Path) -> str:
     run = RunFolder(root)
     if not run.config.is_file():
         raise UserError(f"{root}: no run there (no config.yaml); give the run's folder (run.dir)")
-    steps = int(load_yaml(run.config)["run"]["steps"])
+    config = load_yaml(run.config)
+    steps = int(config["run"]["steps"])
     row, beats, now = last_row(run.metrics), heartbeats(run), time.time()
     step = max([int(row["step"]) if row else 0, *(b.step for b in beats)])
     lines = [f"run          {root}", f"state        {_state(run, beats, now)}"]
     lines.append(f"step         {step} of {steps}")
     if row and row.get("step_s") and step < steps:
         lines.append(f"time left    {duration((steps - step) * row['step_s'])} at its last pace")
+    if len(config["modality"]) > 1:
+        lines.append(f"modalities   {_by_modality(config['modality'], row or {})}")
     saved = run.steps()
     lines.append(
         f"checkpoint   {f'step {saved[-1]} (of {len(saved)} kept)' if saved else 'none yet'}"
@@ -120,6 +124,14 @@ def describe(root: Path) -> str:
             f"meets the others, {slow.wait_seconds:.3f} s of it waiting for data"
         )
     return "\n".join(lines)
+
+
+def _by_modality(names: Iterable[str], row: Mapping[str, Any]) -> str:
+    """Each modality with its loss in the last row, where it has one."""
+    losses = {name: row.get(f"loss/{name}") for name in names}
+    return ", ".join(
+        f"{name} (loss {loss:.3f})" if loss is not None else name for name, loss in losses.items()
+    )
 
 
 def _state(run: RunFolder, beats: list[Heartbeat], now: float) -> str:

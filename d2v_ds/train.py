@@ -16,7 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,20 +25,21 @@ import torch
 from d2v_ds import checkpoint, distributed, environment, status
 from d2v_ds.batch import StepBatch
 from d2v_ds.checkpoint.together import own_rank, together
-from d2v_ds.config import Config, learning_rate, refuse_changes
+from d2v_ds.config import Config, learning_rate, modality_of, refuse_changes
 from d2v_ds.decoding import dump_yaml, to_dict
 from d2v_ds.distributed import StopFlag, World, seed_torch
 from d2v_ds.engine import Engine, create_engine
 from d2v_ds.engine.optimizer import param_groups
 from d2v_ds.errors import UserError
+from d2v_ds.find_set import find_set
 from d2v_ds.loader import Loader
+from d2v_ds.loader.mixture import Mixture, divide_workers, shares_of
 from d2v_ds.modalities import create_modalities
 from d2v_ds.preflight import UnfitNodes
 from d2v_ds.pretrain import Pretrain, build_pretrain, resolved
 from d2v_ds.rank_check import check_ranks, tell_unfit, warn_of_too_few_cores
 from d2v_ds.run_folder import Generation, RunFolder, claim_generation, write_atomically
 from d2v_ds.schedules import ema_decay
-from d2v_ds.shard_format import open_set
 from d2v_ds.staging import own_copy
 from d2v_ds.teacher import Ema
 from d2v_ds.telemetry import Telemetry
@@ -58,13 +59,15 @@ class TrainState:
 
     step: int = 0  # optimizer steps taken
     samples: int = 0  # seen, over all ranks
-    units: float = 0.0  # seconds of audio, images or tokens of them
-    position: Mapping[str, Any] | None = None  # of the loader
+    units: Mapping[str, float] = field(default_factory=dict)  # seconds of audio, images, tokens of
+    # them, by modality
+    position: Mapping[str, Any] = field(default_factory=dict)  # of each source's loader
 
     def advance(self, batch: StepBatch) -> None:
         self.step += 1
         self.samples += batch.samples
-        self.units += batch.units
+        seen = self.units.get(batch.modality, 0.0) + batch.units
+        self.units = {**self.units, batch.modality: seen}
         self.position = batch.position
 
 
@@ -80,7 +83,7 @@ class Training:
     engine: Engine
     ema: Ema
     shapes: dict[str, tuple[int, ...]]
-    loader: Loader
+    mixture: Mixture
     state: TrainState
     saver: checkpoint.Saver
     watchdog: Watchdog
@@ -128,7 +131,7 @@ def train(config: Config, world: World, *, new: bool = False, allow: tuple[str, 
         with StopFlag(config.run_dir) as stop, Watchdog(world.rank, world.size) as watchdog:
             nodes = check_ranks(config, device)
             training = set_up(config, world, device, nodes, watchdog, new=new, allow=allow)
-            with contextlib.closing(training.loader):
+            with contextlib.closing(training.mixture):
                 return run_steps(training, stop)
     except UnfitNodes as error:
         return tell_unfit(error)
@@ -160,7 +163,7 @@ def set_up(
     if on_rank_0(run.steps)[-1:] != ([found.step] if found else []):
         found = checkpoint.newest_verified(run)  # one was published, or given back its name
     state = TrainState(**found.state["train"]) if found else TrainState()
-    loader = create_loader(config, world, state, watchdog)  # forks, so before anything of the GPU
+    mixture = create_mixture(config, world, state, watchdog)
 
     torch.manual_seed(config.run.seed)  # the same weights on every rank
     task = build_pretrain(config).train()
@@ -191,7 +194,7 @@ def set_up(
         replicated=engine.replicated,
     )
     return Training(
-        config, world, run, generation, task, engine, ema, shapes, loader, state, saver, watchdog
+        config, world, run, generation, task, engine, ema, shapes, mixture, state, saver, watchdog
     )
 
 
@@ -228,20 +231,30 @@ def check_resume(
         log.warning("resuming with changed settings, as allowed: %s", ", ".join(allowed))
 
 
-def create_loader(config: Config, world: World, state: TrainState, watchdog: Watchdog) -> Loader:
-    """The loader of the run's one modality, standing where `state` says."""
-    [(name, modality)] = create_modalities(config.modality).items()
-    return Loader(
-        own_copy(open_set(config.shards_of(name), name), watchdog),
-        modality,
-        seed=config.run.seed,
-        size=config.batch.size,
-        micro_batches=config.batch.micro_batches,
-        rank=world.rank,
-        world=world.size,
-        workers=config.data.workers,
-        position=state.position,
-    )
+def create_mixture(config: Config, world: World, state: TrainState, watchdog: Watchdog) -> Mixture:
+    """The sources of the run, standing where `state` says. All ranks together."""
+    modalities = create_modalities(config.modality)
+    shares, loaders = shares_of(config), {}
+    for (source, path), workers in zip(
+        config.sources.items(), divide_workers(config.data.workers, shares), strict=True
+    ):
+        modality = modalities[modality_of(source)]
+        shards = find_set(path, modality.name)
+        modality.check_set(shards.about)
+        loaders[source] = Loader(
+            own_copy(shards, watchdog),
+            modality,
+            seed=config.run.seed,
+            size=config.batch_size(modality.name),
+            micro_batches=config.batch.micro_batches,
+            rank=world.rank,
+            world=world.size,
+            workers=workers,
+            position=state.position.get(source),
+            quarantine=RunFolder(config.run_dir).bad_samples(world.rank),
+            max_bad=config.data.max_bad,
+        )
+    return Mixture(loaders, shares, config.run.seed)
 
 
 def describe_run(config: Config, run: RunFolder, nodes: list[str]) -> None:
@@ -276,13 +289,13 @@ def run_steps(t: Training, stop: StopFlag) -> int:
     with Telemetry(config, t.run, t.task.modalities, state.step, t.watchdog) as telemetry:
         while state.step < config.run.steps and not stop.agreed():
             t.saver.poll()
-            step_batch = telemetry.next_batch(t.loader)
+            step_batch = telemetry.next_batch(t.mixture, state.step)
             for batch in step_batch.micro_batches:
                 seed_torch(config.run.seed, state.step, batch.index)
                 with telemetry.forward():
                     loss, stats = t.engine(batch.to(t.engine.device), step_batch.masked_count)
                 t.engine.backward(loss)
-                telemetry.add(stats)
+                telemetry.add(step_batch.modality, stats)
             lr = learning_rate(config.optim, config.run.steps, state.step)
             if not t.engine.step(lr, config.optim.weight_decay, step_batch.modality):
                 skipped, telemetry.skipped = skipped + 1, telemetry.skipped + 1
@@ -305,12 +318,8 @@ def run_steps(t: Training, stop: StopFlag) -> int:
                 step_batch,
                 state.step,
                 state.samples,
-                {
-                    "lr": lr,
-                    "weight_decay": config.optim.weight_decay,
-                    "grad_norm": t.engine.grad_norm(),
-                    "decay": decay,
-                },
+                t.engine.grad_norm(),
+                {"lr": lr, "weight_decay": config.optim.weight_decay, "decay": decay},
             )
             if state.step % config.save.every == 0:
                 t.save()
@@ -327,8 +336,7 @@ def run_steps(t: Training, stop: StopFlag) -> int:
 
 def report(t: Training) -> None:
     """What the run will be, before its first step: everything that was derived."""
-    config, stats = t.config, t.loader.stats
-    unit = t.loader.modality.unit
+    config = t.config
     sizes = {kind: sum(map(math.prod, shapes)) for kind, shapes in t.shapes_by_side().items()}
     log.info(
         "%s: %s parameters to train, %s averaged by the teacher; %s, %s on %s",
@@ -339,23 +347,28 @@ def report(t: Training) -> None:
         t.engine.precision,
         t.engine.device.type,
     )
+    steps = {name: config.batch_size(name) for name in t.task.modalities}
     log.info(
-        "a step: up to %g %s in %d micro-batches, %d on each of %d ranks",
-        config.batch.size,
-        unit,
+        "a step: up to %s in %d micro-batches, %d on each of %d ranks",
+        " or ".join(f"{size:g} {t.task.modalities[name].unit}" for name, size in steps.items()),
         config.batch.micro_batches,
         config.batch.micro_batches // t.world.size,
         t.world.size,
     )
-    log.info(
-        "an epoch: %d steps, %d samples, %.4g %s, %.1f %% padding; %d samples are too short",
-        stats.steps,
-        stats.samples,
-        stats.units,
-        unit,
-        100 * stats.padding,
-        stats.left_out,
-    )
+    for (source, loader), share in zip(t.mixture.loaders.items(), t.mixture.shares.of, strict=True):
+        stats = loader.stats
+        log.info(
+            "%s: %d steps, %d samples, %.4g %s, %.1f %% padding; %d samples are too short",
+            f"an epoch of {source}, {float(share):.1%} of the steps"
+            if len(t.mixture.loaders) > 1
+            else "an epoch",
+            stats.steps,
+            stats.samples,
+            stats.units,
+            loader.modality.unit,
+            100 * stats.padding,
+            stats.left_out,
+        )
     for modality in t.task.modalities.values():
         for warning in modality.warnings():
             log.warning("%s", warning)

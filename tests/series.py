@@ -21,6 +21,7 @@ import torch
 
 from d2v_ds import shard_format
 from d2v_ds.batch import Batch, mask_indices
+from d2v_ds.checksum import xxh3
 from d2v_ds.masking import block_count, block_mask_1d
 from d2v_ds.shard_format import ShardEntry, ShardSet, open_set
 
@@ -53,6 +54,10 @@ class SeriesModality:
         start = int(rng.integers(len(series) - self.crop(len(series)) + 1))
         cropped: Series = series[start : start + self.crop(len(series))].astype(np.float32)
         return cropped
+
+    def fit(self, example: Series, length: int) -> Series:
+        size = self.crop(length)
+        return example if len(example) == size else np.resize(example, size)
 
     def collate(
         self, examples: Sequence[Series], rngs: Sequence[np.random.Generator], index: int
@@ -96,11 +101,11 @@ def write_set(
             (broken or {}).get(key, series(key, length))
             for key, length in zip(keys, shard, strict=True)
         ]
-        tar, offsets, sizes, crcs = write_tar(keys, contents)
+        tar, offsets, sizes, checksums = write_tar(keys, contents)
         (root / f"{name}.tar").write_bytes(tar)
         (root / f"{name}.idx").write_bytes(
             shard_format.index_bytes(
-                ("json", "series"), len(tar), keys, offsets, sizes, crcs, array("I", shard)
+                ("json", "series"), len(tar), keys, offsets, sizes, checksums, array("I", shard)
             )
         )
         digest = hashlib.sha256(tar).hexdigest()
@@ -114,17 +119,15 @@ def write_tar(
     keys: Sequence[str], contents: Sequence[bytes]
 ) -> tuple[bytes, array[int], array[int], array[int]]:
     """A tar of KEY.json and KEY.series members, with their offsets, sizes and checksums."""
-    buffer, offsets, sizes, crcs = io.BytesIO(), array("q"), array("I"), array("I")
+    buffer, offsets, sizes, checksums = io.BytesIO(), array("q"), array("I"), array("I")
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for key, content in zip(keys, contents, strict=True):
             members = {"json": json.dumps({"key": key}).encode(), "series": content}
-            crc = 0
             for extension, member in members.items():
                 info = tarfile.TarInfo(f"{key}.{extension}")
                 info.size = len(member)
                 offsets.append(buffer.tell() + tarfile.BLOCKSIZE)
                 sizes.append(len(member))
                 tar.addfile(info, io.BytesIO(member))
-                crc = zlib.crc32(member, crc)
-            crcs.append(crc)
-    return buffer.getvalue(), offsets, sizes, crcs
+                checksums.append(xxh3(member))
+    return buffer.getvalue(), offsets, sizes, checksums

@@ -122,6 +122,28 @@ def test_streamed_wav_without_a_size_is_read(size: int) -> None:
     assert len(audio.decode(bytes(data))) == 4000
 
 
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_plain_wav_with_other_chunks_is_read_as_libsndfile_reads_it(channels: int) -> None:
+    samples = noise(channels=channels)
+    data = encoded(samples)
+    extra = b"LIST" + (5).to_bytes(4, "little") + b"INFO\0\0"  # of odd size, so one byte more
+    at = data.index(b"data")
+    for changed in (data[:at] + extra + data[at:], data + extra):
+        changed = changed[:4] + (len(changed) - 8).to_bytes(4, "little") + changed[8:]
+        expected, rate = soundfile.read(io.BytesIO(changed), dtype="int16")
+        assert audio.info(changed) == audio.Info(rate, len(expected), channels, "WAV", "PCM_16")
+        for one in range(channels):
+            found = audio.Recording(changed).pcm(channel=one)
+            assert found.dtype == np.int16
+            assert (found == expected.reshape(4000, channels)[:, one]).all()
+        assert len(audio.decode(changed, 100, 50)) == 50
+
+
+def test_a_plain_wav_is_not_copied() -> None:
+    data = encoded(noise())
+    assert np.shares_memory(audio.Recording(data).pcm(), np.frombuffer(data, np.uint8))
+
+
 def test_damaged_flac() -> None:
     data = encoded(noise(40_000), "FLAC")
     with pytest.raises(ValueError, match=r"cannot be decoded|frames before the length"):

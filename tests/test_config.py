@@ -31,8 +31,12 @@ def test_overrides_are_typed_by_the_setting() -> None:
 
 
 def test_one_shard_set_or_one_for_each_modality() -> None:
-    assert load("data.shards=/a").shards_of("speech") == "/a"
-    assert load("data.shards.speech=/b").shards_of("speech") == "/b"
+    assert load("data.shards=/a").sources == {"speech": "/a"}
+    assert load("data.shards.speech=/b").sources == {"speech": "/b"}
+    two = load(
+        "data.shards={speech/x: /c, speech/y: /d}", "data.weights={speech/x: 1, speech/y: 2}"
+    )
+    assert list(two.sources) == ["speech/x", "speech/y"] and two.batch_size("speech") == 8.05
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,7 @@ def test_one_shard_set_or_one_for_each_modality() -> None:
         ("optim.warmup_steps=401", "optim.warmup_steps: 401 does not lie in 0 .. run.steps=400"),
         ("teacher.decay=1.5", "teacher.decay: must lie in [0, 1], got 1.5"),
         ("save.keep_every=150", "save.keep_every: must be 0 (off) or a multiple of save.every=100"),
-        ("data.weights.text=1", "data.weights.text: no such modality in this run"),
+        ("data.weights.text=1", "data.weights.text: no such source in this run (has: speech)"),
         ("optim.lr.x=1", "optim.lr: is a value, not a section"),
         ("optim.lr", "'optim.lr': expected key.path=value"),
     ],

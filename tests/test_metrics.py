@@ -16,15 +16,28 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 )
 from torch import Tensor
 
-from d2v_ds.metrics import TAGS, Accumulator, MetricsWriter, masked_picture, summarize
+from d2v_ds.metrics import (
+    TAGS,
+    Accumulator,
+    MetricsWriter,
+    effective_rank,
+    masked_picture,
+    summarize,
+    tag_of,
+)
 from d2v_ds.run_folder import RunFolder
 
 D = 6
 
 
-def stats(prediction: Tensor, target: Tensor, samples: int = 2) -> dict[str, Tensor]:
-    """What the model reports of one micro-batch: fp32 sums. prediction, target: [N, D]."""
+def stats(
+    prediction: Tensor, target: Tensor, samples: int = 2, placed: Tensor | None = None
+) -> dict[str, Tensor]:
+    """What the model reports of one micro-batch: fp32 sums. prediction, target: [N, D]; placed:
+    targets of all samples at some places [B, P, D], by default the first N of which each sample
+    has one."""
     error = (prediction - target).pow(2).sum()
+    placed = target[:, None] if placed is None else placed
     return {
         "loss": error / 1000,
         "masked": torch.tensor(float(len(target))),
@@ -36,11 +49,27 @@ def stats(prediction: Tensor, target: Tensor, samples: int = 2) -> dict[str, Ten
         "prediction_sq": prediction.pow(2).sum(0),
         "front_std": torch.tensor(0.25 * samples),
         "samples": torch.tensor(float(samples)),
+        "sampled": torch.tensor(float(len(target))),
+        "sampled_sum": target.sum(0),
+        "sampled_products": target.T @ target,
+        "placed": torch.full((placed.shape[1],), float(len(placed))),
+        "placed_sum": placed.sum(0),
+        "placed_sq": placed.pow(2).sum(0),
     }
 
 
 def spread(values: np.ndarray) -> float:
     return float(np.sqrt(values.var(axis=0, ddof=1) + 1e-6).mean())
+
+
+def written_out_rank(vectors: np.ndarray) -> float:
+    """Of [N, D]: by singular values, a share at a time."""
+    squares = np.linalg.svd(vectors - vectors.mean(0), compute_uv=False) ** 2
+    entropy = 0.0
+    for square in squares:
+        share = square / squares.sum()
+        entropy -= share * math.log(share) if share > 0 else 0.0
+    return math.exp(entropy)
 
 
 def test_summary_equals_numpy_on_all_vectors() -> None:
@@ -60,12 +89,15 @@ def test_summary_equals_numpy_on_all_vectors() -> None:
         "loss": error / 1000 / 2,
         "target_spread": spread(y),
         "prediction_spread": spread(p),
+        "target_sample_spread": spread(y),
         "front_end_spread": 0.25,
         "explained_share": 1 - error / ((y - y.mean(0)) ** 2).sum(),
         "masked_share": 0.5,
     }
+    rank = written_out_rank(y)
+    assert summary.pop("target_rank") == pytest.approx(rank, rel=1e-4)  # eigenvalues are in fp32
     assert summary == pytest.approx(expected, rel=1e-6)
-    assert set(summary) <= set(TAGS)
+    assert {*summary, "target_rank"} <= set(TAGS)
     assert accumulator.reduce() == {}
 
 
@@ -94,6 +126,38 @@ def test_a_collapsed_target_has_almost_no_spread() -> None:
     constant = torch.full((100, D), 0.3)
     accumulator.add(stats(constant, constant))
     assert summarize(accumulator.reduce())["target_spread"] == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_targets_that_tell_places_apart_and_no_samples_have_no_spread_between_these() -> None:
+    """Their spread as a whole and the share that is explained look as those of a good run."""
+    torch.manual_seed(0)
+    places = torch.randn(8, D)
+    accumulator = Accumulator()
+    for _ in range(5):  # micro-batches of one sample
+        collapsed = places + 0.01 * torch.randn(8, D)
+        accumulator.add(stats(0.9 * collapsed, collapsed, placed=collapsed[None]))
+    summary = summarize(accumulator.reduce())
+    assert summary["target_spread"] > 0.5 and summary["explained_share"] > 0.9
+    assert summary["target_sample_spread"] == pytest.approx(0.01, rel=0.3)
+
+
+def test_a_single_sample_has_no_spread_between_samples() -> None:
+    accumulator = Accumulator()
+    target = torch.randn(4, D)
+    accumulator.add(stats(target, target, placed=target[None]))
+    assert math.isnan(summarize(accumulator.reduce())["target_sample_spread"])
+
+
+def test_effective_rank() -> None:
+    rng = np.random.default_rng(0)
+    for rank in (1, 3, D):
+        vectors = rng.standard_normal((5000, rank)) @ np.eye(rank, D) + 4.0
+        found = effective_rank(vectors.T @ vectors, vectors.sum(0), len(vectors))
+        assert found == pytest.approx(rank, rel=1e-2)
+    nothing = np.zeros((D, D))
+    assert math.isnan(effective_rank(nothing, nothing[0], 10))
+    assert math.isnan(effective_rank(nothing, nothing[0], 1))
+    assert math.isnan(effective_rank(nothing * math.nan, nothing[0], 10))
 
 
 def test_nothing_masked_is_not_a_number() -> None:
@@ -221,8 +285,14 @@ def test_what_is_not_finite_is_null_in_the_row(run: RunFolder) -> None:
     assert math.isnan(events(run).Scalars("loss/total")[0].value)
 
 
+def test_names_of_one_modality_have_tags_of_their_own() -> None:
+    assert tag_of("loss") == "loss/total" and tag_of("loss/speech") == "loss/speech"
+    assert tag_of("target_spread/text") == "repr/std_target/text"
+    assert tag_of("epoch/speech/libri") == "data/epoch/speech/libri"
+
+
 def test_names_without_a_tag_are_refused(run: RunFolder) -> None:
-    with MetricsWriter(run) as writer, pytest.raises(AssertionError, match="'los' is neither"):
+    with MetricsWriter(run) as writer, pytest.raises(AssertionError, match="'los' is not in TAGS"):
         writer.scalars(10, 80, {"los": 1.0})
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
-import numpy as np
 import pytest
 import torch
 import variants
@@ -13,22 +11,12 @@ from torch import Tensor, nn
 from variants import RAGGED, VARIANTS, assemble, batch_of, draw, examples
 
 from d2v_ds import recipes, student
-from d2v_ds.batch import Batch, mask_indices
-from d2v_ds.config import Config
 from d2v_ds.engine import create_engine
 from d2v_ds.engine.optimizer import param_groups
 from d2v_ds.loss import class_loss, instance_norm, make_targets, regression_loss
 from d2v_ds.modalities.speech import PUBLISHED_CONVS, frames
 from d2v_ds.pretrain import Pretrain, at_masked, build_pretrain, spread_over_time
 from d2v_ds.teacher import Ema
-from d2v_ds.transformer import (
-    Alibi,
-    Block,
-    RelativeBias,
-    TransformerConfig,
-    Trunk,
-    alibi_slopes,
-)
 
 SIZES = (20, 40, 31)  # of samples in tokens
 
@@ -471,181 +459,7 @@ def test_weight_decay_spares_biases_norms_and_scales(variant: str, task: Pretrai
     assert all(group.decay for group in everything)
 
 
-# ---------------------------------------------------------------------------------- modules
-
-
-def test_alibi_slopes_and_bias() -> None:
-    expected = [2.0**-i for i in range(1, 9)] + [2.0 ** (-i - 0.5) for i in range(4)]
-    assert alibi_slopes(12) == pytest.approx(expected)
-    assert alibi_slopes(6) == pytest.approx([0.25, 0.0625, 2**-6, 2**-8, 0.5, 0.125])
-    alibi = Alibi(4)
-    with torch.no_grad():
-        alibi.scale.copy_(torch.tensor([1.0, 2.0, -1.0, 0.5]))
-    bias = alibi(torch.tensor([[3, 10]]))  # kept tokens keep their original distance
-    slopes = torch.tensor(alibi_slopes(4))
-    scale = torch.tensor([1.0, 2.0, 0.0, 0.5])  # clamped at 0
-    torch.testing.assert_close(bias[0, :, 0, 1], -7 * slopes * scale)
-    assert (bias[0, :, [0, 1], [0, 1]] == 0).all()
-
-
-def test_extra_tokens_get_no_bias_and_padding_none_of_the_attention() -> None:
-    bias = student.attention_bias(
-        torch.ones(1, 2, 3, 3), torch.tensor([[True, True, False]]), 1, torch.zeros(1, 4, 8)
-    )
-    assert bias is not None and bias.shape == (1, 2, 4, 4)
-    assert (bias[0, 0, 0, :3] == 0).all() and (bias[0, 0, :, 0] == 0).all()
-    assert (bias[0, 0, 1:, 1:3] == 1).all() and (bias[..., 3] == float("-inf")).all()
-    assert student.attention_bias(None, None, 1, torch.zeros(1, 4, 8)) is None
-
-
-def test_relative_bias_tells_offsets_apart() -> None:
-    bias = RelativeBias((2, 3), heads=1)
-    n = len(bias.table)
-    assert n == 3 * 5 + 3
-    with torch.no_grad():
-        bias.table.copy_(torch.arange(float(n))[:, None])
-    table = bias(torch.arange(6)[None])[0, 0].detach()  # [7, 7], the class token first
-    assert table[0, 0] == n - 1 and (table[0, 1:] == n - 3).all() and (table[1:, 0] == n - 2).all()
-    patches = table[1:, 1:]
-    offsets: dict[tuple[int, int], set[float]] = {}
-    for i in range(6):
-        for j in range(6):
-            offset = i // 3 - j // 3, i % 3 - j % 3
-            offsets.setdefault(offset, set()).add(float(patches[i, j]))
-    assert all(len(values) == 1 for values in offsets.values())
-    assert len({v for values in offsets.values() for v in values}) == len(offsets) == 15
-
-
-def small(**changes: object) -> TransformerConfig:
-    settings = {"dim": 8, "depth": 2, "heads": 2, "dropout": 0.0, "attention_dropout": 0.0}
-    return TransformerConfig(**(settings | changes))  # type: ignore[arg-type]
-
-
-def test_a_pre_norm_block_without_ffn_is_identity_and_attention() -> None:
-    torch.manual_seed(0)
-    block = Block(small(norm="pre"), 0.0).eval()
-    nn.init.zeros_(block.ffn.fc2.weight)
-    nn.init.zeros_(block.ffn.fc2.bias)
-    x = torch.randn(2, 5, 8)
-    y, ffn = block(x, None)
-    assert (ffn == 0).all()
-    torch.testing.assert_close(y, x + block.attention(block.norm1(x), None))
-
-
-def test_layer_scale_and_drop_path() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(400, 3, 8)
-    plain, scaled = Block(small(norm="pre"), 0.0), Block(small(norm="pre", layer_scale=0.1), 0.0)
-    scaled.load_state_dict(plain.state_dict(), strict=False)
-    for block in (plain, scaled):
-        nn.init.zeros_(block.ffn.fc2.weight)
-        nn.init.zeros_(block.ffn.fc2.bias)
-    torch.testing.assert_close(scaled(x, None)[0] - x, 0.1 * (plain(x, None)[0] - x))
-    dropping = Block(small(norm="pre"), 0.25).train()
-    dropping.load_state_dict(plain.state_dict())
-    moved = dropping(x, None)[0] - x
-    expected = plain(x, None)[0] - x
-    kept = moved.flatten(1).any(1)  # whole rows
-    assert 0.65 < float(kept.float().mean()) < 0.85
-    torch.testing.assert_close(moved[kept], expected[kept] / 0.75)
-    assert torch.equal(dropping.eval()(x, None)[0] - x, expected)
-    trunk = Trunk(small(norm="pre", drop_path=0.3, depth=4), 4, layer_drop=0.0)
-    rates = [block.branch1.drop_path for block in trunk.blocks]
-    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
-
-
-def test_keys_without_bias() -> None:
-    torch.manual_seed(0)
-    config = small(qkv_bias="qv")
-    block = Block(config, 0.0)
-    assert block.attention.qkv.bias is None
-    whole = Block(small(), 0.0)
-    with torch.no_grad():
-        nn.init.normal_(block.attention.q_bias), nn.init.normal_(block.attention.v_bias)  # type: ignore[arg-type]
-        state = {
-            k: v for k, v in block.state_dict().items() if not k.endswith(("q_bias", "v_bias"))
-        }
-        q, v = block.attention.q_bias, block.attention.v_bias
-        state["attention.qkv.bias"] = torch.cat([q, torch.zeros(8), v])  # type: ignore[list-item]
-        whole.load_state_dict(state)
-    x = torch.randn(2, 5, 8)
-    torch.testing.assert_close(block(x, None)[0], whole(x, None)[0])
-
-
-def test_a_dropped_layer_changes_nothing_and_gets_a_zero_gradient() -> None:
-    torch.manual_seed(0)
-    trunk = Trunk(small(), 2, layer_drop=0.999)
-    x = torch.randn(1, 4, 8, requires_grad=True)
-    y, _ = trunk.train()(x, None)
-    assert torch.equal(y, x)
-    y.sum().backward()
-    gradients = [p.grad for p in trunk.parameters()]
-    assert all(g is not None and not g.any() for g in gradients)
-    y, _ = trunk.eval()(x, None)
-    assert not torch.equal(y, x)
-
-
-def spread(tensor: Tensor) -> float:
-    return float(tensor.detach().std())
-
-
-def test_initialisation() -> None:
-    torch.manual_seed(0)
-    big = small(dim=128, heads=2)
-    bert, beit = (
-        Trunk(big, 3, layer_drop=0.0),
-        Trunk(dataclasses.replace(big, init="beit", norm="pre"), 3, layer_drop=0.0),
-    )
-    assert spread(bert.blocks[2].ffn.fc2.weight) == pytest.approx(0.02, rel=0.05)
-    cut = 0.02 * 0.5396  # a normal cut at one standard deviation
-    assert spread(beit.blocks[2].ffn.fc1.weight) == pytest.approx(cut, rel=0.05)
-    assert float(beit.blocks[2].ffn.fc1.weight.detach().abs().max()) <= 0.02
-    for n in (1, 2, 3):  # by depth
-        weight = beit.blocks[n - 1].ffn.fc2.weight
-        assert spread(weight) == pytest.approx(cut / (2 * n) ** 0.5, rel=0.05)
-    two, one = variants.build("v2_vision").student, variants.build("v1_vision").student
-    assert spread(two.encoder.front_ends["vision"].extra.embedding) == pytest.approx(1, rel=0.3)
-    assert float(one.encoder.front_ends["vision"].extra.embedding.detach().abs().max()) <= 0.02
-    assert float(one.encoder.front_ends["vision"].mask_token.embedding.detach().abs().max()) <= 0.02
-    front_end = variants.build("v1_speech").student.encoder.front_end("speech")
-    token = front_end.mask_token.embedding.detach()  # type: ignore[union-attr]
-    assert 0 <= float(token.min()) and float(token.max()) <= 1 and float(token.std()) > 0.2
-    text = variants.build("v2_text").student
-    assert not text.encoder.front_ends["text"].features.tokens.weight[1].any()  # padding
-    assert spread(text.predictors["text"].proj[0].weight) == pytest.approx(0.02, rel=0.1)
-    assert not text.predictors["text"].proj[0].bias.any()
-    assert variants.build("v2_speech").student.predictors["speech"].proj.bias.any()  # torch's
-
-
-def test_a_decoder_with_an_even_kernel_keeps_the_length() -> None:
-    task = variants.build("v2_text", "modality.text.decoder.kernel=4")
-    loss, _ = task(batch_of(task, 20, 30), 1)
-    assert torch.isfinite(loss)
-
-
-# ---------------------------------------------------------------------------------- batches
-
-
-def test_mask_indices_of_a_ragged_batch() -> None:
-    drawn = [np.array([[True, False, False], [False, False, True]]), np.array([[True, False]] * 2)]
-    found = mask_indices(drawn)
-    assert found["visible"].tolist() == [[1, 2], [0, 1], [1, 3], [1, 3]]
-    assert found["masked"].tolist() == [0, 5, 6, 9]
-    assert found["valid"].tolist() == [[True] * 3, [True, True, False]]
-    assert found["ragged"] is True and found["padded"] is False
-    replaced = mask_indices(drawn, removed=False)
-    assert replaced["visible"] is None and replaced["ragged"] is False
-    assert torch.equal(replaced["masked"], found["masked"])
-
-
-def test_mask_indices_with_padding_among_the_tokens() -> None:
-    drawn = [np.array([[True, False, False]]), np.array([[False, False, True]])]
-    valid = np.array([[True, True, True], [True, False, False]])
-    found = mask_indices(drawn, valid=valid)
-    batch = Batch("text", 0, torch.zeros(2, 3), **found)
-    assert found["visible"].tolist() == [[1, 2], [0, 1]] and found["masked"].tolist() == [0, 5]
-    assert batch.padded and batch.exists() is None
-    assert batch.attended().tolist() == [[True, True], [True, False]]  # type: ignore[union-attr]
+# ----------------------------------------------------------------------------------- speech
 
 
 def test_frames_follow_the_convolutions() -> None:
@@ -666,95 +480,3 @@ def test_positions_that_see_the_whole_crop_are_warned_of() -> None:
         "modality.speech.positions={depth: 5, kernel: 19}", "modality.speech.crop_seconds=1.005"
     )
     assert "see 91 frames, the whole crop of 50" in warning
-
-
-# ---------------------------------------------------------------------------------- recipes
-
-
-COUNTS = [  # of student, teacher and predictor, fixed positions with them
-    ("speech_base", 93_783_308, 88_561_932, 619_776),
-    ("speech_large", 315_184_144, 308_542_480, 1_908_736),
-    ("vision_base", 88_383_744, 85_797_888, 2_585_856),
-    ("vision_large", 309_268_480, 303_300_608, 5_967_872),
-    ("vision_huge", 637_403_392, 630_763_520, 6_639_872),
-    ("text_base", 152_961_792, 85_054_464, 28_907_520),
-    ("text_large", 385_379_584, 302_309_376, 31_070_464),
-    ("speech_base_v1", 93_754_880, 85_056_000, 590_592),
-]
-
-
-def size(module: nn.Module) -> int:
-    return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
-
-
-@pytest.mark.parametrize(("recipe", "student_size", "teacher_size", "predictor"), COUNTS)
-def test_parameter_counts_are_the_published_ones(
-    recipe: str, student_size: int, teacher_size: int, predictor: int
-) -> None:
-    """Counted in facebookresearch/fairseq at 3d262bb; the teacher's is what is averaged there."""
-    with torch.device("meta"):
-        task = build_pretrain(recipes.load(recipe, []))
-    assert size(task.student) == student_size
-    assert size(task.teacher) == teacher_size
-    assert size(task.student.predictors) == predictor
-
-
-@pytest.mark.parametrize(
-    ("recipe", "encoder"),
-    [
-        ("speech_base_v1", 93_164_288),
-        ("vision_base_v1", 85_666_128),
-        ("vision_large_v1", 303_137_216),
-    ],
-)
-def test_encoders_of_one_count_as_in_transformers(recipe: str, encoder: int) -> None:
-    with torch.device("meta"):
-        task = build_pretrain(recipes.load(recipe, []))
-    assert size(task.student.encoder) == encoder
-
-
-@pytest.mark.parametrize("recipe", recipes.RECIPES)
-def test_every_recipe_builds(recipe: str) -> None:
-    with torch.device("meta"):
-        task = build_pretrain(recipes.load(recipe, []))
-    [modality] = task.modalities.values()
-    assert modality.warnings() == []
-
-
-def test_masked_tokens_of_the_published_recipes() -> None:
-    """Counted in the original code."""
-
-    def of(recipe: str, length: int) -> int | None:
-        modality = variants.modality_of(build_on_meta(recipes.load(recipe, [])))
-        masked = modality.masked_tokens(length)
-        return None if masked is None else masked // modality.views
-
-    assert of("speech_base", 240_000) == 374 and of("speech_large", 240_000) == 411
-    assert of("vision_base", 1) == 157 and of("vision_large", 1) == 147
-    assert of("vision_huge", 1) == 192 and of("vision_huge16", 1) == 147
-    assert of("text_base", 64) == 31 and of("text_base", 512) == 246
-    assert [of(f"{name}_base_v1", 300) for name in ("speech", "vision", "text")] == [None] * 3
-
-
-def build_on_meta(config: Config) -> Pretrain:
-    with torch.device("meta"):
-        return build_pretrain(config)
-
-
-# ----------------------------------------------------------------------------------- compat
-
-
-def test_compat_sets_every_flag_and_gives_way_to_what_is_said_beside_it() -> None:
-    load: Callable[..., Config] = lambda recipe, *more: recipes.load(recipe, list(more))  # noqa: E731
-    for recipe in ("speech_base", "vision_base", "text_base", "text_base_v1"):
-        plain, faithful = load(recipe), load(recipe, "compat=fairseq")
-        assert (plain.optim.decay_all, plain.optim.adam_eps) == (False, "torch")
-        assert (faithful.optim.decay_all, faithful.optim.adam_eps) == (True, "fairseq")
-        build_on_meta(faithful)
-    assert load("speech_base", "compat=fairseq").modality["speech"]["padded_statistics"] is True
-    assert load("vision_base", "compat=fairseq").modality["vision"]["cls_views"] is None
-    text = load("text_base_v1", "compat=fairseq").modality["text"]
-    assert text["text_teacher"] == "masked" and text["padded_statistics"] is True
-    assert "text_teacher" not in load("text_base", "compat=fairseq").modality["text"]
-    kept = load("text_base_v1", "modality.text.text_teacher=whole", "compat=fairseq")
-    assert kept.modality["text"]["text_teacher"] == "whole" and kept.optim.decay_all

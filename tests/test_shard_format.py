@@ -33,7 +33,7 @@ def write_index(path: Path, fields: tuple[str, ...] = ("flac", "json")) -> bytes
         ["a/b", "ключ", "c"],
         array("q", range(512, 512 + count * len(fields))),
         array("I", range(count * len(fields))),
-        array("I", [2**32 - 1, 0, 7]),
+        array("I", [2**32 - 1, 0, 7] * len(fields)),
         array("I", [16_000, 1, 2**32 - 1]),
     )
     path.write_bytes(data)
@@ -61,7 +61,8 @@ def test_index_round_trip(tmp_path: Path, fields: tuple[str, ...]) -> None:
     offsets = np.frombuffer(index.offsets, np.int64).reshape(3, len(fields))
     assert offsets.ravel().tolist() == list(range(512, 512 + 3 * len(fields)))
     assert np.frombuffer(index.sizes, np.uint32).tolist() == list(range(3 * len(fields)))
-    assert np.frombuffer(index.crcs, np.uint32).tolist() == [2**32 - 1, 0, 7]
+    found = np.frombuffer(index.checksums, np.uint32).tolist()
+    assert found == [2**32 - 1, 0, 7] * len(fields)
     assert np.frombuffer(index.lengths, np.uint32).tolist() == [16_000, 1, 2**32 - 1]
 
 
@@ -78,7 +79,7 @@ def test_index_is_wrapped_without_a_copy(tmp_path: Path) -> None:
 def test_index_size(tmp_path: Path) -> None:
     data = write_index(tmp_path / "x.idx")
     keys = len("a/b") + len("ключ".encode()) + len("c")
-    assert len(data) == data.index(b"\n") + 1 + 3 * 36 + 4 + keys
+    assert len(data) == data.index(b"\n") + 1 + 3 * 40 + 4 + keys
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "header", "empty", "format", "list"])
@@ -92,7 +93,7 @@ def test_damaged_index(tmp_path: Path, damage: str) -> None:
     elif damage == "header":
         data[3] ^= 255
     elif damage == "format":
-        data = bytearray(bytes(data).replace(b'"format": 1', b'"format": 9'))
+        data = bytearray(bytes(data).replace(b'"format": 2', b'"format": 9'))
     elif damage == "list":
         data = bytearray(b"[1]\n" + data)
     else:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from d2v_ds.shard_format import INDEX_FILE, PLAN_FILE
 from shards import samples
 from shards.cli import main
+from shards.workers import AHEAD, run_jobs
 
 SPEECH = samples.path("speech")
 
@@ -123,3 +125,20 @@ def test_a_lost_worker_is_one_line(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert "a worker process died" in error and error.count("\n") == 1
     wait_for_end(workers)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_jobs_are_taken_as_they_are_needed(processes: int) -> None:
+    """A plan of millions of inputs is never spelled out at once."""
+    taken = []
+
+    def jobs() -> Iterator[int]:
+        for i in range(1000):
+            taken.append(i)
+            yield -i
+
+    results = run_jobs(abs, jobs(), processes)
+    for done in range(1, 20):
+        next(results)
+        assert len(taken) <= done + 2 * AHEAD * processes
+    results.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from d2v_ds import staging
 from d2v_ds.errors import UserError
-from d2v_ds.shard_format import ShardSet, open_set
+from d2v_ds.shard_format import ShardSet, open_set, set_json
 from d2v_ds.staging import own_copy, stage
 from d2v_ds.watchdog import Watchdog
 from shards import samples
@@ -47,6 +48,20 @@ def test_a_second_call_reads_nothing(shards: ShardSet, tmp_path: Path) -> None:
     before = {f: f.stat().st_mtime_ns for f in copy.glob("*.tar")}
     assert stage(shards, tmp_path, lambda: None) == copy
     assert before == {f: f.stat().st_mtime_ns for f in copy.glob("*.tar")}
+
+
+def test_tars_that_lie_apart_from_their_index(shards: ShardSet, tmp_path: Path) -> None:
+    apart = tmp_path / "apart"
+    apart.mkdir()
+    for entry in shards.shards:
+        (apart / f"{entry.name}.idx").write_bytes(shards.index(entry).read_bytes())
+    there = dataclasses.replace(shards, root=apart, tars=shards.root)
+    (apart / "index.json").write_text(set_json(there))
+    assert open_set(apart) == there
+    copy = stage(there, tmp_path / "local", lambda: None)
+    assert (
+        copy and open_set(copy).tars is None and hashes(copy).keys() == hashes(shards.root).keys()
+    )
 
 
 def test_a_copy_that_was_cut_short_goes_on(shards: ShardSet, tmp_path: Path) -> None:

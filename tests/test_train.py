@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
+from runs import Run, assert_equal_runs, ranks_of
 
-from d2v_ds.checkpoint import open_checkpoint
-from d2v_ds.checkpoint.format import KINDS
-from d2v_ds.run_folder import RunFolder, claim_generation
+from d2v_ds.run_folder import claim_generation
 from shards import samples
 from shards.cli import main as shards_main
 
@@ -49,87 +44,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-class Run:
-    """One run folder and the command that trains in it."""
-
-    def __init__(self, root: Path, shards: Path, *settings: str) -> None:
-        self.folder = RunFolder(root)
-        self.settings = [f"run.dir={root}", f"data.shards={shards}", *QUICK, *settings]
-
-    def command(self, *more: str, nproc: int = 2) -> list[str]:
-        words = ["train", "speech_tiny", *self.settings, *more, "--nproc", str(nproc)]
-        return [sys.executable, "-m", "d2v_ds", *words]
-
-    def train(self, *more: str, nproc: int = 2) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            self.command(*more, nproc=nproc),
-            capture_output=True,
-            text=True,
-            timeout=240,
-            env=environment(),
-        )
-
-    def start(self, *more: str, nproc: int = 2) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            self.command(*more, nproc=nproc),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment(),
-        )
-
-    def rows(self) -> list[dict[str, Any]]:
-        if not self.folder.metrics.exists():
-            return []
-        lines = self.folder.metrics.read_text().split("\n")[:-1]
-        return [json.loads(line) for line in lines]
-
-    def losses(self) -> dict[int, float]:
-        steps = [row["step"] for row in self.rows()]
-        assert steps == sorted(set(steps)), "rows overlap"
-        return {row["step"]: row["loss"] for row in self.rows()}
-
-    def wait_for_step(self, step: int, process: subprocess.Popen[str]) -> None:
-        """Fails with all that the run said when it does not come so far."""
-        deadline = time.monotonic() + 180
-        while not (rows := self.rows()) or rows[-1]["step"] < step:
-            if process.poll() is not None or time.monotonic() > deadline:
-                process.kill()  # its ranks end with it
-                said = [process.communicate()[0]]
-                said += [f.read_text() for f in self.folder.root.glob("logs/*/stacks-*.txt")]
-                pytest.fail(f"no step {step}, exit code {process.poll()}\n" + "\n".join(said))
-            time.sleep(0.05)
-
-
-def environment() -> dict[str, str]:
-    """A rank that hangs ends its run and leaves the stacks of all."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "D2V_HANG_SECONDS": "60"}
+def speech_run(root: Path, shards: Path, *settings: str) -> Run:
+    return Run(root, "speech_tiny", f"data.shards={shards}", *QUICK, *settings)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    run = Run(tmp_path_factory.mktemp("undisturbed") / "run", shards, "run.steps=16")
+    run = speech_run(tmp_path_factory.mktemp("undisturbed") / "run", shards, "run.steps=16")
     done = run.train("save.every=4")
     assert done.returncode == 0, done.stdout + done.stderr
     yield run
-
-
-def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    children = psutil.Process(process.pid).children()
-    return sorted(children, key=lambda child: int(child.environ()["RANK"]))
-
-
-def assert_equal_runs(ours: Run, expected: Run) -> None:
-    """To the bit: every loss, every tensor of the last checkpoint."""
-    assert ours.losses() == expected.losses()
-    step = expected.folder.steps()[-1]
-    a, b = (open_checkpoint(run.folder.checkpoint(step)) for run in (ours, expected))
-    for kind in KINDS:
-        left, right = a.tensors(kind), b.tensors(kind)
-        assert left.keys() == right.keys() and left
-        assert all(left[name].equal(right[name]) for name in left), kind
-    assert a.adam_steps == b.adam_steps
-    assert a.state["train"] == b.state["train"]
 
 
 def test_a_run_leaves_what_its_folder_promises(undisturbed: Run) -> None:
@@ -197,7 +121,7 @@ def test_a_run_whose_rank_was_killed_goes_on_to_the_bit(
 ) -> None:
     """kill -9 of one rank; the launcher ends the other; the same command resumes."""
     settings = ["run.steps=16", "save.every=4", f"engine.config={stage}"]
-    run = Run(tmp_path / "run", shards, *settings)
+    run = speech_run(tmp_path / "run", shards, *settings)
     process = run.start()
     run.wait_for_step(6, process)
     victim = ranks_of(process)[1]
@@ -213,7 +137,7 @@ def test_a_run_whose_rank_was_killed_goes_on_to_the_bit(
     else:
         expected = undisturbed.losses()
         assert run.losses() == pytest.approx(expected, rel=1e-5)
-        other = Run(tmp_path / "whole", shards, *settings)
+        other = speech_run(tmp_path / "whole", shards, *settings)
         assert other.train().returncode == 0
         assert_equal_runs(run, other)
 
@@ -222,7 +146,7 @@ def test_a_run_whose_rank_was_killed_goes_on_to_the_bit(
 def test_a_run_that_is_told_to_stops_well_and_goes_on(
     how: str, undisturbed: Run, shards: Path, tmp_path: Path
 ) -> None:
-    run = Run(tmp_path / "run", shards, "run.steps=16", "save.every=100")
+    run = speech_run(tmp_path / "run", shards, "run.steps=16", "save.every=100")
     process = run.start()
     run.wait_for_step(3, process)
     if how == "STOP":
@@ -247,19 +171,19 @@ def test_files_of_one_stage_load_into_another(
     undisturbed: Run, shards: Path, tmp_path: Path
 ) -> None:
     """Half under ZeRO 1 on two ranks, half on the local engine: the same losses."""
-    run = Run(tmp_path / "run", shards)
+    run = speech_run(tmp_path / "run", shards)
     first = run.train("run.steps=8", "engine.config=zero1", "optim.schedule=constant")
     assert first.returncode == 0, first.stdout + first.stderr
     settings = ["run.steps=16", "engine.config=local", "optim.schedule=constant"]
     second = run.train(*settings, nproc=1)
     assert second.returncode == 0, second.stdout + second.stderr
-    whole = Run(tmp_path / "whole", shards)
+    whole = speech_run(tmp_path / "whole", shards)
     assert whole.train(*settings, nproc=1).returncode == 0
     assert run.losses() == pytest.approx(whole.losses(), rel=2e-5)
 
 
 def test_a_run_folder_that_was_taken_over_is_not_written(shards: Path, tmp_path: Path) -> None:
-    run = Run(tmp_path / "run", shards, "run.steps=400", "save.every=3")
+    run = speech_run(tmp_path / "run", shards, "run.steps=400", "save.every=3")
     process = run.start(nproc=1)
     run.wait_for_step(4, process)
     saved = run.folder.steps()
@@ -286,7 +210,7 @@ def test_a_run_folder_that_was_taken_over_is_not_written(shards: Path, tmp_path:
 def test_mistakes_end_with_one_line_and_code_2(
     more: list[str], nproc: int, message: str, shards: Path, tmp_path: Path
 ) -> None:
-    done = Run(tmp_path / "run", shards).train(*more, nproc=nproc)
+    done = speech_run(tmp_path / "run", shards).train(*more, nproc=nproc)
     assert done.returncode == 2, done.stdout + done.stderr
     lines = [line for line in done.stderr.strip().splitlines() if "d2v-ds:" in line]
     assert len(lines) == 1 and message in lines[0], done.stderr

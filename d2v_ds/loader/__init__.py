@@ -1,8 +1,10 @@
 """The loader: shards -> plan -> samples -> decode -> collate -> StepBatch.
 
-    plan.py     ShardSet --lengths--> Plan.steps(position): which samples make which micro-batch
-    reading.py  worker processes: Reader.read -> modality.decode -> modality.collate -> Batch
-    Loader      in the plan's order: this rank's micro-batches of a step, with the position after it
+    plan.py        lengths --> Plan.steps(position): which samples make which micro-batch
+    reading.py     Reader.read -> modality.decode -> modality.collate -> Batch
+    workers.py     the processes that do so ahead
+    quarantine.py  samples that cannot be used
+    Loader         in the plan's order: this rank's part of a step, with the position after it
 
 Ranks take contiguous parts of each step's micro-batches and workers take whole micro-batches, so
 neither changes what is in them, and a run goes on from a position on any number of either.
@@ -10,52 +12,52 @@ neither changes what is in them, and a run goes on from a position on any number
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import dataclasses
-import multiprocessing
-import os
-import pickle
-import signal
-import sys
-import warnings
+import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 
-from d2v_ds.batch import Batch, StepBatch
-from d2v_ds.distributed import STOP_SIGNALS, die_with_parent
+from d2v_ds.batch import StepBatch
 from d2v_ds.errors import UserError
 from d2v_ds.loader.plan import START, EpochStats, Plan, Step
-from d2v_ds.loader.reading import Lot, MicroBatches, Reader
+from d2v_ds.loader.quarantine import Quarantine
+from d2v_ds.loader.reading import REMEDY, Lot, Made, MicroBatches, Reader
+from d2v_ds.loader.workers import Workers
 from d2v_ds.modalities.base import Modality
 from d2v_ds.preflight import require_divisible
-from d2v_ds.shard_format import ShardSet, fingerprint, read_index
+from d2v_ds.shard_cache import keep_near
+from d2v_ds.shard_format import ShardEntry, ShardSet, fingerprint, read_lengths
 
 __all__ = ["EpochStats", "Loader", "read_samples"]
 
-PREFETCH = 2  # micro-batches that a worker makes ahead
-SMALL_SHM = 1 << 30  # bytes free in /dev/shm below which batches travel through pipes
+MAX_BAD = 0.001  # share of samples that cannot be used, above which a run ends
+PATIENCE = 300.0  # seconds that a worker may take for a micro-batch
 
 
 class Loader:
     """This rank's part of every optimizer step over a shard set, for ever: iterates StepBatch.
 
     size: of a whole step, in the modality's unit. workers: processes that decode ahead, 0 to decode
-    in this one; they are forked here, so make the Loader before CUDA is in use. position: that of a
-    StepBatch, to go on after it. Raises UserError when the settings do not fit each other or the
-    set, or the set is another one than that of `position`; while iterating, when a sample cannot be
-    used. Where the number of masked tokens is drawn (Modality.masked_tokens), the ranks add theirs
-    up, and take every step together.
+    in this one. position: that of a StepBatch, to go on after it. quarantine: the file that tells
+    of samples that cannot be used, max_bad the share of them that ends the run. patience: seconds
+    that a worker may take for a micro-batch.
 
-    Several modalities, one a step, are a layer above: a Loader each, and a pure function of (seed,
-    step) that says whose turn it is on all ranks.
+    Raises UserError when the settings do not fit each other or the set, or the set is another one
+    than that of `position`; while iterating, when a shard cannot be read or too many samples cannot
+    be used; what Workers raises, when they fail. Where the number of masked tokens is drawn
+    (Modality.masked_tokens), the ranks add theirs up, and take every step together.
+
+    Several sets, one a step, are a layer above: mixture.py.
     """
 
     def __init__(
@@ -70,6 +72,9 @@ class Loader:
         world: int = 1,
         workers: int = 0,
         position: Mapping[str, int] | None = None,
+        quarantine: Path | None = None,
+        max_bad: float = MAX_BAD,
+        patience: float = PATIENCE,
     ) -> None:
         assert 0 <= rank < world, f"rank {rank} of {world}"
         require_divisible(micro_batches, world)
@@ -83,7 +88,7 @@ class Loader:
             )
         self.modality = modality
         self.plan = Plan(
-            [_lengths(shards, i) for i in range(len(shards.shards))],
+            [_lengths(shards, entry) for entry in shards.shards],
             modality,
             seed=seed,
             size=size,
@@ -91,20 +96,29 @@ class Loader:
         )
         mine = micro_batches // world
         self.mine = range(rank * mine, (rank + 1) * mine)  # of the micro-batches of every step
-        # In the first whole epoch every sample is read, by some rank: checksums are compared until
-        # its end.
-        self.verified_epoch = self.position["epoch"] + (self.position["step"] > 0)
         # Where masks of one length differ in their number, steps count theirs over all ranks.
         self.ahead: tuple[StepBatch, Callable[[], int]] | None = None
         self.group: Any = None
         if self.plan.masked is None and world > 1:
             self.group = dist.new_group(backend="gloo")  # never waits for a GPU, or for others
         self.planned: deque[Step] = deque()  # asked of the workers and not yet given out
-        self.reader = Reader(shards, [_member(shards, modality)])
-        source = MicroBatches(self.reader, modality, seed, by_pipe=workers > 0 and _shm_is_small())
-        self.batches, self.processes = _start(source, self._lots(), workers)
-        # Not left to multiprocessing, whose exit waits for workers after a SIGTERM they ignore.
-        atexit.register(self.close)
+        self.quarantine = Quarantine(quarantine, max_bad)
+        self.reader = Reader(shards, _members(shards, modality))
+        self.near = _Near(shards, self.plan) if shards.remote else None
+        make = MicroBatches(self.reader, modality, seed)
+        self.workers: Workers | None = None
+        self.made: Iterator[Made]
+        if workers:
+            self.made = self.workers = Workers(
+                make,
+                self._lots(),
+                workers,
+                own=Made.own,
+                name=self.reader.name,
+                patience=patience,
+            )
+        else:
+            self.made = (make(lot, lambda position: None) for lot in self._lots())
 
     @cached_property
     def stats(self) -> EpochStats:
@@ -113,10 +127,11 @@ class Loader:
     def _lots(self) -> Iterator[Lot]:
         for step in self.plan.steps(self.position):
             self.planned.append(step)
-            verify = step.epoch <= self.verified_epoch
+            if self.near:
+                self.near.at(step.position)
             for i in self.mine:
                 masked = None if step.masked is None else step.masked[i]
-                yield Lot(step.epoch, i, step.lots[i], masked, verify)
+                yield Lot(step.epoch, i, step.lots[i], step.spare[i], masked)
 
     def __iter__(self) -> Iterator[StepBatch]:
         return self
@@ -134,16 +149,23 @@ class Loader:
     def _next_step(self) -> tuple[StepBatch, Callable[[], int]]:
         """The next step, and what waits for its number of masked tokens, which is in it already
         where the plan knows it."""
-        micro_batches = [self._take() for _ in self.mine]
-        step = self.planned.popleft()
-        count = self._sum_ranks(sum(len(batch.masked) for batch in micro_batches))
+        try:
+            made = [next(self.made) for _ in self.mine]
+            step = self.planned.popleft()
+            bad = [each for micro_batch in made for each in micro_batch.bad]
+            self.quarantine.add(sum(len(step.lots[i]) for i in self.mine), bad)
+        except (UserError, OSError):
+            self.close()
+            raise
+        count = self._sum_ranks(sum(len(micro_batch.batch.masked) for micro_batch in made))
         batch = StepBatch(
             modality=self.modality.name,
-            micro_batches=micro_batches,
+            micro_batches=[micro_batch.batch for micro_batch in made],
             masked_count=sum(step.masked or ()),
             samples=sum(map(len, step.lots)),
             units=step.units,
             position={**step.position, "set": self.set},
+            bad=len(bad),
         )
         return batch, count
 
@@ -160,120 +182,71 @@ class Loader:
 
         return result
 
-    def _take(self) -> Batch:
-        item = next(self.batches)
-        if isinstance(item, UserError):
-            self.close()
-            raise item
-        if isinstance(item, bytes):
-            item = pickle.loads(item)
-            item = item.pin_memory() if torch.cuda.is_available() else item
-        assert isinstance(item, Batch)
-        return item
-
     def close(self) -> None:
         """Ends the workers and closes the files; iterating is over."""
-        atexit.unregister(self.close)
-        self.batches = iter(())  # torch's iterator ends its workers when it is let go
-        for process in self.processes:
-            if process.is_alive():  # stuck, for example in a file system that does not answer
-                process.kill()
-        self.processes = []
+        self.made = iter(())
+        if self.near:
+            self.near.close()
+        if self.workers:
+            self.workers.close()
         self.reader.close()
 
 
+class _Near:
+    """A thread that downloads the shards of a remote set before they are read."""
+
+    def __init__(self, shards: ShardSet, plan: Plan) -> None:
+        self.shards, self.plan = shards, plan
+        self.pool: tuple[int, int] | None = None
+        self.positions: queue.SimpleQueue[Mapping[str, int] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def at(self, position: Mapping[str, int]) -> None:
+        """Reading has come here."""
+        pool = position["epoch"], position["pool"]
+        if pool != self.pool:
+            self.pool = pool
+            self.positions.put(position)
+
+    def _run(self) -> None:
+        while position := self.positions.get():
+            # A reader that needs the shard tells what is wrong with it.
+            with contextlib.suppress(UserError, OSError):
+                keep_near(self.shards, self.plan.upcoming(position))
+
+    def close(self) -> None:
+        self.positions.put(None)
+
+
 def read_samples(shards: ShardSet, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, members) of every sample of a set, in its order; those of `keys` that the set has.
+    """(key, members) of every sample of a set, in its order; those of `keys` that it has.
 
     Raises UserError for a sample whose bytes have changed.
     """
-    reader = Reader(shards, [key for key in keys if key in shards.fields])
+    reader = Reader(shards, keys)
     try:
         for position in range(shards.samples):
             try:
-                members = reader.read(position, verify=True)
-            except UserError:
-                raise
+                members = reader.read(position)
             except ValueError as error:
-                raise reader.error(position, error) from None
+                raise UserError(f"{reader.bad(position, str(error))}. {REMEDY}") from None
             yield reader.key(position), members
     finally:
         reader.close()
 
 
-def _member(shards: ShardSet, modality: Modality) -> str:
-    """The member that the modality reads. Raises UserError when the set has none that it can."""
-    for key in modality.keys:
-        if key in shards.fields:
-            return key
-    raise UserError(
-        f"{shards.root}: its samples have no {' or '.join(f'.{key}' for key in modality.keys)} "
-        f"member (they have: {', '.join(f'.{field}' for field in shards.fields)}), which "
-        f"modality {modality.name} reads"
-    )
-
-
-def _lengths(shards: ShardSet, shard: int) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    """Of one shard's samples. Raises UserError."""
-    entry = shards.shards[shard]
-    index = read_index(shards.index(entry))
-    if (index.count, index.bytes) != (entry.samples, entry.bytes):
+def _members(shards: ShardSet, modality: Modality) -> list[str]:
+    """The members that the modality reads. Raises UserError when the set has none that it can."""
+    found = [key for key in modality.keys if key in shards.fields]
+    if not found:
         raise UserError(
-            f"{shards.index(entry)}: does not belong to its tar ({index.count} samples and "
-            f"{index.bytes} bytes, expected {entry.samples} and {entry.bytes}); convert again"
+            f"{shards.root}: its samples have no "
+            f"{' or '.join(f'.{key}' for key in modality.keys)} member (they have: "
+            f"{', '.join(f'.{field}' for field in shards.fields)}), which modality "
+            f"{modality.name} reads"
         )
-    return np.frombuffer(index.lengths, np.uint32).copy()  # lets go of the rest of the index
+    return found
 
 
-def _start(
-    source: MicroBatches, lots: Iterator[Lot], workers: int
-) -> tuple[Iterator[Any], list[BaseProcess]]:
-    """The micro-batches in the order of `lots`, made ahead by so many processes, and these."""
-    loader = DataLoader(
-        source,
-        sampler=lots,
-        batch_size=None,
-        collate_fn=_same,
-        num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
-        # A forked process shares what is in memory, and its queues have no named semaphores in
-        # /dev/shm that would outlive a crash.
-        multiprocessing_context="fork" if workers else None,
-        worker_init_fn=_begin_worker if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # torch draws a seed for the workers: not from the global one
-    )
-    before = multiprocessing.active_children()
-    # A signal to stop, which launchers send to every process, is for the trainer: it needs its
-    # workers to finish the step and save. They inherit this mask and keep it.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        with warnings.catch_warnings():
-            # Forking beside threads can deadlock a child that needs their locks. These need none.
-            warnings.simplefilter("ignore", DeprecationWarning)
-            batches = iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-    return batches, [p for p in multiprocessing.active_children() if p not in before]
-
-
-def _same(item: Any) -> Any:
-    return item
-
-
-def _begin_worker(worker: int) -> None:
-    """Runs in each worker first."""
-    if sys.platform == "linux":
-        die_with_parent()
-    parent = multiprocessing.parent_process()
-    if parent is None or os.getppid() != parent.pid:  # it ended before the call above
-        os._exit(1)
-
-
-def _shm_is_small() -> bool:
-    """Whether /dev/shm, through which torch hands over tensors, might not do (in containers)."""
-    try:
-        space = os.statvfs("/dev/shm")
-    except OSError:
-        return True
-    return space.f_bavail * space.f_frsize < SMALL_SHM
+def _lengths(shards: ShardSet, entry: ShardEntry) -> npt.NDArray[np.uint32]:
+    return np.frombuffer(read_lengths(shards.index(entry), entry), np.uint32)

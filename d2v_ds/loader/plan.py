@@ -27,6 +27,7 @@ Positions = npt.NDArray[np.int64]
 WINDOW = 65_536  # samples of neighbouring shards that are shuffled together
 POOL = 4_096  # samples that are sorted by cost together: about 0.5 % padding
 POOL_STEPS = 16  # and at least so many steps, so that rounding to whole steps costs little
+SPARE = 8  # samples beside a lot that can stand in for it
 
 # What random numbers are for: the second part of the path of a generator, before the epoch.
 SHARD_ORDER, SAMPLE_ORDER, LOT_ORDER, CROP, MASK = range(5)
@@ -38,6 +39,7 @@ class Step:
 
     epoch: int
     lots: Sequence[Positions]  # the samples of each micro-batch
+    spare: Sequence[Positions]  # others of about their cost, should none of a lot be of use
     masked: Sequence[int] | None  # tokens of each micro-batch; None: known when they are drawn
     units: float  # seconds of audio, images or tokens of all, after cropping
     position: dict[str, int]  # after this step
@@ -149,18 +151,29 @@ class Plan:
                 pool, pool_step = pool + 1, 0
             epoch, step, pool = epoch + 1, 0, 0
 
-    def _step(self, epoch: int, lots: Sequence[Positions], position: dict[str, int]) -> Step:
+    def upcoming(self, position: Mapping[str, int]) -> Iterator[int]:
+        """The shards in the order in which they are read from `position` on, for ever."""
+        order = _Order(self, position["epoch"])
+        shards = order.shards[order.first_shards[order.window_of(self.pools[position["pool"]])] :]
+        while True:
+            yield from shards.tolist()
+            order = _Order(self, order.epoch + 1)
+            shards = order.shards
+
+    def _step(self, epoch: int, dealt: Sequence[_Dealt], position: dict[str, int]) -> Step:
+        lots, spare = zip(*dealt, strict=True)
         kinds = [self.kinds(lot) for lot in lots]
         return Step(
             epoch=epoch,
             lots=lots,
+            spare=spare,
             masked=None if self.masked is None else [int(self.masked[k].sum()) for k in kinds],
             units=float(sum(self.cost[k].sum() for k in kinds)),
             position=position,
         )
 
-    def _lots(self, order: _Order, pool: int) -> list[Positions]:
-        """The lots of a pool, in the order in which they are dealt to steps."""
+    def _lots(self, order: _Order, pool: int) -> list[_Dealt]:
+        """The lots of a pool with what is spare, in the order in which they are dealt to steps."""
         positions = order.slice(self.pools[pool], self.pools[pool + 1])
         cost = self.cost[self.kinds(positions)]
         # Stable, so that samples of equal cost stay in their random order.
@@ -170,12 +183,13 @@ class Plan:
             descending = np.arange(len(cost) // self.micro_batches * self.micro_batches)
             bounds = list(range(len(descending) + 1))
         shuffled = permutation(len(bounds) - 1, self.seed, LOT_ORDER, order.epoch, pool)
-        return [positions[descending[bounds[i] : bounds[i + 1]]] for i in shuffled]
+        sorted_ = positions[descending]
+        return [_deal(sorted_, bounds[i], bounds[i + 1]) for i in shuffled]
 
     def stats(self) -> EpochStats:
         """Cuts the whole first epoch: a few seconds for a million samples."""
         order = _Order(self, 0)
-        lots = [lot for pool in range(len(self.pools) - 1) for lot in self._lots(order, pool)]
+        lots = [lot for pool in range(len(self.pools) - 1) for lot, _ in self._lots(order, pool)]
         costs = [self.cost[self.kinds(lot)] for lot in lots]
         units = float(sum(cost.sum() for cost in costs))
         padded = float(sum(cost.max() * len(cost) for cost in costs))
@@ -186,6 +200,16 @@ class Plan:
             units=units,
             padding=1 - units / padded,
         )
+
+
+_Dealt = tuple[Positions, Positions]  # a lot, and what is spare
+
+
+def _deal(pool: Positions, start: int, stop: int) -> _Dealt:
+    """The lot of a sorted pool between two bounds, and its neighbours: costlier ones first."""
+    before = pool[max(0, start - SPARE) : start][::-1]
+    after = pool[stop : stop + SPARE]
+    return pool[start:stop], np.concatenate([before, after])[:SPARE]
 
 
 class _Order:
@@ -202,8 +226,11 @@ class _Order:
         self.window = -1
         self.positions = np.zeros(0, dtype=np.int64)  # of that window
 
+    def window_of(self, place: int) -> int:
+        return int(np.searchsorted(self.bounds, place, side="right")) - 1
+
     def slice(self, start: int, stop: int) -> Positions:
-        window = int(np.searchsorted(self.bounds, start, side="right")) - 1
+        window = self.window_of(start)
         parts = []
         while start < stop:
             begin, end = int(self.bounds[window]), min(stop, int(self.bounds[window + 1]))

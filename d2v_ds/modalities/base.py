@@ -5,6 +5,7 @@ B samples, M masked views a sample, T tokens, K visible tokens, N masked tokens,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
@@ -42,6 +43,7 @@ class ModalityConfig:
     head: HeadConfig = field(default_factory=HeadConfig)  # where they are replaced
     loss_beta: float = 0.0  # 0: squared error; above: smooth L1
     loss_scale: float | None = None  # per channel; null: 1 / sqrt(width)
+    loss_weight: float = 1.0  # against other modalities' gradients; the loss is shown without it
     padded_statistics: bool = False  # as fairseq: only attention knows what is padding, target
     # statistics and convolutions count it in
 
@@ -50,6 +52,8 @@ class ModalityConfig:
             raise ValueError(f"views={self.views} must be at least 1")
         if self.loss_beta < 0:
             raise ValueError(f"loss_beta={self.loss_beta} must be 0 or more")
+        if not 0 < self.loss_weight < math.inf:
+            raise ValueError(f"loss_weight={self.loss_weight} must be above 0")
         for name in self.shared:
             if name not in SHAREABLE:
                 raise ValueError(f"shared: no part {name!r} (allowed: {', '.join(SHAREABLE)})")
@@ -76,6 +80,10 @@ class Modality(Protocol):
     @property
     def config(self) -> Any: ...
 
+    def check_set(self, about: Mapping[str, Any]) -> None:
+        """Raises UserError when a shard set, whose index.json says `about`, does not fit the
+        settings."""
+
     def cost(self, length: int) -> float:
         """What a sample of this length adds to batch.size, after cropping, in `unit`."""
 
@@ -87,8 +95,12 @@ class Modality(Protocol):
         masks of one length differ in them, for all lengths alike."""
 
     def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Any:
-        """One example from the sample's tar members: decoded, cropped, augmented, normalised; whole
+        """One example from the sample's tar members: decoded, cropped, augmented; whole
         and as it is when rng is None. Raises ValueError when it cannot be."""
+
+    def fit(self, example: Any, length: int) -> Any:
+        """The example in the size of one that `decode` makes of a sample of this length: cut, or
+        repeated; the very same object where it has that size."""
 
     def collate(
         self, examples: Sequence[Any], rngs: Sequence[np.random.Generator], index: int

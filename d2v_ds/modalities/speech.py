@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head, MaskToken
 from d2v_ds.transformer import Alibi, TransformerConfig
 
 Waveform = npt.NDArray[np.float32]
+
+LONG = 4  # crops
+SILENCE = 1e-9  # mean square of samples in [-1, 1]: one step of 16 bits
 
 # (channels, kernel, stride): 50 frames a second, receptive field 400 samples (wav2vec 2.0)
 PUBLISHED_CONVS = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
@@ -93,6 +96,22 @@ def frames(samples: int, convs: Sequence[tuple[int, int, int]]) -> int:
     return samples
 
 
+def normalised(
+    pcm: npt.NDArray[Any], start: int = 0, kept: int | None = None, audible: bool = False
+) -> Waveform:
+    """`kept` samples (None: all) from `start` on of audio [S], int16 or float32 in [-1, 1], with
+    the mean and the variance of all of it taken out. audible: raises ValueError for silence."""
+    unit = audio.INT16_SCALE if pcm.dtype == np.int16 else 1.0
+    waveform = torch.from_numpy(pcm.astype(np.float32))
+    eps = 1e-5 * unit**2
+    # fairseq raw_audio_dataset.py: layer norm over the utterance, in [-1, 1]
+    scaled, _, rstd = torch.native_layer_norm(waveform, waveform.shape, None, None, eps)
+    if audible and 1 / float(rstd) ** 2 - eps < SILENCE * unit**2:
+        raise ValueError("is silent")
+    piece: Waveform = scaled.numpy()[start:][:kept]
+    return piece
+
+
 class ConvFeatures(nn.Module):
     """Waveforms [B, S] -> tokens [B, T, D]: convolutions, each with LayerNorm over channels and
     GELU, then LayerNorm and a linear layer (wav2vec 2.0's extractor)."""
@@ -157,6 +176,9 @@ class Speech:
         self.max_samples = round(config.crop_seconds * config.sample_rate)
         self.min_samples = round(config.min_seconds * config.sample_rate)
 
+    def check_set(self, about: Mapping[str, Any]) -> None:
+        """Samples are checked as they are decoded."""
+
     def crop(self, length: int) -> int:
         return 0 if length < self.min_samples else min(length, self.max_samples)
 
@@ -182,27 +204,32 @@ class Speech:
         ]
 
     def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Waveform:
-        """The waveform [S]: zero mean and unit variance over the utterance, then cropped."""
+        """The waveform [S]: zero mean and unit variance over the utterance, then cropped.
+
+        What is longer than LONG crops is a recording of many utterances: of it only the crop is
+        decoded, and has zero mean and unit variance itself.
+        """
         data = next(sample[key] for key in self.keys if key in sample)
-        waveform = self.normalised(data)
-        return waveform if rng is None else self.random_crop(waveform, rng)
+        with audio.Recording(data) as recording:
+            return self._piece(recording, rng)
 
-    def normalised(self, data: bytes) -> Waveform:
-        """A file's whole waveform [S], zero mean, unit variance. Raises ValueError."""
-        rate = audio.info(data).rate
-        if rate != self.config.sample_rate:
-            raise ValueError(f"is {rate} Hz, expected {self.config.sample_rate} Hz")
-        waveform = audio.decode(data)
-        # As torch's layer norm over the whole utterance does (fairseq raw_audio_dataset.py).
-        centred = waveform - waveform.mean(dtype=np.float64)
-        scale = np.sqrt(np.mean(np.square(centred), dtype=np.float64) + 1e-5)
-        scaled: Waveform = (centred / scale).astype(np.float32)
-        return scaled
+    def _piece(self, recording: audio.Recording, rng: np.random.Generator | None) -> Waveform:
+        found = recording.info
+        if found.rate != self.config.sample_rate:
+            raise ValueError(f"is {found.rate} Hz, expected {self.config.sample_rate} Hz")
+        if rng is None:
+            return normalised(recording.pcm())
+        kept = self.crop(found.frames)
+        if not kept:
+            raise ValueError(f"is {found.frames} samples long, too short")
+        start = int(rng.integers(found.frames - kept + 1))
+        if found.frames > LONG * self.max_samples:
+            return normalised(recording.pcm(start, kept), audible=True)
+        return normalised(recording.pcm(), start, kept, audible=True)
 
-    def random_crop(self, waveform: Waveform, rng: np.random.Generator) -> Waveform:
-        kept = self.crop(len(waveform))
-        start = int(rng.integers(len(waveform) - kept + 1))
-        return waveform[start : start + kept]
+    def fit(self, example: Waveform, length: int) -> Waveform:
+        size = self.crop(length)
+        return example if len(example) == size else np.resize(example, size)
 
     def collate(
         self, examples: Sequence[Waveform], rngs: Sequence[np.random.Generator], index: int
@@ -298,7 +325,8 @@ class Speech:
 
 def pad(waveforms: Sequence[Waveform]) -> Tensor:
     """One tensor [B, S], zeros after the end of shorter ones."""
-    inputs = torch.zeros(len(waveforms), max(map(len, waveforms)))
-    for row, waveform in zip(inputs, waveforms, strict=True):
-        row[: len(waveform)] = torch.from_numpy(waveform)
+    inputs = torch.empty(len(waveforms), max(map(len, waveforms)))
+    for row, waveform in zip(inputs.numpy(), waveforms, strict=True):
+        row[: len(waveform)] = waveform
+        row[len(waveform) :] = 0
     return inputs

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -112,6 +112,8 @@ class PatchFeatures(nn.Module):
             self.positions = None
 
     def forward(self, pixels: Tensor) -> Tensor:
+        if pixels.dtype == torch.uint8:  # as they are decoded; others are normalised already
+            pixels = images.normalise(pixels)
         x: Tensor = self.proj(pixels.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
         return x if self.positions is None else x + self.positions.to(x.dtype)
 
@@ -141,6 +143,9 @@ class Vision:
         self.config = config
         self.views = config.views
 
+    def check_set(self, about: Mapping[str, Any]) -> None:
+        """Samples are checked as they are decoded."""
+
     def crop(self, length: int) -> int:
         """Any image becomes one of image_size; lengths are pixels."""
         return self.config.image_size**2
@@ -158,19 +163,22 @@ class Vision:
         return []
 
     def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Pixels:
-        """Normalised pixels [3, H, W] of a random crop, flipped half the time; with no rng, of the
+        """Pixels uint8 [3, H, W] of a random crop, flipped half the time; with no rng, of the
         centre."""
         config = self.config
-        image = images.decode(next(sample[key] for key in self.keys if key in sample))
+        data = next(sample[key] for key in self.keys if key in sample)
         if rng is None:
-            return images.normalise(images.centre_crop(image, config.image_size))
-        # BEiT's order: colours, then flip, then crop
+            return images.centre_crop(images.open_image(data), config.image_size)
+        # BEiT's order has the flip before the crop, which comes to the same
         if config.jitter > 0:
-            image = images.jitter(image, config.jitter, rng)
-        image = images.random_flip(image, rng)
-        return images.normalise(
-            images.random_crop(image, config.image_size, config.crop_scale, rng)
-        )
+            image = images.jitter(images.decode(data), config.jitter, rng)
+        else:
+            image = images.open_image(data)
+        pixels = images.random_crop(image, config.image_size, config.crop_scale, rng)
+        return images.random_flip(pixels, rng)
+
+    def fit(self, example: Pixels, length: int) -> Pixels:
+        return example
 
     def collate(
         self, examples: Sequence[Pixels], rngs: Sequence[np.random.Generator], index: int
@@ -219,11 +227,11 @@ class Vision:
 
     def largest(self) -> Pixels:
         side = self.config.image_size
-        return np.zeros((3, side, side), dtype=np.float32)
+        return np.zeros((3, side, side), dtype=np.uint8)
 
     def baseline(self, example: Pixels) -> npt.NDArray[np.float32]:
         """All pixels, as a nearest-neighbour search on raw images sees them."""
-        return example.reshape(-1)
+        return example.reshape(-1).astype(np.float32)
 
     def front_end(self, model: TransformerConfig) -> FrontEnd:
         config = self.config
@@ -256,6 +264,6 @@ class Vision:
 
     def picture(self, batch: Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
         """The first image in grey [across, up] and which of its patches the first view masks."""
-        grey = images.denormalise(batch.inputs[0].cpu().numpy()).mean(2)
+        grey = batch.inputs[0].cpu().numpy().mean(0, dtype=np.float32) / 255
         masked = ~batch.seen[0].cpu().numpy().reshape(self.config.grid)
         return np.ascontiguousarray(grey[::-1].T), np.ascontiguousarray(masked[::-1].T)

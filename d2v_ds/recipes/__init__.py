@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from d2v_ds.config import Config, apply_compat
+from d2v_ds.config import Config, apply_compat, modality_of
 from d2v_ds.decoding import apply_overrides, decode, load_yaml
 from d2v_ds.errors import UserError, suggestion
-from d2v_ds.recipes import speech, text, vision
+from d2v_ds.recipes import joint, speech, text, vision
 
 FUNCTIONS = [
     speech.speech_tiny,
@@ -35,6 +35,8 @@ FUNCTIONS = [
     text.text_large,
     text.text_tiny_v1,
     text.text_base_v1,
+    joint.joint_tiny,
+    joint.joint_base,
 ]
 RECIPES: dict[str, Callable[[], dict[str, Any]]] = {f.__name__: f for f in FUNCTIONS}
 
@@ -57,7 +59,25 @@ def load(source: str, overrides: list[str]) -> Config:
     # other overrides stand.
     asked = [o for o in overrides if o.partition("=")[0] == "compat"]
     apply_compat(apply_overrides(raw, asked), over=bool(asked))
-    return decode(Config, apply_overrides(raw, overrides))
+    return decode(Config, without_dropped(apply_overrides(raw, overrides)))
+
+
+def without_dropped(raw: dict[str, Any]) -> dict[str, Any]:
+    """The settings without those of modalities that are null (modality.text=null), so that a joint
+    recipe trains fewer."""
+    modalities = raw.get("modality")
+    if not isinstance(modalities, dict):
+        return raw  # an error that decoding tells
+    dropped = [name for name, settings in modalities.items() if settings is None]
+    sections = (modalities, *(raw.get(a, {}).get(b) for a, b in BY_MODALITY))
+    for section in sections:
+        for name in list(section) if isinstance(section, dict) else ():
+            if modality_of(name) in dropped:
+                del section[name]
+    return raw
+
+
+BY_MODALITY = (("data", "shards"), ("data", "weights"), ("batch", "size"))
 
 
 def summary(name: str) -> str:

@@ -1,0 +1,119 @@
+"""Times conversion to shards against one process of plain webdataset's ShardWriter.
+
+    python benchmarks/convert.py speech FOLDER [--repeat 4] [--rounds 3]
+    python benchmarks/convert.py images FOLDER [--repeat 1]
+
+FOLDER holds wav files, or pictures in a folder for each class. The peer does the same work on each
+file (decode, resample to 16 kHz, encode FLAC; or take the picture's bytes) with the same functions,
+writes the same members, and no index, checksum or order of its own. `--repeat` converts so many
+copies of the corpus: a small one is over before a second process has started. Whole commands are
+timed, in turns, from a warm cache into memory (/dev/shm) where there is such; best of the rounds.
+`per_core` are files a second of processor time, which other work on the machine hardly moves;
+`files_per_second` are of the clock. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from d2v_ds import audio
+
+
+def peer(family: str, source: Path, out: Path) -> None:
+    """What people write."""
+    import webdataset as wds
+
+    out.mkdir()
+    with wds.ShardWriter(f"{out}/%06d.tar", maxsize=256e6, encoder=False, verbose=0) as writer:
+        for path in sorted(p for p in source.rglob("*") if p.is_file()):
+            key = str(path.relative_to(source).with_suffix("")).replace(".", "_")
+            data = path.read_bytes()
+            about: dict[str, object]
+            if family == "speech":
+                x = audio.resample(audio.decode(data), audio.info(data).rate, 16_000)
+                x16 = audio.to_int16(x)
+                about = {"duration": len(x16) / 16_000, "paths": [str(path)]}
+                sample = {"flac": audio.encode_flac(x16, 16_000)}
+            else:
+                about = {"label": path.parent.name, "paths": [str(path)]}
+                sample = {path.suffix[1:]: data}
+            writer.write({"__key__": key, "json": json.dumps(about).encode(), **sample})
+
+
+def timed(command: list[str]) -> tuple[float, float]:
+    """(seconds of the clock, of processors) of a process and its children."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    wall = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def copies(source: Path, number: int, folder: Path) -> Path:
+    for i in range(number):
+        shutil.copytree(source, folder / f"copy{i}")
+    return folder
+
+
+def measure(family: str, source: Path, rounds: int, work: Path) -> dict[str, object]:
+    files = sum(path.is_file() for path in source.rglob("*"))
+    ours = [sys.executable, "-m", "shards.cli", family, str(source)]
+    commands = {
+        "peer": [sys.executable, __file__, family, str(source), "--peer"],
+        "ours -j1": [*ours, "-j1"],
+        "ours -j2": [*ours, "-j2"],
+    }
+    best = {name: np.full(2, np.inf) for name in commands}
+    for i in range(rounds):
+        for name, command in commands.items():
+            out = work / "out"
+            at = len(command) if name == "peer" else len(ours)
+            best[name] = np.minimum(best[name], timed([*command[:at], str(out), *command[at:]]))
+            shutil.rmtree(out)
+        print(f"round {i + 1} of {rounds}", file=sys.stderr)
+    clock = {name: round(files / wall, 1) for name, (wall, _) in best.items()}
+    core = {name: round(files / used, 1) for name, (_, used) in best.items()}
+    return {
+        "files": files,
+        "files_per_second": clock,
+        "per_core": core,
+        "ours_to_peer_per_core": round(core["ours -j1"] / core["peer"], 2),
+        "j2_to_j1": round(clock["ours -j2"] / clock["ours -j1"], 2),
+        "load": os.getloadavg()[0],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("family", choices=("speech", "images"))
+    parser.add_argument("source", type=Path)
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peer", type=Path, metavar="OUT", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peer:
+        peer(arguments.family, arguments.source, arguments.peer)
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        work = Path(folder)
+        source = copies(arguments.source, arguments.repeat, work / "in")
+        print(json.dumps(measure(arguments.family, source, arguments.rounds, work), indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,535 @@
+"""Measures the data path against others on the same samples and prints tables.
+
+    python benchmarks/loader.py [--quick] [raw] [whole] [plan]
+
+Everything is made here, from random numbers: noise shaped like speech (syllables, pauses) as WAV
+and FLAC, pictures of soft blobs and edges as JPEG of about 57 KB, text of words with frequencies as
+in a language. It lies in the page cache, so this is about the CPU, not about disks.
+
+Rates are samples per CPU-second (user and system, with worker processes), the variants of a table
+interleaved in one process, the best of all rounds for each; so ratios within a table hold on a busy
+machine, rates do not. litdata and MosaicML streaming are measured where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+import soundfile
+import torch
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from d2v_ds import images
+from d2v_ds.loader import Loader
+from d2v_ds.loader.plan import Plan
+from d2v_ds.loader.reading import Reader
+from d2v_ds.modalities.speech import Speech, SpeechConfig
+from d2v_ds.modalities.text import Text, TextConfig
+from d2v_ds.modalities.vision import Vision, VisionConfig
+from d2v_ds.shard_format import ShardSet, set_json
+from shards.writer import ShardWriter
+
+RATE = 16_000
+BLOCK = 512  # tokens
+ROWS = 1024  # blocks in a member
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+def speech_like(seconds: float, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    """int16 [S]: low-passed noise under a slowly changing loudness with pauses."""
+    S = round(seconds * RATE)
+    noise = np.fft.irfft(
+        np.fft.rfft(rng.normal(size=S)) / (1 + (np.arange(S // 2 + 1) * RATE / S / 800) ** 1.5), S
+    )
+    syllables = rng.gamma(0.7, 1.0, S // 2400 + 2)
+    loudness = np.interp(np.arange(S) / 2400, np.arange(len(syllables)), syllables)
+    return np.asarray(np.clip(noise / noise.std() * loudness * 1500, -32768, 32767), np.int16)
+
+
+def utterance_seconds(number: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
+    """Lengths like LibriSpeech's: most end at 12 to 17 s, a broad tail below, few above."""
+    kind = rng.random(number)
+    seconds = np.where(kind < 0.3, rng.uniform(1.3, 12, number), rng.normal(14.2, 1.3, number))
+    return np.where(kind > 0.97, rng.uniform(15, 35, number), seconds).clip(1.2, 35)
+
+
+def audio_bytes(samples: np.ndarray[Any, Any], kind: str) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, RATE, format=kind, subtype="PCM_16")
+    return buffer.getvalue()
+
+
+def picture_bytes(rng: np.random.Generator) -> bytes:
+    """JPEG, 500 x 375: blobs, some sharp edges, grain."""
+    soft = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375), 3)
+    pixels = np.asarray(soft, np.float32) + rng.normal(0, 11, (375, 500, 1))
+    for _ in range(20):
+        y, x = rng.integers(0, 330), rng.integers(0, 450)
+        pixels[y : y + 45, x : x + 50] += rng.normal(0, 40, 3)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
+
+
+def sentences(number: int, rng: np.random.Generator) -> list[str]:
+    letters = list("etaoinshrdlucmfw")
+    words = ["".join(rng.choice(letters, rng.integers(2, 9))) for _ in range(50_000)]
+    share = 1 / np.arange(1, 50_001)
+    drawn = rng.choice(50_000, (number, 16), p=share / share.sum())
+    return [" ".join(words[i] for i in row) + "." for row in drawn]
+
+
+Samples = Iterable[tuple[bytes, int]]
+
+
+def write_set(root: Path, modality: str, unit: str, field: str, samples: Samples) -> ShardSet:
+    """Four shards with one member a sample: (payload, length)."""
+    root.mkdir()
+    everything = list(samples)
+    entries = []
+    for i in range(4):
+        with ShardWriter(root, f"{modality}-{i:06d}", (field,)) as writer:
+            for j, (payload, length) in enumerate(everything[i::4]):
+                writer.add(f"{i}/{j:06d}", [payload], length)
+            entries.append(writer.finish())
+    return finish_set(root, modality, unit, field, entries)
+
+
+def finish_set(root: Path, modality: str, unit: str, field: str, entries: list[Any]) -> ShardSet:
+    found = ShardSet(root, modality, unit, RATE, (field,), tuple(entries))
+    (root / "index.json").write_text(set_json(found))
+    return found
+
+
+@dataclass
+class Corpora:
+    wav: ShardSet
+    flac: ShardSet
+    long: ShardSet  # FLAC of minutes
+    jpg: ShardSet
+    blocks: ShardSet  # of tokens
+    text: Path  # the same as a tar of documents
+    tokenizer: Path
+
+
+def make_corpora(root: Path, scale: float) -> Corpora:
+    rng = np.random.default_rng(0)
+    spoken = [speech_like(s, rng) for s in utterance_seconds(round(240 * scale), rng)]
+    long = [speech_like(120, rng) for _ in range(round(24 * scale))]
+
+    def audio(name: str, kind: str, samples: list[Any]) -> ShardSet:
+        encoded = ((audio_bytes(x, kind), len(x)) for x in samples)
+        return write_set(root / name, "speech", "frames", kind, encoded)
+
+    pictures = ((picture_bytes(rng), 500 * 375) for _ in range(round(400 * scale)))
+    tokenizer, text, blocks = make_text(root, sentences(round(60_000 * scale), rng))
+    return Corpora(
+        audio("wav", "wav", spoken),
+        audio("flac", "flac", spoken),
+        audio("long", "flac", long),
+        write_set(root / "jpg", "vision", "pixels", "jpg", pictures),
+        blocks,
+        text,
+        tokenizer,
+    )
+
+
+def make_text(root: Path, lines: list[str]) -> tuple[Path, Path, ShardSet]:
+    (root / "text.txt").write_text("\n".join(lines[:20_000]))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(root / "text.txt"),
+        model_prefix=str(root / "model"),
+        vocab_size=16_000,
+        model_type="bpe",
+        minloglevel=2,
+        hard_vocab_limit=False,
+    )
+    documents = [" ".join(lines[i : i + 40]) for i in range(0, len(lines), 40)]
+    with webdataset.TarWriter(str(root / "text.tar"), mtime=0) as writer:
+        for i, document in enumerate(documents):
+            writer.write({"__key__": f"{i:06d}", "txt": document.encode()})
+    encode = sentencepiece.SentencePieceProcessor(model_file=str(root / "model.model")).encode
+    ids = np.array([i for document in documents for i in (*encode(document), 2)], "<u2")
+    packed = ids[: len(ids) // BLOCK * BLOCK].reshape(-1, BLOCK)
+    (root / "blocks").mkdir()
+    with ShardWriter(root / "blocks", "text-000000", ("u16",)) as shard:
+        for member, start in enumerate(range(0, len(packed), ROWS)):
+            buffer = io.BytesIO()
+            np.save(buffer, packed[start : start + ROWS])
+            head, size = len(buffer.getvalue()) - packed[start : start + ROWS].nbytes, 2 * BLOCK
+            rows = len(packed[start : start + ROWS])
+            places = [(f"{member}/{r}", head + r * size, size, BLOCK) for r in range(rows)]
+            shard.add_table(f"{member:06d}.npy", buffer.getvalue(), places)
+        entry = shard.finish()
+    blocks = finish_set(root / "blocks", "text", "tokens", "u16", [entry])
+    return root / "model.model", root / "text.tar", blocks
+
+
+# -------------------------------------------------------------------------------------- measuring
+
+Variant = Callable[[], tuple[float, float]]  # -> (samples, CPU seconds)
+
+
+def timed(work: Callable[[], float]) -> tuple[float, float]:
+    start = time.process_time()
+    samples = work()
+    return samples, time.process_time() - start
+
+
+def race(title: str, variants: dict[str, Variant], base: str, wanted: dict[str, str]) -> None:
+    """Prints samples per CPU-second and the ratio to `base`. wanted: remarks by variant."""
+    best = dict.fromkeys(variants, 0.0)
+    for _ in range(ROUNDS):
+        for name, variant in variants.items():
+            samples, seconds = variant()
+            best[name] = max(best[name], samples / seconds)
+    print(f"\n{title}")
+    for name, rate in best.items():
+        print(f"  {name:<44}{rate:>10,.0f} /s{rate / best[base]:>8.2f}x  {wanted.get(name, '')}")
+
+
+ROUNDS = 5
+
+
+def cpu_of(pids: list[int]) -> float:
+    """Seconds that these processes have computed."""
+    ticks = 0
+    for pid in pids:
+        values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(values[11]) + int(values[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+# ----------------------------------------------------------------------------------- raw reading
+
+
+def urls(shards: ShardSet) -> list[str]:
+    return [str(shards.tar(entry)) for entry in shards.shards]
+
+
+def race_reading(name: str, shards: ShardSet, root: Path) -> None:
+    order = np.random.default_rng(0).permutation(shards.samples).tolist()
+    repeats = max(1, 400 // shards.samples)
+
+    def ours(verify: bool) -> Variant:
+        reader = Reader(shards, shards.fields, verify)
+        reader.read(0)
+
+        def work() -> float:
+            for position in order * repeats:
+                reader.read(position)
+            return len(order) * repeats
+
+        return lambda: timed(work)
+
+    buffer = bytearray(max(entry.bytes for entry in shards.shards))
+
+    def copy() -> float:
+        for _ in range(repeats):
+            for tar in urls(shards):
+                with open(tar, "rb", buffering=0) as file:
+                    file.readinto(buffer)  # type: ignore[attr-defined]
+        return len(order) * repeats
+
+    def theirs() -> float:
+        found = 0
+        for _ in range(repeats):
+            for _sample in webdataset.WebDataset(urls(shards), shardshuffle=False):
+                found += 1
+        return found
+
+    variants: dict[str, Variant] = {
+        "webdataset": lambda: timed(theirs),
+        "ours, checksums, random order": ours(True),
+        "ours, no checksums, random order": ours(False),
+        "copying the files whole": lambda: timed(copy),
+    }
+    for peer in (litdata_reading, streaming_reading):
+        variants |= peer(shards, root / f"{peer.__name__}-{name}", repeats)
+    race(f"raw reading, {name}", variants, "webdataset", {})
+
+
+def payloads(shards: ShardSet) -> list[bytes]:
+    with closing(Reader(shards, shards.fields)) as reader:
+        return [next(iter(reader.read(i).values())) for i in range(shards.samples)]
+
+
+def litdata_reading(shards: ShardSet, root: Path, repeats: int) -> dict[str, Variant]:
+    try:
+        from litdata import StreamingDataset
+        from litdata.streaming.writer import BinaryWriter
+    except ImportError:
+        return {}
+    writer = BinaryWriter(str(root), chunk_bytes="64MB")
+    for i, payload in enumerate(payloads(shards)):
+        writer[i] = {"data": payload}
+    writer.done()
+    writer.merge()
+    dataset = StreamingDataset(str(root), shuffle=False)
+
+    def work() -> float:
+        return sum(1 for _ in range(repeats) for _sample in dataset)
+
+    return {"litdata": lambda: timed(work)}
+
+
+def streaming_reading(shards: ShardSet, root: Path, repeats: int) -> dict[str, Variant]:
+    try:
+        from streaming import MDSWriter, StreamingDataset
+    except ImportError:
+        return {}
+    with MDSWriter(out=str(root), columns={"data": "bytes"}, size_limit="64mb") as writer:
+        for payload in payloads(shards):
+            writer.write({"data": payload})
+    dataset = StreamingDataset(local=str(root), shuffle=False, batch_size=1)
+
+    def work() -> float:
+        for _ in range(repeats):
+            for i in range(len(dataset)):
+                dataset[i]
+        return len(dataset) * repeats
+
+    return {"MosaicML streaming, by number": lambda: timed(work)}
+
+
+# ---------------------------------------------------------------------------------- whole loader
+
+
+def our_loader(shards: ShardSet, modality: Any, size: float, workers: int, samples: int) -> Variant:
+    """So many samples out of an endless loader."""
+    loader = Loader(shards, modality, seed=0, size=size, micro_batches=1, workers=workers)
+    next(loader)
+
+    def run() -> tuple[float, float]:
+        pids = loader.workers.pids if loader.workers else []
+        start, found = time.process_time() + cpu_of(pids), 0
+        while found < samples:
+            found += next(loader).samples
+        return found, time.process_time() + cpu_of(pids) - start
+
+    return run
+
+
+class Theirs:
+    """webdataset's pipeline with the usual decoding; batches as ours, masks and all."""
+
+    def __init__(self, shards: ShardSet, modality: Any, decode: Callable[..., Any], together: int):
+        self.modality, self.rng = modality, np.random.default_rng(0)
+        self.decode, self.together = decode, together
+        self.data = webdataset.WebDataset(urls(shards), shardshuffle=False).shuffle(64)
+
+    def __iter__(self) -> Iterator[tuple[int, Any]]:
+        examples: list[Any] = []
+        for sample in itertools.chain.from_iterable(itertools.repeat(self.data)):
+            examples.append(self.decode(sample, self.rng))
+            if len(examples) == self.together:
+                rngs = [self.rng] * len(examples)
+                yield len(examples), self.modality.collate(examples, rngs, 0).inputs
+                examples = []
+
+
+class Pipeline(torch.utils.data.IterableDataset[Any]):
+    def __init__(self, theirs: Theirs) -> None:
+        self.theirs = theirs
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.theirs)
+
+
+def their_loader(theirs: Theirs, workers: int, samples: int) -> Variant:
+    loader = DataLoader(Pipeline(theirs), batch_size=None, num_workers=workers)
+    batches: Any = iter(loader)
+    next(batches)
+
+    def run() -> tuple[float, float]:
+        pids = [worker.pid for worker in getattr(batches, "_workers", [])]
+        start, found = time.process_time() + cpu_of(pids), 0
+        while found < samples:
+            found += next(batches)[0]
+        return found, time.process_time() + cpu_of(pids) - start
+
+    return run
+
+
+def usual_audio(kind: str, crop: int) -> Callable[..., Any]:
+    """soundfile's float32, all of the file, layer norm, a random crop."""
+
+    def decode(sample: dict[str, Any], rng: np.random.Generator) -> Any:
+        waveform = torch.from_numpy(soundfile.read(io.BytesIO(sample[kind]), dtype="float32")[0])
+        waveform = torch.nn.functional.layer_norm(waveform, waveform.shape)
+        start = int(rng.integers(max(1, len(waveform) - crop + 1)))
+        return waveform[start : start + crop].numpy()
+
+    return decode
+
+
+def usual_picture(sample: dict[str, Any], rng: np.random.Generator) -> Any:
+    """Pillow decodes all of it, crops and resizes (bicubic), then float32 in numpy."""
+    image = Image.open(io.BytesIO(sample["jpg"])).convert("RGB")
+    for _ in range(10):
+        area, ratio = rng.uniform(0.2, 1) * 500 * 375, np.exp(rng.uniform(-0.2877, 0.2877))
+        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if w <= 500 and h <= 375:
+            break
+    left, top = rng.integers(500 - min(w, 500) + 1), rng.integers(375 - min(h, 375) + 1)
+    image = image.crop((left, top, left + w, top + h)).resize((224, 224), Image.Resampling.BICUBIC)
+    if rng.random() < 0.5:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = (np.asarray(image, np.float32) / 255 - images.MEAN) / images.STD
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def race_loaders(corpora: Corpora, workers: int) -> None:
+    def speech(crop: float) -> Speech:
+        return Speech(SpeechConfig(views=1, crop_seconds=crop, min_seconds=1.0))
+
+    kinds: list[tuple[str, ShardSet, Any, Callable[..., Any], int, float, int, str]] = [
+        ("WAV, crops of 10 s", corpora.wav, speech(10), usual_audio("wav", 160_000), 16, 160, 300,
+         "wanted: 2"),
+        ("FLAC, crops of 20 s", corpora.flac, speech(20), usual_audio("flac", 320_000), 8, 160, 100,
+         "wanted: 1"),
+        ("FLAC of 2 min, crops of 3 s", corpora.long, speech(3), usual_audio("flac", 48_000), 8, 24,
+         16, "wanted: 2"),
+        ("JPEG, crops of 224", corpora.jpg, Vision(VisionConfig(views=1)), usual_picture, 32, 32,
+         128, "wanted: 2"),
+    ]  # fmt: skip
+    for title, shards, modality, decode, together, size, samples, wanted in kinds:
+        variants = {
+            "webdataset, usual decoding": their_loader(
+                Theirs(shards, modality, decode, together), workers, samples
+            ),
+            "ours": our_loader(shards, modality, size, workers, samples),
+        }
+        where = f"{workers} worker process" if workers else "in one process"
+        race(f"whole loader, {title}, {where}", variants, next(iter(variants)), {"ours": wanted})
+
+
+def race_text(corpora: Corpora) -> None:
+    """Blocks of tokens into batches of 64, ready against tokenised on the fly."""
+    modality = Text(TextConfig(views=1))
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(corpora.tokenizer))
+
+    def on_the_fly() -> float:
+        ids: list[int] = []
+        blocks: list[Any] = []
+        batches = 0
+        for sample in webdataset.WebDataset([str(corpora.text)], shardshuffle=False):
+            ids += [*processor.encode(sample["txt"].decode()), 2]
+            while len(ids) >= BLOCK:
+                blocks.append(np.array(ids[:BLOCK]))
+                del ids[:BLOCK]
+            if len(blocks) >= 64:
+                torch.from_numpy(np.stack(blocks[:64]))
+                del blocks[:64]
+                batches += 1
+                if batches == 2:
+                    break
+        return batches * 64
+
+    loader = Loader(corpora.blocks, modality, seed=0, size=64 * BLOCK, micro_batches=1)
+    next(loader)
+    reader = Reader(corpora.blocks, ["u16"])
+    order = np.random.default_rng(0).permutation(corpora.blocks.samples)[:640].tolist()
+
+    def unmasked() -> float:
+        for start in range(0, len(order), 64):
+            blocks = [modality.decode(reader.read(i), None) for i in order[start : start + 64]]
+            torch.from_numpy(np.stack(blocks))
+        return len(order)
+
+    def masked() -> float:
+        return sum(next(loader).samples for _ in range(4))
+
+    race(
+        "text, batches of 64 blocks of 512 tokens",
+        {
+            "webdataset, tokenising on the fly, no masks": lambda: timed(on_the_fly),
+            "ours, random blocks, no masks": lambda: timed(unmasked),
+            "ours, the loader with masks": lambda: timed(masked),
+        },
+        "webdataset, tokenising on the fly, no masks",
+        {"ours, random blocks, no masks": "wanted: 100"},
+    )
+
+
+# ------------------------------------------------------------------------------------------- plan
+
+
+def show_plan() -> None:
+    """What batching and cropping lose, and how well an epoch is shuffled, on 200,000 lengths."""
+    rng = np.random.default_rng(0)
+    lengths = np.array_split((utterance_seconds(200_000, rng) * RATE).astype(np.uint32), 100)
+    modality = Speech(SpeechConfig())
+    start = time.process_time()
+    plan = Plan(lengths, modality, seed=0, size=1000, micro_batches=16)
+    made = time.process_time() - start
+    stats = plan.stats()
+    cropped = np.minimum(np.concatenate(lengths), modality.max_samples)
+    usable = cropped[cropped >= modality.min_samples]
+    shuffled = rng.permutation(usable)
+    batches = [shuffled[i : i + 6] for i in range(0, len(shuffled), 6)]
+    padded = sum(int(batch.max()) * len(batch) for batch in batches)
+    shortest = sum(int(batch.min()) * len(batch) for batch in batches)
+    print("\npadding and loss, 200,000 utterances, micro-batches of 62.5 s")
+    print(
+        f"  random batches: padding {1 - usable.sum() / padded:.1%}; cut to the shortest, ", end=""
+    )
+    print(f"{1 - shortest / usable.sum():.1%} of the audio is lost")
+    print(f"  ours: padding {stats.padding:.2%}; beyond the crop of 20 s nothing is lost: ", end="")
+    print(f"{stats.units / (usable.sum() / RATE):.4%} of it is in an epoch of {stats.steps} steps")
+    orders = []
+    for epoch in range(2):
+        steps = itertools.takewhile(
+            lambda step, epoch=epoch: step.epoch == epoch,  # type: ignore[misc]
+            plan.steps({"epoch": epoch, "step": 0, "pool": 0, "pool_step": 0}),
+        )
+        orders.append(np.concatenate([lot for step in steps for lot in step.lots]))
+    places = [np.argsort(order) for order in orders]
+    print(f"  planning: {made:.2f} s of CPU for the set; shuffle: correlation of the places in")
+    print(f"  two epochs {np.corrcoef(places)[0, 1]:+.4f}, of the place in the set and in an epoch")
+    print(f"  {np.corrcoef(places[0], np.arange(len(places[0])))[0, 1]:+.4f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("parts", nargs="*", default=["raw", "whole", "plan"])
+    parser.add_argument("--quick", action="store_true", help="less of everything, to try it")
+    arguments = parser.parse_args()
+    global ROUNDS
+    ROUNDS = 2 if arguments.quick else 7
+    torch.set_num_threads(1)
+    root = Path(tempfile.mkdtemp(prefix="d2v-loader-"))
+    try:
+        corpora = make_corpora(root, 0.25 if arguments.quick else 1.0)
+        if "raw" in arguments.parts:
+            for name in ("wav", "flac", "jpg"):
+                race_reading(name, getattr(corpora, name), root)
+        if "whole" in arguments.parts:
+            for workers in (0, 1):
+                race_loaders(corpora, workers)
+            race_text(corpora)
+        if "plan" in arguments.parts:
+            show_plan()
+    finally:
+        shutil.rmtree(root)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The shard set that a person names: a set, a folder of tars that others made, or a URL prefix.
+
+    data.shards --find_set--> ShardSet
+
+Tars without an index get one when they are first used, beside them or, where nothing can be written
+there, in the cache's folder (shard_cache.py).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+from d2v_ds.errors import UserError
+from d2v_ds.foreign import index_set
+from d2v_ds.shard_cache import Cache, is_remote, open_remote
+from d2v_ds.shard_format import INDEX_FILE, PLAN_FILE, ShardSet, open_set
+
+log = logging.getLogger("d2v_ds")
+
+
+def find_set(where: str | Path, modality: str = "", check_tars: bool = True) -> ShardSet:
+    """As open_set, which it is for a folder that holds a set. Raises UserError."""
+    if is_remote(str(where)):
+        return open_remote(str(where), modality)
+    root = Path(where)
+    if (root / INDEX_FILE).exists() or (root / PLAN_FILE).exists() or not root.is_dir():
+        return open_set(root, modality, check_tars)
+    tars = sorted(root.glob("*.tar"))
+    if not tars:
+        return open_set(root, modality, check_tars)  # says what is wrong
+    return open_set(_indexed(root, tars, modality), modality, check_tars)
+
+
+def _indexed(root: Path, tars: list[Path], modality: str) -> Path:
+    """The folder with the index, made once by whoever comes first."""
+    out = root
+    if not os.access(root, os.W_OK):
+        facts = [str(root.resolve())]
+        facts += [f"{tar.name} {(stat := tar.stat()).st_size} {stat.st_mtime_ns}" for tar in tars]
+        digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+        out = Cache.from_environment().folder / f"{root.name}-{digest}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / ".index.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (out / INDEX_FILE).exists():
+                log.info("%s: has no index; reading the headers of %d tars", root, len(tars))
+                index_set(tars, out, modality)
+    except OSError as error:
+        raise UserError(f"{out}: cannot write the index of {root} ({error.strerror})") from None
+    return out

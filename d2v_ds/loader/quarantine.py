@@ -1,0 +1,56 @@
+"""The samples of a run that cannot be used: told once each, and few.
+
+Made.bad --add--> log, RUN/bad_samples/rankNNNNN.jsonl; too many of them end the run
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from d2v_ds.errors import UserError
+from d2v_ds.loader.reading import REMEDY, Bad
+
+log = logging.getLogger("d2v_ds")
+
+FIRST = 1_000  # samples: the share is never taken of fewer
+NAMED = 3  # of the bad ones, where they are too many
+LOGGED = 20  # of them, before only the file tells
+
+
+class Quarantine:
+    """Of one rank. file: a line of JSON for each bad sample is added to it; None: nowhere. most:
+    the share of bad ones among the samples read."""
+
+    def __init__(self, file: Path | None, most: float) -> None:
+        self.file, self.most = file, most
+        self.read = 0
+        self.bad: dict[int, Bad] = {}  # by position
+
+    def add(self, read: int, bad: Sequence[Bad]) -> None:
+        """After `read` more samples of which these were bad, again or for the first time. Raises
+        UserError when they have become too many."""
+        self.read += read
+        for each in bad:
+            if each.position not in self.bad:
+                self.bad[each.position] = each
+                self._tell(each)
+        if bad and len(self.bad) > self.most * max(self.read, FIRST):
+            raise UserError(
+                f"{len(self.bad)} of the first {self.read} samples cannot be used, more than "
+                f"data.max_bad={self.most:g} allows: "
+                + "; ".join(str(each) for each in list(self.bad.values())[:NAMED])
+                + f". {REMEDY}"
+            )
+
+    def _tell(self, bad: Bad) -> None:
+        if len(self.bad) <= LOGGED:
+            more = "" if len(self.bad) < LOGGED else f"; of more, {self.file or 'nothing'} tells"
+            log.warning("%s; another sample stands in for it%s", bad, more)
+        if self.file:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as lines:
+                lines.write(json.dumps(dataclasses.asdict(bad), ensure_ascii=False) + "\n")

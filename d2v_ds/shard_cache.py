@@ -1,0 +1,335 @@
+"""Remote shard sets, through a cache on this node's own disk that is bounded in bytes.
+
+    URL/index.json, URL/*.idx --open_remote--> ShardSet;  URL/NAME.tar --open_shard--> an open file
+
+A set is named by its URL prefix: http(s) is read by the standard library, `pipe:COMMAND {}` by a
+command that writes the file named in place of {}, all else (s3, gs, hf ...) by fsspec. A shard is
+downloaded when it is read or about to be, once a node however many processes want it, held against
+size and hash in index.json, and renamed when it is whole. Where the cache is full the shards go
+that were not used for longest, but never one that is open in some process.
+
+D2V_CACHE names the cache's folder, D2V_CACHE_BYTES its size (200GB).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import http.client
+import logging
+import os
+import re
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from d2v_ds.errors import UserError
+from d2v_ds.shard_format import INDEX_FILE, ShardEntry, ShardSet, open_set, read_lengths
+
+Result = TypeVar("Result")
+
+log = logging.getLogger("d2v_ds")
+
+DEFAULT_BYTES = "200GB"
+TRY_FOR = 240.0  # seconds, before a download is given up
+PAUSE, LONGEST_PAUSE = 0.5, 15.0  # seconds between tries: doubles
+SILENCE = 60.0  # seconds without a byte
+CHUNK = 1 << 20  # bytes
+TOGETHER = 16  # downloads of indexes at a time
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def is_remote(where: str) -> bool:
+    return where.startswith("pipe:") or "://" in where
+
+
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """A folder of this node and how many bytes of shards it may hold."""
+
+    folder: Path
+    limit: int
+
+    @staticmethod
+    def from_environment() -> Cache:
+        """Raises UserError."""
+        own = Path(tempfile.gettempdir(), f"d2v_ds-{os.getuid()}")
+        text = os.environ.get("D2V_CACHE_BYTES", DEFAULT_BYTES)
+        found = re.fullmatch(r"(\d+) *([KMGT]B)?", text)
+        if not found:
+            raise UserError(f"D2V_CACHE_BYTES: {text!r} is no size; give one like 200GB")
+        folder = Path(os.environ.get("D2V_CACHE") or own)
+        return Cache(folder, int(found[1]) * UNITS[found[2] or ""])
+
+
+def open_remote(where: str, modality: str = "", cache: Cache | None = None) -> ShardSet:
+    """The set at a URL prefix; its indexes are downloaded, its tars are not. Raises UserError."""
+    cache = cache or Cache.from_environment()
+    content = _try_again(lambda: _whole(url_of(where, INDEX_FILE)), url_of(where, INDEX_FILE))
+    name = re.sub(r"\W+", "_", where.rstrip("/").rpartition("/")[2])[:40]
+    folder = cache.folder / f"{name}-{hashlib.sha256(where.encode() + content).hexdigest()[:16]}"
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / ".lock"):
+            aside = folder / f"{INDEX_FILE}.tmp"
+            if not (folder / INDEX_FILE).exists():
+                aside.write_bytes(content)
+                aside.replace(folder / INDEX_FILE)
+            shards = open_set(folder, modality, check_tars=False)
+            shards = dataclasses.replace(shards, remote=where)
+            with ThreadPoolExecutor(TOGETHER) as pool:
+                list(pool.map(lambda entry: _fetch_index(shards, entry), shards.shards))
+    return shards
+
+
+def open_shard(shards: ShardSet, entry: ShardEntry, cache: Cache | None = None) -> int:
+    """A file descriptor of one of its tars, which stays in the cache as long as that is open.
+
+    Raises UserError when it cannot be downloaded or is not what index.json says.
+    """
+    path = shards.tar(entry)
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(file, fcntl.LOCK_SH)
+            if os.fstat(file).st_nlink:
+                os.utime(file)  # used now
+                return file
+            os.close(file)  # it was removed before it was locked
+        with _writing(path.parent), _locked(path.with_suffix(".lock")):
+            if not path.exists():
+                _fetch_shard(shards, entry, cache or Cache.from_environment())
+
+
+def keep_near(shards: ShardSet, upcoming: Iterable[int], cache: Cache | None = None) -> None:
+    """Downloads the shards that come next, by number, as far as they fill half of the cache, and
+    tells that the ones already there are needed."""
+    cache = cache or Cache.from_environment()
+    held, seen = 0, set[int]()
+    for number in upcoming:
+        entry = shards.shards[number]
+        held += entry.bytes
+        if number in seen or held > cache.limit // 2:
+            return
+        seen.add(number)
+        os.close(open_shard(shards, entry, cache))
+
+
+def url_of(where: str, name: str) -> str:
+    if where.startswith("pipe:"):
+        if "{}" not in where:
+            raise UserError(f"data.shards: {where!r} has no {{}} in place of a file's name")
+        return where.replace("{}", name)
+    return f"{where.rstrip('/')}/{name}"
+
+
+# --------------------------------------------------------------------------------------- downloads
+
+
+def _fetch_index(shards: ShardSet, entry: ShardEntry) -> None:
+    path = shards.index(entry)
+    if path.exists():
+        return
+    aside = path.with_suffix(".idx.tmp")
+
+    def whole() -> None:
+        with aside.open("wb") as file:
+            _copy(url_of(shards.remote, path.name), file)
+        read_lengths(aside, entry)
+
+    _try_again(whole, url_of(shards.remote, path.name))
+    aside.replace(path)
+
+
+def _fetch_shard(shards: ShardSet, entry: ShardEntry, cache: Cache) -> None:
+    path = shards.tar(entry)
+    url = url_of(shards.remote, path.name)
+    aside = path.with_suffix(".tar.tmp")
+    with _room_for(aside, entry.bytes, cache) as file:
+
+        def whole() -> None:
+            file.seek(0)
+            digest = _copy(url, file, entry.bytes)
+            if digest != entry.sha256:
+                raise UserError(
+                    f"{url}: is not what {INDEX_FILE} says (its SHA-256 differs); upload it again"
+                )
+
+        try:
+            _try_again(whole, url)
+            aside.rename(path)
+        except BaseException:
+            aside.unlink()
+            raise
+
+
+def _copy(url: str, file: BinaryIO, size: int | None = None) -> str:
+    """Its SHA-256. Raises EOFError when it is not of the given size, or not of the one that the
+    other side said."""
+    digest, found = hashlib.sha256(), 0
+    with contextlib.closing(_Answer(url)) as answer:
+        while chunk := answer.stream.read(CHUNK):
+            found += len(chunk)
+            if size is not None and found > size:
+                break
+            digest.update(chunk)
+            file.write(chunk)
+        expected = answer.size if size is None else size
+        answer.check(found, expected)
+    file.flush()
+    return digest.hexdigest()
+
+
+def _whole(url: str) -> bytes:
+    with contextlib.closing(_Answer(url)) as answer:
+        content: bytes = answer.stream.read()
+        answer.check(len(content), answer.size)
+    return content
+
+
+def _try_again(work: Callable[[], Result], url: str) -> Result:
+    """Until it succeeds, or TRY_FOR is over. What does not change by waiting is raised at once."""
+    until, pause = time.monotonic() + TRY_FOR, PAUSE
+    while True:
+        try:
+            return work()
+        except (EOFError, OSError, http.client.HTTPException) as error:
+            if isinstance(error, OSError) and error.filename:  # of this machine's disk
+                raise
+            if time.monotonic() + pause > until:
+                raise UserError(f"{url}: cannot be downloaded ({error})") from None
+            log.warning("%s: %s; trying again in %g s", url, error, pause)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+
+
+class _Answer:
+    """What another machine sends. Raises UserError where nothing is to be had at that URL, and what
+    `_try_again` knows where that may change."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.size: int | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+        self.stream: Any
+        if url.startswith("pipe:"):
+            self.process = subprocess.Popen(
+                url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE
+            )
+            self.stream = self.process.stdout
+        elif url.startswith(("http://", "https://")):
+            self._ask_http()
+        else:
+            self._ask_fsspec()
+
+    def _ask_http(self) -> None:
+        try:
+            self.stream = urllib.request.urlopen(self.url, timeout=SILENCE)
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code < 500 and error.code not in (408, 429):
+                raise UserError(f"{self.url}: {error.code} {error.reason}") from None
+            raise ConnectionError(f"{error.code} {error.reason}") from None
+        length = self.stream.headers.get("Content-Length")
+        self.size = int(length) if length else None
+
+    def _ask_fsspec(self) -> None:
+        scheme = self.url.partition("://")[0]
+        try:
+            import fsspec
+
+            self.stream = fsspec.open(self.url, "rb").open()
+        except FileNotFoundError:
+            raise UserError(f"{self.url}: not found") from None
+        except (ImportError, ValueError) as error:
+            raise UserError(
+                f"{self.url}: {scheme}:// needs fsspec and its package for it ({error}); install "
+                "them, or give `pipe:COMMAND {}`"
+            ) from None
+
+    def check(self, found: int, expected: int | None) -> None:
+        if self.process and (code := self.process.wait()):
+            raise EOFError(f"the command ended with exit code {code}")
+        if expected is not None and found != expected:
+            raise EOFError(f"ended after {found} of {expected} bytes")
+
+    def close(self) -> None:
+        self.stream.close()
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+
+# --------------------------------------------------------------------------------------- the folder
+
+
+@contextlib.contextmanager
+def _room_for(aside: Path, size: int, cache: Cache) -> Iterator[BinaryIO]:
+    """An open file of that size, for which others have made room."""
+    with _locked(cache.folder / ".lock"):
+        _evict(cache, size)
+        file = aside.open("wb")
+        fcntl.flock(file, fcntl.LOCK_EX)  # who holds it is at work on it
+        file.truncate(size)
+    with file:
+        yield file
+
+
+def _evict(cache: Cache, size: int) -> None:
+    """Removes shards until `size` bytes more fit, those not used for longest first."""
+    files = [*cache.folder.glob("*/*.tar"), *cache.folder.glob("*/*.tar.tmp")]
+    found = sorted(
+        (stat.st_mtime_ns, stat.st_size, file) for file in files if (stat := _stat(file))
+    )
+    held = sum(each for _, each, _ in found)
+    for _, each, file in found:
+        if held + size <= cache.limit and file.suffix != ".tmp":
+            continue
+        if _remove_unused(file):
+            held -= each
+    if held + size > cache.limit:
+        log.warning(
+            "%s holds %.3g GB of shards that are all in use, D2V_CACHE_BYTES allows %.3g GB with "
+            "the next one; raise it, or the same shards will be downloaded again and again",
+            cache.folder,
+            (held + size) / 1e9,
+            cache.limit / 1e9,
+        )
+
+
+def _stat(file: Path) -> os.stat_result | None:
+    try:
+        return file.stat()
+    except FileNotFoundError:
+        return None
+
+
+def _remove_unused(file: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError, BlockingIOError), file.open("rb") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.unlink()
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    with file.open("w") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"D2V_CACHE: cannot write {folder} ({error.strerror or error})") from None
