@@ -1,19 +1,20 @@
 # make demo, make test: each sets up what it needs in .venv by itself.
 #
-#   make demo       convert, pre-train, probe: the whole way on this machine, in minutes
+#   make demo       convert, pre-train, probe: the whole way on this machine, in minutes;
+#                   MODALITY=speech (default), vision, text or joint; SEED=0
 #   make test       what continuous integration runs
 #   make test-all   the full matrices and long faults as well
 #   make test-gpu   what needs a CUDA device
 #   make setup      only the virtual environment; TORCH=system takes the torch that the site has
-#   make clean      removes .venv and the demo's run folder
+#   make clean      removes .venv and the demos' run folders
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-DEMO := runs/demo
-SAMPLES := shards/samples/speech
+MODALITY ?= speech
+DEMO := runs/demo$(if $(filter-out speech,$(MODALITY)),-$(MODALITY))
 # Two ranks: on two GPUs where there are as many, on the one where there is one, else on the CPU.
 RANKS := $(shell [ "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" = 1 ] && echo 1 || echo 2)
 SEED ?= 0
@@ -38,16 +39,8 @@ endif
 	touch $(READY)
 
 demo: setup
-	$(BIN)/d2v-shards speech $(SAMPLES)/train.tsv $(DEMO)/shards/train --join speaker --join-seconds 4
-	for set in train seen unseen; do \
-	  $(BIN)/d2v-shards speech $(SAMPLES)/$$set.tsv $(DEMO)/shards/labelled/$$set || exit; done
-	$(BIN)/d2v-ds train speech_tiny --nproc $(RANKS) run.dir=$(DEMO) run.seed=$(SEED) \
-	  data.shards=$(DEMO)/shards/train engine.config=zero2
+	$(BIN)/python benchmarks/probe.py $(MODALITY) --out $(DEMO) --seeds $(SEED) --nproc $(RANKS)
 	@echo
-	$(BIN)/d2v-ds evaluate knn $(DEMO) --compare --gallery $(DEMO)/shards/labelled/train \
-	  --test $(DEMO)/shards/labelled/unseen $(DEMO)/shards/labelled/seen
-	@echo
-	@echo "unseen: a speaker that was never heard; seen: new recordings of the five speakers"
 	@echo "shards       $(DEMO)/shards"
 	@echo "checkpoints  $(DEMO)/checkpoints"
 	@echo "curves       $(BIN)/tensorboard --logdir $(DEMO)/tb"
@@ -67,4 +60,4 @@ test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 
 clean:
-	rm -rf $(VENV) $(DEMO)
+	rm -rf $(VENV) runs/demo runs/demo-*

@@ -2,6 +2,10 @@
 
 Parses and calls. Bad input ends with one line and exit code 2; nothing is imported that is not
 needed, so --help and mistakes answer at once.
+
+A family of corpora is a module shards.NAME and a line in FAMILIES. The module offers DESCRIPTION,
+add_arguments(parser) for its own options, and read(arguments) -> Corpus; it imports nothing heavy
+until `read` is called. What all families share is here and in core.py.
 """
 
 from __future__ import annotations
@@ -9,13 +13,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from d2v_ds.errors import UserError
-from d2v_ds.shard_format import INDEX_FILE
+from d2v_ds.shard_format import INDEX_FILE, PLAN_FILE
+from shards import arguments as types
+
+FAMILIES = {
+    "speech": "convert recordings",
+    "images": "convert images",
+    "text": "convert text",
+}
+# Commands of their own: modules with DESCRIPTION, add_arguments(parser), run(arguments) -> code.
+COMMANDS = {"tokenizer": "train a sentencepiece model"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"d2v-shards: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # nobody reads on, as in `d2v-shards stats SET | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:  # a full disk, no permission to write
         print(f"d2v-shards: {error}", file=sys.stderr)
         return 1
@@ -34,31 +50,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _speech(arguments: argparse.Namespace) -> int:
-    from shards import core, speech
+def _convert(arguments: argparse.Namespace) -> int:
+    from shards import core, estimate
+    from shards.plan import Choice, make_plans
 
-    if arguments.out.resolve() == arguments.source.resolve():
-        raise UserError(f"{arguments.out}: is both SOURCE and OUT; name another folder for OUT")
-    plan, converter = speech.plan(
-        arguments.source,
-        rate=arguments.rate,
-        join=arguments.join,
-        join_seconds=arguments.join_seconds,
-        shard_size=arguments.shard_size,
-        seed=arguments.seed,
+    out: Path = arguments.out
+    if out.resolve() == arguments.source.resolve():
+        raise UserError(f"{out}: is both SOURCE and OUT; name another folder for OUT")
+    if arguments.split and (out / INDEX_FILE).exists():
+        raise UserError(f"{out}: is a shard set; name a new folder for the splits")
+    if arguments.split_by and not arguments.split:
+        raise UserError("--split-by: says by what to split, --split into what; give both")
+    task = arguments.task or types.task_of_slurm()
+    corpus = import_module(f"shards.{arguments.family}").read(arguments)
+    choice = Choice(
+        arguments.seed,
+        arguments.shard_size,
+        arguments.only,
+        arguments.leave_out,
+        arguments.split,
+        arguments.split_by,
     )
-    shards = core.convert(
-        plan, converter, arguments.out, arguments.jobs, arguments.max_bad, arguments.task
-    )
-    if shards is None:
-        i, n = arguments.task
-        print(f"{arguments.out}: task {i} of {n} is done; after all, d2v-shards merge it")
+    plans = make_plans(corpus, choice)
+    if arguments.dry_run:
+        for line in estimate.estimate(plans, corpus.converter, arguments.jobs):
+            print(line)
         return 0
-    hours = shards.length / shards.sample_rate / 3600
-    print(
-        f"{arguments.out}: {shards.samples} samples, {hours:.3f} hours, {len(shards.shards)} shards"
-    )
-    _tell_left_out(arguments.out)
+    for name, plan in plans.items():
+        shards = core.convert(
+            plan, corpus.converter, out / name, arguments.jobs, arguments.max_bad, task
+        )
+        if shards:
+            print(core.describe(shards))
+            _tell_left_out(shards.root)
+    if task[1] > 1:
+        i, n = task
+        print(f"{out}: task {i} of {n} is done; after all, d2v-shards merge it")
     return 0
 
 
@@ -76,21 +103,39 @@ def _tell_left_out(out: Path) -> None:
 def _merge(arguments: argparse.Namespace) -> int:
     from shards import core
 
-    shards = core.merge(arguments.set, arguments.max_bad)
-    print(f"{arguments.set}: {shards.samples} samples, {len(shards.shards)} shards")
-    _tell_left_out(arguments.set)
+    out: Path = arguments.set
+    splits = sorted(
+        folder
+        for folder in (out.iterdir() if out.is_dir() else ())
+        if (folder / PLAN_FILE).exists() or (folder / INDEX_FILE).exists()
+    )
+    for folder in splits or [out]:
+        shards = core.merge(folder, arguments.max_bad)
+        print(core.describe(shards))
+        _tell_left_out(folder)
     return 0
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from shards.verify import verify
+    from shards.verify import NOTE, verify
 
     problems = 0
-    for problem in verify(arguments.set, arguments.jobs):
-        problems += 1
-        print(problem, flush=True)
+    for line in verify(arguments.set, arguments.jobs):
+        problems += not line.startswith(NOTE)
+        print(line, flush=True)
     print(f"{arguments.set}: {problems or 'no'} problem{'' if problems == 1 else 's'}")
     return 1 if problems else 0
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from shards.core import describe
+    from shards.index import index
+
+    shards = index(arguments.source, arguments.out, arguments.modality, arguments.checksums,
+                   arguments.jobs)  # fmt: skip
+    print(describe(shards))
+    _tell_left_out(shards.root)
+    return 0
 
 
 def _stats(arguments: argparse.Namespace) -> int:
@@ -109,68 +154,50 @@ def _parser() -> argparse.ArgumentParser:
         "d2v-shards", description="Convert corpora to shard sets, check and describe sets."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    speech = commands.add_parser(
-        "speech",
-        help="convert recordings",
-        description="Convert a folder of wav and flac files, or the recordings that a manifest "
-        "lists, to a shard set of mono 16-bit FLAC. Interrupted or killed, the same command goes "
-        "on.",
-    )
-    speech.add_argument(
-        "source",
-        type=Path,
-        metavar="SOURCE",
-        help="a folder, or a .tsv manifest: a header line, a column `path` relative to the "
-        "manifest, any other columns (label, speaker, text), which go along",
-    )
-    speech.add_argument("out", type=Path, metavar="OUT", help="a new folder for the set")
-    speech.add_argument(
-        "--rate",
-        type=_number(int, 1000, 192_000),
-        default=16000,
-        help="frames a second (%(default)s)",
-    )
-    speech.add_argument(
-        "--join",
-        default="",
-        metavar="COLUMN",
-        help="join recordings that agree in this column into longer samples, without gaps",
-    )
-    speech.add_argument(
-        "--join-seconds",
-        type=_number(float, 0.1, 3600),
-        default=8.0,
-        help="of a joined sample (%(default)s)",
-    )
-    speech.add_argument(
-        "--shard-size", type=_size, default="256MB", help="of a shard's inputs, at most about this"
-    )
-    speech.add_argument(
-        "--seed", type=_number(int, 0, 2**63), default=0, help="of the samples' order (%(default)s)"
-    )
-    speech.add_argument(
-        "--max-bad", type=_share, default="1%", help="stop when more of the inputs are unusable"
-    )
-    speech.add_argument(
-        "--task",
-        type=_task,
-        default=(0, 1),
-        metavar="I/N",
-        help="of an array job: every N-th shard from the I-th on, I from 0; then merge",
-    )
-    _add_jobs(speech)
-    speech.set_defaults(run=_speech)
+    for family, purpose in FAMILIES.items():
+        module = import_module(f"shards.{family}")
+        command = commands.add_parser(family, help=purpose, description=module.DESCRIPTION)
+        command.add_argument("source", type=Path, metavar="SOURCE", help=module.SOURCE)
+        command.add_argument("out", type=Path, metavar="OUT", help="a new folder for the set")
+        module.add_arguments(command.add_argument_group(f"of {family}"))
+        _add_choice(command)
+        _add_running(command)
+        command.set_defaults(run=_convert, family=family)
+    for name, purpose in COMMANDS.items():
+        module = import_module(f"shards.{name}")
+        command = commands.add_parser(name, help=purpose, description=module.DESCRIPTION)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
 
     merge = commands.add_parser("merge", help="finish a set whose tasks (--task) are done")
     merge.add_argument("set", type=Path, metavar="OUT", help="the folder that the tasks wrote")
-    merge.add_argument(
-        "--max-bad", type=_share, default="1%", help="stop when more of the inputs are unusable"
-    )
+    _add_max_bad(merge)
     merge.set_defaults(run=_merge)
+
+    index = commands.add_parser(
+        "index",
+        help="make an index for WebDataset tars that others made",
+        description="Makes a shard set of WebDataset tars as they are: reads their headers, writes "
+        "an index, copies nothing.",
+    )
+    index.add_argument("source", type=Path, metavar="TARS", help="a folder with tars, or one tar")
+    index.add_argument(
+        "out", type=Path, metavar="OUT", nargs="?", help="a folder for the index (beside the tars)"
+    )
+    index.add_argument(
+        "--modality", choices=("speech", "vision", "text"), default="", help="(told by the members)"
+    )
+    index.add_argument(
+        "--checksums",
+        action="store_true",
+        help="read all of the tars, so that damage is seen later",
+    )
+    add_jobs(index)
+    index.set_defaults(run=_index)
 
     verify = commands.add_parser("verify", help="check every shard, checksum and sample of a set")
     verify.add_argument("set", type=Path, metavar="SET")
-    _add_jobs(verify)
+    add_jobs(verify)
     verify.set_defaults(run=_verify)
 
     stats = commands.add_parser("stats", help="counts, hours, lengths and labels of a set")
@@ -180,53 +207,85 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_jobs(parser: argparse.ArgumentParser) -> None:
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    """What of the corpus, in which order, in which sets."""
+    group = parser.add_argument_group("sets")
+    group.add_argument(
+        "--split",
+        type=types.splits,
+        metavar="NAME=SHARE,...",
+        help="several sets OUT/NAME, as in train=98,valid=1,test=1; by a hash of the key, so that "
+        "samples stay where they are when the corpus grows",
+    )
+    group.add_argument(
+        "--split-by",
+        default="",
+        metavar="COLUMN",
+        help="split by a hash of this column instead: speaker, say, so that each is in one set",
+    )
+    group.add_argument(
+        "--only",
+        type=Path,
+        metavar="FILE",
+        help="take the keys or paths that FILE lists, a line each",
+    )
+    group.add_argument(
+        "--except",
+        type=Path,
+        metavar="FILE",
+        dest="leave_out",
+        help="leave out the keys or paths that FILE has a line of",
+    )
+    group.add_argument(
+        "--shard-size",
+        type=types.size,
+        default="256MB",
+        help="of a shard's inputs, at most about this (%(default)s)",
+    )
+    group.add_argument(
+        "--seed",
+        type=types.number(int, 0, 2**63),
+        default=0,
+        help="of the samples' order (%(default)s)",
+    )
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("running")
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="tell what would be made, how large and how long; write nothing",
+    )
+    _add_max_bad(group)
+    group.add_argument(
+        "--task",
+        type=types.task,
+        metavar="I/N",
+        help="of an array job: every N-th shard from the I-th on, I from 0; then merge (default: "
+        "from SLURM_ARRAY_TASK_ID)",
+    )
+    add_jobs(group)
+
+
+def _add_max_bad(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--max-bad",
+        type=types.share,
+        default="1%",
+        help="stop when more of the inputs are unusable (%(default)s)",
+    )
+
+
+def add_jobs(parser: argparse._ActionsContainer) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     parser.add_argument(
         "-j",
         "--jobs",
-        type=_number(int, 1, 4096),
+        type=types.number(int, 1, 4096),
         default=cores,
         help="processes (%(default)s, one a core)",
     )
-
-
-def _number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = kind(text)
-        except ValueError:
-            value = kind(-1)
-        if not low <= value <= high:
-            name = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text}: expected {name} from {low} to {high}")
-        return value
-
-    return parse
-
-
-def _size(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.upper())
-    if not found or float(found[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text}: expected a size such as 256MB or 1GB")
-    return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
-
-
-def _task(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or int(found[1]) >= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text}: expected I/N with I from 0 to N - 1, as in 0/8")
-    return int(found[1]), int(found[2])
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a share such as 1% or 0.01")
-    return value
 
 
 if __name__ == "__main__":

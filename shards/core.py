@@ -1,6 +1,6 @@
 """What every converter shares: plan -> shard jobs over processes -> a finished set.
 
-    samples (of a corpus family) -> plan_shards -> one job a shard -> reports -> index.json
+    Plan (shards/plan.py) -> one job a shard -> reports -> index.json
 
 The plan is a pure function of the inputs and the options, and the content of a shard of its row of
 the plan alone. So any number of processes gives the same bytes, and a conversion that was killed
@@ -17,78 +17,78 @@ job gives every n-th shard to each of n tasks, which meet in OUT alone; `merge` 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from d2v_ds.errors import UserError
 from d2v_ds.shard_format import INDEX_FILE, PLAN_FILE, ShardEntry, ShardSet, open_set, set_json
+from shards.plan import CONVERTER, Choice, Corpus, Input, Plan, Sample
 from shards.workers import run_jobs
 from shards.writer import ShardWriter, remove_stale, write_atomically
 
-CONVERTER = 1  # raised when the same inputs and options begin to give other bytes
+__all__ = ["Choice", "Converted", "Converter", "Corpus", "Input", "Plan", "Sample", "Table"]
+
 QUARANTINE_FILE = "quarantine.jsonl"
-MIN_SHARD = 4_000_000  # bytes; smaller corpora are not cut up for the sake of parallelism
-SHARDS_AT_LEAST = 16
 
-Rejected = tuple[str, str]  # path of an input, reason
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What one sample of a set is made from."""
-
-    key: str
-    paths: tuple[str, ...]  # inputs, relative to the corpus
-    columns: dict[str, str]  # what the corpus says about it
-    size: int  # of the inputs, bytes
+Rejected = tuple[str, str]  # name of an input, reason
 
 
 @dataclass(frozen=True)
 class Converted:
-    members: tuple[bytes, ...]  # payloads in the order of the converter's fields; empty: left out
+    """One sample of a set, or none of it but what was left out."""
+
+    key: str
+    members: tuple[bytes | None, ...]  # payloads in the order of the converter's fields; (): none
     length: int
     rejected: tuple[Rejected, ...] = ()
+    unwanted: tuple[Rejected, ...] = ()  # left out because an option says so; --max-bad ignores it
+    found: int = 0  # inputs beyond the planned ones: documents in a file, rows of a table
+
+
+@dataclass(frozen=True)
+class Table:
+    """A member of the tar that holds many samples of one field: blocks of text."""
+
+    name: str  # of the member, with its extension
+    payload: bytes
+    rows: tuple[tuple[str, int, int, int], ...]  # (key, first byte in the payload, bytes, length)
+    rejected: tuple[Rejected, ...] = ()
+    unwanted: tuple[Rejected, ...] = ()
+    found: int = 0
 
 
 class Converter(Protocol):
     """Of one corpus family; it travels to the worker processes, so it holds settings only."""
 
-    modality: ClassVar[str]
-    unit: ClassVar[str]
-    fields: ClassVar[tuple[str, ...]]  # sorted
+    @property
+    def modality(self) -> str: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Of the index, sorted."""
 
     @property
-    def sample_rate(self) -> int: ...
-
-    def convert(self, sample: Sample) -> Converted:
-        """Inputs that cannot be used are in `rejected`; it never raises for them."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Which sample goes where."""
-
-    options: dict[str, Any]  # that decide on the content, by their name on the command line
-    shards: tuple[tuple[Sample, ...], ...]
+    def sample_rate(self) -> int:
+        """0 where there is no such thing."""
 
     @property
-    def inputs(self) -> int:
-        return sum(len(sample.paths) for shard in self.shards for sample in shard)
+    def about(self) -> dict[str, Any]:
+        """What index.json says besides: of the tokenizer, say."""
 
-    def hash(self) -> str:
-        digest = hashlib.sha256(json.dumps([CONVERTER, self.options]).encode())
-        for shard in self.shards:
-            digest.update(b"\0")
-            for s in shard:
-                digest.update(json.dumps([s.key, s.paths, s.columns, s.size]).encode())
-        return digest.hexdigest()
+    @property
+    def files(self) -> dict[str, Path]:
+        """Files that are copied into the set, by their names there."""
+
+    def convert(self, samples: Iterable[Sample]) -> Iterator[Converted | Table]:
+        """What a shard is made of, all samples of it. Inputs that cannot be used are in `rejected`;
+        it never raises for them, and every input is used or rejected."""
 
 
 @dataclass(frozen=True)
@@ -97,36 +97,8 @@ class Report:
 
     entry: ShardEntry
     rejected: tuple[Rejected, ...]
-
-
-def scattered(items: Iterable[Sample], seed: int) -> list[Sample]:
-    """In an order that looks random and depends on the seed and the keys alone, so that a corpus
-    sorted by speaker or class gives mixed shards. A hash, for no generator's sequence is promised
-    to stay."""
-
-    def place(sample: Sample) -> tuple[bytes, str]:
-        digest = hashlib.blake2b(f"{seed}/{sample.key}".encode(), digest_size=8)
-        return digest.digest(), sample.key
-
-    return sorted(items, key=place)
-
-
-def plan_shards(
-    samples: Iterable[Sample], shard_size: int, seed: int
-) -> tuple[tuple[Sample, ...], ...]:
-    """Scattered samples, cut into shards of about `shard_size` bytes of input; smaller ones where
-    that many would leave processes without work. Does not depend on the number of processes."""
-    order = scattered(samples, seed)
-    limit = min(shard_size, max(MIN_SHARD, sum(s.size for s in order) // SHARDS_AT_LEAST))
-    shards: list[list[Sample]] = []
-    filled = limit
-    for sample in order:
-        if filled >= limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(sample)
-        filled += sample.size
-    return tuple(tuple(shard) for shard in shards)
+    unwanted: tuple[Rejected, ...]
+    found: int = 0
 
 
 # --------------------------------------------------------------------------------------- converting
@@ -146,39 +118,41 @@ def convert(
     from the i-th on; the set is then finished by `merge`, and the result is None. Raises UserError
     when max_bad is passed, and when `out` holds anything but this conversion.
     """
-    finished = _enter(out, plan, converter)
+    about = _about(plan, converter)
+    finished = _enter(out, about)
     if finished:
         _clean(out)
         return finished
+    for name, source in converter.files.items():
+        write_atomically(out / name, source.read_bytes())
     first, every = task
-    own = range(first, len(plan.shards), every)
+    own = range(first, plan.shards, every)
     reports: dict[int, Report] = {}
     for i in own:
         report = _read_report(out, _name(converter.modality, i))
         if report:
             reports[i] = report
-    pending = [
-        (converter, out, _name(converter.modality, i), plan.shards[i])
-        for i in own
-        if i not in reports
-    ]
-    inputs = sum(len(sample.paths) for i in own for sample in plan.shards[i])
-    bad = sum(len(report.rejected) for report in reports.values())
+    pending = [i for i in own if i not in reports]
+    work = ((converter, out, _name(converter.modality, i), plan.shard(i)) for i in pending)
+    inputs = sum(plan.inputs_of(i) for i in own) + len(plan.rejected)
+    inputs += sum(report.found for report in reports.values())
+    bad = sum(len(report.rejected) for report in reports.values()) + len(plan.rejected)
     bar = tqdm(total=inputs, unit=" files", disable=None, desc=str(out))
-    bar.update(sum(len(s.paths) for i in reports for s in plan.shards[i]))
+    bar.update(sum(plan.inputs_of(i) for i in reports))
     with bar:
-        for report in run_jobs(convert_shard, pending, jobs):
+        for report in run_jobs(convert_shard, work, min(jobs, len(pending))):
             i = int(report.entry.name.rpartition("-")[2])
             reports[i] = report
-            bar.update(sum(len(s.paths) for s in plan.shards[i]))
+            bar.update(plan.inputs_of(i))
             bad += len(report.rejected)
+            inputs += report.found
             if bad > max_bad * inputs:
                 break
     ordered = [reports[i] for i in sorted(reports)]
     if every == 1:
-        return _finish(out, _about(plan, converter), ordered, inputs, max_bad)
+        return _finish(out, about, ordered, max_bad)
     if bad > max_bad * inputs:
-        raise UserError(_too_many_bad(ordered, inputs, max_bad))
+        raise UserError(_too_many_bad(_rejected(about, ordered), inputs, max_bad))
     return None
 
 
@@ -202,25 +176,41 @@ def merge(out: Path, max_bad: float) -> ShardSet:
             f"{out}: {len(missing)} of {len(names)} shards are missing, the first {missing[0]}; "
             "run the tasks again, each goes on where it was"
         )
-    return _finish(out, about, [report for _, report in found if report], about["inputs"], max_bad)
+    return _finish(out, about, [report for _, report in found if report], max_bad)
 
 
-def convert_shard(
-    job: tuple[Converter, Path, str, tuple[Sample, ...]],
-) -> Report:
+def convert_shard(job: tuple[Converter, Path, str, Sequence[Sample]]) -> Report:
     """Writes one shard, then its report."""
     converter, out, name, samples = job
     rejected: list[Rejected] = []
+    unwanted: list[Rejected] = []
+    found = 0
     with ShardWriter(out, name, converter.fields) as writer:
-        for sample in samples:
-            converted = converter.convert(sample)
-            rejected.extend(converted.rejected)
-            if converted.members:
-                writer.add(sample.key, converted.members, converted.length)
+        for made in converter.convert(samples):
+            rejected.extend(made.rejected)
+            unwanted.extend(made.unwanted)
+            found += made.found
+            if isinstance(made, Table):
+                writer.add_table(made.name, made.payload, made.rows)
+            elif made.members:
+                writer.add(made.key, made.members, made.length)
         entry = writer.finish() if writer.samples else ShardEntry(name, 0, 0, 0, "")
-    report = Report(entry, tuple(rejected))
+    report = Report(entry, tuple(rejected), tuple(unwanted), found)
     write_atomically(_report_file(out, name), json.dumps(dataclasses.asdict(report)).encode())
     return report
+
+
+def describe(shards: ShardSet) -> str:
+    """A line about a finished set."""
+    if shards.sample_rate:
+        length = f"{shards.length / shards.sample_rate / 3600:.3f} hours"
+    else:
+        length = f"{shards.length:,} {shards.unit}"
+    number = len(shards.shards)
+    return (
+        f"{shards.root}: {shards.samples} samples, {length}, "
+        f"{number} shard{'' if number == 1 else 's'}"
+    )
 
 
 def _name(modality: str, i: int) -> str:
@@ -235,7 +225,10 @@ def _read_report(out: Path, name: str) -> Report | None:
     """None where the shard is not finished."""
     try:
         raw = json.loads(_report_file(out, name).read_bytes())
-        report = Report(ShardEntry(**raw["entry"]), tuple((p, r) for p, r in raw["rejected"]))
+        rejected, unwanted = (
+            tuple((p, r) for p, r in raw[name]) for name in ("rejected", "unwanted")
+        )
+        report = Report(ShardEntry(**raw["entry"]), rejected, unwanted, raw["found"])
         entry = report.entry
         whole = not entry.samples or (
             (out / f"{name}.tar").stat().st_size == entry.bytes and (out / f"{name}.idx").exists()
@@ -250,18 +243,19 @@ def _about(plan: Plan, converter: Converter) -> dict[str, Any]:
     return {
         "plan": plan.hash(),
         "options": plan.options,
-        "shards": len(plan.shards),
-        "inputs": plan.inputs,
+        "shards": plan.shards,
+        "inputs": plan.inputs + len(plan.rejected),
+        "rejected": plan.rejected,
         "modality": converter.modality,
         "unit": converter.unit,
         "sample_rate": converter.sample_rate,
         "fields": list(converter.fields),
+        "about": converter.about,
     }
 
 
-def _enter(out: Path, plan: Plan, converter: Converter) -> ShardSet | None:
+def _enter(out: Path, about: dict[str, Any]) -> ShardSet | None:
     """Makes `out` ready for this plan; the set when it is finished already. Raises UserError."""
-    about = _about(plan, converter)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name a folder for the shards")
     out.mkdir(parents=True, exist_ok=True)
@@ -273,14 +267,14 @@ def _enter(out: Path, plan: Plan, converter: Converter) -> ShardSet | None:
         except ValueError:
             held = {}
         if held.get("plan") != about["plan"]:
-            raise UserError(_other_plan(out, file, held.get("options", {}), plan.options))
+            raise UserError(_other_plan(out, file, held.get("options", {}), about["options"]))
         if file == INDEX_FILE:
             return open_set(out)
         remove_stale(out)
         return None
     foreign = sorted(name for name in os.listdir(out) if not name.endswith(".tmp"))
     if PLAN_FILE in foreign:  # another task was quicker
-        return _enter(out, plan, converter)
+        return _enter(out, about)
     if foreign:
         raise UserError(
             f"{out}: is not empty (it has {foreign[0]}) and holds no conversion; "
@@ -303,8 +297,9 @@ def _other_plan(out: Path, file: str, held: dict[str, Any], wanted: dict[str, An
     )
 
 
-def _too_many_bad(reports: Sequence[Report], inputs: int, max_bad: float, where: str = "") -> str:
-    rejected = [item for report in reports for item in report.rejected]
+def _too_many_bad(
+    rejected: Sequence[Rejected], inputs: int, max_bad: float, where: str = ""
+) -> str:
     path, reason = rejected[0]
     return (
         f"{len(rejected)} of {inputs} inputs cannot be used, more than --max-bad {max_bad:.3%}; "
@@ -313,24 +308,23 @@ def _too_many_bad(reports: Sequence[Report], inputs: int, max_bad: float, where:
     )
 
 
-def _write_quarantine(out: Path, reports: Sequence[Report]) -> None:
-    lines = [
-        json.dumps({"path": path, "reason": reason}) + "\n"
-        for report in reports
-        for path, reason in report.rejected
-    ]
-    write_atomically(out / QUARANTINE_FILE, "".join(lines).encode())
+def _rejected(about: dict[str, Any], reports: Sequence[Report]) -> list[Rejected]:
+    """By the plan already, then by the shards."""
+    return [*about["rejected"], *(item for report in reports for item in report.rejected)]
 
 
 def _finish(
-    out: Path, about: dict[str, Any], reports: Sequence[Report], inputs: int, max_bad: float
+    out: Path, about: dict[str, Any], reports: Sequence[Report], max_bad: float
 ) -> ShardSet:
     """Writes index.json; about: what plan.json says."""
-    _write_quarantine(out, reports)
-    quarantined = sum(len(report.rejected) for report in reports)
-    if quarantined > max_bad * inputs:
+    rejected = _rejected(about, reports)
+    inputs = about["inputs"] + sum(report.found for report in reports)
+    left_out = rejected + [item for report in reports for item in report.unwanted]
+    lines = [json.dumps({"path": path, "reason": reason}) + "\n" for path, reason in left_out]
+    write_atomically(out / QUARANTINE_FILE, "".join(lines).encode())
+    if len(rejected) > max_bad * inputs:
         where = f"; all are in {out / QUARANTINE_FILE}"
-        raise UserError(_too_many_bad(reports, inputs, max_bad, where))
+        raise UserError(_too_many_bad(rejected, inputs, max_bad, where))
     result = ShardSet(
         root=out,
         modality=about["modality"],
@@ -342,11 +336,12 @@ def _finish(
     if not result.shards:
         raise UserError(f"{out}: not one input can be used; see {out / QUARANTINE_FILE}")
     origin = {
+        **about["about"],
         "converter": CONVERTER,
         "options": about["options"],
         "plan": about["plan"],
         "inputs": inputs,
-        "quarantined": quarantined,
+        "quarantined": len(left_out),
     }
     write_atomically(out / INDEX_FILE, set_json(result, **origin).encode())
     _clean(out)

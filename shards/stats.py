@@ -1,11 +1,12 @@
 """Describes a shard set: counts, hours, a histogram of lengths, how often each label occurs.
 
-set -> indexes and json members -> rows -> text or Markdown (a data card)
+set -> indexes and json members -> tables -> text or Markdown (a data card)
 """
 
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -13,12 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from d2v_ds.errors import UserError
 from d2v_ds.shard_format import INDEX_FILE, ShardIndex, ShardSet, open_set, read_index
+from shards.core import QUARANTINE_FILE
 
 BINS = 10
 MAX_VALUES = 50  # a column with more distinct values is not listed
-OWN = ("paths", "duration")  # of the json members, of every sample
+OWN = ("paths", "duration", "start")  # of the json members, other than what the corpus says
 
 
 @dataclass(frozen=True)
@@ -30,41 +35,58 @@ class Table:
 def describe(path: Path) -> list[Table]:
     """Raises UserError when there is no set."""
     shards = open_set(path)
+    about = json.loads((shards.root / INDEX_FILE).read_bytes())
     lengths = array("I")
     columns: dict[str, Counter[str]] = {}
+    members: Counter[str] = Counter()
     for shard in shards.shards:
         index = read_index(shards.index(shard))
         lengths.extend(index.lengths)
-        for row in _json_members(shards.tar(shard), index):
+        offsets = np.frombuffer(index.offsets, np.int64).reshape(index.count, -1)
+        for name, number in zip(index.fields, (offsets > 0).sum(axis=0), strict=True):
+            members[name] += int(number)
+        for row in _rows(shards.tar(shard), index):
             for column, value in row.items():
                 counts = columns.setdefault(column, Counter())
                 if column not in OWN and (len(counts) <= MAX_VALUES or str(value) in counts):
                     counts[str(value)] += 1
+    ordered = np.sort(np.frombuffer(lengths, np.uint32))
     return [
-        _summary(shards),
-        _histogram(shards, sorted(lengths)),
+        _summary(shards, about),
+        Table("Members", [(name, f"{n:,}") for name, n in sorted(members.items()) if n]),
+        _histogram(shards, ordered),
         *(_values(column, counts) for column, counts in columns.items() if counts),
+        *_left_out(shards.root),
+        *([Table("Converted with", _options(about))] if about["options"] else ()),
     ]
 
 
-def _json_members(tar: Path, index: ShardIndex) -> Iterator[dict[str, Any]]:
-    if "json" not in index.fields:
+def _rows(tar: Path, index: ShardIndex) -> Iterator[dict[str, Any]]:
+    """What lies beside each sample: its json, and its cls as label."""
+    width = len(index.fields)
+    wanted = [(name, index.fields.index(name)) for name in ("json", "cls") if name in index.fields]
+    if not wanted:
         return
-    width, column = len(index.fields), index.fields.index("json")
     with tar.open("rb") as file:
         for i in range(index.count):
-            file.seek(index.offsets[i * width + column])
-            try:
-                yield json.loads(file.read(index.sizes[i * width + column]))
-            except ValueError as error:
-                raise UserError(
-                    f"{tar}: sample {index.key(i)!r}: its json is damaged ({error}); "
-                    f"run `d2v-shards verify {tar.parent}`"
-                ) from None
+            row: dict[str, Any] = {}
+            for name, column in wanted:
+                cell = i * width + column
+                if not index.offsets[cell]:
+                    continue
+                file.seek(index.offsets[cell])
+                data = file.read(index.sizes[cell])
+                try:
+                    row |= json.loads(data) if name == "json" else {"label": data.decode().strip()}
+                except (ValueError, TypeError) as error:
+                    raise UserError(
+                        f"{tar}: sample {index.key(i)!r}: its {name} is damaged ({error}); "
+                        f"run `d2v-shards verify {tar.parent}`"
+                    ) from None
+            yield row
 
 
-def _summary(shards: ShardSet) -> Table:
-    about = json.loads((shards.root / INDEX_FILE).read_bytes())
+def _summary(shards: ShardSet, about: dict[str, Any]) -> Table:
     size = sum(shard.bytes for shard in shards.shards)
     rows = [
         ("modality", shards.modality),
@@ -79,23 +101,31 @@ def _summary(shards: ShardSet) -> Table:
         rows.append(("sample rate", f"{shards.sample_rate} Hz"))
     else:
         rows.append((shards.unit, f"{shards.length:,}"))
-    rows += [(f"--{name}", str(value)) for name, value in about["options"].items()]
     return Table("Shard set", rows)
 
 
-def _histogram(shards: ShardSet, lengths: list[int]) -> Table:
+def _options(about: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(f"--{name}", str(value)) for name, value in about["options"].items()]
+
+
+def _histogram(shards: ShardSet, lengths: NDArray[np.uint32]) -> Table:
     """Ten equal bins from the shortest to the longest."""
     scale, unit = (shards.sample_rate, "s") if shards.sample_rate else (1, shards.unit)
-    low, high = lengths[0], lengths[-1]
-    counts = Counter(min(BINS - 1, (n - low) * BINS // max(1, high - low)) for n in lengths)
+    low, high = int(lengths[0]), int(lengths[-1])
+    bins = (lengths.astype(np.int64) - low) * BINS // max(1, high - low)
+    counts = np.bincount(np.minimum(bins, BINS - 1), minlength=BINS)
+
+    def show(length: float) -> str:
+        return f"{length / scale:.2f}" if shards.sample_rate else f"{length:,.0f}"
+
     rows = [
-        (name, f"{lengths[int(share * (len(lengths) - 1))] / scale:.2f}")
+        (name, show(int(lengths[int(share * (len(lengths) - 1))])))
         for name, share in (("shortest", 0.0), ("median", 0.5), ("longest", 1.0))
     ]
     for i in range(BINS if high > low else 1):
         start, stop = (low + (high - low) * j / BINS for j in (i, i + 1))
-        bar = "█" * round(40 * counts[i] / max(counts.values()))
-        rows.append((f"{start / scale:.2f} to {stop / scale:.2f}", f"{counts[i]:,} {bar}".rstrip()))
+        bar = "█" * round(40 * counts[i] / counts.max())
+        rows.append((f"{show(start)} to {show(stop)}", f"{counts[i]:,} {bar}".rstrip()))
     return Table(f"Length in {unit}", rows)
 
 
@@ -103,6 +133,20 @@ def _values(column: str, counts: Counter[str]) -> Table:
     if len(counts) > MAX_VALUES:
         return Table(column, [("distinct values", f"more than {MAX_VALUES}")])
     return Table(column, [(value, f"{n:,}") for value, n in sorted(counts.items())])
+
+
+def _left_out(root: Path) -> Iterator[Table]:
+    """Reasons, alike but for numbers, and how often each."""
+    if not (root / QUARANTINE_FILE).exists():
+        return
+    counts: Counter[str] = Counter()
+    with (root / QUARANTINE_FILE).open(encoding="utf-8") as file:
+        for line in file:
+            counts[re.sub(r"\d+(\.\d+)?", "N", json.loads(line)["reason"])] += 1
+    if counts:
+        yield Table(
+            "Left out", [(reason, f"{n:,}") for reason, n in counts.most_common(MAX_VALUES)]
+        )
 
 
 def as_text(tables: list[Table]) -> str:

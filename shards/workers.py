@@ -9,39 +9,46 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from itertools import islice
 from multiprocessing import get_context
 from typing import TypeVar
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
+AHEAD = 3  # jobs that wait for each process, so that none is idle
+
 
 def run_jobs(
-    work: Callable[[Job], Result], jobs: Sequence[Job], processes: int
+    work: Callable[[Job], Result], jobs: Iterable[Job], processes: int
 ) -> Iterator[Result]:
     """`work` of each job, in the order in which they end; in this process when one is enough.
 
-    Workers are started afresh (no fork: libraries hold locks and threads) and die with this
-    process, however it ends.
+    Jobs are taken as they are needed, a few ahead. Workers are started afresh (no fork: libraries
+    hold locks and threads) and die with this process, however it ends.
     """
-    if processes == 1 or len(jobs) <= 1:
+    if processes <= 1:
         yield from map(work, jobs)
         return
     pool = ProcessPoolExecutor(
-        min(processes, len(jobs)),
+        processes,
         mp_context=get_context("spawn"),
         initializer=_enter_worker,
         initargs=(os.getpid(),),
     )
+    rest = iter(jobs)
     try:
         with _worker_start():
-            futures = [pool.submit(work, job) for job in jobs]
-        for future in as_completed(futures):
-            yield future.result()
+            running = {pool.submit(work, job) for job in islice(rest, AHEAD * processes)}
+        while running:
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            running |= {pool.submit(work, job) for job in islice(rest, len(done))}
+            for future in done:
+                yield future.result()
     except BrokenProcessPool:
         raise ChildProcessError(
             "a worker process died, perhaps for lack of memory; with fewer --jobs the same "

@@ -12,12 +12,12 @@ import hashlib
 import os
 import socket
 import tarfile
-import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from d2v_ds.checksum import BEST, checksum_of
 from d2v_ds.shard_format import ShardEntry, index_bytes
 
 TEMPORARY = ".tmp"
@@ -36,7 +36,10 @@ class ShardWriter:
         self._position = 0
         self._keys: list[str] = []
         self._offsets, self._sizes = array("q"), array("I")
-        self._crcs, self._lengths = array("I"), array("I")
+        self._checksums, self._lengths = array("I"), array("I")
+        checksum = checksum_of(BEST)
+        assert checksum, BEST
+        self._checksum = checksum
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -54,20 +57,42 @@ class ShardWriter:
     def samples(self) -> int:
         return len(self._keys)
 
-    def add(self, key: str, members: Sequence[bytes], length: int) -> None:
-        """One sample: the payload of each field, and its length in the modality's unit."""
+    def add(self, key: str, members: Sequence[bytes | None], length: int) -> None:
+        """One sample: the payload of each field, and its length in the modality's unit. A field
+        that it lacks (None) has no member, and offset and size 0 in the index."""
         assert len(members) == len(self.fields), f"{key}: {len(members)} members"
-        crc = 0
+        assert any(payload is not None for payload in members), f"{key}: no member at all"
         for field, payload in zip(self.fields, members, strict=True):
-            self._write(_header(f"{key}.{field}", len(payload)))
-            self._offsets.append(self._position)
-            self._sizes.append(len(payload))
-            crc = zlib.crc32(payload, crc)
-            self._write(payload)
-            self._write(bytes(-len(payload) % tarfile.BLOCKSIZE))
+            at = 0 if payload is None else self._member(f"{key}.{field}", payload)
+            self._offsets.append(at)
+            self._sizes.append(len(payload or b""))
+            self._checksums.append(self._checksum(payload or b""))
         self._keys.append(key)
-        self._crcs.append(crc)
         self._lengths.append(length)
+
+    def add_table(
+        self, name: str, payload: bytes, rows: Iterable[tuple[str, int, int, int]]
+    ) -> None:
+        """One member that holds many samples of the only field: (key, first byte, bytes, length) of
+        each."""
+        assert len(self.fields) == 1, f"{name}: its rows are of one field, not {self.fields}"
+        at = self._member(name, payload)
+        view = memoryview(payload)
+        for key, first, size, length in rows:
+            assert 0 <= first <= first + size <= len(payload), f"{key}: beyond {name}"
+            self._keys.append(key)
+            self._offsets.append(at + first)
+            self._sizes.append(size)
+            self._checksums.append(self._checksum(view[first : first + size]))
+            self._lengths.append(length)
+
+    def _member(self, name: str, payload: bytes) -> int:
+        """Where its payload lies."""
+        self._write(header(name, len(payload)))
+        at = self._position
+        self._write(payload)
+        self._write(bytes(-len(payload) % tarfile.BLOCKSIZE))
+        return at
 
     def finish(self) -> ShardEntry:
         """Publishes the tar, then its index."""
@@ -83,7 +108,7 @@ class ShardWriter:
             self._keys,
             self._offsets,
             self._sizes,
-            self._crcs,
+            self._checksums,
             self._lengths,
         )
         write_atomically(self.folder / f"{self.name}.idx", index)
@@ -101,11 +126,28 @@ class ShardWriter:
         self._position += len(data)
 
 
-def _header(name: str, size: int) -> bytes:
+def header(name: str, size: int) -> bytes:
+    """As tarfile makes it with webdataset's defaults, in a twentieth of the time."""
+    raw, digits = name.encode(), b"%011o" % size
+    if len(raw) > NAME or len(digits) > DIGITS:
+        return _any_header(name, size)
+    checksum = SUM + sum(raw) + sum(digits)
+    return b"".join((raw.ljust(NAME, b"\0"), OWNER, digits, TIME, b"%06o" % checksum, REST))
+
+
+def _any_header(name: str, size: int) -> bytes:
     member = tarfile.TarInfo(name)
     member.size, member.mode = size, 0o444
     member.uname = member.gname = "bigdata"  # webdataset's defaults
     return member.tobuf(tarfile.USTAR_FORMAT, "utf-8")
+
+
+# A header is the same for all members but for the name, the size, and the sum of all its bytes, in
+# which six digits of eight count as spaces.
+NAME, DIGITS = 100, 11
+HEADER = _any_header("", 0)
+OWNER, TIME, REST = HEADER[NAME:124], HEADER[135:148], HEADER[154:]
+SUM = int(HEADER[148:154], 8) - sum(HEADER[124:135])
 
 
 def temporary(path: Path) -> Path:

@@ -1,0 +1,74 @@
+"""What a conversion would give: inputs, shards, bytes and time, from converting a few samples.
+
+Plan of each set -> a few samples converted, nothing written -> lines
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+
+from shards.core import Converter, Table
+from shards.plan import Plan, Sample
+
+SAMPLES = 32  # converted, of all sets together
+SECONDS = 10.0  # at most spent on it, about
+TAR = 1024  # bytes of header and padding of a member, about
+
+
+def estimate(plans: Mapping[str, Plan], converter: Converter, jobs: int) -> Iterator[str]:
+    """A line for each set, then one for the time."""
+    few = max(1, SAMPLES // len(plans))
+    given = made = bad = 0
+    _convert(converter, next(iter(plans.values())).sample(0))  # imports and tables, made once
+    start = time.perf_counter()
+    for plan in plans.values():
+        for sample in _spread(plan, few):
+            size, left_out = _convert(converter, sample)
+            given, made, bad = given + sample.size, made + size, bad + left_out
+            if time.perf_counter() - start > SECONDS:
+                break
+    seconds = time.perf_counter() - start
+    total = 0
+    for name, plan in plans.items():
+        total += plan.bytes
+        yield (
+            f"{name or 'set'}: {plan.inputs:,} inputs of {_size(plan.bytes)} -> "
+            f"{plan.shards:,} shard{'' if plan.shards == 1 else 's'}, together about "
+            f"{_size(plan.bytes * made / max(1, given))}"
+        )
+    hours = seconds * total / max(1, given) / 3600
+    yield (
+        f"about {_duration(hours)} of one core, {_duration(hours / jobs)} on {jobs}; measured on "
+        f"{_size(given)}" + (f", of which {bad} inputs cannot be used" if bad else "")
+    )
+
+
+def _spread(plan: Plan, few: int) -> Iterator[Sample]:
+    number = len(plan.samples)
+    for j in sorted({number * i // few for i in range(few)}):
+        yield plan.sample(j)
+
+
+def _convert(converter: Converter, sample: Sample) -> tuple[int, int]:
+    """(bytes of the members, inputs that were left out)."""
+    size = bad = 0
+    for made in converter.convert([sample]):
+        bad += len(made.rejected)
+        payloads = [made.payload] if isinstance(made, Table) else made.members
+        size += sum(len(payload) + TAR for payload in payloads if payload is not None)
+    return size, bad
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "KB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:,.2f} TB"
+
+
+def _duration(hours: float) -> str:
+    if hours >= 1:
+        return f"{hours:.1f} hours"
+    return f"{hours * 60:.1f} minutes" if hours * 60 >= 1 else f"{hours * 3600:.1f} seconds"

@@ -1,0 +1,37 @@
+"""d2v-shards index: makes a shard set of tars that others made, over processes.
+
+tars -> d2v_ds/foreign.py, a job each -> an index beside them, or in a folder of its own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from d2v_ds.checksum import BEST, NONE
+from d2v_ds.errors import UserError
+from d2v_ds.foreign import Indexed, index_set
+from d2v_ds.shard_format import ShardSet
+from shards.workers import run_jobs
+
+Job = tuple[Path, str, str]
+
+
+def index(
+    source: Path, out: Path | None, modality: str, checksums: bool, processes: int
+) -> ShardSet:
+    """Of the tars right in a folder, or of one. Raises UserError."""
+    tars = sorted(source.glob("*.tar")) if source.is_dir() else [source]
+    if not tars or not tars[0].is_file():
+        raise UserError(f"{source}: is no tar and no folder with tars in it")
+
+    def run(work: Callable[[Job], Indexed], jobs: list[Job]) -> Iterator[Indexed]:
+        yield from bar(run_jobs(work, jobs, min(processes, len(jobs))))
+
+    def bar(results: Iterable[Indexed]) -> Iterator[Indexed]:
+        yield from tqdm(results, total=len(tars), unit=" tars", disable=None, desc=str(source))
+
+    kind = BEST if checksums else NONE
+    return index_set(tars, out or tars[0].parent, modality, kind, run)

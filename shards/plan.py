@@ -1,0 +1,305 @@
+"""Which sample goes into which shard of which split: a pure function of the inputs and options.
+
+    Corpus (samples as a layout reads them) -> chosen -> split -> arranged -> Plan of each split
+
+Corpora have millions of inputs, so the samples of a plan stay encoded, a line of JSON each, until
+the shard that they belong to is made: about twice the length of a path for each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from d2v_ds.errors import UserError, suggestion
+from shards.keys import make_key
+
+if TYPE_CHECKING:
+    from shards.core import Converter
+
+CONVERTER = 2  # raised when the same inputs and options begin to give other bytes
+MIN_SHARD = 4_000_000  # bytes; smaller corpora are not cut up for the sake of parallelism
+SHARDS_AT_LEAST = 16
+
+
+class Input(NamedTuple):
+    """A file, or a part of one."""
+
+    path: str  # relative to the corpus
+    bytes: tuple[int, int] | None = None  # (first, number) of the file: a member of a tar, say
+    part: tuple[float, float] | None = None  # (from, to) of what is stored there: seconds, rows
+
+    def __str__(self) -> str:
+        """Its name in quarantine.jsonl."""
+        name = self.path
+        if self.bytes:
+            name += f", bytes {self.bytes[0]} to {sum(self.bytes)}"
+        if self.part:
+            name += f", {self.part[0]:g} to {self.part[1]:g}"
+        return name
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What one sample of a set is made from; or several, where the converter divides it."""
+
+    key: str
+    inputs: tuple[Input, ...]
+    columns: dict[str, Any]  # what the corpus says about it
+    size: int  # of the inputs, bytes
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a family of corpora hands over."""
+
+    samples: Iterable[Sample]  # in an order that depends on the corpus alone
+    converter: Converter
+    options: dict[str, Any]  # that decide on the content, by their name on the command line
+    arrange: Callable[[list[Sample]], list[Sample]] | None = None  # joins those of a split, say
+    rejected: list[tuple[str, str]] = field(default_factory=list)  # (name of an input, reason):
+    # what no sample can be made of; grows while `samples` are read
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of a corpus is taken, and how it is cut into sets; the options of every family."""
+
+    seed: int = 0
+    shard_size: int = 256_000_000
+    only: Path | None = None  # lists of keys or paths
+    leave_out: Path | None = None
+    splits: Mapping[str, float] | None = None
+    split_by: str = ""  # a column; "": the key
+
+    @property
+    def options(self) -> dict[str, Any]:
+        options: dict[str, Any] = {"shard-size": self.shard_size, "seed": self.seed}
+        if self.only:
+            options["only"] = _digest_of(self.only)
+        if self.leave_out:
+            options["except"] = _digest_of(self.leave_out)
+        if self.splits:
+            options |= {"split": dict(self.splits), "split-by": self.split_by}
+        return options
+
+
+class Samples:
+    """Many of them in little memory; they come out as they went in, in an order of their own."""
+
+    def __init__(self, samples: Iterable[Sample] = ()) -> None:
+        self._blob = bytearray()
+        self._ends = array("Q")
+        self.sizes = array("Q")
+        self.inputs = array("I")  # their number, for each sample
+        for sample in samples:
+            self.append(sample)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def append(self, sample: Sample) -> None:
+        inputs = [i.path if i.bytes is i.part is None else i for i in sample.inputs]
+        row = [sample.key, inputs, sample.columns, sample.size]
+        self._blob += json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogateescape")
+        self._ends.append(len(self._blob))
+        self.sizes.append(sample.size)
+        self.inputs.append(len(sample.inputs))
+
+    def row(self, i: int) -> bytes:
+        return bytes(self._blob[self._ends[i - 1] if i else 0 : self._ends[i]])
+
+    def __getitem__(self, i: int) -> Sample:
+        key, inputs, columns, size = json.loads(self.row(i).decode("utf-8", "surrogateescape"))
+        return Sample(key, tuple(map(_input, inputs)), columns, size)
+
+
+def _input(raw: Any) -> Input:
+    if isinstance(raw, str):
+        return Input(raw)
+    path, stretch, part = raw
+    return Input(path, tuple(stretch) if stretch else None, tuple(part) if part else None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which sample of a set goes where."""
+
+    options: dict[str, Any]
+    samples: Samples
+    order: Any  # int64 [n] array, of samples
+    bounds: array[int]  # of the shards in `order`, one more than there are
+    keys: dict[int, str]  # by sample, of those that would share one with another
+    rejected: tuple[tuple[str, str], ...] = ()  # inputs that no sample can be made of, reasons
+
+    @property
+    def shards(self) -> int:
+        return len(self.bounds) - 1
+
+    @property
+    def inputs(self) -> int:
+        return sum(self.samples.inputs)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.samples.sizes)
+
+    def shard(self, i: int) -> list[Sample]:
+        return [self.sample(j) for j in self._row_of(i)]
+
+    def inputs_of(self, i: int) -> int:
+        return sum(self.samples.inputs[j] for j in self._row_of(i))
+
+    def sample(self, j: int) -> Sample:
+        sample = self.samples[j]
+        return replace(sample, key=self.keys[j]) if j in self.keys else sample
+
+    def hash(self) -> str:
+        digest = hashlib.sha256(json.dumps([CONVERTER, self.options]).encode())
+        for i in range(self.shards):
+            digest.update(b"\0")
+            for j in self._row_of(i):
+                digest.update(self.samples.row(j) + b"\n")
+        digest.update(json.dumps(self.rejected).encode())
+        return digest.hexdigest()
+
+    def _row_of(self, i: int) -> Iterator[int]:
+        return map(int, self.order[self.bounds[i] : self.bounds[i + 1]])
+
+
+def make_plans(corpus: Corpus, choice: Choice) -> dict[str, Plan]:
+    """The plan of each split by its name, or of the one set by the name "". Raises UserError."""
+    chosen = _chosen(corpus.samples, choice)
+    names = list(choice.splits) if choice.splits else [""]
+    sets = {name: Samples() for name in names}
+    for sample in chosen:
+        name = split_of(_split_value(sample, choice.split_by), choice.splits or {"": 1.0})
+        sets[name].append(sample)
+    plans: dict[str, Plan] = {}
+    for name, samples in sets.items():
+        if not len(samples):
+            raise UserError(
+                f"--split: no input falls into {name!r}; give it a larger share"
+                if name
+                else "nothing of the corpus is chosen (--only, --except)"
+            )
+        if corpus.arrange:
+            samples = Samples(corpus.arrange([samples[i] for i in range(len(samples))]))
+        options = {**corpus.options, **choice.options}
+        if name:
+            options["split"] = {name: options["split"]}
+        plans[name] = make_plan(samples, options, choice.shard_size, choice.seed)
+    first = names[0]  # which an input would have been in nobody can tell
+    plans[first] = replace(plans[first], rejected=tuple(corpus.rejected))
+    return plans
+
+
+def make_plan(samples: Samples, options: dict[str, Any], shard_size: int, seed: int) -> Plan:
+    """Scattered samples, cut into shards of about `shard_size` bytes of input; smaller ones where
+    that many would leave processes without work. Does not depend on the number of processes."""
+    places = array("Q")
+    for i in range(len(samples)):
+        places.append(place(samples[i].key, seed))
+    order = np.argsort(np.frombuffer(places, np.uint64), kind="stable")
+    limit = min(shard_size, max(MIN_SHARD, sum(samples.sizes) // SHARDS_AT_LEAST))
+    bounds, filled = array("Q", [0]), 0
+    for at, j in enumerate(order):
+        if filled >= limit:
+            bounds.append(at)
+            filled = 0
+        filled += samples.sizes[j]
+    bounds.append(len(order))
+    return Plan(options, samples, order, bounds, _apart(samples, places, order))
+
+
+def place(key: str, seed: int) -> int:
+    """Where a sample stands in an order that looks random and depends on the seed and the keys
+    alone, so that a corpus sorted by speaker or class gives mixed shards. A hash, for no
+    generator's sequence is promised to stay."""
+    text = f"{seed}/{key}".encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def _apart(samples: Samples, places: array[int], order: Any) -> dict[int, str]:
+    """Keys that several samples share (a.b.wav and a_b.wav; a.wav and a.flac) get a hash. Such
+    samples are neighbours in the order, so no table of all keys is needed."""
+    keys: dict[int, str] = {}
+    used: set[str] = set()
+    sorted_places = np.frombuffer(places, np.uint64)[order]
+    for at in np.flatnonzero(sorted_places[1:] == sorted_places[:-1]):
+        for j in map(int, order[at : at + 2]):
+            if j in keys:  # the middle one of three
+                continue
+            sample = samples[j]
+            names = "\0".join(map(str, sample.inputs))
+            key = make_key(sample.key, apart=names)
+            if key in used:  # the same input twice
+                key = make_key(sample.key, apart=f"{names}\0{j}")
+            used.add(key)
+            keys[j] = key
+    return keys
+
+
+# ---------------------------------------------------------------------------------- what is chosen
+
+
+def split_of(value: str, shares: Mapping[str, float]) -> str:
+    """The split that a key (or a speaker ...) belongs to: by its hash alone, so it stays there when
+    the corpus grows."""
+    digest = hashlib.blake2b(value.encode("utf-8", "surrogateescape"), digest_size=8).digest()
+    point, passed = int.from_bytes(digest, "little") / 2**64, 0.0
+    for name, share in shares.items():
+        passed += share
+        if point < passed:
+            return name
+    return name  # the shares sum to 1 but for rounding
+
+
+def _split_value(sample: Sample, column: str) -> str:
+    if not column:
+        return sample.key
+    if column not in sample.columns:
+        raise UserError(
+            f"--split-by {column}: {sample.inputs[0]} has no such column"
+            f"{suggestion(column, sample.columns)}"
+        )
+    return str(sample.columns[column])
+
+
+def _chosen(samples: Iterable[Sample], choice: Choice) -> Iterator[Sample]:
+    only = _read_list(choice.only) if choice.only else None
+    leave_out: Collection[str] = _read_list(choice.leave_out) if choice.leave_out else ()
+    missing = set(only or ()) | set(leave_out)
+    for sample in samples:
+        names = {sample.key, *(item.path for item in sample.inputs)}
+        missing -= names
+        if (only is None or not names.isdisjoint(only)) and names.isdisjoint(leave_out):
+            yield sample
+    if missing:
+        files = " and ".join(str(file) for file in (choice.only, choice.leave_out) if file)
+        raise UserError(
+            f"{files}: {len(missing)} of the names in it are neither key nor path of an input, "
+            f"the first {min(missing)!r}"
+        )
+
+
+def _read_list(path: Path) -> frozenset[str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a list of keys or paths ({error})") from None
+    return frozenset(line.strip() for line in lines if line.strip())
+
+
+def _digest_of(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None

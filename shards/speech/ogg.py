@@ -1,0 +1,40 @@
+"""Whether an Ogg file (Vorbis, Opus) is whole: libsndfile decodes a damaged or truncated one in
+silence. Pages as in RFC 3533 (https://www.rfc-editor.org/rfc/rfc3533)."""
+
+from __future__ import annotations
+
+import zlib
+
+HEADER = 27  # bytes of a page before its table of segments
+END_OF_STREAM = 4  # bit of the header's type
+REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # the bits of each byte
+
+
+def ogg_problem(data: bytes) -> str:
+    """What is wrong with it, "" if nothing: every page's checksum holds, none lacks, and the last
+    says that the stream ends."""
+    at, page, last = 0, 0, 0
+    while at < len(data):
+        head = data[at : at + HEADER]
+        if len(head) < HEADER or head[:4] != b"OggS":
+            return f"is truncated or damaged: no Ogg page at byte {at}"
+        table = data[at + HEADER : at + HEADER + head[26]]
+        size = HEADER + head[26] + sum(table)
+        if len(table) < head[26] or at + size > len(data):
+            return f"is truncated: its Ogg page at byte {at} has {len(data) - at} of {size} bytes"
+        sequence, checksum = (int.from_bytes(head[i : i + 4], "little") for i in (18, 22))
+        if checksum != _checksum(data[at : at + size]):
+            return f"is damaged: the checksum of its Ogg page at byte {at} is wrong"
+        if head[5] & 2:  # the first page of a stream; streams may follow each other
+            page = sequence
+        if sequence != page:
+            return f"is damaged: Ogg page {page} lacks before byte {at}"
+        page, last, at = page + 1, head[5], at + size
+    return "" if last & END_OF_STREAM else "is truncated: its last Ogg page does not end the stream"
+
+
+def _checksum(page: bytes) -> int:
+    """CRC-32 as Ogg has it, from the highest bit on and without inversions, by way of zlib's."""
+    blank = page[:22] + bytes(4) + page[26:]
+    mirrored = zlib.crc32(blank.translate(REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int(f"{mirrored:032b}"[::-1], 2)
