@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,21 @@ def test_a_stage_trains_in_low_precision(
     assert all(math.isfinite(loss) for loss in found["losses"])
     if found["taken"] == STEPS:
         assert found["losses"] == pytest.approx(reference["losses"], rel=0.03)
+
+
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="DeepSpeed builds its quantizer with nvcc")
+def test_quantised_communication_trains(reference: dict[str, Any]) -> None:
+    """Weights as int8, gradients as int4: the losses are near those of full precision, no more."""
+    found = in_process("zero3_quantized", "bf16")
+    assert found["taken"] == STEPS
+    assert found["losses"] == pytest.approx(reference["losses"], rel=0.2)
+
+
+def test_show_measures_on_the_gpu() -> None:
+    from d2v_ds import recipes, show
+
+    text = show.describe(recipes.load("speech_tiny", []), 2, measure=True)
+    assert "speech: measured on this machine's cuda in bf16" in text
 
 
 def test_a_run_on_a_gpu_resumes(tmp_path: Path) -> None:
