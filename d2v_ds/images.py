@@ -65,9 +65,9 @@ def inspect(data: bytes) -> tuple[str, int, int]:
     """(extension, width, height) of an image, all of it decoded, for only that shows damage; the
     extension is jpg, png or webp, else Pillow's name of the format. Raises ValueError."""
     decode(data)
-    with Image.open(io.BytesIO(data)) as image:
-        kind = str(image.format).lower()
-        return {"jpeg": "jpg", "mpo": "jpg"}.get(kind, kind), image.width, image.height
+    image = open_image(data)
+    kind = str(image.format).lower()
+    return {"jpeg": "jpg", "mpo": "jpg"}.get(kind, kind), image.width, image.height
 
 
 def to_png(data: bytes) -> bytes:

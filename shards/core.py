@@ -19,76 +19,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
 from d2v_ds.errors import UserError
 from d2v_ds.shard_format import INDEX_FILE, PLAN_FILE, ShardEntry, ShardSet, open_set, set_json
-from shards.plan import CONVERTER, Choice, Corpus, Input, Plan, Sample
+from shards.family import Converted, Converter, Corpus, Input, Rejected, Sample, Table
+from shards.plan import CONVERTER, Choice, Plan
 from shards.workers import run_jobs
 from shards.writer import ShardWriter, remove_stale, write_atomically
 
 __all__ = ["Choice", "Converted", "Converter", "Corpus", "Input", "Plan", "Sample", "Table"]
 
 QUARANTINE_FILE = "quarantine.jsonl"
-
-Rejected = tuple[str, str]  # name of an input, reason
-
-
-@dataclass(frozen=True)
-class Converted:
-    """One sample of a set, or none of it but what was left out."""
-
-    key: str
-    members: tuple[bytes | None, ...]  # payloads in the order of the converter's fields; (): none
-    length: int
-    rejected: tuple[Rejected, ...] = ()
-    unwanted: tuple[Rejected, ...] = ()  # left out because an option says so; --max-bad ignores it
-    found: int = 0  # inputs beyond the planned ones: documents in a file, rows of a table
-
-
-@dataclass(frozen=True)
-class Table:
-    """A member of the tar that holds many samples of one field: blocks of text."""
-
-    name: str  # of the member, with its extension
-    payload: bytes
-    rows: tuple[tuple[str, int, int, int], ...]  # (key, first byte in the payload, bytes, length)
-    rejected: tuple[Rejected, ...] = ()
-    unwanted: tuple[Rejected, ...] = ()
-    found: int = 0
-
-
-class Converter(Protocol):
-    """Of one corpus family; it travels to the worker processes, so it holds settings only."""
-
-    @property
-    def modality(self) -> str: ...
-    @property
-    def unit(self) -> str: ...
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """Of the index, sorted."""
-
-    @property
-    def sample_rate(self) -> int:
-        """0 where there is no such thing."""
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """What index.json says besides: of the tokenizer, say."""
-
-    @property
-    def files(self) -> dict[str, Path]:
-        """Files that are copied into the set, by their names there."""
-
-    def convert(self, samples: Iterable[Sample]) -> Iterator[Converted | Table]:
-        """What a shard is made of, all samples of it. Inputs that cannot be used are in `rejected`;
-        it never raises for them, and every input is used or rejected."""
 
 
 @dataclass(frozen=True)

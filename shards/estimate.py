@@ -8,8 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 
-from shards.core import Converter, Table
-from shards.plan import Plan, Sample
+from shards.family import Converter, Sample, Table
+from shards.plan import Plan
 
 SAMPLES = 32  # converted, of all sets together
 SECONDS = 10.0  # at most spent on it, about

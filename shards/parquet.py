@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from d2v_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from shards.plan import Input
+    from shards.family import Input
 
 TOGETHER = 64  # rows that are decoded at a time
 
@@ -28,7 +28,7 @@ def open_table(path: Path) -> Any:
 
 def row_groups(root: Path, file: str) -> Iterator[tuple[Input, int]]:
     """Each as an input, with its bytes; a file that cannot be read as one: reading it says why."""
-    from shards.plan import Input
+    from shards.family import Input
 
     try:
         meta = open_table(root / file).metadata

@@ -11,61 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from d2v_ds.errors import UserError, suggestion
+from shards.family import Corpus, Input, Sample
 from shards.keys import make_key
-
-if TYPE_CHECKING:
-    from shards.core import Converter
 
 CONVERTER = 2  # raised when the same inputs and options begin to give other bytes
 MIN_SHARD = 4_000_000  # bytes; smaller corpora are not cut up for the sake of parallelism
 SHARDS_AT_LEAST = 16
-
-
-class Input(NamedTuple):
-    """A file, or a part of one."""
-
-    path: str  # relative to the corpus
-    bytes: tuple[int, int] | None = None  # (first, number) of the file: a member of a tar, say
-    part: tuple[float, float] | None = None  # (from, to) of what is stored there: seconds, rows
-
-    def __str__(self) -> str:
-        """Its name in quarantine.jsonl."""
-        name = self.path
-        if self.bytes:
-            name += f", bytes {self.bytes[0]} to {sum(self.bytes)}"
-        if self.part:
-            name += f", {self.part[0]:g} to {self.part[1]:g}"
-        return name
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """What one sample of a set is made from; or several, where the converter divides it."""
-
-    key: str
-    inputs: tuple[Input, ...]
-    columns: dict[str, Any]  # what the corpus says about it
-    size: int  # of the inputs, bytes
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """What a family of corpora hands over."""
-
-    samples: Iterable[Sample]  # in an order that depends on the corpus alone
-    converter: Converter
-    options: dict[str, Any]  # that decide on the content, by their name on the command line
-    arrange: Callable[[list[Sample]], list[Sample]] | None = None  # joins those of a split, say
-    rejected: list[tuple[str, str]] = field(default_factory=list)  # (name of an input, reason):
-    # what no sample can be made of; grows while `samples` are read
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pictures import encoded, gradient
 from PIL import Image
 
 from d2v_ds import images, masking
@@ -20,18 +20,6 @@ from d2v_ds import images, masking
 
 def rng(*path: int) -> np.random.Generator:
     return masking.generator(0, *path)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def gradient(w: int, h: int) -> Image.Image:
-    """Red rises to the right, green downwards."""
-    red, green = np.meshgrid(np.linspace(0, 255, w), np.linspace(0, 255, h))
-    return Image.fromarray(np.stack([red, green, 0 * red], -1).astype(np.uint8))
 
 
 def smooth(w: int, h: int, seed: int = 0) -> Image.Image:

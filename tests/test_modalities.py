@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import variants
-from PIL import Image
+from pictures import encoded, gradient
 
 from d2v_ds import masking
 from d2v_ds.errors import UserError
@@ -21,18 +21,6 @@ from d2v_ds.modalities.vision import Vision, VisionConfig, sincos_2d
 
 def rng(*path: int) -> np.random.Generator:
     return masking.generator(0, *path)
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def gradient(w: int, h: int) -> Image.Image:
-    """Red rises to the right, green downwards."""
-    red, green = np.meshgrid(np.linspace(0, 255, w), np.linspace(0, 255, h))
-    return Image.fromarray(np.stack([red, green, 0 * red], -1).astype(np.uint8))
 
 
 def npy(ids: Any, kind: Any = np.uint16) -> bytes:

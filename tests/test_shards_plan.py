@@ -15,17 +15,8 @@ from d2v_ds.errors import UserError
 from d2v_ds.shard_format import INDEX_FILE
 from shards.arguments import splits, task_of_slurm
 from shards.cli import main
-from shards.plan import (
-    Choice,
-    Corpus,
-    Input,
-    Plan,
-    Sample,
-    Samples,
-    make_plan,
-    make_plans,
-    split_of,
-)
+from shards.family import Corpus, Input, Sample
+from shards.plan import Choice, Plan, Samples, make_plan, make_plans, split_of
 
 
 def plan_of(samples: list[Sample], shard_size: int = 256_000_000, seed: int = 0) -> Plan:
@@ -121,7 +112,8 @@ def test_the_hash_sees_every_change() -> None:
 def test_a_million_inputs_take_little_memory() -> None:
     code = """
 import resource, sys
-from shards.plan import Choice, Corpus, Input, Sample, make_plans
+from shards.family import Corpus, Input, Sample
+from shards.plan import Choice, make_plans
 from shards.speech.converter import SpeechConverter
 from pathlib import Path
 def samples():
@@ -257,9 +249,10 @@ def test_dry_run_writes_nothing_and_is_about_right(
     assert not out.exists()
     assert convert(corpus, out, "--shard-size", "10KB", "--max-bad", "5%") == 0
     about = json.loads((out / INDEX_FILE).read_text())
-    assert line.startswith(f"set: 60 inputs of 97 KB -> {len(about['shards'])} shards, together about ")
+    shards = len(about["shards"])
+    assert line.startswith(f"set: 60 inputs of 97 KB -> {shards} shards, together about ")
     told = float(line.split("about ")[1].split(" KB")[0]) * 1000
-    padding = 10_240 * len(about["shards"])
+    padding = 10_240 * shards
     assert 0.8 * (about["bytes"] - padding) < told < 1.2 * about["bytes"], line
     assert "of one core" in times and "measured on" in times
 

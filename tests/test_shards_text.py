@@ -24,7 +24,7 @@ from d2v_ds.modalities.text import Text, TextConfig
 from d2v_ds.shard_format import open_set, read_index
 from shards import samples
 from shards.cli import main
-from shards.core import Converted, Table
+from shards.family import Converted, Table
 from shards.text import check, sources
 from shards.text.packing import LabelledText, PackedText, pack
 from shards.text.sources import TextSource

@@ -2,13 +2,3 @@
 whose features tell more of labels than those of the untrained encoder."""
 
 from __future__ import annotations
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
-
-from benchmarks import probe

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from shards.arguments import number
 
 if TYPE_CHECKING:
-    from shards.plan import Corpus
+    from shards.family import Corpus
 
 DESCRIPTION = (
     "Convert images to a shard set: jpg, png and webp go in byte for byte, other formats as png. "
@@ -52,9 +52,9 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
 
 def read(arguments: argparse.Namespace) -> Corpus:
     """Raises UserError."""
+    from shards.family import Corpus
     from shards.images import layouts
     from shards.images.converter import ImageConverter
-    from shards.plan import Corpus
 
     layout = arguments.layout
     if layout == "auto":

@@ -17,9 +17,8 @@ from typing import Any, ClassVar
 
 from d2v_ds import images
 from shards import parquet
-from shards.core import Converted
+from shards.family import Converted, Input, Sample
 from shards.keys import part_key
-from shards.plan import Input, Sample
 
 FIELDS = ("jpg", "json", "png", "webp")
 ASIDE = "aside"  # column of a plan: what the inputs after the image are, "cls", "json" or "txt"

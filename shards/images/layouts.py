@@ -25,10 +25,11 @@ from typing import Any
 
 from d2v_ds.errors import UserError, suggestion
 from shards import parquet
+from shards.family import Input, Sample
 from shards.images import tars
 from shards.images.tars import EXTENSIONS, Layout
 from shards.keys import make_key
-from shards.plan import Input, Sample
+from shards.walking import size_of, walk
 
 MANIFESTS = (".csv", ".tsv", ".jsonl")
 
@@ -101,36 +102,22 @@ def _folder(source: Path) -> Layout:
 
 
 def _walk(root: Path) -> Iterator[Sample]:
-    """Every image below a folder, sorted; links are followed, each folder visited once. Raises
-    UserError when there is none."""
+    """Every image below a folder. Raises UserError when there is none."""
     found, others = False, Counter[str]()
-    visited = set()
-    for folder, names, files in os.walk(root, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in visited:
-            names.clear()
-            continue
-        visited.add((status.st_dev, status.st_ino))
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        below = os.path.relpath(folder, root)
-        columns = {} if below == "." else {"label": below.split(os.sep)[0]}
-        for name in sorted(files):
-            extension = os.path.splitext(name)[1].lower()
-            if extension in EXTENSIONS and not name.startswith("."):
-                found = True
-                yield _file_sample(root, os.path.normpath(os.path.join(below, name)), columns)
-            else:
-                others[extension or name] += 1
+    for path, name, size in walk(root):
+        extension = os.path.splitext(name)[1].lower()
+        if extension in EXTENSIONS:
+            found = True
+            label, below, _ = path.partition(os.sep)
+            yield _sample(path, {"label": label} if below else {}, size)
+        else:
+            others[extension or name] += 1
     if not found:
         there = ", ".join(f"{n} {kind}" for kind, n in others.most_common(5)) or "nothing"
         raise UserError(f"{root}: has no {', '.join(EXTENSIONS)} file in it (found: {there})")
 
 
-def _file_sample(root: Path, path: str, columns: dict[str, Any]) -> Sample:
-    try:
-        size = os.stat(root / path).st_size
-    except OSError:  # converting it will say why
-        size = 0
+def _sample(path: str, columns: dict[str, Any], size: int) -> Sample:
     return Sample(make_key(os.path.splitext(path)[0]), (Input(path),), columns, size)
 
 
@@ -156,7 +143,7 @@ def _listed(source: Path, label_key: str) -> Iterator[Sample]:
         columns = {key: value for key, value in row.items() if key not in ("path", label_key)}
         if label_key in row:
             columns["label"] = str(row[label_key])
-        yield _file_sample(source.parent, row["path"], columns)
+        yield _sample(row["path"], columns, size_of(source.parent / row["path"]))
 
 
 def _rows(source: Path) -> Iterator[dict[str, Any]]:

@@ -11,9 +11,9 @@ from typing import BinaryIO
 
 from d2v_ds import tar_scan
 from d2v_ds.errors import UserError
+from shards.family import Input, Sample
 from shards.images.converter import ASIDE
 from shards.keys import make_key
-from shards.plan import Input, Sample
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".png", ".webp"),

@@ -12,7 +12,7 @@ from d2v_ds.errors import UserError
 from shards import arguments as types
 
 if TYPE_CHECKING:
-    from shards.plan import Corpus
+    from shards.family import Corpus
 
 DESCRIPTION = (
     "Convert recordings (wav, flac, mp3, ogg, opus) to a shard set of mono 16-bit FLAC. "
@@ -103,7 +103,7 @@ def check(members: Mapping[str, bytes], about: Mapping[str, Any]) -> int:
 
 def read(arguments: argparse.Namespace) -> Corpus:
     """The corpus that the command line names. Raises UserError."""
-    from shards.plan import Corpus
+    from shards.family import Corpus
     from shards.speech import joining, layouts
     from shards.speech.converter import SpeechConverter
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from d2v_ds.errors import UserError
+from shards.family import Input, Sample
 from shards.keys import make_key
-from shards.plan import Input, Sample
 from shards.speech.tables import rows
-from shards.speech.walking import EXTENSIONS, size_of
+from shards.walking import AUDIO, size_of
 
 DEFAULT = "validated.tsv"
 CLIPS = "clips"
@@ -34,7 +34,7 @@ def _samples(table: Path, rejected: list[tuple[str, str]]) -> Iterator[Sample]:
         if not name:
             rejected.append((f"{table.name}, line {number}", "names no clip"))
             continue
-        if not name.lower().endswith(EXTENSIONS):
+        if not name.lower().endswith(AUDIO):
             name += ".mp3"  # as in releases before version 5
         path = f"{CLIPS}/{name}"
         columns = {column: row[column] for column in KEPT if row.get(column)}

@@ -22,9 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2v_ds import audio
-from shards.core import Converted, Rejected
+from shards.family import Converted, Input, Rejected, Sample
 from shards.keys import part_key
-from shards.plan import Input, Sample
 from shards.speech.ogg import ogg_problem
 
 TEXT_COLUMNS = ("text", "letters")  # say what is spoken from beginning to end

@@ -10,10 +10,10 @@ from itertools import zip_longest
 from pathlib import Path
 
 from d2v_ds.errors import UserError
+from shards.family import Input, Sample
 from shards.keys import make_key
-from shards.plan import Input, Sample
 from shards.speech.tables import lines_of
-from shards.speech.walking import size_of
+from shards.walking import size_of
 
 
 def read(source: Path, rejected: list[tuple[str, str]]) -> tuple[Path, Iterator[Sample]]:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from d2v_ds import audio
 from d2v_ds.errors import UserError, suggestion
+from shards.family import Sample
 from shards.keys import make_key
-from shards.plan import Sample, place
+from shards.plan import place
 from shards.speech.converter import read_bytes
 
 

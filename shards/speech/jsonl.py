@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from d2v_ds.errors import UserError
+from shards.family import Input, Sample
 from shards.keys import make_key
-from shards.plan import Input, Sample
-from shards.speech.walking import size_of
+from shards.walking import size_of
 
 PATHS = ("path", "audio_filepath")
 TIMES = ("offset", "duration", "start", "end")

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from d2v_ds.errors import UserError
+from shards.family import Input, Sample
 from shards.keys import make_key
-from shards.plan import Input, Sample
 from shards.speech import commonvoice, fairseq, jsonl, librispeech, manifest, tars
-from shards.speech.walking import EXTENSIONS, first_folder, walk
+from shards.walking import AUDIO, first_folder, walk
 
 Rejected = list[tuple[str, str]]
 Reader = Callable[[Path, Rejected], tuple[Path, Iterator[Sample]]]
@@ -34,7 +34,7 @@ def _walk(root: Path) -> Iterator[Sample]:
     number = 0
     for path, name, size in walk(root):
         extension = os.path.splitext(name)[1].lower()
-        if extension in EXTENSIONS:
+        if extension in AUDIO:
             number += 1
             yield Sample(make_key(os.path.splitext(path)[0]), (Input(path),), {}, size)
         else:
@@ -42,8 +42,7 @@ def _walk(root: Path) -> Iterator[Sample]:
     if not number:
         found = ", ".join(f"{n} {kind}" for kind, n in others.most_common(5)) or "nothing"
         raise UserError(
-            f"{root}: has no {', '.join(EXTENSIONS[:-1])} or {EXTENSIONS[-1]} file in it "
-            f"(found: {found})"
+            f"{root}: has no {', '.join(AUDIO[:-1])} or {AUDIO[-1]} file in it (found: {found})"
         )
 
 
@@ -85,9 +84,9 @@ def recognise(source: Path) -> str:
 def _recognise_folder(source: Path) -> str:
     if (source / commonvoice.DEFAULT).is_file() and (source / commonvoice.CLIPS).is_dir():
         return "commonvoice"
-    place, names = first_folder(source, (*EXTENSIONS, ".tar"))
+    place, names = first_folder(source, (*AUDIO, ".tar"))
     extensions = {os.path.splitext(name)[1].lower() for name in names}
-    if ".tar" in extensions and extensions.isdisjoint(EXTENSIONS):
+    if ".tar" in extensions and extensions.isdisjoint(AUDIO):
         return "webdataset"
     if librispeech.is_one(place, names):
         return "librispeech"

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from d2v_ds.errors import UserError
+from shards.family import Input, Sample
 from shards.keys import make_key
-from shards.plan import Input, Sample
-from shards.speech.walking import EXTENSIONS, folders, size_of
+from shards.walking import AUDIO, folders, size_of
 
 TRANSCRIPTS = ".trans.txt"
 KEPT = ("speaker", "snr")  # of Libri-Light's JSON, which is long
@@ -26,7 +26,7 @@ def is_one(folder: Path, names: list[str]) -> bool:
     """Whether the first folder with recordings looks like it."""
     if any(name.endswith(TRANSCRIPTS) for name in names):
         return True
-    stems = {os.path.splitext(n)[0] for n in names if n.lower().endswith(EXTENSIONS)}
+    stems = {os.path.splitext(n)[0] for n in names if n.lower().endswith(AUDIO)}
     described = [name for name in names if name.endswith(".json") and name[:-5] in stems]
     return bool(described) and "speaker" in _description(folder / described[0])
 
@@ -44,7 +44,7 @@ def _samples(root: Path, rejected: list[tuple[str, str]]) -> Iterator[Sample]:
         texts = _transcripts(folder, names, root, rejected)
         for name in names:
             stem, extension = os.path.splitext(name)
-            if extension.lower() not in EXTENSIONS:
+            if extension.lower() not in AUDIO:
                 continue
             number += 1
             path = os.path.relpath(folder / name, root)

@@ -11,9 +11,9 @@ from typing import BinaryIO
 
 from d2v_ds.errors import UserError
 from d2v_ds.tar_scan import DamagedTar, Member, members, next_header, samples
+from shards.family import Input, Sample
 from shards.keys import make_key
-from shards.plan import Input, Sample
-from shards.speech.walking import EXTENSIONS, walk
+from shards.walking import AUDIO, walk
 
 LABELS = {"txt": "text", "cls": "label"}  # column of a member
 
@@ -32,7 +32,7 @@ def _samples(root: Path, names: list[str], rejected: list[tuple[str, str]]) -> I
     for name in names:
         with (root / name).open("rb") as file:
             for key, group in samples(sound_members(file, name, rejected)):
-                audio = next((e[1:] for e in EXTENSIONS if e[1:] in group), "")
+                audio = next((e[1:] for e in AUDIO if e[1:] in group), "")
                 if not audio:
                     rejected.append(
                         (f"{name}, {key}", f"has no recording, only {', '.join(group)}")

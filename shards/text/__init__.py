@@ -11,7 +11,7 @@ from shards.arguments import number
 from shards.text import sources
 
 if TYPE_CHECKING:
-    from shards.plan import Corpus
+    from shards.family import Corpus
 
 DESCRIPTION = (
     f"Convert text ({sources.KINDS}) to a shard set of token ids: documents one after the "
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
 
 def read(arguments: argparse.Namespace) -> Corpus:
     """Raises UserError."""
-    from shards.plan import Corpus
+    from shards.family import Corpus
     from shards.text.packing import LabelledText, PackedText
     from shards.tokenizer import Tokenizer
 

@@ -18,9 +18,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from shards.core import Converted, Table
+from shards.family import Converted, Sample, Table
 from shards.keys import part_key
-from shards.plan import Sample
 from shards.text.sources import Rejected, TextSource
 from shards.tokenizer import Tokenizer
 

@@ -26,7 +26,7 @@ from d2v_ds.errors import UserError, suggestion
 from shards import parquet
 
 if TYPE_CHECKING:
-    from shards.plan import Input, Sample
+    from shards.family import Input, Sample
 
 Document = tuple[str, str, dict[str, Any]]  # its name for messages, text, what is said about it
 Rejected = tuple[str, str]  # name, reason
@@ -73,8 +73,8 @@ class TextSource:
 
     def samples(self) -> Iterator[Sample]:
         """Each part as a sample of a plan."""
+        from shards.family import Sample
         from shards.keys import make_key, part_key
-        from shards.plan import Sample
 
         for file in self.files:
             key = make_key(file)
@@ -87,7 +87,7 @@ class TextSource:
 
     def _parts_of(self, file: str) -> Iterator[tuple[Input, int]]:
         """With the bytes of each. A file that cannot be read is one part: reading it says why."""
-        from shards.plan import Input
+        from shards.family import Input
 
         path = self.root / file
         kind = _kind(file)

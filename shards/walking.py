@@ -6,12 +6,12 @@ import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-EXTENSIONS = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+AUDIO = (".wav", ".flac", ".mp3", ".ogg", ".opus")
 
 
 def folders(root: Path) -> Iterator[tuple[str, list[str]]]:
     """(folder, names of its files), sorted; links are followed, each folder visited once, hidden
-    files (what file managers leave) are not seen."""
+    ones (what file managers leave) are not seen."""
     visited = set()
     for folder, names, files in os.walk(root, followlinks=True):
         status = os.stat(folder)
@@ -19,7 +19,7 @@ def folders(root: Path) -> Iterator[tuple[str, list[str]]]:
             names.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
-        names.sort()
+        names[:] = sorted(name for name in names if not name.startswith("."))
         yield folder, sorted(name for name in files if not name.startswith("."))
 
 
