@@ -5,8 +5,11 @@
 
 Converts the embedded corpora, pre-trains the recipe MODALITY_tiny, and asks with kNN what the
 features of the frozen encoder tell of labels, beside those of the same network before training,
-plain features of the input, and chance. Prints every command that it runs; several seeds end in a
-table.
+plain features of the input, and chance. Of text it also asks which of two paragraphs is the text:
+the model's error has to be lower than in a copy in which neighbouring tokens have changed places.
+Prints every command that it runs; several seeds end in a table, the last line is JSON.
+
+B samples, M masked views a sample, T tokens, N masked tokens, D width.
 """
 
 from __future__ import annotations
@@ -19,10 +22,21 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from d2v_ds.config import Config
+from d2v_ds.decoding import decode
+from d2v_ds.evaluate import load_weights, open_newest, read_labelled
+from d2v_ds.modalities.base import Modality
+from d2v_ds.pretrain import Pretrain, at_masked, build_pretrain
+from d2v_ds.shard_format import open_set
 from shards import samples
 
 MODULES = {"d2v-ds": "d2v_ds", "d2v-shards": "shards.cli"}
-Accuracies = dict[str, dict[str, float]]  # {encoder: {test set: share}}
+Accuracies = dict[str, dict[str, float]]  # {encoder: {test set: share that is right}}
+Ids = npt.NDArray[np.int64]
 
 CIFAR10_SIZES = {"train": 1000, "test": 100}  # images of each class that are used
 
@@ -136,7 +150,7 @@ def convert(corpora: dict[str, Corpus], shards: Path) -> None:
 def train_and_probe(
     recipe: str, corpora: dict[str, Corpus], shards: Path, run: Path, words: list[str]
 ) -> dict[str, Accuracies]:
-    """Of every modality. words: more for `d2v-ds train`."""
+    """{what was probed: the result}. words: more for `d2v-ds train`."""
     trained_on = {modality: f"{shards}/{modality}/train" for modality in corpora}
     sets = [f"data.shards.{modality}={path}" for modality, path in trained_on.items()]
     if len(corpora) == 1:
@@ -152,21 +166,86 @@ def train_and_probe(
         )
         found[modality] = json.loads(printed.splitlines()[-1])["accuracy"]
         print("".join(f"\n{name}: {what}" for name, what in corpus.tests.items()))
+        if modality == "text":
+            found["order of words"] = order_accuracy(run, folder / "unseen")
     return found
 
 
-def table(modality: str, corpus: Corpus, of_seeds: dict[int, Accuracies]) -> str:
-    """Percentages in Markdown: a row a seed, the test sets side by side."""
-    heads = next(iter(of_seeds.values()))
+# --------------------------------------------------------------------------------------- word order
+
+SWAPS = (1, 4)  # pairs of neighbouring tokens that change places
+LENGTH = 100  # tokens of a paragraph that are used; shorter ones are left out
+VIEWS = 8  # masks that an error is the mean over, the same for both
+
+
+def order_accuracy(run: Path, paragraphs: Path) -> Accuracies:
+    """Share of paragraphs whose masked tokens are predicted better than those of a copy with so
+    many pairs of neighbours swapped. Bags of words are the same, so they are at one half."""
+    found = open_newest(run)
+    task = build_pretrain(decode(Config, found.state["config"])).eval()
+    load_weights(task, found)
+    modality = task.modalities["text"]
+    modality.views = VIEWS
+    examples = read_labelled(open_set(paragraphs, "text"), modality, "label").examples
+    real = [ids[:LENGTH] for ids in examples if len(ids) >= LENGTH]
+    rng = np.random.default_rng(0)
+    error = errors(task, modality, real)
+    trained = {}
+    for pairs in SWAPS:
+        swapped = errors(task, modality, [swap(ids, pairs, rng) for ids in real])
+        right = (error < swapped).float() + 0.5 * (error == swapped).float()
+        trained[f"{pairs} swapped"] = float(right.mean())
+    print(f"\nwhich of two is the text, {len(real)} paragraphs of articles that were never read")
+    for name, share in trained.items():
+        print(f"{name:<14}{100 * share:5.1f}%  (bag of words, chance: 50.0%)")
+    return {"trained model": trained, "chance": dict.fromkeys(trained, 0.5)}
+
+
+def swap(ids: Ids, pairs: int, rng: np.random.Generator) -> Ids:
+    """A copy in which so many pairs of neighbours, at random places, have changed places."""
+    ids = ids.copy()
+    for place in rng.choice(len(ids) - 1, pairs, replace=False):
+        ids[place : place + 2] = ids[place : place + 2][::-1]
+    return ids
+
+
+@torch.no_grad()
+def errors(task: Pretrain, modality: Modality, examples: list[Ids]) -> torch.Tensor:
+    """Of each example, over the masked tokens, the squared error as a share of the squared targets;
+    [n]. The masks are the same whenever it is called."""
+    shares = []
+    for start in range(0, len(examples), 16):
+        group = examples[start : start + 16]
+        rngs = [np.random.default_rng(start + i) for i in range(len(group))]
+        batch = modality.collate(group, rngs, 0)
+        tokens = task.student.encoder.features(batch)  # [B, T, D]
+        targets = at_masked(task.targets(batch, tokens), batch)  # [N, D]
+        predictions, _ = task.student.predict(batch, tokens)
+        example = batch.masked // (batch.views * batch.seen.shape[1])  # [N], of the group
+        error, total = (
+            torch.zeros(len(group)).index_add_(0, example, x.square().sum(1))
+            for x in (predictions - targets, targets)
+        )
+        shares.append(error / total)
+    return torch.cat(shares)
+
+
+# ------------------------------------------------------------------------------------------ command
+
+
+def table(name: str, of_seeds: dict[int, Accuracies]) -> str:
+    """Percentages in Markdown: a row a seed, what was scored side by side."""
+    [heads, *_] = of_seeds.values()
+    [scored, *_] = heads.values()
     lines = [
-        f"{modality}, kNN accuracy in percent: {' / '.join(corpus.tests)}",
+        f"{name}, percent: {' / '.join(scored)}",
         f"| seed | {' | '.join(heads)} |",
         "|---" * (len(heads) + 1) + "|",
     ]
     for seed, accuracies in of_seeds.items():
         cells = [
-            " / ".join(f"{100 * accuracy[name]:.0f}" for name in corpus.tests)
-            for accuracy in accuracies.values()
+            " / ".join(f"{100 * share:.0f}" for share in row.values())
+            for row in accuracies.values()
         ]
         lines.append(f"| {seed} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -199,8 +278,9 @@ def main() -> None:
             for seed in arguments.seeds
         }
     if len(found) > 1:
-        for name, corpus in corpora.items():
-            print("\n" + table(name, corpus, {seed: of[name] for seed, of in found.items()}))
+        for name in found[arguments.seeds[0]]:
+            print("\n" + table(name, {seed: of[name] for seed, of in found.items()}))
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":
