@@ -175,7 +175,7 @@ def test_verdict(beats: list[Heartbeat], words: str) -> None:
 
 
 def test_status_tells_silent_from_running(run: RunFolder) -> None:
-    run.config.write_text("run: {steps: 50}\n")
+    run.config.write_text("run: {steps: 50}\nmodality: {speech: {}}\n")
     run.metrics.write_text(json.dumps({"step": 30, "step_s": 2.0}) + "\n")
     now = time.time()
     for rank, age in ((0, 1.0), (1, 90.0)):

@@ -23,7 +23,8 @@ SPEECH = [
     "modality.speech.min_seconds=0.1",
 ]
 DECODER = ["decoder.dim=16", "decoder.groups=4", "decoder.zero_last=false"]
-TEXT = ["vocab_size=50", "mask_id=49", "max_tokens=40"]
+# shared: as published
+TEXT = ["shared=[features]", "vocab_size=50", "mask_id=49", "max_tokens=40"]
 
 
 def under(section: str, settings: list[str]) -> list[str]:
