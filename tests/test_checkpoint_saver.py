@@ -129,6 +129,18 @@ def test_a_start_that_was_replaced_while_writing_publishes_nothing(
     assert list(run.checkpoints.iterdir()) == []
 
 
+def test_a_start_whose_files_a_newer_one_removed_is_told_of_that_one(
+    run: RunFolder, generation: Generation, disk: threading.Event
+) -> None:
+    saver = Saver(run, generation, keep=1)
+    pieces.begin(saver, 5, pieces.whole(1))
+    claim_generation(run, "job", 0)
+    checkpoint.clean(run)  # as it does before it trains
+    disk.set()
+    with pytest.raises(Superseded, match="is owned by generation 2"):
+        saver.finish()
+
+
 def test_some_are_kept_for_good(run: RunFolder, generation: Generation) -> None:
     for step in range(2, 15, 2):
         pieces.save(run, generation, step, pieces.whole(step), keep=2, keep_every=4)

@@ -115,7 +115,7 @@ class Saver:
             return
         pending, self._pending = self._pending, None
         try:
-            files = together(pending.written.result)
+            files = together(lambda: self._written(pending))
             manifest = write.build_manifest(
                 pending.step, pending.state, pending.shapes, pending.adam_steps, files
             )
@@ -155,6 +155,15 @@ class Saver:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return copies
+
+    def _written(self, pending: _Pending) -> Files:
+        """What this rank wrote. A newer start removes what an older one is writing: then that is
+        told, rather than that files are gone."""
+        try:
+            return pending.written.result()
+        except Exception:
+            refuse_superseded(self.run, self.generation)
+            raise
 
     def _publish(self, aside: Path, manifest: Mapping[str, Any]) -> None:
         if own_rank() == 0:
