@@ -58,5 +58,5 @@ def warn_of_too_few_cores(workers: int) -> None:
             cores,
             workers,
             workers + 1,
-            max(1, cores - 1),
+            cores - 1,
         )

@@ -130,6 +130,7 @@ def test_a_token_lies_in_the_run_folder(tmp_path: Path) -> None:
     ("given", "workers", "words"),
     [
         ("1", 2, "each rank has 1 core(s) for itself and 2 loader workers; ask for --cpus-per-"),
+        ("1", 1, "ask for --cpus-per-task=2, or set data.workers=0"),
         ("1", 0, ""),
     ],
 )
