@@ -1,7 +1,7 @@
 """What the tiny recipes learn: the demo of one modality, or of all, for one or several seeds.
 
-    python benchmarks/probe.py speech|vision|text|joint [--seeds 0 1 2] [--out FOLDER]
-        [--cifar10 FOLDER] [key.path=value ...]
+    python benchmarks/probe.py speech|vision|text|joint [key.path=value ...] [--seeds 0 1 2]
+        [--out FOLDER] [--cifar10 FOLDER]
 
 Converts the embedded corpora, pre-trains the recipe MODALITY_tiny, and asks with kNN what the
 features of the frozen encoder tell of labels, beside those of the same network before training,
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -126,8 +127,7 @@ CORPORA = {"speech": speech, "vision": vision, "text": text}
 
 def command(name: str, *words: str | Path) -> str:
     """Shows and runs a command of the project, shows what it prints, and returns that."""
-    shown = [f"'{w}'" if set(str(w)) & set(" {[*") else str(w) for w in words]
-    print(f"\n$ {' '.join([name, *shown])}", flush=True)
+    print(f"\n$ {shlex.join([name, *map(str, words)])}".replace(f"{Path.cwd()}/", ""), flush=True)
     with subprocess.Popen(
         [sys.executable, "-m", MODULES[name], *map(str, words)], stdout=subprocess.PIPE, text=True
     ) as process:

@@ -53,7 +53,10 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     "v1_vision": ("vision_tiny_v1", ["modality.vision.head.zero_last=false"]),
     "v1_text": (
         "text_tiny_v1",
-        under("modality.text", [*TEXT, "head.zero_last=false"]),
+        [
+            "target.layer_norm=layer",
+            *under("modality.text", [*TEXT, "mask.length=4", "head.zero_last=false"]),
+        ],
     ),
 }
 VARIANTS = sorted(RECIPES)
