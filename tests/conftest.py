@@ -7,11 +7,17 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from ranks import Pool
 
 # A shell starts what runs in its background with Ctrl-C ignored, and so would be every process
 # that a test starts and then interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# The same examples in every run of the same code: what fails, fails again.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

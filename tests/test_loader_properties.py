@@ -106,7 +106,7 @@ def harm(path: Path, what: str, where: float, much: int) -> None:
     data = bytearray(path.read_bytes())
     at = int(where * len(data))
     if what == "flip":
-        data[at] ^= 1 << much % 8
+        data[at : at + 1] = bytes(byte ^ 1 << much % 8 for byte in data[at : at + 1])
     elif what == "cut":
         del data[at:]
     else:
