@@ -38,6 +38,7 @@ from d2v_ds.memory import largest_batch, sizes, state_bytes
 from d2v_ds.pretrain import build_pretrain, resolved
 from d2v_ds.show import LONGEST, micro_batch_samples
 from d2v_ds.teacher import Ema, move
+from d2v_ds.train import create_parts
 
 STEPS = 2000
 DECAYS = (0.999, 0.9999, 0.99999, 0.999999)
@@ -218,16 +219,7 @@ def time_row(recipe: str, steps: int) -> dict[str, Any]:
     [(name, modality)] = task.modalities.items()
     samples = micro_batch_samples(config, modality)
     batch = largest_batch(task, name, samples).to(device)
-    tracked = task.tracked()
-    engine = create_engine(
-        task,
-        param_groups(task, task.part, set(tracked.values()).__contains__, decay_all=False),
-        settings=config.engine,
-        optim=config.optim,
-        accumulation=1,
-        device=device,
-    )
-    ema = Ema(engine, task.teacher, tracked, "teacher.")
+    engine, ema = create_parts(config, task, 1, device)
     rest, own = [], []
     for _ in range(steps + 1):
         start = now(device)

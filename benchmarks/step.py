@@ -25,11 +25,8 @@ import torch
 from d2v_ds import distributed, recipes
 from d2v_ds.config import Config
 from d2v_ds.distributed import World, seed_torch
-from d2v_ds.engine import create_engine
-from d2v_ds.engine.optimizer import param_groups
 from d2v_ds.pretrain import build_pretrain
-from d2v_ds.teacher import Ema
-from d2v_ds.train import TrainState, create_mixture
+from d2v_ds.train import TrainState, create_mixture, create_parts
 from d2v_ds.watchdog import Watchdog
 from shards import samples
 from shards.cli import main as shards_main
@@ -70,17 +67,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
     mixture = create_mixture(config, World(), TrainState(), Watchdog(0, 1))
     torch.manual_seed(0)
     task = build_pretrain(config).train()
-    tracked = task.tracked()
-    groups = param_groups(task, task.part, set(tracked.values()).__contains__, decay_all=False)
-    engine = create_engine(
-        task,
-        groups,
-        settings=config.engine,
-        optim=config.optim,
-        accumulation=config.batch.micro_batches,
-        device=device,
-    )
-    ema = Ema(engine, task.teacher, tracked, "teacher.")
+    engine, ema = create_parts(config, task, config.batch.micro_batches, device)
     rows, rates = [], []
     targets = task.targets
     for step in range(steps + 1):

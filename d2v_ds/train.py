@@ -168,18 +168,8 @@ def set_up(
     torch.manual_seed(config.run.seed)  # the same weights on every rank
     task = build_pretrain(config).train()
     shapes = {name: tuple(p.shape) for name, p in task.named_parameters()}  # ZeRO 3 hides them
-    tracked = task.tracked()
-    engine = create_engine(
-        task,
-        param_groups(
-            task, task.part, set(tracked.values()).__contains__, decay_all=config.optim.decay_all
-        ),
-        settings=config.engine,
-        optim=config.optim,
-        accumulation=config.batch.micro_batches // world.size,
-        device=device,
-    )
-    ema = Ema(engine, task.teacher, tracked, "teacher.")
+    accumulation = config.batch.micro_batches // world.size
+    engine, ema = create_parts(config, task, accumulation, device)
     if found:
         found.restore(engine.shards(), ema.pieces, shapes)
         engine.refresh()
@@ -196,6 +186,24 @@ def set_up(
     return Training(
         config, world, run, generation, task, engine, ema, shapes, mixture, state, saver, watchdog
     )
+
+
+def create_parts(
+    config: Config, task: Pretrain, accumulation: int, device: torch.device
+) -> tuple[Engine, Ema]:
+    """What trains the task, with so many micro-batches of this rank in a step, and the average that
+    its teacher is. All ranks together. Raises UserError."""
+    tracked = task.tracked()
+    averaged = set(tracked.values()).__contains__
+    engine = create_engine(
+        task,
+        param_groups(task, task.part, averaged, decay_all=config.optim.decay_all),
+        settings=config.engine,
+        optim=config.optim,
+        accumulation=accumulation,
+        device=device,
+    )
+    return engine, Ema(engine, task.teacher, tracked, "teacher.")
 
 
 def on_rank_0(action: Callable[[], T]) -> T:
