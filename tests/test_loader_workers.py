@@ -95,6 +95,7 @@ class Echo:
         return {
             "lot": lot,
             "pid": os.getpid(),
+            "environment": dict(os.environ),
             "tensor": torch.full((lot % 5, 1 << (lot % 18)), lot),
             "array": np.arange(lot, dtype=np.int16)[::2],
             "empty": torch.zeros(0, 3),
@@ -126,6 +127,19 @@ def test_what_is_made_comes_whole_and_in_order(workers: int) -> None:
         assert len(set(kept)) == workers
         with pytest.raises(UserError, match="thirteen"):
             next(made)
+
+
+def test_workers_see_the_environment_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the one in which the first loader of this process was made: it says where the cache is,
+    and who may read a bucket."""
+    for value in ("first", "second"):
+        monkeypatch.setenv("D2V_CACHE", value)
+        with closing(echo(iter(range(1000)), 1)) as made:
+            found = next(made)["environment"]
+        assert found["D2V_CACHE"] == value and found["OMP_NUM_THREADS"] == "1"
+    monkeypatch.delenv("D2V_CACHE")
+    with closing(echo(iter(range(1000)), 1)) as made:
+        assert "D2V_CACHE" not in next(made)["environment"]
 
 
 def test_nothing_is_left_open() -> None:

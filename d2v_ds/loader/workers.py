@@ -39,7 +39,7 @@ from d2v_ds.errors import UserError
 PREFETCH = 2  # lots that a worker has at a time, each with a memory of its own
 ALIGNMENT = 64  # bytes, of the arrays in it
 PAGE = mmap.PAGESIZE
-ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 NUMBER = struct.Struct("<q")
 
 
@@ -70,7 +70,8 @@ class Workers:
         patience: float,
     ) -> None:
         self.lots, self.own, self.name, self.patience = lots, own, name, patience
-        source = pickle.dumps((sys.path, pickle.dumps(make)))
+        # As they are now: the server, and with it the workers, may have been started long ago.
+        source = pickle.dumps((sys.path, {**os.environ, **ONE_THREAD}, pickle.dumps(make)))
         self.workers = [_Worker(source) for _ in range(workers)]
         self.asked: deque[tuple[_Worker, int]] = deque()
         for slot in range(PREFETCH):
@@ -233,7 +234,7 @@ class _Server:
                 [sys.executable, "-c", code],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env={**os.environ, **dict.fromkeys(ONE_THREAD, "1")},
+                env={**os.environ, **ONE_THREAD},
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
@@ -309,7 +310,9 @@ def _work(server: int, source: bytes, connection_file: int, state_file: int, *me
 
     NUMBER.pack_into(state, 0, os.getpid())
     reading(-1)
-    sys.path[:], made = pickle.loads(source)
+    sys.path[:], environment, made = pickle.loads(source)
+    os.environ.clear()
+    os.environ.update(environment)
     make = None
     while True:
         try:
