@@ -193,6 +193,29 @@ def sums_right(device: torch.device, seconds: float = 30.0) -> bool:
     return bool(torch.equal(total, values * (ranks * (ranks + 1) // 2)))
 
 
+class RankSums:
+    """Adds numbers up over the ranks, on the host, while the ranks do other things. Made, and begun
+    each time, by all ranks together; of one rank, nothing is sent."""
+
+    def __init__(self, world: int) -> None:
+        self._group: Any = None
+        if world > 1:
+            self._group = dist.new_group(backend="gloo")  # never waits for a GPU, or for others
+
+    def begin(self, *numbers: float) -> Callable[[], list[float]]:
+        """The sums, when called; whole numbers below 2**53 are exact."""
+        if self._group is None:
+            return lambda: list(numbers)
+        totals = torch.tensor(numbers, dtype=torch.float64)
+        work = dist.all_reduce(totals, group=self._group, async_op=True)
+
+        def sums() -> list[float]:
+            work.wait()
+            return [float(total) for total in totals]
+
+        return sums
+
+
 def cores_of_rank() -> int:
     """Cores that this rank has for itself: what srun gave, else its share of this machine's."""
     cores = len(os.sched_getaffinity(0))

@@ -3,7 +3,7 @@
     data.shards --find_set--> ShardSet
 
 Tars without an index get one when they are first used, beside them or, where nothing can be written
-there, in the cache's folder (shard_cache.py).
+there, in the cache's folder (shard_cache.py). Tars at URLs are no set (loader/stream.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 from pathlib import Path
+
+from braceexpand import braceexpand
 
 from d2v_ds.errors import UserError
 from d2v_ds.foreign import index_set
@@ -24,6 +27,11 @@ log = logging.getLogger("d2v_ds")
 
 def find_set(where: str | Path, modality: str = "", check_tars: bool = True) -> ShardSet:
     """As open_set, which it is for a folder that holds a set. Raises UserError."""
+    if stream_tars(str(where)):
+        raise UserError(
+            f"{where}: are tars without an index, which only training can stream; give a folder "
+            "or a URL prefix with a shard set (`d2v-shards index` makes one of tars)"
+        )
     if is_remote(str(where)):
         return open_remote(str(where), modality)
     root = Path(where)
@@ -33,6 +41,24 @@ def find_set(where: str | Path, modality: str = "", check_tars: bool = True) -> 
     if not tars:
         return open_set(root, modality, check_tars)  # says what is wrong
     return open_set(_indexed(root, tars, modality), modality, check_tars)
+
+
+def stream_tars(where: str) -> list[str]:
+    """The tars that a URL or command names by itself, `{000..127}` and `{a,b}` as shells have them;
+    empty where it names a set or a folder. Raises UserError."""
+    if not re.search(r"\.tar\b", where) or "{}" in where:
+        return []
+    if is_remote(where):
+        try:
+            return list(braceexpand(where))
+        except ValueError as error:
+            raise UserError(f"data.shards: {where!r} has {error}") from None
+    if not Path(where).is_dir():
+        raise UserError(
+            f"{where}: tars of this machine are named by their folder; it gets an index when it is "
+            "first used"
+        )
+    return []
 
 
 def _indexed(root: Path, tars: list[Path], modality: str) -> Path:

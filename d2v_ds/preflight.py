@@ -18,7 +18,8 @@ from d2v_ds.config import Config, load_engine_config, modality_of, require_one_e
 from d2v_ds.decoding import dump_yaml
 from d2v_ds.environment import code_hash, node_name
 from d2v_ds.errors import UserError
-from d2v_ds.find_set import find_set
+from d2v_ds.find_set import find_set, stream_tars
+from d2v_ds.foreign import KINDS
 from d2v_ds.run_folder import RunFolder
 
 MIN_FREE = 200e6  # bytes of the run's disk: logs and curves; a checkpoint looks for itself
@@ -36,7 +37,7 @@ def check(config: Config, ranks: int) -> None:
         raise UserError("modality: a run needs at least one, for example modality.speech")
     require_one_each(config)
     for name in config.modality:
-        require_shards(config, name)
+        require_shards(config, name, ranks)
     run = RunFolder(config.run_dir)
     if run.stop.exists():
         raise UserError(f"{run.stop} asks this run to stop; remove it to go on")
@@ -44,7 +45,7 @@ def check(config: Config, ranks: int) -> None:
         raise UserError(f"run.dir: {run.root} is a file, not a folder")
 
 
-def require_shards(config: Config, modality: str) -> None:
+def require_shards(config: Config, modality: str, ranks: int) -> None:
     """Raises UserError unless sound shard sets of the modality are named."""
     sources = {s: path for s, path in config.sources.items() if modality_of(s) == modality}
     setting = "data.shards" if len(config.modality) == 1 else f"data.shards.{modality}"
@@ -56,7 +57,25 @@ def require_shards(config: Config, modality: str) -> None:
     if not sources:
         raise UserError(f"{setting}: must be given (has: {', '.join(sorted(config.sources))})")
     for path in sources.values():
-        find_set(path, modality)
+        if tars := stream_tars(path):
+            require_tars(tars, modality, ranks)
+        else:
+            find_set(path, modality)
+
+
+def require_tars(tars: Sequence[str], modality: str, ranks: int) -> None:
+    """Raises UserError when a run cannot stream these tars."""
+    if modality not in KINDS:
+        raise UserError(
+            f"data.shards: {tars[0]} has no index, and modality {modality} cannot be read without "
+            f"one ({', '.join(KINDS)} can); make a set of its tars first"
+        )
+    if len(tars) < ranks:
+        raise UserError(
+            f"data.shards: {len(tars)} tars without an index for {ranks} ranks, each of which "
+            f"streams its own. Use at most {len(tars)} ranks, or more and smaller tars, or make a "
+            "set of them: `d2v-shards index`"
+        )
 
 
 def require_divisible(micro_batches: int, ranks: int) -> None:

@@ -21,6 +21,7 @@ import http.client
 import logging
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import time
@@ -121,6 +122,41 @@ def keep_near(shards: ShardSet, upcoming: Iterable[int], cache: Cache | None = N
             return
         seen.add(number)
         os.close(open_shard(shards, entry, cache))
+
+
+def download(url: str, path: Path) -> None:
+    """A whole file of unknown size. Raises UserError."""
+    with _writing(path.parent), path.open("wb") as file:
+
+        def whole() -> None:
+            file.seek(0)
+            file.truncate()
+            _copy(url, file)
+
+        _try_again(whole, url)
+
+
+class OwnFolder:
+    """A folder in the cache for files that are this process's alone: removed when it is closed, or,
+    should the process be killed, when the next one makes such a folder. It does not count in the
+    cache's size. Raises UserError."""
+
+    def __init__(self, cache: Cache | None = None) -> None:
+        parent = (cache or Cache.from_environment()).folder / "own"
+        with _writing(parent):
+            parent.mkdir(parents=True, exist_ok=True)
+            with _locked(parent / ".lock"):
+                for left in parent.glob("*/"):
+                    _remove_unused(left)
+                self.path = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
+                self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def close(self) -> None:
+        if self._lock >= 0:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = -1
 
 
 def url_of(where: str, name: str) -> str:
@@ -312,12 +348,23 @@ def _stat(file: Path) -> os.stat_result | None:
         return None
 
 
-def _remove_unused(file: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError, BlockingIOError), file.open("rb") as opened:
+def _remove_unused(path: Path) -> bool:
+    """Removes a file, or a folder with all that is in it, that no process has locked."""
+    try:
+        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.unlink()
-        return True
-    return False
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except (FileNotFoundError, BlockingIOError):
+        return False
+    finally:
+        os.close(opened)
+    return True
 
 
 @contextlib.contextmanager

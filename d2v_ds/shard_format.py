@@ -68,6 +68,7 @@ class ShardSet:
     tars: Path | None = None  # where the tars lie, if not in root
     about: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # index.json
     remote: str = ""  # where they come from, if not from this machine (shard_cache.py)
+    urls: dict[str, str] = field(default_factory=dict)  # of streamed tars, by name, for people
 
     @property
     def samples(self) -> int:

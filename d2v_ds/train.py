@@ -31,9 +31,11 @@ from d2v_ds.distributed import StopFlag, World, seed_torch
 from d2v_ds.engine import Engine, create_engine
 from d2v_ds.engine.optimizer import param_groups
 from d2v_ds.errors import UserError
-from d2v_ds.find_set import find_set
+from d2v_ds.find_set import find_set, stream_tars
 from d2v_ds.loader import Loader
 from d2v_ds.loader.mixture import Mixture, divide_workers, shares_of
+from d2v_ds.loader.quarantine import Quarantine
+from d2v_ds.loader.stream import StreamLoader
 from d2v_ds.modalities import create_modalities
 from d2v_ds.preflight import UnfitNodes
 from d2v_ds.pretrain import Pretrain, build_pretrain, resolved
@@ -242,26 +244,29 @@ def check_resume(
 def create_mixture(config: Config, world: World, state: TrainState, watchdog: Watchdog) -> Mixture:
     """The sources of the run, standing where `state` says. All ranks together."""
     modalities = create_modalities(config.modality)
-    shares, loaders = shares_of(config), {}
+    shares, loaders = shares_of(config), dict[str, Loader | StreamLoader]()
     for (source, path), workers in zip(
         config.sources.items(), divide_workers(config.data.workers, shares), strict=True
     ):
         modality = modalities[modality_of(source)]
-        shards = find_set(path, modality.name)
-        modality.check_set(shards.about)
-        loaders[source] = Loader(
-            own_copy(shards, watchdog),
-            modality,
-            seed=config.run.seed,
-            size=config.batch_size(modality.name),
-            micro_batches=config.batch.micro_batches,
-            rank=world.rank,
-            world=world.size,
-            workers=workers,
-            position=state.position.get(source),
-            quarantine=RunFolder(config.run_dir).bad_samples(world.rank),
-            max_bad=config.data.max_bad,
-        )
+        settings: dict[str, Any] = {
+            "seed": config.run.seed,
+            "size": config.batch_size(modality.name),
+            "micro_batches": config.batch.micro_batches,
+            "rank": world.rank,
+            "world": world.size,
+            "workers": workers,
+            "position": state.position.get(source),
+            "quarantine": Quarantine(
+                RunFolder(config.run_dir).bad_samples(world.rank), config.data.max_bad
+            ),
+        }
+        if tars := stream_tars(path):
+            loaders[source] = StreamLoader(tars, modality, **settings)
+        else:
+            shards = find_set(path, modality.name)
+            modality.check_set(shards.about)
+            loaders[source] = Loader(own_copy(shards, watchdog), modality, **settings)
     return Mixture(loaders, shares, config.run.seed)
 
 
@@ -364,18 +369,12 @@ def report(t: Training) -> None:
         t.world.size,
     )
     for (source, loader), share in zip(t.mixture.loaders.items(), t.mixture.shares.of, strict=True):
-        stats = loader.stats
         log.info(
-            "%s: %d steps, %d samples, %.4g %s, %.1f %% padding; %d samples are too short",
+            "%s: %s",
             f"an epoch of {source}, {float(share):.1%} of the steps"
             if len(t.mixture.loaders) > 1
             else "an epoch",
-            stats.steps,
-            stats.samples,
-            stats.units,
-            loader.modality.unit,
-            100 * stats.padding,
-            stats.left_out,
+            loader.describe(),
         )
     for modality in t.task.modalities.values():
         for warning in modality.warnings():

@@ -24,6 +24,7 @@ from d2v_ds.batch import Batch, StepBatch
 from d2v_ds.errors import UserError
 from d2v_ds.loader import Loader, read_samples, reading
 from d2v_ds.loader import plan as plan_module
+from d2v_ds.loader.quarantine import MAX_BAD, Quarantine
 from d2v_ds.preflight import require_divisible
 from d2v_ds.shard_format import ShardSet
 
@@ -44,8 +45,12 @@ def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "POOL_STEPS", 3)
 
 
-def make_loader(shards: ShardSet, **changes: Any) -> Loader:
+def make_loader(
+    shards: ShardSet, told: Path | None = None, max_bad: float = MAX_BAD, **changes: Any
+) -> Loader:
+    """told: the file that tells of bad samples."""
     settings: dict[str, Any] = {"seed": 3, "size": 1600, "micro_batches": 4} | changes
+    settings["quarantine"] = Quarantine(told, max_bad)
     return Loader(shards, SeriesModality(), **settings)  # type: ignore[arg-type]
 
 

@@ -133,7 +133,7 @@ def test_each_is_told_once(
     monkeypatch.setattr(logging.getLogger("d2v_ds"), "propagate", True)
     flip(own)
     file = tmp_path / "run" / "bad_samples" / "rank00000.jsonl"
-    with closing(make_loader(own, workers=workers, quarantine=file, max_bad=0.01)) as loader:
+    with closing(make_loader(own, workers=workers, told=file, max_bad=0.01)) as loader:
         bad = [step.bad for step in islice(loader, 2 * STEPS)]
     assert sum(bad) == 2, "once an epoch"
     reason = "its .series has changed: the index has another checksum for it"
@@ -150,7 +150,7 @@ def test_too_many_end_the_run(own: ShardSet, tmp_path: Path, workers: int) -> No
     for key in (b"s2-11", b"s2-30", b"s0-10", b"s4-2"):
         damage(own, int(key[1:2]), key)
     file = tmp_path / "bad.jsonl"
-    loader = make_loader(own, workers=workers, quarantine=file, max_bad=0.003)
+    loader = make_loader(own, workers=workers, told=file, max_bad=0.003)
     with closing(loader), pytest.raises(UserError) as caught:
         list(islice(loader, STEPS))
     message = str(caught.value)

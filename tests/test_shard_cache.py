@@ -4,7 +4,6 @@ one download a node; a bound in bytes that spares what is open. Tars without an 
 from __future__ import annotations
 
 import hashlib
-import http.server
 import logging
 import multiprocessing
 import os
@@ -14,13 +13,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+from far import Server, start, stop
 from series import SeriesModality, write_set
 
 from d2v_ds import shard_cache
@@ -31,58 +29,6 @@ from d2v_ds.shard_cache import Cache, keep_near, open_remote, open_shard
 from d2v_ds.shard_format import ShardSet
 
 LENGTHS = [[50] * 40, [60] * 30, [70] * 20, [80] * 40]
-
-
-@dataclass
-class Server:
-    """Files of a folder over HTTP."""
-
-    url: str
-    asked: Counter[str]  # how often for each file
-    answer: dict[str, Any] = field(default_factory=dict)  # file -> list of what to do in turn
-
-
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; `state` counts, and says which answers are to fail and how."""
-
-    def __init__(self, state: Server, *arguments: Any, **settings: Any) -> None:
-        self.state = state
-        super().__init__(*arguments, **settings)
-
-    def do_GET(self) -> None:
-        name = self.path.rpartition("/")[2]
-        self.state.asked[name] += 1
-        todo = self.state.answer.get(name, [])
-        what = todo.pop(0) if todo else "whole"
-        if isinstance(what, int):
-            self.send_error(what)
-            return
-        if what == "whole":
-            super().do_GET()
-            return
-        data = Path(self.translate_path(self.path)).read_bytes()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if what == "short":
-            self.wfile.write(data[: len(data) // 2])
-        elif what == "changed":
-            self.wfile.write(data[:5000] + b"?" + data[5001:])
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-def start(state: Server, folder: Path, port: int = 0) -> http.server.ThreadingHTTPServer:
-    make = partial(Handler, state, directory=str(folder))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", port), make)  # type: ignore[arg-type]
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    return server
-
-
-def stop(server: http.server.ThreadingHTTPServer) -> None:
-    server.shutdown()
-    server.server_close()
 
 
 @pytest.fixture(scope="module")

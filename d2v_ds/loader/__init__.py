@@ -4,6 +4,7 @@
     reading.py     Reader.read -> modality.decode -> modality.collate -> Batch
     workers.py     the processes that do so ahead
     quarantine.py  samples that cannot be used
+    stream.py      the same of tars that have no index
     Loader         in the plan's order: this rank's part of a step, with the position after it
 
 Ranks take contiguous parts of each step's micro-batches and workers take whole micro-batches, so
@@ -19,15 +20,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.distributed as dist
 
 from d2v_ds.batch import StepBatch
+from d2v_ds.distributed import RankSums
 from d2v_ds.errors import UserError
 from d2v_ds.loader.plan import START, EpochStats, Plan, Step
 from d2v_ds.loader.quarantine import Quarantine
@@ -40,7 +38,6 @@ from d2v_ds.shard_format import ShardEntry, ShardSet, fingerprint, read_lengths
 
 __all__ = ["EpochStats", "Loader", "read_samples"]
 
-MAX_BAD = 0.001  # share of samples that cannot be used, above which a run ends
 PATIENCE = 300.0  # seconds that a worker may take for a micro-batch
 
 
@@ -48,9 +45,9 @@ class Loader:
     """This rank's part of every optimizer step over a shard set, for ever: iterates StepBatch.
 
     size: of a whole step, in the modality's unit. workers: processes that decode ahead, 0 to decode
-    in this one. position: that of a StepBatch, to go on after it. quarantine: the file that tells
-    of samples that cannot be used, max_bad the share of them that ends the run. patience: seconds
-    that a worker may take for a micro-batch.
+    in this one. position: that of a StepBatch, to go on after it. quarantine: where samples that
+    cannot be used are told, and how many may be. patience: seconds that a worker may take for a
+    micro-batch.
 
     Raises UserError when the settings do not fit each other or the set, or the set is another one
     than that of `position`; while iterating, when a shard cannot be read or too many samples cannot
@@ -72,8 +69,7 @@ class Loader:
         world: int = 1,
         workers: int = 0,
         position: Mapping[str, int] | None = None,
-        quarantine: Path | None = None,
-        max_bad: float = MAX_BAD,
+        quarantine: Quarantine | None = None,
         patience: float = PATIENCE,
     ) -> None:
         assert 0 <= rank < world, f"rank {rank} of {world}"
@@ -97,12 +93,10 @@ class Loader:
         mine = micro_batches // world
         self.mine = range(rank * mine, (rank + 1) * mine)  # of the micro-batches of every step
         # Where masks of one length differ in their number, steps count theirs over all ranks.
-        self.ahead: tuple[StepBatch, Callable[[], int]] | None = None
-        self.group: Any = None
-        if self.plan.masked is None and world > 1:
-            self.group = dist.new_group(backend="gloo")  # never waits for a GPU, or for others
+        self.ahead: tuple[StepBatch, Callable[[], list[float]]] | None = None
+        self.sums = RankSums(world if self.plan.masked is None else 1)
         self.planned: deque[Step] = deque()  # asked of the workers and not yet given out
-        self.quarantine = Quarantine(quarantine, max_bad)
+        self.quarantine = quarantine or Quarantine()
         self.reader = Reader(shards, _members(shards, modality))
         self.near = _Near(shards, self.plan) if shards.remote else None
         make = MicroBatches(self.reader, modality, seed)
@@ -124,6 +118,14 @@ class Loader:
     def stats(self) -> EpochStats:
         return self.plan.stats()
 
+    def describe(self) -> str:
+        """What an epoch is, for people."""
+        return (
+            f"{self.stats.steps} steps, {self.stats.samples} samples, {self.stats.units:.4g} "
+            f"{self.modality.unit}, {self.stats.padding:.1%} padding; {self.stats.left_out} "
+            "samples are too short"
+        )
+
     def _lots(self) -> Iterator[Lot]:
         for step in self.plan.steps(self.position):
             self.planned.append(step)
@@ -142,11 +144,11 @@ class Loader:
         else:
             batch, count = self.ahead or self._next_step()
             self.ahead = self._next_step()  # its count is summed while this step is taken
-            batch = dataclasses.replace(batch, masked_count=max(1, count()))
+            batch = dataclasses.replace(batch, masked_count=max(1, int(*count())))
         self.position = batch.position
         return batch
 
-    def _next_step(self) -> tuple[StepBatch, Callable[[], int]]:
+    def _next_step(self) -> tuple[StepBatch, Callable[[], list[float]]]:
         """The next step, and what waits for its number of masked tokens, which is in it already
         where the plan knows it."""
         try:
@@ -157,7 +159,7 @@ class Loader:
         except (UserError, OSError):
             self.close()
             raise
-        count = self._sum_ranks(sum(len(micro_batch.batch.masked) for micro_batch in made))
+        count = self.sums.begin(sum(len(micro_batch.batch.masked) for micro_batch in made))
         batch = StepBatch(
             modality=self.modality.name,
             micro_batches=[micro_batch.batch for micro_batch in made],
@@ -168,19 +170,6 @@ class Loader:
             bad=len(bad),
         )
         return batch, count
-
-    def _sum_ranks(self, number: int) -> Callable[[], int]:
-        """Begins to add up a number over the ranks, on the host; the result, when called."""
-        if self.group is None:
-            return lambda: number
-        total = torch.tensor(number, dtype=torch.int64)
-        work = dist.all_reduce(total, group=self.group, async_op=True)
-
-        def result() -> int:
-            work.wait()
-            return int(total)
-
-        return result
 
     def close(self) -> None:
         """Ends the workers and closes the files; iterating is over."""

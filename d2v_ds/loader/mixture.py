@@ -21,6 +21,7 @@ from d2v_ds.batch import StepBatch
 from d2v_ds.config import Config
 from d2v_ds.loader import Loader
 from d2v_ds.loader.plan import permutation
+from d2v_ds.loader.stream import StreamLoader
 
 BLOCK = 100  # steps whose sources are shuffled together, at least
 SOURCE_ORDER = 16  # what the random numbers are for: beside those of plan.py
@@ -91,7 +92,9 @@ def divide_workers(workers: int, shares: Shares) -> list[int]:
 class Mixture:
     """The optimizer steps of a run over one or more sources, each with its Loader."""
 
-    def __init__(self, loaders: Mapping[str, Loader], shares: Shares, seed: int) -> None:
+    def __init__(
+        self, loaders: Mapping[str, Loader | StreamLoader], shares: Shares, seed: int
+    ) -> None:
         assert len(loaders) == len(shares.of), "one share a source"
         self.loaders, self.shares, self.seed = dict(loaders), shares, seed
         self.names = list(loaders)

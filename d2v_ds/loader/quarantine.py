@@ -16,6 +16,7 @@ from d2v_ds.loader.reading import REMEDY, Bad
 
 log = logging.getLogger("d2v_ds")
 
+MAX_BAD = 0.001  # share of samples that cannot be used, above which a run ends
 FIRST = 1_000  # samples: the share is never taken of fewer
 NAMED = 3  # of the bad ones, where they are too many
 LOGGED = 20  # of them, before only the file tells
@@ -25,18 +26,18 @@ class Quarantine:
     """Of one rank. file: a line of JSON for each bad sample is added to it; None: nowhere. most:
     the share of bad ones among the samples read."""
 
-    def __init__(self, file: Path | None, most: float) -> None:
+    def __init__(self, file: Path | None = None, most: float = MAX_BAD) -> None:
         self.file, self.most = file, most
         self.read = 0
-        self.bad: dict[int, Bad] = {}  # by position
+        self.bad: dict[tuple[str, str], Bad] = {}  # by tar and key
 
     def add(self, read: int, bad: Sequence[Bad]) -> None:
         """After `read` more samples of which these were bad, again or for the first time. Raises
         UserError when they have become too many."""
         self.read += read
         for each in bad:
-            if each.position not in self.bad:
-                self.bad[each.position] = each
+            if (each.tar, each.key) not in self.bad:
+                self.bad[each.tar, each.key] = each
                 self._tell(each)
         if bad and len(self.bad) > self.most * max(self.read, FIRST):
             raise UserError(

@@ -78,8 +78,9 @@ class Reader:
         return int(self._opened(shard).index.lengths[row])
 
     def bad(self, position: int, reason: str) -> Bad:
-        tar = self.shards.tar(self.shards.shards[self._locate(position)[0]])
-        return Bad(position, str(tar), self.key(position), reason)
+        entry = self.shards.shards[self._locate(position)[0]]
+        tar = self.shards.urls.get(entry.name) or str(self.shards.tar(entry))
+        return Bad(position, tar, self.key(position), reason)
 
     def name(self, position: int) -> str:
         """A sample for people: its tar and its key."""

@@ -1,0 +1,269 @@
+"""Tars at URLs that nobody has indexed: streamed by every rank for itself, from a real server."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import webdataset
+from corpora import recording
+from far import Server, start, stop
+from runs import Run, environment
+from test_train import QUICK
+
+from d2v_ds import shard_cache
+from d2v_ds.batch import StepBatch
+from d2v_ds.errors import UserError
+from d2v_ds.find_set import find_set, stream_tars
+from d2v_ds.loader.quarantine import Quarantine
+from d2v_ds.loader.stream import TOGETHER, StreamLoader
+from d2v_ds.modalities.speech import Speech, SpeechConfig
+
+TARS, CLIPS = 10, 6  # tars, and clips in each
+CONFIG = SpeechConfig(views=1, crop_seconds=0.6, min_seconds=0.3)
+ALL = {f"clip{i}" for i in range(TARS * CLIPS)}
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As webdataset's own writer makes them."""
+    folder = tmp_path_factory.mktemp("far") / "tars"
+    folder.mkdir()
+    with webdataset.ShardWriter(f"{folder}/a-%06d.tar", maxcount=CLIPS, verbose=0) as writer:
+        for i in range(TARS * CLIPS):
+            kind = ("wav", "flac")[i % 2]
+            clip = recording(kind, seconds=0.35 + i % 7 / 20, seed=i)
+            writer.write({"__key__": f"clip{i}", kind: clip, "json": {"i": i}})
+    return folder
+
+
+@pytest.fixture
+def far(tars: Path) -> Iterator[Server]:
+    state = Server("", Counter())
+    server = start(state, tars)
+    state.url = f"http://127.0.0.1:{server.server_address[1]}/a-{{000000..{TARS - 1:06d}}}.tar"
+    yield state
+    stop(server)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("D2V_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shard_cache, "PAUSE", 0.02)
+    return tmp_path / "cache"
+
+
+def stream(url: str, **settings: Any) -> StreamLoader:
+    given: dict[str, Any] = {"seed": 1, "size": 4.0, "micro_batches": 4} | settings
+    return StreamLoader(stream_tars(url), Speech(CONFIG), **given)
+
+
+def keys(step: StepBatch) -> list[str]:
+    return [key for batch in step.micro_batches for key in batch.keys]
+
+
+def first_epoch(loader: StreamLoader) -> list[StepBatch]:
+    steps: list[StepBatch] = []
+    for step in loader:
+        if step.position["epoch"] > 0:
+            return steps
+        steps.append(step)
+    raise AssertionError("it never ends")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_has_every_sample_once(far: Server, cache: Path, workers: int) -> None:
+    held = []
+    with closing(stream(far.url, workers=workers)) as loader:
+        steps = first_epoch(loader)
+        for step in islice(loader, 3):
+            held.append(len(list(cache.glob("own/*/*/*.tar"))))
+            assert step.position["epoch"] == 1
+    assert Counter(key for step in steps for key in keys(step)) == Counter(ALL)
+    assert 0 < max(held) <= 2 * TOGETHER, "and no more on the disk"
+    assert not list(cache.glob("own/*/")), "nothing is left of it"
+    assert [step.position["step"] for step in steps] == list(range(1, len(steps) + 1))
+    for step in steps:
+        assert step.samples == len(keys(step)) and step.masked_count == sum(
+            len(batch.masked) for batch in step.micro_batches
+        )
+
+
+def test_workers_change_nothing_and_epochs_differ(far: Server) -> None:
+    def order(workers: int, seed: int = 1) -> list[list[str]]:
+        with closing(stream(far.url, workers=workers, seed=seed)) as loader:
+            return [keys(step) for step in islice(loader, 40)]
+
+    found = order(0)
+    assert found == order(2)
+    epoch = next(i for i in range(1, 40) if set(found[i]) & set(found[0]))
+    assert found[epoch : epoch + 3] != found[:3]
+    assert order(0, seed=2) != found
+
+
+def of_rank(url: str, steps: int) -> list[Any]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with closing(stream(url, rank=rank, world=world)) as loader:
+        return [
+            (
+                step.masked_count,
+                step.samples,
+                step.units,
+                step.position["step"],
+                sum(len(batch.masked) for batch in step.micro_batches),
+                keys(step),
+                [batch.index for batch in step.micro_batches],
+            )
+            for step in islice(loader, steps)
+        ]
+
+
+def test_ranks_read_tars_of_their_own_and_count_together(
+    far: Server, run_ranks: Callable[..., list[Any]]
+) -> None:
+    first, second = run_ranks(2, of_rank, far.url, 8)
+    for a, b in zip(first, second, strict=True):
+        assert a[:4] == b[:4], "counts, units and the step are those of all ranks"
+        assert a[0] == a[4] + b[4] and a[1] == len(a[5]) + len(b[5])
+        assert (a[6], b[6]) == ([0, 1], [2, 3])
+        assert a[2] <= 4.0 + 1e-6
+    own = [{key for step in part[:3] for key in step[5]} for part in (first, second)]
+    assert own[0] and own[1] and not own[0] & own[1]
+
+
+def test_going_on_passes_over_what_was_being_read(
+    far: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("d2v_ds"), "propagate", True)
+    with closing(stream(far.url)) as loader:
+        begun = [next(loader) for _ in range(2)]
+        rest = first_epoch(loader)
+    group = {key for step in [*begun, *rest] if step.position["group"] == 1 for key in keys(step)}
+    assert len(group) == TOGETHER * CLIPS
+    with closing(stream(far.url, position=begun[-1].position)) as loader:
+        after = first_epoch(loader)
+    assert {key for step in after for key in keys(step)} == ALL - group
+    assert after[0].position["step"] == 3
+    assert "a stream does not go on exactly where it stopped" in caplog.text
+
+
+# --------------------------------------------------------------------------------- what goes wrong
+
+
+def test_damage_is_named_by_its_url(far: Server, tars: Path) -> None:
+    """webdataset would end the tar there in silence."""
+    whole = (tars / "a-000003.tar").read_bytes()
+    try:
+        for harmed, reason in (
+            (whole[: len(whole) // 1024 * 512], r"a-000003.tar: .* reach past the end at byte \d+"),
+            (whole.replace(b"clip20", b"clip2?", 1), r"a-000003.tar: damaged header .* at byte"),
+        ):
+            (tars / "a-000003.tar").write_bytes(harmed)
+            with closing(stream(far.url)) as loader, pytest.raises(UserError, match=reason) as e:
+                first_epoch(loader)
+            assert str(e.value).startswith("http://127.0.0.1"), "not a file of the cache"
+    finally:
+        (tars / "a-000003.tar").write_bytes(whole)
+
+
+def test_what_the_server_does_not_have_and_what_it_cuts_short(far: Server) -> None:
+    far.answer = {"a-000001.tar": ["short", 503, "short"]}
+    with closing(stream(far.url)) as loader:
+        assert len({key for step in first_epoch(loader) for key in keys(step)}) == len(ALL)
+    assert far.asked["a-000001.tar"] >= 4
+    far.answer = {"a-000001.tar": [404]}
+    with closing(stream(far.url)) as loader, pytest.raises(UserError, match=r"a-000001.tar: 404"):
+        first_epoch(loader)
+
+
+def test_samples_that_cannot_be_used_are_told(tmp_path: Path) -> None:
+    clips = {f"clip{i}": recording("wav", seconds=0.5, seed=i) for i in range(8)}
+    clips["clip3"] = b"no recording"  # its header shows it
+    clips["clip5"] = recording("wav", seconds=0.5, rate=8_000)  # decoding shows it
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for key, clip in clips.items():
+            writer.write({"__key__": key, "wav": clip})
+    url, told = f"pipe:cat {tmp_path}/a.tar", tmp_path / "bad.jsonl"
+    settings: dict[str, Any] = {"size": 2.0, "micro_batches": 1}
+    with closing(stream(url, quarantine=Quarantine(told, 0.5), **settings)) as loader:
+        steps = list(islice(loader, 12))
+    assert {key for step in steps for key in keys(step)} == clips.keys() - {"clip3", "clip5"}
+    found = [json.loads(line) for line in told.read_text().splitlines()]
+    assert [line["key"] for line in found] == ["clip3", "clip5"], (
+        "once each, however often they come"
+    )
+    assert found[0]["tar"] == url and found[0]["reason"] == ".wav: is no WAV"
+    assert found[1]["tar"] == url and "8000 Hz" in found[1]["reason"]
+    loader = stream(url, quarantine=Quarantine(told, 0.0), **settings)
+    with closing(loader), pytest.raises(UserError, match=r"sample 'clip3': .wav: is no WAV"):
+        next(loader)
+
+
+def test_what_cannot_be_streamed() -> None:
+    assert stream_tars("https://h/{a,b}-{8..10}.tar") == [
+        f"https://h/{name}-{i}.tar" for name in "ab" for i in (8, 9, 10)
+    ]
+    assert (
+        stream_tars("pipe:aws s3 cp s3://b/a-{0..1}.tar -")[1] == "pipe:aws s3 cp s3://b/a-1.tar -"
+    )
+    for other in ("https://h/set", "pipe:cat /sets/a.tar.d/{}", "/data/set"):
+        assert stream_tars(other) == []
+    with pytest.raises(UserError, match="tars of this machine are named by their folder"):
+        find_set("/data/a-{000..127}.tar")
+    with pytest.raises(UserError, match="without an index, which only training can stream"):
+        find_set("https://h/a-{0..1}.tar", "speech")
+    with pytest.raises(UserError, match=r"https://h/a-\{0..1.tar' has"):
+        stream_tars("https://h/a-{0..1.tar")
+    with pytest.raises(UserError, match=r"2 tars without an index for 4 ranks.*Use at most 2 rank"):
+        stream("https://h/a-{0..1}.tar", world=4)
+
+
+def test_a_folder_of_a_killed_process_is_removed(cache: Path) -> None:
+    code = (
+        "import os; from d2v_ds.shard_cache import OwnFolder; f = OwnFolder();"
+        "(f.path / 'a.tar').touch(); print(f.path, flush=True); os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment()
+    )
+    assert killed.returncode == -signal.SIGKILL
+    left = Path(killed.stdout.strip())
+    assert left.parent == cache / "own" and (left / "a.tar").exists()
+    first, second = shard_cache.OwnFolder(), shard_cache.OwnFolder()
+    assert not left.exists() and first.path.exists()
+    first.close()
+    assert second.path.exists() and not first.path.exists()
+    second.close()
+
+
+# --------------------------------------------------------------------------------------- whole runs
+
+
+def test_a_run_streams_and_goes_on(far: Server, tmp_path: Path) -> None:
+    settings = [
+        f"data.shards={far.url}",
+        *QUICK,
+        "batch.size=4",
+        "modality.speech.crop_seconds=0.6",
+    ]
+    run = Run(tmp_path / "run", "speech_tiny", *settings, "modality.speech.min_seconds=0.3")
+    done = run.train("run.steps=3", "save.every=3", "data.workers=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "an epoch: 10 tars without an index, 5 for each rank" in done.stdout
+    done = run.train("run.steps=5", "save.every=3", "data.workers=0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "a stream does not go on exactly where it stopped" in done.stdout
+    assert list(run.losses()) == [1, 2, 3, 4, 5]
+    refused = Run(tmp_path / "other", "speech_tiny", *settings).train(nproc=16)
+    assert refused.returncode == 2 and "batch.micro_batches" in refused.stderr
