@@ -9,7 +9,8 @@ writes the same members, and no index, checksum or order of its own. `--repeat` 
 copies of the corpus: a small one is over before a second process has started. Whole commands are
 timed, in turns, from a warm cache into memory (/dev/shm) where there is such; best of the rounds.
 `per_core` are files a second of processor time, which other work on the machine hardly moves;
-`files_per_second` are of the clock. Prints one JSON object.
+`files_per_second` are of the clock. Two peers at once, which share nothing but the machine, show
+how far two cores can take anybody (`peers_2_to_1`). Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -51,12 +52,14 @@ def peer(family: str, source: Path, out: Path) -> None:
             writer.write({"__key__": key, "json": json.dumps(about).encode(), **sample})
 
 
-def timed(command: list[str]) -> tuple[float, float]:
-    """(seconds of the clock, of processors) of a process and its children."""
+def timed(*commands: list[str]) -> tuple[float, float]:
+    """(seconds of the clock, of processors) of processes at the same time and their children."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    running = [subprocess.Popen(command, **quiet) for command in commands]  # type: ignore[call-overload]
+    failed = [process.args for process in running if process.wait()]
+    assert not failed, failed
     wall = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
@@ -70,28 +73,32 @@ def copies(source: Path, number: int, folder: Path) -> Path:
 
 def measure(family: str, source: Path, rounds: int, work: Path) -> dict[str, object]:
     files = sum(path.is_file() for path in source.rglob("*"))
-    ours = [sys.executable, "-m", "shards.cli", family, str(source)]
-    commands = {
-        "peer": [sys.executable, __file__, family, str(source), "--peer"],
-        "ours -j1": [*ours, "-j1"],
-        "ours -j2": [*ours, "-j2"],
+    out, other = str(work / "out"), str(work / "other")
+    ours = [sys.executable, "-m", "shards.cli", family, str(source), out]
+    peer = [sys.executable, __file__, family, str(source), "--peer"]
+    variants = {
+        "peer": [[*peer, out]],
+        "two peers": [[*peer, out], [*peer, other]],
+        "ours -j1": [[*ours, "-j1"]],
+        "ours -j2": [[*ours, "-j2"]],
     }
-    best = {name: np.full(2, np.inf) for name in commands}
+    best = {name: np.full(2, np.inf) for name in variants}
     for i in range(rounds):
-        for name, command in commands.items():
-            out = work / "out"
-            at = len(command) if name == "peer" else len(ours)
-            best[name] = np.minimum(best[name], timed([*command[:at], str(out), *command[at:]]))
-            shutil.rmtree(out)
+        for name, commands in variants.items():
+            best[name] = np.minimum(best[name], timed(*commands))
+            for made in (out, other):
+                shutil.rmtree(made, ignore_errors=True)
         print(f"round {i + 1} of {rounds}", file=sys.stderr)
-    clock = {name: round(files / wall, 1) for name, (wall, _) in best.items()}
-    core = {name: round(files / used, 1) for name, (_, used) in best.items()}
+    made_by = {name: files * len(commands) for name, commands in variants.items()}
+    clock = {name: round(made_by[name] / wall, 1) for name, (wall, _) in best.items()}
+    core = {name: round(made_by[name] / used, 1) for name, (_, used) in best.items()}
     return {
         "files": files,
         "files_per_second": clock,
         "per_core": core,
         "ours_to_peer_per_core": round(core["ours -j1"] / core["peer"], 2),
         "j2_to_j1": round(clock["ours -j2"] / clock["ours -j1"], 2),
+        "peers_2_to_1": round(clock["two peers"] / clock["peer"], 2),
         "load": os.getloadavg()[0],
     }
 

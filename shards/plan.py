@@ -75,6 +75,10 @@ class Samples:
     def row(self, i: int) -> bytes:
         return bytes(self._blob[self._ends[i - 1] if i else 0 : self._ends[i]])
 
+    def key(self, i: int) -> str:
+        key: str = json.loads(self.row(i).decode("utf-8", "surrogateescape"))[0]
+        return key
+
     def __getitem__(self, i: int) -> Sample:
         key, inputs, columns, size = json.loads(self.row(i).decode("utf-8", "surrogateescape"))
         return Sample(key, tuple(map(_input, inputs)), columns, size)
@@ -165,7 +169,7 @@ def make_plan(samples: Samples, options: dict[str, Any], shard_size: int, seed: 
     that many would leave processes without work. Does not depend on the number of processes."""
     places = array("Q")
     for i in range(len(samples)):
-        places.append(place(samples[i].key, seed))
+        places.append(place(samples.key(i), seed))
     order = np.argsort(np.frombuffer(places, np.uint64), kind="stable")
     limit = min(shard_size, max(MIN_SHARD, sum(samples.sizes) // SHARDS_AT_LEAST))
     bounds, filled = array("Q", [0]), 0

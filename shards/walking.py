@@ -26,9 +26,10 @@ def folders(root: Path) -> Iterator[tuple[str, list[str]]]:
 def walk(root: Path) -> Iterator[tuple[str, str, int]]:
     """(path relative to root, name, bytes) of every file."""
     for folder, names in folders(root):
+        below = os.path.relpath(folder, root)  # once a folder: it takes as long as the rest
         for name in names:
-            path = os.path.join(folder, name)
-            yield os.path.relpath(path, root), name, size_of(path)
+            path = name if below == os.curdir else os.path.join(below, name)
+            yield path, name, size_of(os.path.join(folder, name))
 
 
 def size_of(path: str | Path) -> int:
