@@ -11,6 +11,7 @@ until `read` is called. What all families share is here and in core.py.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     from shards import core, estimate
     from shards.plan import Choice, make_plans
+    from shards.workers import Workers
 
     out: Path = arguments.out
     if out.resolve() == arguments.source.resolve():
@@ -71,18 +73,20 @@ def _convert(arguments: argparse.Namespace) -> int:
         arguments.split,
         arguments.split_by,
     )
-    plans = make_plans(corpus, choice)
     if arguments.dry_run:
-        for line in estimate.estimate(plans, corpus.converter, arguments.jobs):
+        for line in estimate.estimate(make_plans(corpus, choice), corpus.converter, arguments.jobs):
             print(line)
         return 0
-    for name, plan in plans.items():
-        shards = core.convert(
-            plan, corpus.converter, out / name, arguments.jobs, arguments.max_bad, task
-        )
-        if shards:
-            print(core.describe(shards))
-            _tell_left_out(shards.root)
+    with Workers(arguments.jobs) as workers:
+        samples = workers.start_in_time(corpus.samples, type(corpus.converter).__module__)
+        plans = make_plans(dataclasses.replace(corpus, samples=samples), choice)
+        for name, plan in plans.items():
+            shards = core.convert(
+                plan, corpus.converter, out / name, workers, arguments.max_bad, task
+            )
+            if shards:
+                print(core.describe(shards))
+                _tell_left_out(shards.root)
     if task[1] > 1:
         i, n = task
         print(f"{out}: task {i} of {n} is done; after all, d2v-shards merge it")

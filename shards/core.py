@@ -29,8 +29,8 @@ from tqdm import tqdm
 from d2v_ds.errors import UserError
 from d2v_ds.shard_format import INDEX_FILE, PLAN_FILE, ShardEntry, ShardSet, open_set, set_json
 from shards.family import Converted, Converter, Corpus, Input, Rejected, Sample, Table
-from shards.plan import CONVERTER, Choice, Plan
-from shards.workers import run_jobs
+from shards.plan import CONVERTER, Choice, Plan, Samples
+from shards.workers import Workers
 from shards.writer import ShardWriter, remove_stale, write_atomically
 
 __all__ = ["Choice", "Converted", "Converter", "Corpus", "Input", "Plan", "Sample", "Table"]
@@ -55,7 +55,7 @@ def convert(
     plan: Plan,
     converter: Converter,
     out: Path,
-    jobs: int,
+    workers: Workers,
     max_bad: float,
     task: tuple[int, int] = (0, 1),
 ) -> ShardSet | None:
@@ -87,7 +87,7 @@ def convert(
     bar = tqdm(total=inputs, unit=" files", disable=None, desc=str(out))
     bar.update(sum(plan.inputs_of(i) for i in reports))
     with bar:
-        for report in run_jobs(convert_shard, work, min(jobs, len(pending))):
+        for report in workers.run(convert_shard, work, len(pending)):
             i = int(report.entry.name.rpartition("-")[2])
             reports[i] = report
             bar.update(plan.inputs_of(i))
@@ -126,7 +126,7 @@ def merge(out: Path, max_bad: float) -> ShardSet:
     return _finish(out, about, [report for _, report in found if report], max_bad)
 
 
-def convert_shard(job: tuple[Converter, Path, str, Sequence[Sample]]) -> Report:
+def convert_shard(job: tuple[Converter, Path, str, Samples]) -> Report:
     """Writes one shard, then its report."""
     converter, out, name, samples = job
     rejected: list[Rejected] = []

@@ -20,7 +20,7 @@ def estimate(plans: Mapping[str, Plan], converter: Converter, jobs: int) -> Iter
     """A line for each set, then one for the time."""
     few = max(1, SAMPLES // len(plans))
     given = made = bad = 0
-    _convert(converter, next(iter(plans.values())).sample(0))  # imports and tables, made once
+    _convert(converter, next(iter(plans.values())).samples[0])  # imports and tables, made once
     start = time.perf_counter()
     for plan in plans.values():
         for sample in _spread(plan, few):
@@ -46,8 +46,7 @@ def estimate(plans: Mapping[str, Plan], converter: Converter, jobs: int) -> Iter
 
 def _spread(plan: Plan, few: int) -> Iterator[Sample]:
     number = len(plan.samples)
-    for j in sorted({number * i // few for i in range(few)}):
-        yield plan.sample(j)
+    return map(plan.samples.__getitem__, sorted({number * i // few for i in range(few)}))
 
 
 def _convert(converter: Converter, sample: Sample) -> tuple[int, int]:

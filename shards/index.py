@@ -28,7 +28,7 @@ def index(
         raise UserError(f"{source}: is no tar and no folder with tars in it")
 
     def run(work: Callable[[Job], Indexed], jobs: list[Job]) -> Iterator[Indexed]:
-        yield from bar(run_jobs(work, jobs, min(processes, len(jobs))))
+        yield from bar(run_jobs(work, jobs, processes))
 
     def bar(results: Iterable[Indexed]) -> Iterator[Indexed]:
         yield from tqdm(results, total=len(tars), unit=" tars", disable=None, desc=str(source))

@@ -8,6 +8,9 @@ import re
 
 MAX_KEY = 88  # bytes: with `@0000` and its extension a key still fits the 100 of a tar header
 KEY_HASH = 12  # hex digits
+PLAIN = re.compile(
+    r"(?!__)[A-Za-z0-9_-]+(?:/[A-Za-z0-9_-]+)*"
+)  # what is a key as it is, as most are
 
 
 def make_key(text: str, apart: str = "") -> str:
@@ -16,6 +19,8 @@ def make_key(text: str, apart: str = "") -> str:
     webdataset cuts a name at the first dot and skips names that begin with two underscores. Keys
     that are too long for a tar header, or are to be told `apart`, end in a hash.
     """
+    if not apart and len(text) <= MAX_KEY and PLAIN.fullmatch(text):
+        return text
     key = re.sub(r"[^\w/-]", "_", os.path.normpath(text).lstrip("/"))
     key = re.sub(r"^__+", "_", key)
     if apart or len(key.encode()) > MAX_KEY:

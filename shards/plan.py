@@ -51,7 +51,7 @@ class Choice:
 
 
 class Samples:
-    """Many of them in little memory; they come out as they went in, in an order of their own."""
+    """Many of them in little memory; they come out as they went in, and in that order."""
 
     def __init__(self, samples: Iterable[Sample] = ()) -> None:
         self._blob = bytearray()
@@ -67,10 +67,24 @@ class Samples:
     def append(self, sample: Sample) -> None:
         inputs = [i.path if i.bytes is i.part is None else i for i in sample.inputs]
         row = [sample.key, inputs, sample.columns, sample.size]
-        self._blob += json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogateescape")
+        encoded = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogateescape")
+        self._append(encoded, sample.size, len(sample.inputs))
+
+    def _append(self, row: bytes, size: int, inputs: int) -> None:
+        self._blob += row
         self._ends.append(len(self._blob))
-        self.sizes.append(sample.size)
-        self.inputs.append(len(sample.inputs))
+        self.sizes.append(size)
+        self.inputs.append(inputs)
+
+    def taken(self, places: Iterable[int], keys: Mapping[int, str]) -> Samples:
+        """Those at these places, some with another key; the others are not decoded."""
+        result = Samples()
+        for i in places:
+            if i in keys:
+                result.append(replace(self[i], key=keys[i]))
+            else:
+                result._append(self.row(i), self.sizes[i], self.inputs[i])
+        return result
 
     def row(self, i: int) -> bytes:
         return bytes(self._blob[self._ends[i - 1] if i else 0 : self._ends[i]])
@@ -78,6 +92,9 @@ class Samples:
     def key(self, i: int) -> str:
         key: str = json.loads(self.row(i).decode("utf-8", "surrogateescape"))[0]
         return key
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, i: int) -> Sample:
         key, inputs, columns, size = json.loads(self.row(i).decode("utf-8", "surrogateescape"))
@@ -114,15 +131,12 @@ class Plan:
     def bytes(self) -> int:
         return sum(self.samples.sizes)
 
-    def shard(self, i: int) -> list[Sample]:
-        return [self.sample(j) for j in self._row_of(i)]
+    def shard(self, i: int) -> Samples:
+        """Still encoded, so that it travels to a worker at little cost."""
+        return self.samples.taken(self._row_of(i), self.keys)
 
     def inputs_of(self, i: int) -> int:
         return sum(self.samples.inputs[j] for j in self._row_of(i))
-
-    def sample(self, j: int) -> Sample:
-        sample = self.samples[j]
-        return replace(sample, key=self.keys[j]) if j in self.keys else sample
 
     def hash(self) -> str:
         digest = hashlib.sha256(json.dumps([CONVERTER, self.options]).encode())
@@ -143,7 +157,9 @@ def make_plans(corpus: Corpus, choice: Choice) -> dict[str, Plan]:
     names = list(choice.splits) if choice.splits else [""]
     sets = {name: Samples() for name in names}
     for sample in chosen:
-        name = split_of(_split_value(sample, choice.split_by), choice.splits or {"": 1.0})
+        name = ""
+        if choice.splits:
+            name = split_of(_split_value(sample, choice.split_by), choice.splits)
         sets[name].append(sample)
     plans: dict[str, Plan] = {}
     for name, samples in sets.items():
@@ -154,7 +170,7 @@ def make_plans(corpus: Corpus, choice: Choice) -> dict[str, Plan]:
                 else "nothing of the corpus is chosen (--only, --except)"
             )
         if corpus.arrange:
-            samples = Samples(corpus.arrange([samples[i] for i in range(len(samples))]))
+            samples = Samples(corpus.arrange(list(samples)))
         options = {**corpus.options, **choice.options}
         if name:
             options["split"] = {name: options["split"]}
@@ -237,6 +253,9 @@ def _split_value(sample: Sample, column: str) -> str:
 
 
 def _chosen(samples: Iterable[Sample], choice: Choice) -> Iterator[Sample]:
+    if not choice.only and not choice.leave_out:
+        yield from samples
+        return
     only = _read_list(choice.only) if choice.only else None
     leave_out: Collection[str] = _read_list(choice.leave_out) if choice.leave_out else ()
     missing = set(only or ()) | set(leave_out)

@@ -57,8 +57,8 @@ def verify(path: Path, processes: int) -> Iterator[str]:
     if about["samples"] != shards.samples or about["length"] != shards.length:
         yield f"{INDEX_FILE}: its shards do not add up to its samples and length"
     checked: dict[str, Checked] = {}
-    jobs = ((shards, shard, about) for shard in shards.shards)
-    for one in run_jobs(verify_shard, jobs, min(processes, len(shards.shards))):
+    jobs = [(shards, shard, about) for shard in shards.shards]
+    for one in run_jobs(verify_shard, jobs, processes):
         yield from (f"{one.name}: {problem}" for problem in one.problems)
         checked[one.name] = one
     order = [checked[shard.name] for shard in shards.shards]

@@ -9,53 +9,91 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from importlib import import_module
 from itertools import islice
 from multiprocessing import get_context
 from typing import TypeVar
 
+Item = TypeVar("Item")
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 AHEAD = 3  # jobs that wait for each process, so that none is idle
+MANY = 1_000  # items that are worth a process that starts for a fifth of a second
+
+
+class Workers:
+    """Up to `processes` processes, which stay until this context ends.
+
+    Workers are started afresh (no fork: libraries hold locks and threads) and die with this
+    process, however it ends.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool:
+            self._pool.shutdown(cancel_futures=True)
+
+    def start_in_time(self, items: Iterable[Item], module: str) -> Iterator[Item]:
+        """The same items. Where there are many, which is work for all, the processes start and
+        import a module meanwhile."""
+        for number, item in enumerate(items, 1):
+            if number == MANY and self.processes > 1:
+                with _worker_start():
+                    for _ in range(self.processes):
+                        self._started().submit(import_module, module)
+            yield item
+
+    def run(
+        self, work: Callable[[Job], Result], jobs: Iterable[Job], number: int
+    ) -> Iterator[Result]:
+        """`work` of each of `number` jobs, in the order in which they end; in this process when one
+        is enough. Jobs are taken as they are needed, a few ahead."""
+        processes = min(self.processes, number)
+        if processes <= 1:
+            yield from map(work, jobs)
+            return
+        pool, rest = self._started(), iter(jobs)
+        try:
+            with _worker_start():
+                running = {pool.submit(work, job) for job in islice(rest, AHEAD * processes)}
+            while running:
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                running |= {pool.submit(work, job) for job in islice(rest, len(done))}
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool:
+            raise ChildProcessError(
+                "a worker process died, perhaps for lack of memory; with fewer --jobs the same "
+                "command goes on from here"
+            ) from None
+
+    def _started(self) -> ProcessPoolExecutor:
+        self._pool = self._pool or ProcessPoolExecutor(
+            self.processes,
+            mp_context=get_context("spawn"),
+            initializer=_enter_worker,
+            initargs=(os.getpid(),),
+        )
+        return self._pool
 
 
 def run_jobs(
-    work: Callable[[Job], Result], jobs: Iterable[Job], processes: int
+    work: Callable[[Job], Result], jobs: Sequence[Job], processes: int
 ) -> Iterator[Result]:
-    """`work` of each job, in the order in which they end; in this process when one is enough.
-
-    Jobs are taken as they are needed, a few ahead. Workers are started afresh (no fork: libraries
-    hold locks and threads) and die with this process, however it ends.
-    """
-    if processes <= 1:
-        yield from map(work, jobs)
-        return
-    pool = ProcessPoolExecutor(
-        processes,
-        mp_context=get_context("spawn"),
-        initializer=_enter_worker,
-        initargs=(os.getpid(),),
-    )
-    rest = iter(jobs)
-    try:
-        with _worker_start():
-            running = {pool.submit(work, job) for job in islice(rest, AHEAD * processes)}
-        while running:
-            done, running = wait(running, return_when=FIRST_COMPLETED)
-            running |= {pool.submit(work, job) for job in islice(rest, len(done))}
-            for future in done:
-                yield future.result()
-    except BrokenProcessPool:
-        raise ChildProcessError(
-            "a worker process died, perhaps for lack of memory; with fewer --jobs the same "
-            "command goes on from here"
-        ) from None
-    finally:
-        pool.shutdown(cancel_futures=True)
+    """Workers.run, with workers for these jobs alone."""
+    with Workers(processes) as workers:
+        yield from workers.run(work, jobs, len(jobs))
 
 
 @contextmanager

@@ -251,6 +251,7 @@ def test_keys_stay_apart(tmp_path: Path) -> None:
         ("../x", "_/x"),
         ("v1.2/a b", "v1_2/a_b"),
         ("__meta__/a", "_meta__/a"),
+        ("a__b/__c", "a__b/__c"),
     ],
 )
 def test_make_key(text: str, key: str) -> None:

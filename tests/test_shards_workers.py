@@ -16,7 +16,7 @@ import pytest
 from d2v_ds.shard_format import INDEX_FILE, PLAN_FILE
 from shards import samples
 from shards.cli import main
-from shards.workers import AHEAD, run_jobs
+from shards.workers import AHEAD, MANY, Workers
 
 SPEECH = samples.path("speech")
 
@@ -137,8 +137,37 @@ def test_jobs_are_taken_as_they_are_needed(processes: int) -> None:
             taken.append(i)
             yield -i
 
-    results = run_jobs(abs, jobs(), processes)
-    for done in range(1, 20):
-        next(results)
-        assert len(taken) <= done + 2 * AHEAD * processes
-    results.close()
+    with Workers(processes) as workers:
+        results = workers.run(abs, jobs(), 1000)
+        for done in range(1, 20):
+            next(results)
+            assert len(taken) <= done + 2 * AHEAD * processes
+        results.close()
+
+
+@needs_proc
+def test_processes_start_while_many_inputs_are_read() -> None:
+    before = children(os.getpid())
+    with Workers(2) as workers:
+        items = workers.start_in_time(range(2 * MANY), "colorsys")
+        assert [next(items) for _ in range(MANY - 1)] == list(range(MANY - 1))
+        assert children(os.getpid()) == before, "few inputs are not worth it"
+        assert next(items) == MANY - 1
+        started = set(children(os.getpid())) - set(before)
+        assert len(started) >= 2
+        assert list(items) == list(range(MANY, 2 * MANY))
+        assert sorted(workers.run(abs, [-1, -2, -3], 3)) == [1, 2, 3]
+        assert set(children(os.getpid())) - set(before) == started, "the same ones"
+        assert "colorsys" in next(workers.run(loaded, [0, 0], 2))
+    with Workers(1) as workers:
+        assert len(list(workers.start_in_time(range(2 * MANY), "colorsys"))) == 2 * MANY
+        assert [*workers.run(abs, [-1, -2], 2)] == [1, 2]
+    wait_for_end([pid for pid in started if alive(pid) and "tracker" not in command_of(pid)])
+
+
+def loaded(_: int) -> list[str]:
+    return sorted(sys.modules)
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()

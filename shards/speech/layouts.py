@@ -33,12 +33,12 @@ def _walk(root: Path) -> Iterator[Sample]:
     others: Counter[str] = Counter()
     number = 0
     for path, name, size in walk(root):
-        extension = os.path.splitext(name)[1].lower()
-        if extension in AUDIO:
+        stem, extension = os.path.splitext(path)
+        if extension.lower() in AUDIO:
             number += 1
-            yield Sample(make_key(os.path.splitext(path)[0]), (Input(path),), {}, size)
+            yield Sample(make_key(stem), (Input(path),), {}, size)
         else:
-            others[extension or name] += 1
+            others[extension.lower() or name] += 1
     if not number:
         found = ", ".join(f"{n} {kind}" for kind, n in others.most_common(5)) or "nothing"
         raise UserError(
