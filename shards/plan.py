@@ -25,6 +25,8 @@ from shards.keys import make_key
 CONVERTER = 2  # raised when the same inputs and options begin to give other bytes
 MIN_SHARD = 4_000_000  # bytes; smaller corpora are not cut up for the sake of parallelism
 SHARDS_AT_LEAST = 16
+ENCODER = json.JSONEncoder(ensure_ascii=False)
+DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Samples:
     def append(self, sample: Sample) -> None:
         inputs = [i.path if i.bytes is i.part is None else i for i in sample.inputs]
         row = [sample.key, inputs, sample.columns, sample.size]
-        encoded = json.dumps(row, ensure_ascii=False).encode("utf-8", "surrogateescape")
+        encoded = ENCODER.encode(row).encode("utf-8", "surrogateescape")
         self._append(encoded, sample.size, len(sample.inputs))
 
     def _append(self, row: bytes, size: int, inputs: int) -> None:
@@ -90,7 +92,8 @@ class Samples:
         return bytes(self._blob[self._ends[i - 1] if i else 0 : self._ends[i]])
 
     def key(self, i: int) -> str:
-        key: str = json.loads(self.row(i).decode("utf-8", "surrogateescape"))[0]
+        row = self.row(i).decode("utf-8", "surrogateescape")
+        key: str = DECODER.raw_decode(row, 1)[0]  # the first in the list, and no more
         return key
 
     def __iter__(self) -> Iterator[Sample]:

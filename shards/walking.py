@@ -26,10 +26,12 @@ def folders(root: Path) -> Iterator[tuple[str, list[str]]]:
 def walk(root: Path) -> Iterator[tuple[str, str, int]]:
     """(path relative to root, name, bytes) of every file."""
     for folder, names in folders(root):
-        below = os.path.relpath(folder, root)  # once a folder: it takes as long as the rest
+        # Once a folder, for these take as long as all the rest.
+        below = os.path.relpath(folder, root)
+        before = "" if below == os.curdir else os.path.join(below, "")
+        start = os.path.join(folder, "")
         for name in names:
-            path = name if below == os.curdir else os.path.join(below, name)
-            yield path, name, size_of(os.path.join(folder, name))
+            yield before + name, name, size_of(start + name)
 
 
 def size_of(path: str | Path) -> int:
