@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from subprocess import PIPE
 
 import numpy as np
 
@@ -56,10 +57,10 @@ def timed(*commands: list[str]) -> tuple[float, float]:
     """(seconds of the clock, of processors) of processes at the same time and their children."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    running = [subprocess.Popen(command, **quiet) for command in commands]  # type: ignore[call-overload]
-    failed = [process.args for process in running if process.wait()]
-    assert not failed, failed
+    running = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=PIPE) for c in commands]
+    for process in running:
+        _, said = process.communicate()
+        assert process.returncode == 0, said.decode()
     wall = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -44,15 +45,16 @@ def find_set(where: str | Path, modality: str = "", check_tars: bool = True) -> 
 
 
 def stream_tars(where: str) -> list[str]:
-    """The tars that a URL or command names by itself, `{000..127}` and `{a,b}` as shells have them;
-    empty where it names a set or a folder. Raises UserError."""
-    if not re.search(r"\.tar\b", where) or "{}" in where:
+    """The tars that a URL or a command names by itself, with `{000..127}` and `{a,b}` as shells
+    have them; empty where it names a set or a folder. Raises UserError."""
+    command = where.startswith("pipe:")
+    if "{}" in where or not re.search(r"\.tar\b" if command else r"\.tar($|[?#])", where):
         return []
     if is_remote(where):
-        try:
-            return list(braceexpand(where))
-        except ValueError as error:
-            raise UserError(f"data.shards: {where!r} has {error}") from None
+        # Other braces of a command are its own.
+        parts = re.split(r"(\{(?:\d+\.\.\d+|[\w-]+(?:,[\w-]+)+)\})", where)
+        choices = [list(braceexpand(p)) if i % 2 else [p] for i, p in enumerate(parts)]
+        return ["".join(choice) for choice in itertools.product(*choices)]
     if not Path(where).is_dir():
         raise UserError(
             f"{where}: tars of this machine are named by their folder; it gets an index when it is "

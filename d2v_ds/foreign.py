@@ -134,8 +134,9 @@ def guess_modality(tar: Path) -> str:
     return found[0]
 
 
-def index_tar(job: tuple[Path, str, str]) -> Indexed:
-    """(tar, modality, kind of checksum) -> its index. Raises UserError."""
+def index_tar(job: tuple[Path, str, str], one_rate: bool = True) -> Indexed:
+    """(tar, modality, kind of checksum) -> its index; one_rate: samples that are not at the rate of
+    the first one are left out. Raises UserError."""
     tar, modality, kind = job
     names, checksum = KINDS[modality].all_fields, checksum_of(kind)
     keys: list[str] = []
@@ -148,7 +149,7 @@ def index_tar(job: tuple[Path, str, str]) -> Indexed:
                 try:
                     length = _length(file, group, KINDS[modality])
                     rate = rate or length.rate
-                    if length.rate != rate:
+                    if one_rate and length.rate != rate:
                         raise ValueError(f"is at {length.rate} Hz, those before it at {rate} Hz")
                 except ValueError as error:
                     left_out.append((key, str(error)))

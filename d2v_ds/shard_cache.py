@@ -13,8 +13,10 @@ D2V_CACHE names the cache's folder, D2V_CACHE_BYTES its size (200GB).
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import http.client
@@ -22,6 +24,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -44,6 +47,7 @@ TRY_FOR = 240.0  # seconds, before a download is given up
 PAUSE, LONGEST_PAUSE = 0.5, 15.0  # seconds between tries: doubles
 SILENCE = 60.0  # seconds without a byte
 CHUNK = 1 << 20  # bytes
+FULL = (errno.ENOSPC, errno.EDQUOT)
 TOGETHER = 16  # downloads of indexes at a time
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -77,7 +81,7 @@ def open_remote(where: str, modality: str = "", cache: Cache | None = None) -> S
     content = _try_again(lambda: _whole(url_of(where, INDEX_FILE)), url_of(where, INDEX_FILE))
     name = re.sub(r"\W+", "_", where.rstrip("/").rpartition("/")[2])[:40]
     folder = cache.folder / f"{name}-{hashlib.sha256(where.encode() + content).hexdigest()[:16]}"
-    with _writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder / ".lock"):
             aside = folder / f"{INDEX_FILE}.tmp"
@@ -105,7 +109,7 @@ def open_shard(shards: ShardSet, entry: ShardEntry, cache: Cache | None = None) 
                 os.utime(file)  # used now
                 return file
             os.close(file)  # it was removed before it was locked
-        with _writing(path.parent), _locked(path.with_suffix(".lock")):
+        with writing(path.parent), _locked(path.with_suffix(".lock")):
             if not path.exists():
                 _fetch_shard(shards, entry, cache or Cache.from_environment())
 
@@ -126,7 +130,7 @@ def keep_near(shards: ShardSet, upcoming: Iterable[int], cache: Cache | None = N
 
 def download(url: str, path: Path) -> None:
     """A whole file of unknown size. Raises UserError."""
-    with _writing(path.parent), path.open("wb") as file:
+    with writing(path.parent), path.open("wb") as file:
 
         def whole() -> None:
             file.seek(0)
@@ -143,7 +147,7 @@ class OwnFolder:
 
     def __init__(self, cache: Cache | None = None) -> None:
         parent = (cache or Cache.from_environment()).folder / "own"
-        with _writing(parent):
+        with writing(parent):
             parent.mkdir(parents=True, exist_ok=True)
             with _locked(parent / ".lock"):
                 for left in parent.glob("*/"):
@@ -232,19 +236,38 @@ def _whole(url: str) -> bytes:
 
 
 def _try_again(work: Callable[[], Result], url: str) -> Result:
-    """Until it succeeds, or TRY_FOR is over. What does not change by waiting is raised at once."""
-    until, pause = time.monotonic() + TRY_FOR, PAUSE
+    """Until it succeeds, or has failed for TRY_FOR. What does not change by waiting is raised at
+    once."""
+    until, pause = 0.0, PAUSE
     while True:
+        began = time.monotonic()
         try:
             return work()
         except (EOFError, OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and error.filename:  # of this machine's disk
-                raise
-            if time.monotonic() + pause > until:
+            if isinstance(error, OSError) and (error.filename or error.errno in FULL):
+                raise  # of this machine's disk
+            failed = time.monotonic()
+            if not until or failed - began > 2 * SILENCE:  # it went well for a while
+                until, pause = failed + TRY_FOR, PAUSE
+            if failed + pause > until:
                 raise UserError(f"{url}: cannot be downloaded ({error})") from None
             log.warning("%s: %s; trying again in %g s", url, error, pause)
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
+
+
+_running: set[subprocess.Popen[bytes]] = set()  # commands that background threads wait for
+
+
+@atexit.register
+def _kill_running() -> None:
+    for process in list(_running):
+        _kill(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 class _Answer:
@@ -258,8 +281,13 @@ class _Answer:
         self.stream: Any
         if url.startswith("pipe:"):
             self.process = subprocess.Popen(
-                url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE
+                url.removeprefix("pipe:"),
+                shell=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # to be killed with all that it starts
             )
+            _running.add(self.process)
             self.stream = self.process.stdout
         elif url.startswith(("http://", "https://")):
             self._ask_http()
@@ -300,8 +328,9 @@ class _Answer:
     def close(self) -> None:
         self.stream.close()
         if self.process:
-            self.process.kill()
+            _kill(self.process)
             self.process.wait()
+            _running.discard(self.process)
 
 
 # --------------------------------------------------------------------------------------- the folder
@@ -375,7 +404,8 @@ def _locked(file: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> Iterator[None]:
+    """This machine's errors as UserError."""
     try:
         yield
     except OSError as error:

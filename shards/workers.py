@@ -23,7 +23,8 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 AHEAD = 3  # jobs that wait for each process, so that none is idle
-MANY = 1_000  # items that are worth a process that starts for a fifth of a second
+MANY = 1_000  # items that are worth processes, which start for a fifth of a second
+EARLY = 8  # processes that start before it is known how many jobs there are
 
 
 class Workers:
@@ -45,13 +46,12 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
 
     def start_in_time(self, items: Iterable[Item], module: str) -> Iterator[Item]:
-        """The same items. Where there are many, which is work for all, the processes start and
-        import a module meanwhile."""
+        """The same items. Where there are many, processes start and import a module meanwhile."""
         for number, item in enumerate(items, 1):
             if number == MANY and self.processes > 1:
                 with _worker_start():
-                    for _ in range(self.processes):
-                        self._started().submit(import_module, module)
+                    for _ in range(min(self.processes, EARLY)):
+                        self._started().submit(_import, module)
             yield item
 
     def run(
@@ -86,6 +86,10 @@ class Workers:
             initargs=(os.getpid(),),
         )
         return self._pool
+
+
+def _import(module: str) -> None:
+    import_module(module)
 
 
 def run_jobs(

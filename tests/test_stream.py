@@ -26,6 +26,7 @@ from d2v_ds import shard_cache
 from d2v_ds.batch import StepBatch
 from d2v_ds.errors import UserError
 from d2v_ds.find_set import find_set, stream_tars
+from d2v_ds.loader import stream as stream_module
 from d2v_ds.loader.quarantine import Quarantine
 from d2v_ds.loader.stream import TOGETHER, StreamLoader
 from d2v_ds.modalities.speech import Speech, SpeechConfig
@@ -187,46 +188,122 @@ def test_what_the_server_does_not_have_and_what_it_cuts_short(far: Server) -> No
         first_epoch(loader)
 
 
-def test_samples_that_cannot_be_used_are_told(tmp_path: Path) -> None:
-    clips = {f"clip{i}": recording("wav", seconds=0.5, seed=i) for i in range(8)}
-    clips["clip3"] = b"no recording"  # its header shows it
-    clips["clip5"] = recording("wav", seconds=0.5, rate=8_000)  # decoding shows it
-    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+def write_tar(path: Path, clips: dict[str, bytes]) -> str:
+    """The command that gives the tar."""
+    with webdataset.TarWriter(str(path)) as writer:
         for key, clip in clips.items():
-            writer.write({"__key__": key, "wav": clip})
-    url, told = f"pipe:cat {tmp_path}/a.tar", tmp_path / "bad.jsonl"
+            writer.write({"__key__": key, "flac" if clip[:4] == b"fLaC" else "wav": clip})
+    return f"pipe:cat {path}"
+
+
+def some_clips(number: int, first: int = 0) -> dict[str, bytes]:
+    return {f"clip{first + i}": recording("wav", seconds=0.5, seed=i) for i in range(number)}
+
+
+def test_samples_that_cannot_be_used_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("d2v_ds"), "propagate", True)
+    clips = {"clip0": recording("wav", seconds=1.0, rate=8_000), **some_clips(7, 1)}
+    clips["clip3"] = b"no recording"  # its header shows it
+    flac = bytearray(recording("flac", seconds=0.5))
+    flac[len(flac) // 2 :] = bytes(len(flac) - len(flac) // 2)
+    clips["clip5"] = bytes(flac)  # decoding shows it, as of clip0
+    url, told = write_tar(tmp_path / "a.tar", clips), tmp_path / "bad.jsonl"
     settings: dict[str, Any] = {"size": 2.0, "micro_batches": 1}
     with closing(stream(url, quarantine=Quarantine(told, 0.5), **settings)) as loader:
         steps = list(islice(loader, 12))
-    assert {key for step in steps for key in keys(step)} == clips.keys() - {"clip3", "clip5"}
-    found = [json.loads(line) for line in told.read_text().splitlines()]
-    assert [line["key"] for line in found] == ["clip3", "clip5"], (
-        "once each, however often they come"
-    )
-    assert found[0]["tar"] == url and found[0]["reason"] == ".wav: is no WAV"
-    assert found[1]["tar"] == url and "8000 Hz" in found[1]["reason"]
+    assert {key for step in steps for key in keys(step)} == clips.keys() - {
+        "clip0",
+        "clip3",
+        "clip5",
+    }
+    found = {line["key"]: line for line in map(json.loads, told.read_text().splitlines())}
+    assert found.keys() == {"clip0", "clip3", "clip5"}
+    assert len(told.read_text().splitlines()) == 3, "once each, however often they come"
+    assert {line["tar"] for line in found.values()} == {url}
+    assert found["clip0"]["reason"] == "is 8000 Hz, expected 16000 Hz"
+    assert found["clip3"]["reason"] == ".wav: is no WAV"
+    assert "clip3': .wav: is no WAV; it is left out" in caplog.text
+    assert sum(step.bad for step in steps if step.position["epoch"] == 0) == 3
     loader = stream(url, quarantine=Quarantine(told, 0.0), **settings)
-    with closing(loader), pytest.raises(UserError, match=r"sample 'clip3': .wav: is no WAV"):
+    with closing(loader), pytest.raises(UserError, match=r"sample 'clip\d'.*more|cannot be used"):
+        list(islice(loader, 12))
+
+
+def test_tars_with_less_than_a_step_are_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("d2v_ds"), "propagate", True)
+    monkeypatch.setattr(stream_module, "TOGETHER", 1)
+    for i, clips in enumerate([some_clips(8), some_clips(1, 8), some_clips(8, 9), {}]):
+        url = write_tar(tmp_path / f"{i}.tar", clips).replace(f"{i}.tar", "{0..3}.tar")
+    with closing(stream(url)) as loader:
+        found = {key for step in first_epoch(loader) for key in keys(step)}
+    assert found == {f"clip{i}" for i in range(17)} - {"clip8"}
+    assert "1.tar: passed over: data.shards: 1 of 1 samples are long enough" in caplog.text
+    assert "3.tar: passed over: they have no sample that can be used" in caplog.text
+    with (
+        closing(stream(url.replace("0..3", "1,3"))) as loader,
+        pytest.raises(UserError, match="rank 0 found not one step in an epoch of 2 tars for 1 ran"),
+    ):
         next(loader)
 
 
-def test_what_cannot_be_streamed() -> None:
-    assert stream_tars("https://h/{a,b}-{8..10}.tar") == [
-        f"https://h/{name}-{i}.tar" for name in "ab" for i in (8, 9, 10)
+def test_groups_are_of_about_one_size(tmp_path: Path) -> None:
+    """The last one is no single tar, which might have less than a step."""
+    url = write_tar(tmp_path / "0.tar", some_clips(1)).replace("0.tar", "{0..8}.tar")
+    with closing(stream(url)) as loader:
+        groups = loader._groups()
+        assert [len(next(groups)[2]) for _ in range(6)] == [3] * 6
+
+
+def test_a_download_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
+    hangs = f"echo $$ > {tmp_path}/pid; sleep 600; cat a.tar"
+    code = f"""
+import sys; sys.path[:0] = {sys.path!r}
+from pathlib import Path
+import test_stream, time
+loader = test_stream.stream({"pipe:" + hangs!r})
+while not Path({f"{tmp_path}/pid"!r}).exists():
+    time.sleep(0.02)
+time.sleep(0.2)
+loader.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), timeout=60)
+    assert done.returncode == 0
+    group = int((tmp_path / "pid").read_text())
+    assert not [p for p in Path("/proc").glob("[0-9]*/stat") if group_of(p) == group], "sleep"
+
+
+def group_of(stat: Path) -> int:
+    """The process group of a process that has not ended."""
+    try:
+        state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return 0 if state == "Z" else int(group)
+
+
+def test_what_is_streamed_and_what_cannot_be() -> None:
+    assert stream_tars("https://h/{a,b}-{08..10}.tar?x=1") == [
+        f"https://h/{name}-{i}.tar?x=1" for name in "ab" for i in ("08", "09", "10")
     ]
-    assert (
-        stream_tars("pipe:aws s3 cp s3://b/a-{0..1}.tar -")[1] == "pipe:aws s3 cp s3://b/a-1.tar -"
-    )
-    for other in ("https://h/set", "pipe:cat /sets/a.tar.d/{}", "/data/set"):
+    command = "pipe:tar c {x,y} | awk '{print $1, $2}' > /my\\ dir/a-{0..1}.tar"
+    assert stream_tars(command)[3] == command.replace("{x,y}", "y").replace("{0..1}", "1")
+    assert stream_tars("pipe:zcat a.tar.gz") == ["pipe:zcat a.tar.gz"]
+    for other in ("https://h/set", "https://h/a.tar/set", "pipe:cat /sets/a.tar.d/{}", "/data/set"):
         assert stream_tars(other) == []
     with pytest.raises(UserError, match="tars of this machine are named by their folder"):
         find_set("/data/a-{000..127}.tar")
     with pytest.raises(UserError, match="without an index, which only training can stream"):
         find_set("https://h/a-{0..1}.tar", "speech")
-    with pytest.raises(UserError, match=r"https://h/a-\{0..1.tar' has"):
-        stream_tars("https://h/a-{0..1.tar")
     with pytest.raises(UserError, match=r"2 tars without an index for 4 ranks.*Use at most 2 rank"):
         stream("https://h/a-{0..1}.tar", world=4)
+    with pytest.raises(
+        UserError, match=r"2 s in 4 micro-batches leaves 0.5 s .* up to 0.6. Use at"
+    ):
+        stream("https://h/a-{0..1}.tar", size=2.0)
 
 
 def test_a_folder_of_a_killed_process_is_removed(cache: Path) -> None:

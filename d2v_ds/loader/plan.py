@@ -109,22 +109,14 @@ class Plan:
         ] + [self.samples]
 
     def _require_one_step(self, modality: Modality, size: float) -> None:
-        unit, lots = modality.unit, self.micro_batches
+        lots = self.micro_batches
         if self.samples < lots:
             raise UserError(
                 f"data.shards: {self.samples} of {len(self.lengths)} samples are long enough for "
                 f"modality.{modality.name}, one step of batch.micro_batches={lots} needs {lots}. "
                 "Add data, allow shorter samples or use fewer micro-batches"
             )
-        most = float(self.cost.max())
-        if most > self.limit:
-            fewer = int(size // most)
-            raise UserError(
-                f"batch.size: {size:g} {unit} in {lots} micro-batches leaves {self.limit:g} {unit} "
-                f"for each, but one sample has up to {most:g}. Use at least {most * lots:g}"
-                + (f", at most {fewer} micro-batches" if fewer else "")
-                + f" or smaller samples (modality.{modality.name})"
-            )
+        require_room(modality, size, lots, float(self.cost.max()))
 
     def kinds(self, positions: Positions) -> npt.NDArray[np.intp]:
         """Places of samples in the tables of distinct lengths."""
@@ -246,6 +238,19 @@ class _Order:
             shuffled = permutation(len(positions), self.plan.seed, *place)
             self.window, self.positions = window, positions[shuffled]
         return self.positions
+
+
+def require_room(modality: Modality, size: float, lots: int, most: float) -> None:
+    """Raises UserError when a sample that costs `most` fits no micro-batch of a step's `lots`."""
+    if most <= size / lots:
+        return
+    unit, fewer = modality.unit, int(size // most)
+    raise UserError(
+        f"batch.size: {size:g} {unit} in {lots} micro-batches leaves {size / lots:g} {unit} "
+        f"for each, but one sample has up to {most:g}. Use at least {most * lots:g}"
+        + (f", at most {fewer} micro-batches" if fewer else "")
+        + f" or smaller samples (modality.{modality.name})"
+    )
 
 
 def permutation(n: int, seed: int, *path: int) -> npt.NDArray[np.intp]:

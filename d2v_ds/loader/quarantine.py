@@ -20,6 +20,7 @@ MAX_BAD = 0.001  # share of samples that cannot be used, above which a run ends
 FIRST = 1_000  # samples: the share is never taken of fewer
 NAMED = 3  # of the bad ones, where they are too many
 LOGGED = 20  # of them, before only the file tells
+STAND_IN = "another sample stands in for it"
 
 
 class Quarantine:
@@ -31,14 +32,14 @@ class Quarantine:
         self.read = 0
         self.bad: dict[tuple[str, str], Bad] = {}  # by tar and key
 
-    def add(self, read: int, bad: Sequence[Bad]) -> None:
-        """After `read` more samples of which these were bad, again or for the first time. Raises
-        UserError when they have become too many."""
+    def add(self, read: int, bad: Sequence[Bad], then: str = STAND_IN) -> None:
+        """After `read` more samples of which these were bad, again or for the first time. then:
+        what becomes of them. Raises UserError when they have become too many."""
         self.read += read
         for each in bad:
             if (each.tar, each.key) not in self.bad:
                 self.bad[each.tar, each.key] = each
-                self._tell(each)
+                self._tell(each, then)
         if bad and len(self.bad) > self.most * max(self.read, FIRST):
             raise UserError(
                 f"{len(self.bad)} of the first {self.read} samples cannot be used, more than "
@@ -47,10 +48,10 @@ class Quarantine:
                 + f". {REMEDY}"
             )
 
-    def _tell(self, bad: Bad) -> None:
+    def _tell(self, bad: Bad, then: str) -> None:
         if len(self.bad) <= LOGGED:
             more = "" if len(self.bad) < LOGGED else f"; of more, {self.file or 'nothing'} tells"
-            log.warning("%s; another sample stands in for it%s", bad, more)
+            log.warning("%s; %s%s", bad, then, more)
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as lines:

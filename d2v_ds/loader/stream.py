@@ -4,9 +4,10 @@
         a small set on this node's disk --an epoch of a Loader--> StepBatch, summed over the ranks
 
 The fallback where nothing can be indexed: each rank draws from tars of its own, so what is in a
-step depends on the number of ranks, ranks are not at the same place of an epoch, and a run goes on
-with the next tars, not with the next sample. All that a Loader does with a set it does with a group
-of tars: pools of like lengths, planned micro-batches, stand-ins for bad samples, workers.
+step depends on the number of ranks, and ranks are not at the same place of an epoch. A run goes on
+at the group of tars behind the one that rank 0 was reading, so some samples come again and some do
+not come in that epoch. All that a Loader does with a set it does with a group of tars: pools of
+like lengths, planned micro-batches, stand-ins for bad samples, workers.
 """
 
 from __future__ import annotations
@@ -16,31 +17,37 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
+
+import numpy as np
 
 from d2v_ds.batch import StepBatch
 from d2v_ds.distributed import RankSums
 from d2v_ds.errors import UserError
 from d2v_ds.foreign import KINDS, Indexed, index_tar
 from d2v_ds.loader import Loader
-from d2v_ds.loader.plan import SHARD_ORDER, permutation
+from d2v_ds.loader.plan import SHARD_ORDER, permutation, require_room
 from d2v_ds.loader.quarantine import Quarantine
 from d2v_ds.loader.reading import Bad
 from d2v_ds.masking import bit_generator
 from d2v_ds.modalities.base import Modality
 from d2v_ds.preflight import require_divisible, require_tars
-from d2v_ds.shard_cache import OwnFolder, download
+from d2v_ds.shard_cache import OwnFolder, download, writing
 from d2v_ds.shard_format import ShardSet
 
 log = logging.getLogger("d2v_ds")
 
-TOGETHER = 4  # tars of a group: a rank has two groups on the disk, one to read and one to come
+TOGETHER = 4  # tars of a group, at most: a rank has two groups on the disk, one of them to come
+LONGEST = 2**31 - 1  # length of a sample
 GROUP_SEED = 17  # what the random numbers are for: beside those of plan.py and mixture.py
 START = {"epoch": 0, "step": 0, "group": 0}  # steps in all; groups of the epoch begun by rank 0
+
+T = TypeVar("T")
 
 
 class StreamLoader:
@@ -48,8 +55,9 @@ class StreamLoader:
     Loader, whose settings it shares.
 
     position: that of a StepBatch; what its group of tars has left is passed over. Raises UserError
-    for fewer tars than ranks, a modality that headers tell nothing about, a tar that cannot be
-    downloaded or is damaged, and what Loader raises.
+    for fewer tars than ranks, a modality that headers tell nothing about, settings that do not fit
+    each other; while iterating, when a tar cannot be downloaded or is damaged, an epoch has not one
+    step, or too many samples cannot be used; and what Workers raises.
     """
 
     def __init__(
@@ -68,20 +76,26 @@ class StreamLoader:
     ) -> None:
         require_divisible(micro_batches, world)
         require_tars(tars, modality.name, world)
+        require_room(modality, size, micro_batches, modality.cost(LONGEST))
         self.tars, self.modality, self.seed = tars, modality, seed
         self.rank, self.world, self.workers = rank, world, workers
         self.own = micro_batches // world
         self.size = size / world
         self.quarantine = quarantine or Quarantine()
         self.position = {**START, **(position or {})}
-        if position:
+        if self.position["step"]:
             log.warning(
-                "a stream does not go on exactly where it stopped: the rest of the tars that were "
-                "being read, up to %d on each rank, is passed over",
-                TOGETHER,
+                "%s, and %d more tars: a stream does not go on exactly where it stopped. The rest "
+                "of the tars that rank 0 was reading is passed over; of other ranks some samples "
+                "may come again, or not in this epoch",
+                tars[0],
+                len(tars) - 1,
             )
         self.folder = OwnFolder()
         self.sums = RankSums(world)
+        self.groups = map(self._fetch, self._groups())
+        self.upcoming = next(self.groups)
+        self.passed_over = ""  # why, the last time
         self.steps = self._steps()
         self.ahead: tuple[StepBatch, Callable[[], list[float]]] | None = None
 
@@ -118,92 +132,106 @@ class StreamLoader:
 
     def _steps(self) -> Generator[StepBatch]:
         """Steps of this rank's micro-batches alone."""
-        numbers = self._groups()
-        place = next(numbers)
-        upcoming = self._fetch(*place)
+        last_step = self.upcoming.epoch  # the epoch that it was in
         while True:
-            (epoch, group, _), found = place, upcoming.result()
-            place = next(numbers)
-            upcoming = self._fetch(*place)
-            self.quarantine.add(len(found.left_out), found.left_out)
-            seed = bit_generator(self.seed, GROUP_SEED, epoch, self.rank, group).random_raw()
+            group, self.upcoming = self.upcoming, next(self.groups)
+            if group.epoch > last_step + 1:
+                raise UserError(
+                    f"data.shards: rank {self.rank} found not one step in an epoch of "
+                    f"{len(self.tars)} tars for {self.world} ranks ({self.passed_over})"
+                )
+            shards, left_out = self._set_of(group)
+            bad = len(left_out)
+            for batch in self._steps_of(group, shards):
+                last_step = group.epoch
+                yield dataclasses.replace(batch, bad=batch.bad + bad)
+                bad = 0
+            self.quarantine.add(len(left_out), left_out, "it is left out")
+            shutil.rmtree(group.folder)
+
+    def _steps_of(self, group: _Group, shards: ShardSet) -> Iterator[StepBatch]:
+        """One epoch of a set. None where it has less than one step."""
+        seed = bit_generator(self.seed, GROUP_SEED, group.epoch, self.rank, group.number)
+        try:
+            if not shards.shards:
+                raise UserError("they have no sample that can be used")
             loader = Loader(
-                found.shards,
+                shards,
                 self.modality,
-                seed=int(seed),
+                seed=int(seed.random_raw()),
                 size=self.size,
                 micro_batches=self.own,
                 workers=self.workers,
                 quarantine=self.quarantine,
             )
-            with closing(loader):
-                for batch in islice(loader, loader.stats.steps):
-                    yield self._as_part(batch, {"epoch": epoch, "group": group + 1})
-            shutil.rmtree(found.shards.root)
-
-    def _as_part(self, batch: StepBatch, position: dict[str, Any]) -> StepBatch:
-        """With its micro-batches counted behind those of the ranks before this one."""
-        first = self.rank * self.own
-        micro_batches = [
-            dataclasses.replace(each, index=first + each.index) for each in batch.micro_batches
-        ]
-        return dataclasses.replace(batch, micro_batches=micro_batches, position=position)
+        except UserError as error:
+            self.passed_over = str(error)
+            tars = ", ".join(self.tars[number] for number in group.tars)
+            log.warning("%s: passed over: %s", tars, error)
+            return
+        first = self.rank * self.own  # micro-batches are counted behind those of other ranks
+        with closing(loader):
+            for batch in islice(loader, loader.stats.steps):
+                yield dataclasses.replace(
+                    batch,
+                    micro_batches=[
+                        dataclasses.replace(each, index=first + each.index)
+                        for each in batch.micro_batches
+                    ],
+                    position={"epoch": group.epoch, "group": group.number + 1},
+                )
 
     def _groups(self) -> Iterator[tuple[int, int, list[int]]]:
         """(epoch, group, numbers of its tars), from the position on, for ever."""
-        epoch, group = self.position["epoch"], self.position["group"]
+        epoch, first = self.position["epoch"], self.position["group"]
         while True:
             order = permutation(len(self.tars), self.seed, SHARD_ORDER, epoch)
             own = order[self.rank :: self.world]
-            for start in range(group * TOGETHER, len(own), TOGETHER):
-                yield epoch, start // TOGETHER, own[start : start + TOGETHER].tolist()
-            epoch, group = epoch + 1, 0
+            groups = np.array_split(own, -(-len(own) // TOGETHER))
+            for number in range(first, len(groups)):
+                yield epoch, number, groups[number].tolist()
+            epoch, first = epoch + 1, 0
 
-    def _fetch(self, epoch: int, group: int, numbers: list[int]) -> Future[_Group]:
-        """Begins to make a set of some tars."""
-        future: Future[_Group] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(self._make_set(self.folder.path / f"{epoch}-{group}", numbers))
-            except BaseException as error:  # for whoever waits for it
-                future.set_exception(error)
-
-        # A download that hangs must not keep the process from ending, as a pool's threads would.
-        threading.Thread(target=run, daemon=True).start()
-        return future
-
-    def _make_set(self, folder: Path, numbers: list[int]) -> _Group:
+    def _fetch(self, place: tuple[int, int, list[int]]) -> _Group:
+        """Begins to download a group."""
+        epoch, number, tars = place
+        folder = self.folder.path / f"{epoch}-{number}"
         folder.mkdir()
-        with ThreadPoolExecutor(TOGETHER) as pool:
-            found = list(pool.map(lambda number: self._get(folder, number), numbers))
+        found = [in_background(partial(self._get, folder, tar)) for tar in tars]
+        return _Group(epoch, number, tars, folder, found)
+
+    def _get(self, folder: Path, number: int) -> Indexed:
+        """Downloads a tar, and reads its headers."""
+        path = folder / f"{number:06d}.tar"
+        with writing(folder):
+            download(self.tars[number], path)
+            try:
+                # Rates are not compared: decoding does so, with that of the settings.
+                indexed = index_tar((path, self.modality.name, "none"), one_rate=False)
+            except UserError as error:
+                raise UserError(str(error).replace(str(path), self.tars[number])) from None
+            path.with_suffix(".idx").write_bytes(indexed.idx)
+        return indexed
+
+    def _set_of(self, group: _Group) -> tuple[ShardSet, list[Bad]]:
+        """The set that a group is, once it is there, and the samples that are not in it."""
+        found = [future.result() for future in group.found]
         kind = KINDS[self.modality.name]
         shards = ShardSet(
-            folder,
+            group.folder,
             self.modality.name,
             kind.unit,
             0,  # each sample says its own
             kind.all_fields,
             tuple(tar.entry for tar in found if tar.entry.samples),
-            urls={f"{number:06d}": self.tars[number] for number in numbers},
+            urls={f"{number:06d}": self.tars[number] for number in group.tars},
         )
         left_out = [
             Bad(-1, self.tars[number], key, reason)
-            for number, tar in zip(numbers, found, strict=True)
+            for number, tar in zip(group.tars, found, strict=True)
             for key, reason in tar.left_out
         ]
-        return _Group(shards, left_out)
-
-    def _get(self, folder: Path, number: int) -> Indexed:
-        """Downloads a tar, and reads its headers."""
-        path = folder / f"{number:06d}.tar"
-        download(self.tars[number], path)
-        try:
-            indexed = index_tar((path, self.modality.name, "none"))
-        except UserError as error:
-            raise UserError(str(error).replace(str(path), self.tars[number])) from None
-        path.with_suffix(".idx").write_bytes(indexed.idx)
-        return indexed
+        return shards, left_out
 
     def close(self) -> None:
         """Ends the workers and removes the tars; iterating is over."""
@@ -212,5 +240,24 @@ class StreamLoader:
 
 
 class _Group(NamedTuple):
-    shards: ShardSet
-    left_out: list[Bad]  # by their headers
+    """Tars that are read, and shuffled, together."""
+
+    epoch: int
+    number: int
+    tars: list[int]
+    folder: Path
+    found: list[Future[Indexed]]
+
+
+def in_background(work: Callable[[], T]) -> Future[T]:
+    """Begins it in a thread that, unlike a pool's, does not keep the process from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # for whoever waits for it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
