@@ -18,9 +18,10 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
+from d2v_ds.download import is_remote
 from d2v_ds.errors import UserError
 from d2v_ds.foreign import index_set
-from d2v_ds.shard_cache import Cache, is_remote, open_remote
+from d2v_ds.shard_cache import Cache, open_remote
 from d2v_ds.shard_format import INDEX_FILE, PLAN_FILE, ShardSet, open_set
 
 log = logging.getLogger("d2v_ds")

@@ -2,58 +2,39 @@
 
     URL/index.json, URL/*.idx --open_remote--> ShardSet;  URL/NAME.tar --open_shard--> an open file
 
-A set is named by its URL prefix: http(s) is read by the standard library, `pipe:COMMAND {}` by a
-command that writes the file named in place of {}, all else (s3, gs, hf ...) by fsspec. A shard is
-downloaded when it is read or about to be, once a node however many processes want it, held against
-size and hash in index.json, and renamed when it is whole. Where the cache is full the shards go
-that were not used for longest, but never one that is open in some process.
+A set is named by its URL prefix, or a command (download.py). A shard is downloaded when it is read
+or about to be, once a node however many processes want it, held against size and hash in
+index.json, and renamed when it is whole. Where the cache is full the shards go that were not used
+for longest, but never one that is open in some process.
 
 D2V_CACHE names the cache's folder, D2V_CACHE_BYTES its size (200GB).
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import dataclasses
-import errno
 import fcntl
 import hashlib
-import http.client
 import logging
 import os
 import re
 import shutil
-import signal
-import subprocess
 import tempfile
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import BinaryIO
 
+from d2v_ds.download import fetch, read_all, try_again, url_of
 from d2v_ds.errors import UserError
 from d2v_ds.shard_format import INDEX_FILE, ShardEntry, ShardSet, open_set, read_lengths
-
-Result = TypeVar("Result")
 
 log = logging.getLogger("d2v_ds")
 
 DEFAULT_BYTES = "200GB"
-TRY_FOR = 240.0  # seconds, before a download is given up
-PAUSE, LONGEST_PAUSE = 0.5, 15.0  # seconds between tries: doubles
-SILENCE = 60.0  # seconds without a byte
-CHUNK = 1 << 20  # bytes
-FULL = (errno.ENOSPC, errno.EDQUOT)
 TOGETHER = 16  # downloads of indexes at a time
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-
-
-def is_remote(where: str) -> bool:
-    return where.startswith("pipe:") or "://" in where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +59,7 @@ class Cache:
 def open_remote(where: str, modality: str = "", cache: Cache | None = None) -> ShardSet:
     """The set at a URL prefix; its indexes are downloaded, its tars are not. Raises UserError."""
     cache = cache or Cache.from_environment()
-    content = _try_again(lambda: _whole(url_of(where, INDEX_FILE)), url_of(where, INDEX_FILE))
+    content = try_again(lambda: read_all(url_of(where, INDEX_FILE)), url_of(where, INDEX_FILE))
     name = re.sub(r"\W+", "_", where.rstrip("/").rpartition("/")[2])[:40]
     folder = cache.folder / f"{name}-{hashlib.sha256(where.encode() + content).hexdigest()[:16]}"
     with writing(folder):
@@ -128,18 +109,6 @@ def keep_near(shards: ShardSet, upcoming: Iterable[int], cache: Cache | None = N
         os.close(open_shard(shards, entry, cache))
 
 
-def download(url: str, path: Path) -> None:
-    """A whole file of unknown size. Raises UserError."""
-    with writing(path.parent), path.open("wb") as file:
-
-        def whole() -> None:
-            file.seek(0)
-            file.truncate()
-            _copy(url, file)
-
-        _try_again(whole, url)
-
-
 class OwnFolder:
     """A folder in the cache for files that are this process's alone: removed when it is closed, or,
     should the process be killed, when the next one makes such a folder. It does not count in the
@@ -163,15 +132,7 @@ class OwnFolder:
             self._lock = -1
 
 
-def url_of(where: str, name: str) -> str:
-    if where.startswith("pipe:"):
-        if "{}" not in where:
-            raise UserError(f"data.shards: {where!r} has no {{}} in place of a file's name")
-        return where.replace("{}", name)
-    return f"{where.rstrip('/')}/{name}"
-
-
-# --------------------------------------------------------------------------------------- downloads
+# ---------------------------------------------------------------------------------------- fetching
 
 
 def _fetch_index(shards: ShardSet, entry: ShardEntry) -> None:
@@ -182,10 +143,10 @@ def _fetch_index(shards: ShardSet, entry: ShardEntry) -> None:
 
     def whole() -> None:
         with aside.open("wb") as file:
-            _copy(url_of(shards.remote, path.name), file)
+            fetch(url_of(shards.remote, path.name), file)
         read_lengths(aside, entry)
 
-    _try_again(whole, url_of(shards.remote, path.name))
+    try_again(whole, url_of(shards.remote, path.name))
     aside.replace(path)
 
 
@@ -197,140 +158,18 @@ def _fetch_shard(shards: ShardSet, entry: ShardEntry, cache: Cache) -> None:
 
         def whole() -> None:
             file.seek(0)
-            digest = _copy(url, file, entry.bytes)
+            digest = fetch(url, file, entry.bytes)
             if digest != entry.sha256:
                 raise UserError(
                     f"{url}: is not what {INDEX_FILE} says (its SHA-256 differs); upload it again"
                 )
 
         try:
-            _try_again(whole, url)
+            try_again(whole, url)
             aside.rename(path)
         except BaseException:
             aside.unlink()
             raise
-
-
-def _copy(url: str, file: BinaryIO, size: int | None = None) -> str:
-    """Its SHA-256. Raises EOFError when it is not of the given size, or not of the one that the
-    other side said."""
-    digest, found = hashlib.sha256(), 0
-    with contextlib.closing(_Answer(url)) as answer:
-        while chunk := answer.stream.read(CHUNK):
-            found += len(chunk)
-            if size is not None and found > size:
-                break
-            digest.update(chunk)
-            file.write(chunk)
-        expected = answer.size if size is None else size
-        answer.check(found, expected)
-    file.flush()
-    return digest.hexdigest()
-
-
-def _whole(url: str) -> bytes:
-    with contextlib.closing(_Answer(url)) as answer:
-        content: bytes = answer.stream.read()
-        answer.check(len(content), answer.size)
-    return content
-
-
-def _try_again(work: Callable[[], Result], url: str) -> Result:
-    """Until it succeeds, or has failed for TRY_FOR. What does not change by waiting is raised at
-    once."""
-    until, pause = 0.0, PAUSE
-    while True:
-        began = time.monotonic()
-        try:
-            return work()
-        except (EOFError, OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and (error.filename or error.errno in FULL):
-                raise  # of this machine's disk
-            failed = time.monotonic()
-            if not until or failed - began > 2 * SILENCE:  # it went well for a while
-                until, pause = failed + TRY_FOR, PAUSE
-            if failed + pause > until:
-                raise UserError(f"{url}: cannot be downloaded ({error})") from None
-            log.warning("%s: %s; trying again in %g s", url, error, pause)
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
-
-
-_running: set[subprocess.Popen[bytes]] = set()  # commands that background threads wait for
-
-
-@atexit.register
-def _kill_running() -> None:
-    for process in list(_running):
-        _kill(process)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-class _Answer:
-    """What another machine sends. Raises UserError where nothing is to be had at that URL, and what
-    `_try_again` knows where that may change."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.size: int | None = None
-        self.process: subprocess.Popen[bytes] | None = None
-        self.stream: Any
-        if url.startswith("pipe:"):
-            self.process = subprocess.Popen(
-                url.removeprefix("pipe:"),
-                shell=True,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                start_new_session=True,  # to be killed with all that it starts
-            )
-            _running.add(self.process)
-            self.stream = self.process.stdout
-        elif url.startswith(("http://", "https://")):
-            self._ask_http()
-        else:
-            self._ask_fsspec()
-
-    def _ask_http(self) -> None:
-        try:
-            self.stream = urllib.request.urlopen(self.url, timeout=SILENCE)
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code < 500 and error.code not in (408, 429):
-                raise UserError(f"{self.url}: {error.code} {error.reason}") from None
-            raise ConnectionError(f"{error.code} {error.reason}") from None
-        length = self.stream.headers.get("Content-Length")
-        self.size = int(length) if length else None
-
-    def _ask_fsspec(self) -> None:
-        scheme = self.url.partition("://")[0]
-        try:
-            import fsspec
-
-            self.stream = fsspec.open(self.url, "rb").open()
-        except FileNotFoundError:
-            raise UserError(f"{self.url}: not found") from None
-        except (ImportError, ValueError) as error:
-            raise UserError(
-                f"{self.url}: {scheme}:// needs fsspec and its package for it ({error}); install "
-                "them, or give `pipe:COMMAND {}`"
-            ) from None
-
-    def check(self, found: int, expected: int | None) -> None:
-        if self.process and (code := self.process.wait()):
-            raise EOFError(f"the command ended with exit code {code}")
-        if expected is not None and found != expected:
-            raise EOFError(f"ended after {found} of {expected} bytes")
-
-    def close(self) -> None:
-        self.stream.close()
-        if self.process:
-            _kill(self.process)
-            self.process.wait()
-            _running.discard(self.process)
 
 
 # --------------------------------------------------------------------------------------- the folder

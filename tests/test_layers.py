@@ -23,6 +23,7 @@ LAYERS = [
         "checksum",
         "tar_scan",
         "foreign",
+        "download",
         "shard_cache",
         "find_set",
         "run_folder",

@@ -21,7 +21,7 @@ import pytest
 from far import Server, start, stop
 from series import SeriesModality, write_set
 
-from d2v_ds import shard_cache
+from d2v_ds import download
 from d2v_ds.errors import UserError
 from d2v_ds.find_set import find_set
 from d2v_ds.loader import Loader, read_samples
@@ -48,7 +48,7 @@ def far(shards: ShardSet) -> Iterator[Server]:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
     monkeypatch.setenv("D2V_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(shard_cache, "PAUSE", 0.02)
+    monkeypatch.setattr(download, "PAUSE", 0.02)
     return Cache.from_environment()
 
 
@@ -137,7 +137,7 @@ def test_a_server_that_dies_and_comes_back(
 def test_a_server_that_stays_away(
     shards: ShardSet, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_cache, "TRY_FOR", 0.3)
+    monkeypatch.setattr(download, "TRY_FOR", 0.3)
     server = start(Server("", Counter()), shards.root.parent)
     url = f"http://127.0.0.1:{server.server_address[1]}/{shards.root.name}"
     remote = open_remote(url)
@@ -235,7 +235,7 @@ def test_a_command_instead_of_a_url(shards: ShardSet, cache: Cache) -> None:
 def test_a_command_that_fails(
     shards: ShardSet, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shard_cache, "TRY_FOR", 0.1)
+    monkeypatch.setattr(download, "TRY_FOR", 0.1)
     with pytest.raises(UserError, match=r"cannot be downloaded \(.*exit code 3"):
         find_set("pipe:exit 3 {}")
 

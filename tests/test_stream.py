@@ -22,7 +22,7 @@ from far import Server, start, stop
 from runs import Run, environment
 from test_train import QUICK
 
-from d2v_ds import shard_cache
+from d2v_ds import download, shard_cache
 from d2v_ds.batch import StepBatch
 from d2v_ds.errors import UserError
 from d2v_ds.find_set import find_set, stream_tars
@@ -61,7 +61,7 @@ def far(tars: Path) -> Iterator[Server]:
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("D2V_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(shard_cache, "PAUSE", 0.02)
+    monkeypatch.setattr(download, "PAUSE", 0.02)
     return tmp_path / "cache"
 
 

@@ -28,6 +28,7 @@ import numpy as np
 
 from d2v_ds.batch import StepBatch
 from d2v_ds.distributed import RankSums
+from d2v_ds.download import download
 from d2v_ds.errors import UserError
 from d2v_ds.foreign import KINDS, Indexed, index_tar
 from d2v_ds.loader import Loader
@@ -37,7 +38,7 @@ from d2v_ds.loader.reading import Bad
 from d2v_ds.masking import bit_generator
 from d2v_ds.modalities.base import Modality
 from d2v_ds.preflight import require_divisible, require_tars
-from d2v_ds.shard_cache import OwnFolder, download, writing
+from d2v_ds.shard_cache import OwnFolder, writing
 from d2v_ds.shard_format import ShardSet
 
 log = logging.getLogger("d2v_ds")
