@@ -157,15 +157,17 @@ def test_processes_start_while_many_inputs_are_read() -> None:
         assert len(started) >= 2
         assert list(items) == list(range(MANY, 2 * MANY))
         assert sorted(workers.run(abs, [-1, -2, -3], 3)) == [1, 2, 3]
-        assert set(children(os.getpid())) - set(before) == started, "the same ones"
-        assert "colorsys" in next(workers.run(loaded, [0, 0], 2))
+        assert started <= set(children(os.getpid())), "these are used"
+        assert any("colorsys" in names for names in workers.run(loaded, [0.1] * 8, 8))
     with Workers(1) as workers:
         assert len(list(workers.start_in_time(range(2 * MANY), "colorsys"))) == 2 * MANY
         assert [*workers.run(abs, [-1, -2], 2)] == [1, 2]
     wait_for_end([pid for pid in started if alive(pid) and "tracker" not in command_of(pid)])
 
 
-def loaded(_: int) -> list[str]:
+def loaded(seconds: float) -> list[str]:
+    """Takes so long that no process has all the work."""
+    time.sleep(seconds)
     return sorted(sys.modules)
 
 
