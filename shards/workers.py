@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from importlib import import_module
@@ -64,12 +64,16 @@ class Workers:
             yield from map(work, jobs)
             return
         pool, rest = self._started(), iter(jobs)
+
+        def submit(most: int) -> set[Future[Result]]:
+            with _worker_start():  # each may start a process
+                return {pool.submit(work, job) for job in islice(rest, most)}
+
         try:
-            with _worker_start():
-                running = {pool.submit(work, job) for job in islice(rest, AHEAD * processes)}
+            running = submit(AHEAD * processes)
             while running:
                 done, running = wait(running, return_when=FIRST_COMPLETED)
-                running |= {pool.submit(work, job) for job in islice(rest, len(done))}
+                running |= submit(len(done))
                 for future in done:
                     yield future.result()
         except BrokenProcessPool:
