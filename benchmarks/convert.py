@@ -29,7 +29,7 @@ from subprocess import PIPE
 
 import numpy as np
 
-from d2v_ds import audio
+from d2v_ds.data import audio
 
 
 def peer(family: str, source: Path, out: Path) -> None:

@@ -29,14 +29,15 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from d2v_ds import distributed, masking, recipes
+from d2v_ds import recipes, seeding
 from d2v_ds.config import Config, EngineSettings
-from d2v_ds.distributed import World
+from d2v_ds.distributed import process_group
+from d2v_ds.distributed.world import World
 from d2v_ds.engine import create_engine
 from d2v_ds.engine.optimizer import param_groups
-from d2v_ds.memory import largest_batch, sizes, state_bytes
 from d2v_ds.pretrain import build_pretrain, resolved
 from d2v_ds.show import LONGEST, micro_batch_samples
+from d2v_ds.show.memory import largest_batch, sizes, state_bytes
 from d2v_ds.teacher import Ema, move
 from d2v_ds.train import create_parts
 
@@ -143,14 +144,14 @@ def memory_rows() -> list[dict[str, Any]]:
 def memory_on_rank(rank: int, ranks: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ["DS_ACCELERATOR"] = "cpu"
-    distributed.init(
+    process_group.init(
         World(rank=rank, local_rank=rank, size=ranks, address="127.0.0.1", port=29653),
         torch.device("cpu"),
     )
     config = recipes.load("speech_tiny", SETTINGS)
     rows = [memory_of_stage(config, stage, rank, ranks) for stage in range(4)]
     Path(folder, str(rank)).write_text(json.dumps(rows))
-    distributed.shutdown()
+    process_group.shutdown()
 
 
 def memory_of_stage(config: Config, stage: int, rank: int, ranks: int) -> dict[str, Any]:
@@ -174,7 +175,7 @@ def memory_of_stage(config: Config, stage: int, rank: int, ranks: int) -> dict[s
     for step in range(2):
         waves = torch.randn(2, 8000, generator=torch.Generator().manual_seed(step)).numpy()
         for i, wave in enumerate(waves):
-            batch = modality.collate([wave], [masking.generator(step, rank, i)], i)
+            batch = modality.collate([wave], [seeding.generator(step, rank, i)], i)
             loss, _ = engine(batch, 2 * ranks * batch.masked.numel())
             engine.backward(loss)
             del loss

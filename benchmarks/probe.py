@@ -28,11 +28,11 @@ import numpy.typing as npt
 import torch
 
 from d2v_ds.config import Config
-from d2v_ds.decoding import decode
+from d2v_ds.config.decoding import decode
+from d2v_ds.data.shard_format import open_set
 from d2v_ds.evaluate import load_weights, open_newest, read_labelled
 from d2v_ds.modalities.base import Modality
 from d2v_ds.pretrain import Pretrain, at_masked, build_pretrain
-from d2v_ds.shard_format import open_set
 from shards import samples
 
 MODULES = {"d2v-ds": "d2v_ds", "d2v-shards": "shards.cli"}

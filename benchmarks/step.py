@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 
-from d2v_ds import distributed, recipes
+from d2v_ds import recipes
 from d2v_ds.config import Config
-from d2v_ds.distributed import World, seed_torch
+from d2v_ds.distributed import process_group
+from d2v_ds.distributed.world import World
 from d2v_ds.pretrain import build_pretrain
+from d2v_ds.run.watchdog import Watchdog
+from d2v_ds.seeding import seed_torch
 from d2v_ds.train import TrainState, create_mixture, create_parts
-from d2v_ds.watchdog import Watchdog
 from shards import samples
 from shards.cli import main as shards_main
 
@@ -63,7 +65,7 @@ def matmul_gflops(device: torch.device, n: int = 1024) -> float:
 
 def measure(config: Config, steps: int) -> dict[str, Any]:
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    distributed.init(World(), device)
+    process_group.init(World(), device)
     mixture = create_mixture(config, World(), TrainState(), Watchdog(0, 1))
     torch.manual_seed(0)
     task = build_pretrain(config).train()
@@ -86,7 +88,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
         clock.seconds["student"] = clock.seconds.pop("forward") - clock.seconds["teacher"]
         rows.append(dict(clock.seconds))
     mixture.close()
-    distributed.shutdown()
+    process_group.shutdown()
     seconds = {part: statistics.median(row[part] for row in rows[1:]) for part in PARTS}
     whole = statistics.median(sum(row.values()) for row in rows[1:])
     return {

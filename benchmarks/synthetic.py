@@ -17,7 +17,7 @@ import soundfile
 import webdataset
 from PIL import Image
 
-from d2v_ds.shard_format import ShardSet, set_json
+from d2v_ds.data.shard_format import ShardSet, set_json
 from shards.writer import ShardWriter
 
 RATE = 16_000

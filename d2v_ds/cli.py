@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from d2v_ds import __version__, recipes
+from d2v_ds.arguments import positive, size
 from d2v_ds.errors import UserError
 
 BAD_INPUT = 2
@@ -63,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     show.add_argument("--ranks", type=positive, default=8, metavar="N", help="default: 8")
     show.add_argument(
         "--gpu-memory",
-        type=size_in_bytes,
+        type=size,
         metavar="SIZE",
         help="of one GPU, as 80GiB: adds the smallest ZeRO stage and largest micro-batch that fit",
     )
@@ -128,20 +128,6 @@ def add_run(command: argparse.ArgumentParser) -> None:
     )
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def size_in_bytes(text: str) -> int:
-    parts = re.fullmatch(r"(\d+(?:\.\d+)?)(GiB|GB|MiB)", text)
-    if parts is None:
-        raise argparse.ArgumentTypeError(f"must be a number and GiB, GB or MiB, got {text!r}")
-    return int(float(parts[1]) * {"GiB": 2**30, "GB": 10**9, "MiB": 2**20}[parts[2]])
-
-
 def list_recipes(arguments: argparse.Namespace) -> int:
     for name in recipes.RECIPES:
         print(f"{name:<16}{recipes.summary(name)}")
@@ -159,7 +145,7 @@ def show_run(arguments: argparse.Namespace) -> int:
 
 
 def train_run(arguments: argparse.Namespace) -> int:
-    from d2v_ds import preflight
+    from d2v_ds.run import preflight
 
     config = recipes.load(arguments.source, arguments.overrides)
     ranks = launched_ranks()
@@ -171,11 +157,11 @@ def train_run(arguments: argparse.Namespace) -> int:
         print(config.run_dir)
         return 0
     if launched_ranks() is None and ranks > 1:
-        from d2v_ds.distributed import launch
+        from d2v_ds.distributed.launcher import launch
 
         return launch(ranks, train_arguments(arguments))
 
-    from d2v_ds.distributed import World
+    from d2v_ds.distributed.world import World
     from d2v_ds.train import train
 
     return train(
@@ -215,7 +201,7 @@ def gpus() -> int:
 
 
 def show_status(arguments: argparse.Namespace) -> int:
-    from d2v_ds import status
+    from d2v_ds.run import status
 
     print(status.describe(arguments.run))
     return 0

@@ -1,4 +1,4 @@
-"""The error that a person can cause; the commands turn it into one line and exit code 2."""
+"""Errors with a meaning of their own."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input. The message says what was given, what is allowed and what to change."""
+    """Bad input. The message says what was given, what is allowed and what to change; the commands
+    print it as one line and exit with code 2."""
+
+
+class Superseded(RuntimeError):
+    """A newer start of the run owns the run folder; this one may no longer write into it."""
 
 
 def suggestion(given: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for a near miss, else the list of what is allowed."""
+    """`; did you mean 'x'?` for a near miss, otherwise the list of allowed names."""
     known = sorted(known)
     near = difflib.get_close_matches(given, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f" (allowed: {', '.join(known)})"

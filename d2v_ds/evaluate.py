@@ -21,14 +21,14 @@ from torch.nn import functional as F
 
 from d2v_ds.checkpoint import Checkpoint, newest_verified, open_checkpoint
 from d2v_ds.config import Config
-from d2v_ds.decoding import decode
+from d2v_ds.config.decoding import decode
+from d2v_ds.data.find_set import find_set
+from d2v_ds.data.loader import read_samples
+from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
-from d2v_ds.find_set import find_set
-from d2v_ds.loader import read_samples
 from d2v_ds.modalities.base import Modality
 from d2v_ds.pretrain import Pretrain, build_pretrain
-from d2v_ds.run_folder import RunFolder
-from d2v_ds.shard_format import ShardSet
+from d2v_ds.run.run_folder import RunFolder
 
 Features = npt.NDArray[np.float32]
 Weights = Literal["student", "teacher"]

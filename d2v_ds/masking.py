@@ -11,45 +11,15 @@ M masked views, T tokens, [h, w] a grid of h * w patches.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from numpy.random.bit_generator import ISeedSequence
 
 Mask = npt.NDArray[np.bool_]
 Tokens = npt.NDArray[np.int64]
 
 ATTEMPTS = 10  # of BEiT's generator to place one block
-
-
-def generator(seed: int, *path: int) -> np.random.Generator:
-    """The random numbers of one place in a run: `path` is, for example, (epoch, sample, purpose).
-
-    The same on every rank, worker and machine. Philox with a hashed key, so that neighbouring
-    places are independent; never Python's hash(), which differs from process to process.
-    """
-    return np.random.Generator(bit_generator(seed, *path))
-
-
-def bit_generator(seed: int, *path: int) -> np.random.Philox:
-    """As `generator`, but the raw stream, which numpy promises to keep over its versions."""
-    place = ",".join(map(str, (seed, *path))).encode()
-    key: Any = _Key(hashlib.blake2b(place, digest_size=16).digest())
-    return np.random.Philox(key)
-
-
-class _Key(ISeedSequence):
-    """Hands Philox its key of 16 bytes as it is. Given by name, it would take twice the time: numpy
-    first asks the system for entropy that it then does not use."""
-
-    def __init__(self, key: bytes) -> None:
-        self.key = key
-
-    def generate_state(self, n_words: int, dtype: Any = np.uint32) -> npt.NDArray[np.uint64]:
-        return np.frombuffer(self.key, "<u8")
 
 
 # ------------------------------------------------------------------------------------------- spans

@@ -7,6 +7,10 @@ n optimizer steps, so n >= 1 (fairseq/optim/lr_scheduler, and get_annealed_rate,
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from d2v_ds.config import Optim, Teacher
 
 TRI_STAGE_INIT = 0.01  # of the peak; fairseq init_lr_scale, final_lr_scale
 TRI_STAGE_FINAL = 0.01
@@ -66,3 +70,16 @@ def ema_decay(n: int, start: float, end: float, anneal_steps: int) -> float:
     if n >= anneal_steps:
         return end
     return end - (end - start) * (1.0 - n / anneal_steps)
+
+
+# --------------------------------------------------------------------------- of a configuration
+
+
+def learning_rate(optim: Optim, steps: int, n: int) -> float:
+    """The learning rate of optimizer step n (from 0) of a run of `steps` steps."""
+    return LEARNING_RATES[optim.schedule](n, optim.lr, optim.warmup_steps, steps, optim.lr_end)
+
+
+def teacher_decay(teacher: Teacher, n: int) -> float:
+    """The EMA decay of the update after optimizer step number n (from 1)."""
+    return ema_decay(n, teacher.decay, teacher.decay_end, teacher.anneal_steps)

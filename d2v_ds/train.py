@@ -22,30 +22,36 @@ from typing import Any, TypeVar
 
 import torch
 
-from d2v_ds import checkpoint, distributed, environment, status
+from d2v_ds import checkpoint
 from d2v_ds.batch import StepBatch
-from d2v_ds.checkpoint.together import own_rank, together
-from d2v_ds.config import Config, learning_rate, modality_of, refuse_changes
-from d2v_ds.decoding import dump_yaml, to_dict
-from d2v_ds.distributed import StopFlag, World, seed_torch
+from d2v_ds.config import Config, modality_of
+from d2v_ds.config.decoding import dump_yaml, to_dict
+from d2v_ds.config.resume import refuse_changes
+from d2v_ds.data.cache.stage import own_copy
+from d2v_ds.data.find_set import find_set, stream_tars
+from d2v_ds.data.loader import Loader
+from d2v_ds.data.loader.mixture import Mixture, divide_workers, shares_of
+from d2v_ds.data.loader.quarantine import Quarantine
+from d2v_ds.data.loader.stream import StreamLoader
+from d2v_ds.distributed import process_group
+from d2v_ds.distributed.collectives import on_all_ranks, own_rank
+from d2v_ds.distributed.stop import StopFlag
+from d2v_ds.distributed.world import World, cores_of_rank
 from d2v_ds.engine import Engine, create_engine
 from d2v_ds.engine.optimizer import param_groups
 from d2v_ds.errors import UserError
-from d2v_ds.find_set import find_set, stream_tars
-from d2v_ds.loader import Loader
-from d2v_ds.loader.mixture import Mixture, divide_workers, shares_of
-from d2v_ds.loader.quarantine import Quarantine
-from d2v_ds.loader.stream import StreamLoader
+from d2v_ds.files import write_atomically
 from d2v_ds.modalities import create_modalities
-from d2v_ds.preflight import UnfitNodes
 from d2v_ds.pretrain import Pretrain, build_pretrain, resolved
-from d2v_ds.rank_check import check_ranks, tell_unfit, warn_of_too_few_cores
-from d2v_ds.run_folder import Generation, RunFolder, claim_generation, write_atomically
-from d2v_ds.schedules import ema_decay
-from d2v_ds.staging import own_copy
+from d2v_ds.run import environment, status
+from d2v_ds.run.preflight import UnfitNodes
+from d2v_ds.run.rank_check import check_ranks, tell_unfit, warn_of_too_few_cores
+from d2v_ds.run.run_folder import Generation, RunFolder, claim_generation
+from d2v_ds.run.telemetry import Telemetry
+from d2v_ds.run.watchdog import Watchdog
+from d2v_ds.schedules import learning_rate, teacher_decay
+from d2v_ds.seeding import seed_torch
 from d2v_ds.teacher import Ema
-from d2v_ds.telemetry import Telemetry
-from d2v_ds.watchdog import Watchdog
 
 T = TypeVar("T")
 
@@ -127,8 +133,8 @@ def train(config: Config, world: World, *, new: bool = False, allow: tuple[str, 
     if torch.cuda.is_available():
         alone = torch.cuda.device_count() == 1  # Slurm can show each rank its own GPU only
         device = torch.device("cuda", 0 if alone else world.local_rank)
-    torch.set_num_threads(config.run.threads or distributed.cores_of_rank())
-    distributed.init(world, device)
+    torch.set_num_threads(config.run.threads or cores_of_rank())
+    process_group.init(world, device)
     try:
         with StopFlag(config.run_dir) as stop, Watchdog(world.rank, world.size) as watchdog:
             nodes = check_ranks(config, device)
@@ -138,7 +144,7 @@ def train(config: Config, world: World, *, new: bool = False, allow: tuple[str, 
     except UnfitNodes as error:
         return tell_unfit(error)
     finally:
-        distributed.shutdown()
+        process_group.shutdown()
 
 
 def set_up(
@@ -210,7 +216,7 @@ def create_parts(
 
 def on_rank_0(action: Callable[[], T]) -> T:
     """Runs `action` on rank 0 alone; its result, or its error, on all ranks."""
-    results: list[Any] = together(lambda: action() if own_rank() == 0 else None)
+    results: list[Any] = on_all_ranks(lambda: action() if own_rank() == 0 else None)
     result: T = results[0]
     return result
 
@@ -325,7 +331,7 @@ def run_steps(t: Training, stop: StopFlag) -> int:
                 return UNHEALTHY
             skipped = 0
             state.advance(step_batch)
-            decay = decay_of(config, state.step)
+            decay = teacher_decay(config.teacher, state.step)
             t.ema.update(decay, step_batch.modality)
             telemetry.step_done(
                 step_batch,
@@ -379,9 +385,3 @@ def report(t: Training) -> None:
     for modality in t.task.modalities.values():
         for warning in modality.warnings():
             log.warning("%s", warning)
-
-
-def decay_of(config: Config, n: int) -> float:
-    """The EMA decay of the update after optimizer step number n (from 1)."""
-    teacher = config.teacher
-    return ema_decay(n, teacher.decay, teacher.decay_end, teacher.anneal_steps)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+from d2v_ds.arguments import size as size
 from d2v_ds.errors import UserError
 
 Number = TypeVar("Number", int, float)
@@ -25,13 +26,6 @@ def number(kind: type[Number], low: float, high: float) -> Callable[[str], Numbe
         return value
 
     return parse
-
-
-def size(text: str) -> int:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.upper())
-    if not found or float(found[1]) == 0:
-        raise argparse.ArgumentTypeError(f"{text}: expected a size such as 256MB or 1GB")
-    return int(float(found[1]) * 1000 ** " KMGT".index(found[2] or " "))
 
 
 def task(text: str) -> tuple[int, int]:

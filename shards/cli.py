@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE
 from d2v_ds.errors import UserError
-from d2v_ds.shard_format import INDEX_FILE, PLAN_FILE
 from shards import arguments as types
 
 FAMILIES = {

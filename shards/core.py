@@ -26,12 +26,13 @@ from typing import Any
 
 from tqdm import tqdm
 
+from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE, ShardEntry, ShardSet, open_set, set_json
 from d2v_ds.errors import UserError
-from d2v_ds.shard_format import INDEX_FILE, PLAN_FILE, ShardEntry, ShardSet, open_set, set_json
+from d2v_ds.files import remove_stale, write_atomically
 from shards.family import Converted, Converter, Corpus, Input, Rejected, Sample, Table
 from shards.plan import CONVERTER, Choice, Plan, Samples
 from shards.workers import Workers
-from shards.writer import ShardWriter, remove_stale, write_atomically
+from shards.writer import ShardWriter
 
 __all__ = ["Choice", "Converted", "Converter", "Corpus", "Input", "Plan", "Sample", "Table"]
 
@@ -298,6 +299,6 @@ def _finish(
 def _clean(out: Path) -> None:
     """Removes what only an unfinished conversion needs."""
     (out / PLAN_FILE).unlink(missing_ok=True)
-    remove_stale(out, all_of_them=True)
+    remove_stale(out, all_hosts=True)
     for report in out.glob("*-" + "[0-9]" * 6 + ".json"):
         report.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 
+from d2v_ds.files import format_size
 from shards.family import Converter, Sample, Table
 from shards.plan import Plan
 
@@ -33,14 +34,14 @@ def estimate(plans: Mapping[str, Plan], converter: Converter, jobs: int) -> Iter
     for name, plan in plans.items():
         total += plan.bytes
         yield (
-            f"{name or 'set'}: {plan.inputs:,} inputs of {_size(plan.bytes)} -> "
+            f"{name or 'set'}: {plan.inputs:,} inputs of {format_size(plan.bytes)} -> "
             f"{plan.shards:,} shard{'' if plan.shards == 1 else 's'}, together about "
-            f"{_size(plan.bytes * made / max(1, given))}"
+            f"{format_size(plan.bytes * made / max(1, given))}"
         )
     hours = seconds * total / max(1, given) / 3600
     yield (
         f"about {_duration(hours)} of one core, {_duration(hours / jobs)} on {jobs}; measured on "
-        f"{_size(given)}" + (f", of which {bad} inputs cannot be used" if bad else "")
+        f"{format_size(given)}" + (f", of which {bad} inputs cannot be used" if bad else "")
     )
 
 
@@ -57,14 +58,6 @@ def _convert(converter: Converter, sample: Sample) -> tuple[int, int]:
         payloads = [made.payload] if isinstance(made, Table) else made.members
         size += sum(len(payload) + TAR for payload in payloads if payload is not None)
     return size, bad
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "KB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:,.2f} TB"
 
 
 def _duration(hours: float) -> str:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from d2v_ds.checksum import BEST, NONE
+from d2v_ds.data.checksum import BEST, NONE
+from d2v_ds.data.shard_format import ShardSet
+from d2v_ds.data.tar_index import Indexed, index_set
 from d2v_ds.errors import UserError
-from d2v_ds.foreign import Indexed, index_set
-from d2v_ds.shard_format import ShardSet
 from shards.workers import run_jobs
 
 Job = tuple[Path, str, str]

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2v_ds.data.shard_format import INDEX_FILE, ShardIndex, ShardSet, open_set, read_index
 from d2v_ds.errors import UserError
-from d2v_ds.shard_format import INDEX_FILE, ShardIndex, ShardSet, open_set, read_index
 from shards.core import QUARANTINE_FILE
 
 BINS = 10

@@ -213,8 +213,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from d2v_ds.files import write_atomically
     from shards.text import sources
-    from shards.writer import write_atomically
 
     out: Path = arguments.out
     if out.suffix != ".model":

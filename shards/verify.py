@@ -21,10 +21,17 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v_ds.checksum import checksum_of
+from d2v_ds.data.checksum import checksum_of
+from d2v_ds.data.shard_format import (
+    INDEX_FILE,
+    ShardEntry,
+    ShardIndex,
+    ShardSet,
+    open_set,
+    read_index,
+)
+from d2v_ds.data.tar_scan import BLOCK, DamagedTar, Member, members, next_header, samples
 from d2v_ds.errors import UserError
-from d2v_ds.shard_format import INDEX_FILE, ShardEntry, ShardIndex, ShardSet, open_set, read_index
-from d2v_ds.tar_scan import BLOCK, DamagedTar, Member, members, next_header, samples
 from shards.workers import run_jobs
 
 MAX_LINES = 20  # of problems, a shard

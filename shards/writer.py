@@ -10,17 +10,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-import socket
 import tarfile
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from d2v_ds.checksum import BEST, checksum_of
-from d2v_ds.shard_format import ShardEntry, index_bytes
-
-TEMPORARY = ".tmp"
+from d2v_ds.data.checksum import BEST, checksum_of
+from d2v_ds.data.shard_format import ShardEntry, index_bytes
+from d2v_ds.files import temporary, write_atomically
 
 
 class ShardWriter:
@@ -148,42 +146,3 @@ NAME, DIGITS = 100, 11
 HEADER = _any_header("", 0)
 OWNER, TIME, REST = HEADER[NAME:124], HEADER[135:148], HEADER[154:]
 SUM = int(HEADER[148:154], 8) - sum(HEADER[124:135])
-
-
-def temporary(path: Path) -> Path:
-    """The name under which this process writes what becomes `path`."""
-    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}{TEMPORARY}")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """`path` holds all of `data`, or what it held before, whenever the process ends."""
-    aside = temporary(path)
-    with aside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def remove_stale(folder: Path, all_of_them: bool = False) -> None:
-    """Removes temporary files that processes of this machine left when they were killed."""
-    for file in folder.glob(f"*{TEMPORARY}"):
-        host, _, pid = file.name.removesuffix(TEMPORARY).rpartition(".")
-        of_here = host.endswith(f".{socket.gethostname()}")
-        if all_of_them or (of_here and pid.isdecimal() and not _alive(int(pid))):
-            file.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -14,7 +14,7 @@ from d2v_ds.checkpoint import Saver
 from d2v_ds.checkpoint.format import EMA_KINDS, Kind, by_kind
 from d2v_ds.checkpoint.write import build_manifest, publish, write_pieces
 from d2v_ds.engine import Shard
-from d2v_ds.run_folder import Generation, RunFolder
+from d2v_ds.run.run_folder import Generation, RunFolder
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "student.trunk.weight": (6, 5),

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from d2v_ds import checkpoint
-from d2v_ds.run_folder import Generation, RunFolder
+from d2v_ds.run.run_folder import Generation, RunFolder
 
 BOUNDARIES = ("mkdir", "rename", "fsync", "unlink", "rmdir")  # of os: all that saving does
 
@@ -120,7 +120,7 @@ def save_on_a_full_disk(
     for boundary in range(1000):
         try:
             saver.poll()
-        except checkpoint.SaveError as error:
+        except checkpoint.RankFailed as error:
             saver.finish()  # nothing is left to be finished
             assert boundary > 0
             return str(error)

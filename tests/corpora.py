@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from d2v_ds.shard_format import open_set, read_index
+from d2v_ds.data.shard_format import open_set, read_index
 from shards.verify import read_members
 
 FORMATS = {

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from d2v_ds.batch import Batch, mask_indices
-from d2v_ds.config import Config, apply_compat
-from d2v_ds.decoding import decode
+from d2v_ds.config import Config
+from d2v_ds.config.compat import apply_compat
+from d2v_ds.config.decoding import decode
 from d2v_ds.key_maps import FAIRSEQ, Rule, to_ours, to_theirs
 from d2v_ds.modalities.speech import frames
 from d2v_ds.pretrain import Pretrain, build_pretrain

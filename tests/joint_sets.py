@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from d2v_ds.shard_format import INDEX_FILE, ShardSet, set_json
+from d2v_ds.data.shard_format import INDEX_FILE, ShardSet, set_json
 from shards import samples
 from shards.cli import main as shards_main
 from shards.writer import ShardWriter

@@ -133,7 +133,7 @@ class Ranks:
 
 def serve(connection: Connection, rank: int, size: int, store: str) -> None:
     """The life of one rank: functions come in, results or tracebacks go out."""
-    from d2v_ds.distributed import die_with_parent
+    from d2v_ds.distributed.launcher import die_with_parent
 
     if sys.platform == "linux":
         die_with_parent()

@@ -15,7 +15,7 @@ import pytest
 
 from d2v_ds.checkpoint import open_checkpoint
 from d2v_ds.checkpoint.format import KINDS
-from d2v_ds.run_folder import RunFolder
+from d2v_ds.run.run_folder import RunFolder
 
 
 class Run:

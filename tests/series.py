@@ -19,11 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from d2v_ds import shard_format
 from d2v_ds.batch import Batch, mask_indices
-from d2v_ds.checksum import xxh3
+from d2v_ds.data import shard_format
+from d2v_ds.data.checksum import xxh3
+from d2v_ds.data.shard_format import ShardEntry, ShardSet, open_set
 from d2v_ds.masking import block_count, block_mask_1d
-from d2v_ds.shard_format import ShardEntry, ShardSet, open_set
 
 STRIDE = 4
 Series = npt.NDArray[np.float32]

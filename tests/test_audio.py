@@ -11,7 +11,7 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from d2v_ds import audio
+from d2v_ds.data import audio
 
 RATE = 16_000
 

@@ -22,8 +22,8 @@ from d2v_ds import checkpoint
 from d2v_ds.checkpoint import write
 from d2v_ds.checkpoint.format import EMA_KINDS, FORMAT
 from d2v_ds.engine import Shard
-from d2v_ds.errors import UserError
-from d2v_ds.run_folder import Generation, RunFolder, Superseded, claim_generation
+from d2v_ds.errors import Superseded, UserError
+from d2v_ds.run.run_folder import Generation, RunFolder, claim_generation
 
 
 @pytest.fixture
@@ -217,7 +217,7 @@ def test_a_failing_write_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("d2v_ds.checkpoint.write.save_file", full)
-    with pytest.raises(checkpoint.SaveError, match=r"rank 0: OSError: .*No space left"):
+    with pytest.raises(checkpoint.RankFailed, match=r"rank 0: OSError: .*No space left"):
         save(run, generation, 7, pieces.whole(0))
     after = pieces.tree(run.root)
     after.pop("checkpoints")

@@ -14,7 +14,7 @@ from toy import Plan, Trainer, build, whole
 
 from d2v_ds import checkpoint
 from d2v_ds.checkpoint.format import EMA_KINDS, Kind
-from d2v_ds.run_folder import Generation, RunFolder, claim_generation
+from d2v_ds.run.run_folder import Generation, RunFolder, claim_generation
 
 BEFORE, AFTER = 4, 5  # steps; in both of them parts of the model are idle now and then
 SHAPES = {name: tuple(parameter.shape) for name, parameter in build()[0].named_parameters()}

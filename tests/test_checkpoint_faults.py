@@ -9,7 +9,7 @@ import checkpoint_ranks as ranks
 import pytest
 
 from d2v_ds import checkpoint
-from d2v_ds.run_folder import Generation, RunFolder, claim_generation
+from d2v_ds.run.run_folder import Generation, RunFolder, claim_generation
 
 SIGKILL = -9
 

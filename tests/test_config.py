@@ -12,8 +12,10 @@ import pytest
 import yaml
 
 from d2v_ds import recipes
-from d2v_ds.config import Config, load_engine_config, refuse_changes
-from d2v_ds.decoding import decode, differences, dump_yaml, to_dict
+from d2v_ds.config import Config
+from d2v_ds.config.decoding import decode, differences, dump_yaml, to_dict
+from d2v_ds.config.engine_file import load_engine_config
+from d2v_ds.config.resume import refuse_changes
 from d2v_ds.errors import UserError
 from d2v_ds.pretrain import build_pretrain, resolved
 

@@ -14,18 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from d2v_ds.distributed import (
-    StopFlag,
-    World,
-    barrier,
-    first_host,
-    init,
-    launch,
-    seed_torch,
-    shutdown,
-    stable_hash,
-)
+from d2v_ds.distributed.collectives import barrier
+from d2v_ds.distributed.launcher import launch
+from d2v_ds.distributed.process_group import init, shutdown
+from d2v_ds.distributed.stop import StopFlag
+from d2v_ds.distributed.world import World, first_host
 from d2v_ds.errors import UserError
+from d2v_ds.seeding import seed_torch, stable_hash
 
 RunRanks = Callable[..., list[Any]]
 
@@ -211,7 +206,8 @@ def test_launched_ranks_meet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
         """
         import torch
         import torch.distributed as dist
-        from d2v_ds.distributed import World, init, shutdown
+        from d2v_ds.distributed.world import World
+        from d2v_ds.distributed.process_group import init, shutdown
         world = World.from_environment()
         init(world, torch.device("cpu"))
         total = torch.tensor([world.rank + 1])
@@ -256,7 +252,7 @@ def test_rank_0_speaks_for_itself_and_a_signal_has_a_code(
 
 LAUNCHER = """
 import sys
-from d2v_ds.distributed import launch
+from d2v_ds.distributed.launcher import launch
 sys.exit(launch(2, [], command=sys.argv[1:], stopping_grace=1.5))
 """
 

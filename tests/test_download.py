@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from d2v_ds import download
+from d2v_ds.data import download
 from d2v_ds.errors import UserError
 
 

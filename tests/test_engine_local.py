@@ -9,10 +9,10 @@ from torch.nn.utils import clip_grad_norm_
 from toy import CPU, Plan, ToyBatch, Trainer, batches_of, build, part_of
 
 from d2v_ds.config import EngineSettings, Optim
-from d2v_ds.distributed import seed_torch
 from d2v_ds.engine import create_engine, merge, resolve_precision
 from d2v_ds.engine.local import LocalEngine
 from d2v_ds.errors import UserError
+from d2v_ds.seeding import seed_torch
 
 
 def test_fp32_is_a_plain_torch_loop() -> None:

@@ -11,10 +11,11 @@ import torch
 from test_engine_zero import STAGES, TOLERANCE, difference, train, zero_optimization
 from toy import BUCKETS, CPU, Plan, whole
 
-from d2v_ds.config import load_engine_config, resource
+from d2v_ds.config.engine_file import load_engine_config
 from d2v_ds.engine import merge
 from d2v_ds.engine.zero import check_settings
 from d2v_ds.errors import UserError
+from d2v_ds.files import resource
 
 RunRanks = Callable[..., list[Any]]
 

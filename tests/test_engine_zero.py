@@ -15,10 +15,10 @@ from torch import Tensor
 from toy import BUCKETS, CPU, Plan, Toy, Trainer, build, part_of, whole
 
 from d2v_ds.config import EngineSettings, Optim
-from d2v_ds.distributed import seed_torch
 from d2v_ds.engine import create_engine, merge
 from d2v_ds.engine.layout import check_layout
 from d2v_ds.errors import UserError
+from d2v_ds.seeding import seed_torch
 
 RunRanks = Callable[..., list[Any]]
 STAGES = (0, 1, 2, 3)

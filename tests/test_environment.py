@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from d2v_ds import environment
+from d2v_ds.run import environment
 
 
 def test_secrets_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from d2v_ds import recipes
+from d2v_ds.data.shard_format import open_set
 from d2v_ds.errors import UserError
 from d2v_ds.evaluate import (
     NEIGHBOURS,
@@ -22,7 +23,6 @@ from d2v_ds.evaluate import (
     run_knn,
 )
 from d2v_ds.pretrain import Pretrain, build_pretrain
-from d2v_ds.shard_format import open_set
 from shards import samples
 from shards.cli import main as shards_main
 

@@ -14,11 +14,11 @@ import soundfile
 from corpora import contents, put_tar, quarantine, recording
 from PIL import Image
 
-from d2v_ds import audio
+from d2v_ds.data import audio
+from d2v_ds.data.shard_format import INDEX_FILE, open_set, read_index
+from d2v_ds.data.tar_index import KINDS, guess_modality, index_set
+from d2v_ds.data.tar_scan import Member
 from d2v_ds.errors import UserError
-from d2v_ds.foreign import KINDS, guess_modality, index_set
-from d2v_ds.shard_format import INDEX_FILE, open_set, read_index
-from d2v_ds.tar_scan import Member
 from shards.cli import main
 
 

@@ -18,11 +18,11 @@ from golden_fixture import Fixture, fixture_names
 from torch import Tensor
 
 from d2v_ds import student
-from d2v_ds.config import Optim, learning_rate
+from d2v_ds.config import Optim
 from d2v_ds.engine import create_engine
 from d2v_ds.engine.optimizer import param_groups
 from d2v_ds.pretrain import at_masked
-from d2v_ds.schedules import ema_decay
+from d2v_ds.schedules import ema_decay, learning_rate
 from d2v_ds.teacher import Ema
 
 RELATIVE = 1e-5

@@ -30,15 +30,17 @@ def steps_on_gpu(engine_config: str, precision: str) -> dict[str, Any]:
     """Losses and scale of a few steps; forward, backward and EMA must not wait for the GPU."""
     import numpy as np
 
-    from d2v_ds import distributed, masking, recipes
-    from d2v_ds.distributed import World, seed_torch
+    from d2v_ds import recipes, seeding
+    from d2v_ds.distributed import process_group
+    from d2v_ds.distributed.world import World
     from d2v_ds.engine import create_engine
     from d2v_ds.engine.optimizer import param_groups
     from d2v_ds.pretrain import build_pretrain
+    from d2v_ds.seeding import seed_torch
     from d2v_ds.teacher import Ema
 
     device = torch.device("cuda", 0)
-    distributed.init(World(), device)
+    process_group.init(World(), device)
     config = recipes.load("speech_tiny", SETTINGS)
     torch.manual_seed(0)
     task = build_pretrain(config).train()
@@ -55,7 +57,7 @@ def steps_on_gpu(engine_config: str, precision: str) -> dict[str, Any]:
     ema = Ema(engine, task.teacher, tracked, "teacher.")
     rng = np.random.default_rng(0)
     waveforms = [rng.standard_normal(16000).astype(np.float32) for _ in range(4)]
-    rngs = [masking.generator(0, i) for i in range(4)]
+    rngs = [seeding.generator(0, i) for i in range(4)]
     batch = task.modalities["speech"].collate(waveforms, rngs, 0).to(device)
     count = batch.masked.numel()
     losses, taken = [], 0
@@ -72,7 +74,7 @@ def steps_on_gpu(engine_config: str, precision: str) -> dict[str, Any]:
             ema.update(0.9, "speech")
             torch.cuda.set_sync_debug_mode("default")
         losses.append(loss.item())
-    distributed.shutdown()
+    process_group.shutdown()
     return {"losses": losses, "taken": taken}
 
 

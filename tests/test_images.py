@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from pictures import encoded, gradient
 from PIL import Image
 
-from d2v_ds import images, masking
+from d2v_ds import seeding
+from d2v_ds.data import images
 
 
 def rng(*path: int) -> np.random.Generator:
-    return masking.generator(0, *path)
+    return seeding.generator(0, *path)
 
 
 def smooth(w: int, h: int, seed: int = 0) -> Image.Image:

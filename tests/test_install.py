@@ -58,7 +58,7 @@ def test_an_installed_wheel_works_from_an_empty_folder(wheel: Path, tmp_path: Pa
     assert "speech_tiny" in run(str(site / "bin/d2v-ds"), "recipes")
     assert "SOURCE" in run(str(site / "bin/d2v-shards"), "speech", "--help")
     code = (
-        "import d2v_ds, shards.samples as s; from d2v_ds.config import resource;"
+        "import d2v_ds, shards.samples as s; from d2v_ds.files import resource;"
         "print(d2v_ds.__file__, s.path('speech'), resource('ds_configs', 'zero2.json').read_text())"
     )
     printed = run(sys.executable, "-c", code)

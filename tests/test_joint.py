@@ -13,14 +13,15 @@ import pytest
 from joint_sets import SMALL, shards_setting
 from runs import Run, assert_equal_runs, ranks_of
 
-from d2v_ds import recipes, show, status
+from d2v_ds import recipes, show
 from d2v_ds.checkpoint import open_checkpoint
 from d2v_ds.cli import main
 from d2v_ds.config import modality_of
+from d2v_ds.data.loader.mixture import shares_of, source_of
 from d2v_ds.errors import UserError
 from d2v_ds.evaluate import run_knn
-from d2v_ds.loader.mixture import shares_of, source_of
-from d2v_ds.preflight import check
+from d2v_ds.run import status
+from d2v_ds.run.preflight import check
 
 STEPS = 14
 GB, MB = 10**9, 10**6

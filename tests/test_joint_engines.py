@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from d2v_ds import masking, recipes
+from d2v_ds import recipes, seeding
 from d2v_ds.batch import Batch
 from d2v_ds.config import Config, EngineSettings
-from d2v_ds.distributed import seed_torch
 from d2v_ds.engine import create_engine
 from d2v_ds.engine.optimizer import param_groups
 from d2v_ds.pretrain import Pretrain, build_pretrain
+from d2v_ds.seeding import seed_torch
 from d2v_ds.teacher import Ema
 
 RunRanks = Callable[..., list[Any]]
@@ -62,7 +62,7 @@ def batches_of(task: Pretrain, modality: str, step: int) -> list[Batch]:
     kind = task.modalities[modality]
     return [
         kind.collate(
-            samples[2 * i : 2 * i + 2], [masking.generator(step, i, j) for j in range(2)], i
+            samples[2 * i : 2 * i + 2], [seeding.generator(step, i, j) for j in range(2)], i
         )
         for i in range(MICRO_BATCHES)
     ]

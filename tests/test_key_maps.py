@@ -13,7 +13,7 @@ from golden_fixture import Fixture, fixture_names
 from torch import Tensor, nn
 from variants import VARIANTS
 
-from d2v_ds.audio import import_torchaudio
+from d2v_ds.data.audio import import_torchaudio
 from d2v_ds.key_maps import FAIRSEQ, HUGGING_FACE, match, to_ours, to_theirs
 from d2v_ds.pretrain import Pretrain
 

@@ -9,7 +9,8 @@ import torch
 
 from d2v_ds import recipes, show
 from d2v_ds.errors import UserError
-from d2v_ds.memory import (
+from d2v_ds.pretrain import Pretrain, build_pretrain
+from d2v_ds.show.memory import (
     PeakMemory,
     activation_bytes,
     checkpoint_bytes,
@@ -18,7 +19,6 @@ from d2v_ds.memory import (
     sizes,
     state_bytes,
 )
-from d2v_ds.pretrain import Pretrain, build_pretrain
 from d2v_ds.transformer import Trunk
 
 

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 )
 from torch import Tensor
 
-from d2v_ds.metrics import (
+from d2v_ds.run.metrics import (
     TAGS,
     Accumulator,
     MetricsWriter,
@@ -25,7 +25,7 @@ from d2v_ds.metrics import (
     summarize,
     tag_of,
 )
-from d2v_ds.run_folder import RunFolder
+from d2v_ds.run.run_folder import RunFolder
 
 D = 6
 

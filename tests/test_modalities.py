@@ -11,16 +11,16 @@ import pytest
 import variants
 from pictures import encoded, gradient
 
-from d2v_ds import masking
+from d2v_ds import seeding
 from d2v_ds.errors import UserError
-from d2v_ds.metrics import masked_picture
 from d2v_ds.modalities import create_modalities
 from d2v_ds.modalities.text import Text, TextConfig
 from d2v_ds.modalities.vision import Vision, VisionConfig, sincos_2d
+from d2v_ds.run.metrics import masked_picture
 
 
 def rng(*path: int) -> np.random.Generator:
-    return masking.generator(0, *path)
+    return seeding.generator(0, *path)
 
 
 def npy(ids: Any, kind: Any = np.uint16) -> bytes:

@@ -17,11 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from d2v_ds import masking, recipes
-from d2v_ds.distributed import seed_torch
+from d2v_ds import recipes, seeding
 from d2v_ds.engine import create_engine
 from d2v_ds.engine.optimizer import param_groups
 from d2v_ds.pretrain import build_pretrain
+from d2v_ds.seeding import seed_torch
 from d2v_ds.teacher import Ema
 
 STEPS = 8
@@ -132,7 +132,7 @@ def trajectory(case: Case) -> dict[str, Any]:
         batches = [
             modality.collate(
                 [rng.standard_normal(n).astype(np.float32) for n in pair],
-                [masking.generator(step, i, j) for j in range(2)],
+                [seeding.generator(step, i, j) for j in range(2)],
                 i,
             )
             for i, pair in enumerate(lengths)

@@ -15,12 +15,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from d2v_ds import distributed, rank_check
 from d2v_ds.config import Config, Run
+from d2v_ds.distributed import collectives
 from d2v_ds.errors import UserError
-from d2v_ds.preflight import Finding, UnfitNodes, leave_token, unfit
-from d2v_ds.rank_check import check_ranks, warn_of_too_few_cores
-from d2v_ds.run_folder import RunFolder
+from d2v_ds.run import rank_check
+from d2v_ds.run.preflight import Finding, UnfitNodes, leave_token, unfit
+from d2v_ds.run.rank_check import check_ranks, warn_of_too_few_cores
+from d2v_ds.run.run_folder import RunFolder
 
 RunRanks = Callable[..., list[Any]]
 
@@ -72,7 +73,7 @@ def check(root: str, how: str) -> list[str] | str:
     if how == "other settings" and dist.get_rank() == 1:
         config = Config(run=Run(dir=root, seed=1))
     if how == "wrong sums" and dist.get_rank() == 1:
-        rank_check.distributed.sums_right = lambda device: (sums(device), False)[1]
+        rank_check.sums_right = lambda device: (sums(device), False)[1]
     try:
         return check_ranks(config, torch.device("cpu"))
     except UnfitNodes as error:
@@ -80,10 +81,10 @@ def check(root: str, how: str) -> list[str] | str:
     except UserError as error:
         return f"error: {error}"
     finally:
-        rank_check.distributed.sums_right = sums
+        rank_check.sums_right = sums
 
 
-sums = distributed.sums_right
+sums = collectives.sums_right
 
 
 def test_all_ranks_learn_the_nodes(run_ranks: RunRanks, tmp_path: Path) -> None:
@@ -110,11 +111,11 @@ def sums_with_a_broken_rank() -> bool:
     if dist.get_rank() == 1:  # it adds something else
         dist.all_reduce(torch.ones(4096, dtype=torch.float64))
         return False
-    return distributed.sums_right(torch.device("cpu"))
+    return collectives.sums_right(torch.device("cpu"))
 
 
 def test_a_sum_is_really_taken(run_ranks: RunRanks) -> None:
-    assert run_ranks(3, distributed.sums_right, torch.device("cpu")) == [True] * 3
+    assert run_ranks(3, collectives.sums_right, torch.device("cpu")) == [True] * 3
     assert run_ranks(2, sums_with_a_broken_rank) == [False, False]
 
 
@@ -151,7 +152,8 @@ def test_too_few_cores_for_the_loader_are_a_loud_warning(
 RANK = """
 import os, sys, torch
 from dataclasses import replace
-from d2v_ds.distributed import World, init, shutdown
+from d2v_ds.distributed.world import World
+from d2v_ds.distributed.process_group import init, shutdown
 import torch.distributed as dist
 world = World.from_environment()
 init(world, torch.device("cpu"))

@@ -18,20 +18,20 @@ import torch
 from runs import Run, assert_equal_runs
 from series import write_set
 
-from d2v_ds import masking, recipes
+from d2v_ds import recipes, seeding
 from d2v_ds.batch import Batch
 from d2v_ds.cli import main
 from d2v_ds.config import Config
-from d2v_ds.distributed import seed_torch
+from d2v_ds.data.loader import Loader, read_samples
+from d2v_ds.data.shard_format import ShardSet, open_set
 from d2v_ds.engine import create_engine
 from d2v_ds.engine.optimizer import param_groups
 from d2v_ds.errors import UserError
-from d2v_ds.loader import Loader, read_samples
-from d2v_ds.metrics import Accumulator, masked_picture, summarize
 from d2v_ds.modalities import REGISTRY, create_modalities
 from d2v_ds.modalities.base import Modality, ModalityConfig
 from d2v_ds.pretrain import Pretrain, build_pretrain
-from d2v_ds.shard_format import ShardSet, open_set
+from d2v_ds.run.metrics import Accumulator, masked_picture, summarize
+from d2v_ds.seeding import seed_torch
 from d2v_ds.teacher import Ema
 
 LENGTHS = [[200, 90, 300, 40] * 3, [120] * 8]
@@ -66,7 +66,7 @@ class Case:
         return [sample for _, sample in islice(read_samples(self.shards, keys), number)]
 
     def rng(self, *path: int) -> np.random.Generator:
-        return masking.generator(0, *path)
+        return seeding.generator(0, *path)
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_one_sample_gives_as_many_masked_tokens_as_it_says(case: Case) -> None:
 
 
 def read_lengths(shards: ShardSet) -> list[int]:
-    from d2v_ds.shard_format import read_index
+    from d2v_ds.data.shard_format import read_index
 
     return [n for entry in shards.shards for n in read_index(shards.index(entry)).lengths]
 

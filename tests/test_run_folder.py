@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from d2v_ds.run_folder import (
+from d2v_ds.errors import Superseded
+from d2v_ds.files import write_atomically
+from d2v_ds.run.run_folder import (
     Generation,
     RunFolder,
-    Superseded,
     claim_generation,
     read_generation,
     refuse_superseded,
-    write_atomically,
 )
 
 
@@ -98,5 +98,5 @@ def test_what_a_replaced_start_still_writes_goes_nowhere(run: RunFolder) -> None
 
 
 def test_needs_no_torch() -> None:
-    code = "import sys, d2v_ds.run_folder; sys.exit('torch' in sys.modules)"
+    code = "import sys, d2v_ds.run.run_folder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2v_ds.errors import UserError
-from d2v_ds.shard_format import (
+from d2v_ds.data.shard_format import (
     INDEX_FILE,
     PLAN_FILE,
     ShardEntry,
@@ -23,6 +22,7 @@ from d2v_ds.shard_format import (
     read_index,
     set_json,
 )
+from d2v_ds.errors import UserError
 
 
 def write_index(path: Path, fields: tuple[str, ...] = ("flac", "json")) -> bytes:
@@ -192,6 +192,6 @@ def test_damaged_set_file(tmp_path: Path) -> None:
 
 
 def test_standard_library_only() -> None:
-    code = "import sys, d2v_ds.shard_format; print({'numpy', 'torch'} & set(sys.modules))"
+    code = "import sys, d2v_ds.data.shard_format; print({'numpy', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -19,8 +19,8 @@ import pytest
 import soundfile
 import webdataset as wds
 
-from d2v_ds import audio
-from d2v_ds.shard_format import INDEX_FILE, PLAN_FILE, ShardSet, open_set, read_index
+from d2v_ds.data import audio
+from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE, ShardSet, open_set, read_index
 from shards import samples
 from shards.cli import main
 from shards.keys import make_key

@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from d2v_ds.data.tar_index import KINDS, index_set
+from d2v_ds.data.tar_scan import DamagedTar, Member, members, next_header, samples
 from d2v_ds.errors import UserError
-from d2v_ds.foreign import KINDS, index_set
-from d2v_ds.tar_scan import DamagedTar, Member, members, next_header, samples
 from shards.cli import main
 from shards.speech.ogg import ogg_problem
 

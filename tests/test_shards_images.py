@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from d2v_ds.data.loader import read_samples
+from d2v_ds.data.shard_format import open_set
 from d2v_ds.errors import UserError
-from d2v_ds.loader import read_samples
 from d2v_ds.modalities.vision import Vision, VisionConfig
-from d2v_ds.shard_format import open_set
 from shards.cli import main
 from shards.images import check
 from shards.images.converter import ImageConverter

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from corpora import contents, put, recording
 
+from d2v_ds.data.shard_format import INDEX_FILE
 from d2v_ds.errors import UserError
-from d2v_ds.shard_format import INDEX_FILE
 from shards.arguments import splits, task_of_slurm
 from shards.cli import main
 from shards.family import Corpus, Input, Sample

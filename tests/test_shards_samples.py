@@ -12,7 +12,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from d2v_ds import audio
+from d2v_ds.data import audio
 from shards import samples
 from shards.samples import make_images, make_speech, make_text
 from shards.tokenizer import Tokenizer, train

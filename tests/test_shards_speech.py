@@ -13,8 +13,8 @@ import soundfile
 import webdataset as wds
 from corpora import contents, put, put_tar, quarantine, recording
 
-from d2v_ds import audio
-from d2v_ds.shard_format import open_set
+from d2v_ds.data import audio
+from d2v_ds.data.shard_format import open_set
 from shards import speech
 from shards.cli import main
 from shards.speech import layouts

@@ -18,10 +18,10 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from d2v_ds.data.loader import read_samples
+from d2v_ds.data.shard_format import open_set, read_index
 from d2v_ds.errors import UserError
-from d2v_ds.loader import read_samples
 from d2v_ds.modalities.text import Text, TextConfig
-from d2v_ds.shard_format import open_set, read_index
 from shards import samples
 from shards.cli import main
 from shards.family import Converted, Table

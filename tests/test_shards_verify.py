@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import webdataset as wds
 
-from d2v_ds import audio
-from d2v_ds.shard_format import (
+from d2v_ds.data import audio
+from d2v_ds.data.shard_format import (
     INDEX_FILE,
     ShardSet,
     index_bytes,
@@ -26,10 +26,11 @@ from d2v_ds.shard_format import (
     read_index,
     set_json,
 )
+from d2v_ds.files import remove_stale
 from shards import samples
 from shards.cli import main
 from shards.verify import NOTE
-from shards.writer import ShardWriter, header, remove_stale
+from shards.writer import ShardWriter, header
 
 SPEECH = samples.path("speech")
 
@@ -287,7 +288,7 @@ def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
         file.write_bytes(b"half")
     remove_stale(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted([live, away])
-    remove_stale(tmp_path, all_of_them=True)
+    remove_stale(tmp_path, all_hosts=True)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from d2v_ds.shard_format import INDEX_FILE, PLAN_FILE
+from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE
 from shards import samples
 from shards.cli import main
 from shards.workers import AHEAD, MANY, Workers

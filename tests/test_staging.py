@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from d2v_ds import staging
+from d2v_ds.data.cache import stage as staging
+from d2v_ds.data.cache.stage import own_copy, stage
+from d2v_ds.data.shard_format import ShardSet, open_set, set_json
 from d2v_ds.errors import UserError
-from d2v_ds.shard_format import ShardSet, open_set, set_json
-from d2v_ds.staging import own_copy, stage
-from d2v_ds.watchdog import Watchdog
+from d2v_ds.run.watchdog import Watchdog
 from shards import samples
 from shards.cli import main
 
@@ -79,7 +79,7 @@ def test_a_copy_that_was_cut_short_goes_on(shards: ShardSet, tmp_path: Path) -> 
 def test_processes_of_one_node_copy_once(shards: ShardSet, tmp_path: Path) -> None:
     code = (
         "import sys, logging; from pathlib import Path; logging.basicConfig(level=20)\n"
-        "from d2v_ds.shard_format import open_set; from d2v_ds.staging import stage\n"
+        "from d2v_ds.data.shard_format import open_set; from d2v_ds.data.cache.stage import stage\n"
         "assert stage(open_set(sys.argv[1]), Path(sys.argv[2]), lambda: None)\n"
     )
     command = [sys.executable, "-c", code, str(shards.root), str(tmp_path)]

@@ -22,13 +22,14 @@ from far import Server, start, stop
 from runs import Run, environment
 from test_train import QUICK
 
-from d2v_ds import download, shard_cache
 from d2v_ds.batch import StepBatch
+from d2v_ds.data import download
+from d2v_ds.data.cache import remote as shard_cache
+from d2v_ds.data.find_set import find_set, stream_tars
+from d2v_ds.data.loader import stream as stream_module
+from d2v_ds.data.loader.quarantine import Quarantine
+from d2v_ds.data.loader.stream import TOGETHER, StreamLoader
 from d2v_ds.errors import UserError
-from d2v_ds.find_set import find_set, stream_tars
-from d2v_ds.loader import stream as stream_module
-from d2v_ds.loader.quarantine import Quarantine
-from d2v_ds.loader.stream import TOGETHER, StreamLoader
 from d2v_ds.modalities.speech import Speech, SpeechConfig
 
 TARS, CLIPS = 10, 6  # tars, and clips in each
@@ -308,7 +309,7 @@ def test_what_is_streamed_and_what_cannot_be() -> None:
 
 def test_a_folder_of_a_killed_process_is_removed(cache: Path) -> None:
     code = (
-        "import os; from d2v_ds.shard_cache import OwnFolder; f = OwnFolder();"
+        "import os; from d2v_ds.data.cache.remote import OwnFolder; f = OwnFolder();"
         "(f.path / 'a.tar').touch(); print(f.path, flush=True); os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run(

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import webdataset as wds
 
-from d2v_ds.tar_scan import BLOCK, DamagedTar, Member, members, next_header, samples
+from d2v_ds.data.tar_scan import BLOCK, DamagedTar, Member, members, next_header, samples
 
 NAMES = [
     "a.flac",

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from d2v_ds.distributed import free_port
-from d2v_ds.metrics import MetricsWriter, masked_picture
-from d2v_ds.run_folder import RunFolder
+from d2v_ds.distributed.launcher import free_port
+from d2v_ds.run.metrics import MetricsWriter, masked_picture
+from d2v_ds.run.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")

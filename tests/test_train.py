@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from runs import Run, assert_equal_runs, ranks_of
 
-from d2v_ds.run_folder import claim_generation
+from d2v_ds.run.run_folder import claim_generation
 from shards import samples
 from shards.cli import main as shards_main
 

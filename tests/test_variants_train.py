@@ -12,11 +12,11 @@ import torch.distributed as dist
 import variants
 from variants import VARIANTS
 
-from d2v_ds import masking
+from d2v_ds import seeding
 from d2v_ds.config import EngineSettings
-from d2v_ds.distributed import seed_torch
 from d2v_ds.engine import create_engine
 from d2v_ds.engine.optimizer import param_groups
+from d2v_ds.seeding import seed_torch
 from d2v_ds.teacher import Ema
 
 STEPS, MICRO_BATCHES = 4, 2
@@ -52,7 +52,7 @@ def trajectory(variant: str, stage: str) -> tuple[dict[tuple[int, int], float], 
         samples = variants.examples(task, 20 + step, 40, 33, 25)
         batches = [
             modality.collate(
-                samples[2 * i : 2 * i + 2], [masking.generator(step, i, j) for j in range(2)], i
+                samples[2 * i : 2 * i + 2], [seeding.generator(step, i, j) for j in range(2)], i
             )
             for i in range(MICRO_BATCHES)
         ]

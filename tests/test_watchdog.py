@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from d2v_ds.run_folder import RunFolder, claim_generation
-from d2v_ds.status import Heartbeat, describe, heartbeats
-from d2v_ds.watchdog import HUNG, verdict
+from d2v_ds.run.run_folder import RunFolder, claim_generation
+from d2v_ds.run.status import Heartbeat, describe, heartbeats
+from d2v_ds.run.watchdog import HUNG, verdict
 
 RANK = """
 import logging, os, sys, time
 from pathlib import Path
-from d2v_ds.run_folder import RunFolder, read_generation
-from d2v_ds.watchdog import Watchdog
+from d2v_ds.run.run_folder import RunFolder, read_generation
+from d2v_ds.run.watchdog import Watchdog
 
 def stuck_in_the_data_loader(how):
     if how == "holding the interpreter":

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_ds.config import EngineSettings, Optim
-from d2v_ds.distributed import seed_torch
 from d2v_ds.engine import Engine, ParamGroup, create_engine
 from d2v_ds.engine.optimizer import param_groups
+from d2v_ds.seeding import seed_torch
 from d2v_ds.teacher import Ema
 
 CPU = torch.device("cpu")

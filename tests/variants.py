@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from d2v_ds import masking, recipes
+from d2v_ds import recipes, seeding
 from d2v_ds.batch import Batch, mask_indices
 from d2v_ds.config import Config
 from d2v_ds.modalities import speech, text
@@ -99,7 +99,7 @@ def tokens_of(modality: Any, example: Any) -> int:
 def draw(task: Pretrain, samples: Sequence[Any]) -> list[Any]:
     """The modality's own masks, [M, T] for each sample."""
     modality = modality_of(task)
-    rngs = [masking.generator(0, i) for i in range(len(samples))]
+    rngs = [seeding.generator(0, i) for i in range(len(samples))]
     if modality.name == "vision":
         return [modality.mask(rng) for rng in rngs]
     return [
@@ -130,5 +130,5 @@ def assemble(task: Pretrain, samples: Sequence[Any], masks: Sequence[Any]) -> Ba
 def batch_of(task: Pretrain, *sizes: int) -> Batch:
     """As the modality itself collates them."""
     modality: Modality = modality_of(task)
-    rngs = [masking.generator(0, i) for i in range(len(sizes))]
+    rngs = [seeding.generator(0, i) for i in range(len(sizes))]
     return modality.collate(examples(task, *sizes), rngs, 0)

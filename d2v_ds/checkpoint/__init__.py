@@ -19,15 +19,15 @@ all ranks are on the disk, so a crash at any moment leaves the earlier checkpoin
 from d2v_ds.checkpoint.format import DamagedCheckpoint, Kind, Pieces, Shapes
 from d2v_ds.checkpoint.read import Checkpoint, newest_verified, open_checkpoint
 from d2v_ds.checkpoint.saver import Saver
-from d2v_ds.checkpoint.together import SaveError
 from d2v_ds.checkpoint.write import clean, publish
+from d2v_ds.distributed.collectives import RankFailed
 
 __all__ = [
     "Checkpoint",
     "DamagedCheckpoint",
     "Kind",
     "Pieces",
-    "SaveError",
+    "RankFailed",
     "Saver",
     "Shapes",
     "clean",

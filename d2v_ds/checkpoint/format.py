@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
@@ -69,11 +67,3 @@ def check_cover(
     assert not missing, f"no rank owns {missing[0]}"
     assert set(table["master"]) == set(adam_steps), "masters and Adam's steps differ in names"
     assert table["ema"].keys() == table["ema_compensation"].keys(), "averages lack a part"
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()

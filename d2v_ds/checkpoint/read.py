@@ -26,12 +26,12 @@ from d2v_ds.checkpoint.format import (
     Shapes,
     by_kind,
     piece_table,
-    sha256,
 )
-from d2v_ds.checkpoint.together import all_gather, own_rank, rank_count, together
+from d2v_ds.distributed.collectives import all_gather, on_all_ranks, own_rank, rank_count
 from d2v_ds.engine import Shard
 from d2v_ds.errors import UserError
-from d2v_ds.run_folder import RunFolder
+from d2v_ds.files import sha256
+from d2v_ds.run.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -181,7 +181,7 @@ def newest_verified(run: RunFolder) -> Checkpoint | None:
     """
     steps = all_gather(run.steps())[0]
     for step in reversed(steps):
-        damage = [text for text in together(partial(_damage, run.checkpoint(step))) if text]
+        damage = [text for text in on_all_ranks(partial(_damage, run.checkpoint(step))) if text]
         if not damage:
             return open_checkpoint(run.checkpoint(step))
         if own_rank() == 0:

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from d2v_ds.checkpoint import write
 from d2v_ds.checkpoint.format import Files, Kind, Pieces, Shapes, by_kind
-from d2v_ds.checkpoint.together import all_gather, all_true, own_rank, together
+from d2v_ds.distributed.collectives import all_gather, all_true, on_all_ranks, own_rank
 from d2v_ds.engine import Shard
 from d2v_ds.errors import UserError
-from d2v_ds.run_folder import Generation, RunFolder, refuse_superseded, sync
+from d2v_ds.files import sync
+from d2v_ds.run.run_folder import Generation, RunFolder, refuse_superseded
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ class Saver:
     keep: the newest that stay; keep_every: those of steps that it divides stay for good (0: none).
     replicated: every rank holds everything, and rank 0 alone writes. What goes wrong is raised on
     all ranks alike, by whichever method comes next: UserError when the disk is too full, Superseded
-    when a newer start owns the run folder, SaveError for the rest. The run folder is then as if the
+    when a newer start owns the run folder, RankFailed otherwise. The run folder is then as if the
     save had never begun. Host memory for one copy of the state is kept between saves.
     """
 
@@ -93,10 +94,10 @@ class Saver:
         rank = own_rank()
         aside = self.run.checkpoints / f".{step:08d}.{self.generation.number}.tmp"
         try:
-            together(lambda: self._prepare(aside, needed) if rank == 0 else None)
+            on_all_ranks(lambda: self._prepare(aside, needed) if rank == 0 else None)
             adam_steps = _merge_steps(all_gather(steps))
             copies: dict[Kind, Pieces] = {}
-            together(lambda: copies.update(self._copy(kinds)))
+            on_all_ranks(lambda: copies.update(self._copy(kinds)))
         except BaseException:
             self._discard(aside)
             raise
@@ -115,11 +116,11 @@ class Saver:
             return
         pending, self._pending = self._pending, None
         try:
-            files = together(lambda: self._written(pending))
+            files = on_all_ranks(lambda: self._written(pending))
             manifest = write.build_manifest(
                 pending.step, pending.state, pending.shapes, pending.adam_steps, files
             )
-            together(lambda: self._publish(pending.aside, manifest))
+            on_all_ranks(lambda: self._publish(pending.aside, manifest))
         except BaseException:
             self._discard(pending.aside)
             raise

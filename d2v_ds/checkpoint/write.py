@@ -24,9 +24,9 @@ from d2v_ds.checkpoint.format import (
     Shapes,
     check_cover,
     piece_table,
-    sha256,
 )
-from d2v_ds.run_folder import Generation, RunFolder, refuse_superseded, sync, write_durably
+from d2v_ds.files import sha256, sync, write_durably
+from d2v_ds.run.run_folder import Generation, RunFolder, refuse_superseded
 
 PACKAGES = ("d2v-ds", "torch", "deepspeed", "safetensors")  # whose versions are recorded
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from d2v_ds.batch import Batch
-from d2v_ds.config import EngineSettings, Optim, load_engine_config
+from d2v_ds.config import EngineSettings, Optim
+from d2v_ds.config.engine_file import load_engine_config
 from d2v_ds.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

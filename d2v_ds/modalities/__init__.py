@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from d2v_ds.decoding import decode
+from d2v_ds.config.decoding import decode
 from d2v_ds.errors import UserError, suggestion
 from d2v_ds.modalities.base import Modality
 from d2v_ds.modalities.speech import Speech

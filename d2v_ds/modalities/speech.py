@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from d2v_ds import audio
 from d2v_ds.batch import Batch, mask_indices
+from d2v_ds.data import audio
 from d2v_ds.masking import Mask, block_count, block_mask_1d, span_mask
 from d2v_ds.modalities.base import ModalityConfig
 from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head, MaskToken

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from d2v_ds import images
 from d2v_ds.batch import Batch, mask_indices
-from d2v_ds.images import Pixels
+from d2v_ds.data import images
+from d2v_ds.data.images import Pixels
 from d2v_ds.masking import Mask, beit_mask, block_count, block_mask_2d
 from d2v_ds.modalities.base import ModalityConfig
 from d2v_ds.student import Context, ConvDecoder, ExtraTokens, FrontEnd, Head, MaskToken

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from d2v_ds.config import Config, apply_compat, modality_of
-from d2v_ds.decoding import apply_overrides, decode, load_yaml
+from d2v_ds.config import Config, modality_of
+from d2v_ds.config.compat import apply_compat
+from d2v_ds.config.decoding import apply_overrides, decode, load_yaml
 from d2v_ds.errors import UserError, suggestion
 from d2v_ds.recipes import joint, speech, text, vision
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from d2v_ds import images
+from d2v_ds.data import images
 from shards import parquet
 from shards.family import Converted, Input, Sample
 from shards.keys import part_key

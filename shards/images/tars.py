@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from d2v_ds import tar_scan
+from d2v_ds.data import tar_scan
 from d2v_ds.errors import UserError
 from shards.family import Input, Sample
 from shards.images.converter import ASIDE

@@ -12,7 +12,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from d2v_ds import audio
+from d2v_ds.data import audio
 
 LIMIT = 2_000_000  # bytes, of everything
 

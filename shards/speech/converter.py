@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v_ds import audio
+from d2v_ds.data import audio
 from shards.family import Converted, Input, Rejected, Sample
 from shards.keys import part_key
 from shards.speech.ogg import ogg_problem

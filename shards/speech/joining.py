@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from pathlib import Path
 
-from d2v_ds import audio
+from d2v_ds.data import audio
 from d2v_ds.errors import UserError, suggestion
 from shards.family import Sample
 from shards.keys import make_key

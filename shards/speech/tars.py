@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from d2v_ds.data.tar_scan import DamagedTar, Member, members, next_header, samples
 from d2v_ds.errors import UserError
-from d2v_ds.tar_scan import DamagedTar, Member, members, next_header, samples
 from shards.family import Input, Sample
 from shards.keys import make_key
 from shards.walking import AUDIO, walk

@@ -12,7 +12,7 @@ from pathlib import Path
 from cluster import HERE, SCRIPTS, Cluster, Job, Workplace
 from conftest import standin_settings
 
-from d2v_ds.shard_format import open_set
+from d2v_ds.data.shard_format import open_set
 from shards import samples
 from shards.cli import main as shards_main
 

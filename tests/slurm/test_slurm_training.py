@@ -15,8 +15,8 @@ import psutil
 import pytest
 from cluster import Cluster, Job, Workplace
 
-from d2v_ds.run_folder import RunFolder
-from d2v_ds.status import describe
+from d2v_ds.run.run_folder import RunFolder
+from d2v_ds.run.status import describe
 from shards import samples
 from shards.cli import main as shards_main
 

@@ -1,0 +1,25 @@
+"""Types of command-line values for both commands; argparse turns their errors into one line."""
+
+from __future__ import annotations
+
+import argparse
+
+from d2v_ds.files import parse_size
+
+
+def positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return value
+
+
+def size(text: str) -> int:
+    """Bytes, as files.parse_size reads them."""
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None

@@ -1,0 +1,61 @@
+"""The JSON file behind engine.config: DeepSpeed's ZeRO and communication settings."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from d2v_ds.errors import UserError
+from d2v_ds.files import resource
+
+
+def engine_config_file(name: str) -> Path | None:
+    """The JSON file behind engine.config; None for the local engine. Raises UserError."""
+    if name == "local":
+        return None
+    folder = resource("ds_configs")
+    known = sorted(p.stem for p in folder.glob("*.json"))
+    path = folder / f"{name}.json" if name in known else Path(name)
+    if not path.is_file():
+        near = difflib.get_close_matches(name, ["local", *known], n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise UserError(
+            f"engine.config: {name!r} is neither a JSON file nor one of local, "
+            f"{', '.join(known)}{hint}"
+        )
+    return path
+
+
+OWNED_BY_RUN = {
+    "train_batch_size": "batch.size and batch.micro_batches",
+    "train_micro_batch_size_per_gpu": "batch.size and batch.micro_batches",
+    "gradient_accumulation_steps": "batch.micro_batches",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim.*",
+    "scheduler": "optim.schedule",
+    "fp16": "engine.precision",
+    "bf16": "engine.precision",
+    "torch_autocast": "engine.precision",
+}
+
+
+def load_engine_config(name: str) -> dict[str, Any]:
+    """The DeepSpeed settings behind engine.config, of ZeRO and communication. Raises UserError."""
+    path = engine_config_file(name)
+    if path is None:
+        return {}
+    try:
+        raw = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    for key, owner in OWNED_BY_RUN.items():
+        if key in raw:
+            raise UserError(
+                f"{path} sets {key}, but the run configuration owns it ({owner}). "
+                "Remove it from the JSON."
+            )
+    return raw

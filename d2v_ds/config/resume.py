@@ -1,0 +1,39 @@
+"""What may change when a run resumes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from d2v_ds.config.decoding import differences, value_at
+from d2v_ds.errors import UserError
+
+MAY_CHANGE = (
+    *("run.steps", "run.threads", "run.dir", "engine", "data.workers", "log", "save"),
+    "data.max_bad",
+    "model.checkpoint_activations",
+)
+
+
+def refuse_changes(
+    old: dict[str, Any], new: dict[str, Any], allowed: tuple[str, ...] = ()
+) -> list[str]:
+    """Keys that differ between a checkpoint's configuration and this run's and are allowed by name.
+
+    Raises UserError listing every other difference outside MAY_CHANGE.
+    """
+    changed = [
+        key
+        for key in differences(old, new)
+        if not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE)
+    ]
+    named = [k for k in changed if any(k == a or k.startswith(a + ".") for a in allowed)]
+    refused = [k for k in changed if k not in named]
+    if refused:
+        shown = "; ".join(
+            f"{key} was {value_at(old, key)!r}, is {value_at(new, key)!r}" for key in refused[:5]
+        ) + ("; ..." if len(refused) > 5 else "")
+        raise UserError(
+            f"cannot resume with a changed configuration: {shown}. Set it back, choose another "
+            f"run.dir, or pass --allow {refused[0]}"
+        )
+    return named

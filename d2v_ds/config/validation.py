@@ -1,0 +1,124 @@
+"""Checks across settings, which no single type can make. All raise UserError with the setting's
+path."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from d2v_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from d2v_ds.config.sections import Config
+
+
+def modality_of(source: str) -> str:
+    """The modality of a source: speech of speech/libri."""
+    return source.partition("/")[0]
+
+
+def validate(config: Config) -> None:
+    """What no single field can tell. Raises UserError with the path of the setting."""
+
+    def require(condition: bool, path: str, message: str) -> None:
+        if not condition:
+            raise UserError(f"{path}: {message}")
+
+    run, optim, teacher = config.run, config.optim, config.teacher
+    require(run.steps >= 1, "run.steps", f"must be at least 1, got {run.steps}")
+    require(run.threads >= 0, "run.threads", f"must be 0 or more, got {run.threads}")
+    require(
+        config.data.workers >= 0, "data.workers", f"must be 0 or more, got {config.data.workers}"
+    )
+    require(
+        0 <= config.data.max_bad <= 1,
+        "data.max_bad",
+        f"must lie in [0, 1], got {config.data.max_bad}",
+    )
+    require(
+        config.batch.micro_batches >= 1,
+        "batch.micro_batches",
+        f"must be at least 1, got {config.batch.micro_batches}",
+    )
+    require(optim.lr > 0, "optim.lr", f"must be above 0, got {optim.lr}")
+    require(
+        0 <= optim.lr_end <= optim.lr,
+        "optim.lr_end",
+        f"{optim.lr_end} does not lie in 0 .. optim.lr={optim.lr}",
+    )
+    require(optim.clip >= 0, "optim.clip", f"must be 0 (off) or more, got {optim.clip}")
+    require(
+        all(0 <= beta < 1 for beta in optim.betas),
+        "optim.betas",
+        f"each in [0, 1), got {optim.betas}",
+    )
+    require(
+        0 <= optim.warmup_steps <= run.steps,
+        "optim.warmup_steps",
+        f"{optim.warmup_steps} does not lie in 0 .. run.steps={run.steps}; change one of them",
+    )
+    for key in ("decay", "decay_end"):
+        value = getattr(teacher, key)
+        require(0 <= value <= 1, f"teacher.{key}", f"must lie in [0, 1], got {value}")
+    require(teacher.anneal_steps >= 0, "teacher.anneal_steps", f"got {teacher.anneal_steps}")
+    require(
+        config.target.top_k >= 1, "target.top_k", f"must be at least 1, got {config.target.top_k}"
+    )
+    require(config.log.every >= 1, "log.every", f"must be at least 1, got {config.log.every}")
+    require(config.save.every >= 1, "save.every", f"must be at least 1, got {config.save.every}")
+    require(config.save.keep >= 1, "save.keep", f"must be at least 1, got {config.save.keep}")
+    require(
+        config.save.keep_every >= 0 and config.save.keep_every % config.save.every == 0,
+        "save.keep_every",
+        f"must be 0 (off) or a multiple of save.every={config.save.every}, "
+        f"got {config.save.keep_every}",
+    )
+    validate_sources(config)
+
+
+def validate_sources(config: Config) -> None:
+    """Whether what is given by source or by modality is of the run's. Raises UserError."""
+    names, size = sorted(config.modality), config.batch.size
+    sizes = {f".{name}": s for name, s in size.items()} if isinstance(size, dict) else {"": size}
+    sources = config.data.shards if isinstance(config.data.shards, dict) else {}
+    given = [f"data.shards.{source}" for source in sources]
+    for path in [*given, *(f"batch.size{name}" for name in sizes if name)]:
+        name = modality_of(path.split(".", 2)[2])
+        if name not in names:
+            raise UserError(f"{path}: no modality {name!r} in this run (has: {', '.join(names)})")
+    for name, number in sizes.items():
+        if number <= 0:
+            raise UserError(f"batch.size{name}: must be above 0, got {number:g}")
+    validate_weights(config)
+
+
+def require_one_each(config: Config) -> None:
+    """Raises UserError unless each of several modalities has its own batch size and shard set."""
+    names, shards, size = sorted(config.modality), config.data.shards, config.batch.size
+    several = f"{len(names)} modalities; give one each for {', '.join(names)}, for example"
+    if isinstance(shards, str) and shards and len(names) > 1:
+        raise UserError(f"data.shards: one set for {several} data.shards.{names[0]}={shards}")
+    if not isinstance(size, dict) and len(names) > 1:
+        raise UserError(f"batch.size: one number for {several} batch.size.{names[0]}={size:g}")
+    for name in names:
+        if isinstance(size, dict) and name not in size:
+            raise UserError(f"batch.size.{name}: must be given (has: {', '.join(size)})")
+
+
+def validate_weights(config: Config) -> None:
+    weights, given = config.data.weights, [modality_of(source) for source in config.sources]
+    # Of a modality without a shard set more is told before the run begins.
+    sources = [*config.sources, *(name for name in config.modality if name not in given)]
+    for source, weight in weights.items():
+        if source not in sources:
+            raise UserError(
+                f"data.weights.{source}: no such source in this run (has: {', '.join(sources)})"
+            )
+        if not 0 < weight < math.inf:
+            raise UserError(f"data.weights.{source}: must be above 0, got {weight:g}")
+    missing = [source for source in sources if source not in weights]
+    if weights and missing:
+        raise UserError(
+            f"data.weights.{missing[0]}: must be given, as other sources have a weight "
+            f"({', '.join(weights)})"
+        )

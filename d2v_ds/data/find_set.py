@@ -1,0 +1,84 @@
+"""The shard set that a person names: a set, a folder of tars that others made, or a URL prefix.
+
+    data.shards --find_set--> ShardSet
+
+Tars without an index get one when they are first used, beside them or, where nothing can be written
+there, in the cache's folder (shard_cache.py). Tars at URLs are no set (loader/stream.py).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import itertools
+import logging
+import os
+import re
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from d2v_ds.data.cache.remote import Cache, open_remote
+from d2v_ds.data.download import is_remote
+from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE, ShardSet, open_set
+from d2v_ds.data.tar_index import index_set
+from d2v_ds.errors import UserError
+
+log = logging.getLogger("d2v_ds")
+
+
+def find_set(where: str | Path, modality: str = "", check_tars: bool = True) -> ShardSet:
+    """As open_set, which it is for a folder that holds a set. Raises UserError."""
+    if stream_tars(str(where)):
+        raise UserError(
+            f"{where}: are tars without an index, which only training can stream; give a folder "
+            "or a URL prefix with a shard set (`d2v-shards index` makes one of tars)"
+        )
+    if is_remote(str(where)):
+        return open_remote(str(where), modality)
+    root = Path(where)
+    if (root / INDEX_FILE).exists() or (root / PLAN_FILE).exists() or not root.is_dir():
+        return open_set(root, modality, check_tars)
+    tars = sorted(root.glob("*.tar"))
+    if not tars:
+        return open_set(root, modality, check_tars)  # says what is wrong
+    return open_set(_indexed(root, tars, modality), modality, check_tars)
+
+
+def stream_tars(where: str) -> list[str]:
+    """The tars that a URL or a command names by itself, with `{000..127}` and `{a,b}` as shells
+    have them; empty where it names a set or a folder. Raises UserError."""
+    command = where.startswith("pipe:")
+    if "{}" in where or not re.search(r"\.tar\b" if command else r"\.tar($|[?#])", where):
+        return []
+    if is_remote(where):
+        # Other braces of a command are its own.
+        parts = re.split(r"(\{(?:\d+\.\.\d+|[\w-]+(?:,[\w-]+)+)\})", where)
+        choices = [list(braceexpand(p)) if i % 2 else [p] for i, p in enumerate(parts)]
+        return ["".join(choice) for choice in itertools.product(*choices)]
+    if not Path(where).is_dir():
+        raise UserError(
+            f"{where}: tars of this machine are named by their folder; it gets an index when it is "
+            "first used"
+        )
+    return []
+
+
+def _indexed(root: Path, tars: list[Path], modality: str) -> Path:
+    """The folder with the index, made once by whoever comes first."""
+    out = root
+    if not os.access(root, os.W_OK):
+        facts = [str(root.resolve())]
+        facts += [f"{tar.name} {(stat := tar.stat()).st_size} {stat.st_mtime_ns}" for tar in tars]
+        digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+        out = Cache.from_environment().folder / f"{root.name}-{digest}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / ".index.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (out / INDEX_FILE).exists():
+                log.info("%s: has no index; reading the headers of %d tars", root, len(tars))
+                index_set(tars, out, modality)
+    except OSError as error:
+        raise UserError(f"{out}: cannot write the index of {root} ({error.strerror})") from None
+    return out

@@ -1,0 +1,301 @@
+"""The plan: lengths in the index -> which samples make which micro-batch of which step.
+
+    lengths -> shuffled order of an epoch -> pools -> sorted, cut into lots -> shuffled -> Step
+
+A pure function of (lengths, the modality's crop, seed, epoch, batch.size, batch.micro_batches);
+nothing is read, and ranks and workers do not appear. A sample is named by its position in the set,
+counted over the shards in the order of index.json; a lot is the samples of one micro-batch.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from d2v_ds.errors import UserError
+from d2v_ds.modalities.base import Modality
+from d2v_ds.seeding import LOT_ORDER, SAMPLE_ORDER, SHARD_ORDER, permutation
+
+Positions = npt.NDArray[np.int64]
+
+WINDOW = 65_536  # samples of neighbouring shards that are shuffled together
+POOL = 4_096  # samples that are sorted by cost together: about 0.5 % padding
+POOL_STEPS = 16  # and at least so many steps, so that rounding to whole steps costs little
+SPARE = 8  # samples beside a lot that can stand in for it
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step reads on all ranks."""
+
+    epoch: int
+    lots: Sequence[Positions]  # the samples of each micro-batch
+    spare: Sequence[Positions]  # others of about their cost, should none of a lot be of use
+    masked: Sequence[int] | None  # tokens of each micro-batch; None: known when they are drawn
+    units: float  # seconds of audio, images or tokens of all, after cropping
+    position: dict[str, int]  # after this step
+
+
+@dataclass(frozen=True)
+class EpochStats:
+    """The first epoch in numbers; the number of steps of others differs a little."""
+
+    steps: int
+    samples: int
+    left_out: int  # too short to be used
+    units: float  # seconds of audio, images or tokens, after cropping
+    padding: float  # share of the padded batches that is padding
+
+
+START = {"epoch": 0, "step": 0, "pool": 0, "pool_step": 0}  # steps done in the epoch, in the pool
+
+
+class Plan:
+    """The steps of every epoch.
+
+    Shards are shuffled, then the samples within windows of neighbouring shards, so that reading
+    stays within a few shards. This order is cut into pools; a pool is sorted by cost and cut into
+    lots whose padded cost is at most size / micro_batches; the lots are shuffled and dealt to
+    steps, micro_batches to each. Every usable sample comes once an epoch; only where single
+    samples fill a lot, up to micro_batches - 1 at the end of an epoch are left for other epochs.
+    No more than the pool at hand is ever computed, so a seek takes milliseconds in any set.
+
+    lengths: of all samples, one array a shard, in the unit of the index. Raises UserError when they
+    do not make one step.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[npt.NDArray[np.uint32]],
+        modality: Modality,
+        *,
+        seed: int,
+        size: float,
+        micro_batches: int,
+    ) -> None:
+        self.seed, self.micro_batches, self.limit = seed, micro_batches, size / micro_batches
+        self.bounds = np.cumsum([0, *map(len, lengths)])  # of the shards: positions
+        self.lengths = np.concatenate(lengths)
+        # The modality is asked once for each length that occurs, not for each sample.
+        self.distinct, counts = np.unique(self.lengths, return_counts=True)
+        distinct = [int(length) for length in self.distinct]
+        self.usable = np.array([modality.crop(n) > 0 for n in distinct], dtype=bool)
+        self.cost = np.zeros(len(distinct))
+        masked = np.zeros(len(distinct), dtype=np.int64)
+        drawn = False  # the number of masked tokens
+        for kind in np.flatnonzero(self.usable):
+            self.cost[kind] = modality.cost(distinct[kind])
+            tokens = modality.masked_tokens(distinct[kind])
+            masked[kind], drawn = tokens or 0, drawn or tokens is None
+        self.masked = None if drawn else masked
+        assert (self.cost[self.usable] > 0).all(), f"{modality.name}: a sample costs nothing"
+        self.used = np.array([len(self.usable_in(shard)) for shard in range(len(lengths))])
+        self.samples = int(self.used.sum())
+        self._require_one_step(modality, size)
+        mean_cost = float((self.cost * counts).sum()) / self.samples
+        pools = max(1, self.samples // max(POOL, int(POOL_STEPS * size / mean_cost)))
+        # Multiples of micro_batches, so that only the last pool can have samples over.
+        self.pools = [
+            self.samples * i // pools // micro_batches * micro_batches for i in range(pools)
+        ] + [self.samples]
+
+    def _require_one_step(self, modality: Modality, size: float) -> None:
+        lots = self.micro_batches
+        if self.samples < lots:
+            raise UserError(
+                f"data.shards: {self.samples} of {len(self.lengths)} samples are long enough for "
+                f"modality.{modality.name}, one step of batch.micro_batches={lots} needs {lots}. "
+                "Add data, allow shorter samples or use fewer micro-batches"
+            )
+        require_room(modality, size, lots, float(self.cost.max()))
+
+    def kinds(self, positions: Positions) -> npt.NDArray[np.intp]:
+        """Places of samples in the tables of distinct lengths."""
+        return np.searchsorted(self.distinct, self.lengths[positions])
+
+    def usable_in(self, shard: int) -> Positions:
+        """Positions of a shard's usable samples."""
+        positions = np.arange(self.bounds[shard], self.bounds[shard + 1])
+        usable: Positions = positions[self.usable[self.kinds(positions)]]
+        return usable
+
+    def steps(self, position: Mapping[str, int] = START) -> Iterator[Step]:
+        """The steps after `position`, for ever."""
+        epoch, step, pool, pool_step = (position[key] for key in START)
+        while True:
+            order = _Order(self, epoch)
+            while pool < len(self.pools) - 1:
+                lots = self._lots(order, pool)
+                while pool_step * self.micro_batches < len(lots):
+                    dealt = lots[pool_step * self.micro_batches :][: self.micro_batches]
+                    step, pool_step = step + 1, pool_step + 1
+                    after = dict(zip(START, (epoch, step, pool, pool_step), strict=True))
+                    yield self._step(epoch, dealt, after)
+                pool, pool_step = pool + 1, 0
+            epoch, step, pool = epoch + 1, 0, 0
+
+    def upcoming(self, position: Mapping[str, int]) -> Iterator[int]:
+        """The shards in the order in which they are read from `position` on, for ever."""
+        order = _Order(self, position["epoch"])
+        shards = order.shards[order.first_shards[order.window_of(self.pools[position["pool"]])] :]
+        while True:
+            yield from shards.tolist()
+            order = _Order(self, order.epoch + 1)
+            shards = order.shards
+
+    def _step(self, epoch: int, dealt: Sequence[_Dealt], position: dict[str, int]) -> Step:
+        lots, spare = zip(*dealt, strict=True)
+        kinds = [self.kinds(lot) for lot in lots]
+        return Step(
+            epoch=epoch,
+            lots=lots,
+            spare=spare,
+            masked=None if self.masked is None else [int(self.masked[k].sum()) for k in kinds],
+            units=float(sum(self.cost[k].sum() for k in kinds)),
+            position=position,
+        )
+
+    def _lots(self, order: _Order, pool: int) -> list[_Dealt]:
+        """The lots of a pool with what is spare, in the order in which they are dealt to steps."""
+        positions = order.slice(self.pools[pool], self.pools[pool + 1])
+        cost = self.cost[self.kinds(positions)]
+        # Stable, so that samples of equal cost stay in their random order.
+        descending = np.argsort(-cost, kind="stable")
+        bounds = cut(cost[descending].tolist(), self.limit, self.micro_batches)
+        if not bounds:  # each sample fills a lot: the last ones of this random order are left over
+            descending = np.arange(len(cost) // self.micro_batches * self.micro_batches)
+            bounds = list(range(len(descending) + 1))
+        shuffled = permutation(len(bounds) - 1, self.seed, LOT_ORDER, order.epoch, pool)
+        sorted_ = positions[descending]
+        return [_deal(sorted_, bounds[i], bounds[i + 1]) for i in shuffled]
+
+    def stats(self) -> EpochStats:
+        """Cuts the whole first epoch: a few seconds for a million samples."""
+        order = _Order(self, 0)
+        lots = [lot for pool in range(len(self.pools) - 1) for lot, _ in self._lots(order, pool)]
+        costs = [self.cost[self.kinds(lot)] for lot in lots]
+        units = float(sum(cost.sum() for cost in costs))
+        padded = float(sum(cost.max() * len(cost) for cost in costs))
+        return EpochStats(
+            steps=len(lots) // self.micro_batches,
+            samples=sum(map(len, lots)),
+            left_out=len(self.lengths) - self.samples,
+            units=units,
+            padding=1 - units / padded,
+        )
+
+
+_Dealt = tuple[Positions, Positions]  # a lot, and what is spare
+
+
+def _deal(pool: Positions, start: int, stop: int) -> _Dealt:
+    """The lot of a sorted pool between two bounds, and its neighbours: costlier ones first."""
+    before = pool[max(0, start - SPARE) : start][::-1]
+    after = pool[stop : stop + SPARE]
+    return pool[start:stop], np.concatenate([before, after])[:SPARE]
+
+
+class _Order:
+    """The order of one epoch's usable samples; holds one window of it at a time."""
+
+    def __init__(self, plan: Plan, epoch: int) -> None:
+        self.plan, self.epoch = plan, epoch
+        self.shards = permutation(len(plan.used), plan.seed, SHARD_ORDER, epoch)
+        used = plan.used[self.shards]
+        starts = np.cumsum(used) - used
+        first = np.flatnonzero(np.diff(starts // WINDOW, prepend=-1))
+        self.first_shards = np.append(first, len(self.shards))  # of the windows
+        self.bounds = np.append(starts[first], plan.samples)  # of the windows, in this order
+        self.window = -1
+        self.positions = np.zeros(0, dtype=np.int64)  # of that window
+
+    def window_of(self, place: int) -> int:
+        return int(np.searchsorted(self.bounds, place, side="right")) - 1
+
+    def slice(self, start: int, stop: int) -> Positions:
+        window = self.window_of(start)
+        parts = []
+        while start < stop:
+            begin, end = int(self.bounds[window]), min(stop, int(self.bounds[window + 1]))
+            parts.append(self._samples(window)[start - begin : end - begin])
+            start, window = end, window + 1
+        return np.concatenate(parts)
+
+    def _samples(self, window: int) -> Positions:
+        if window != self.window:
+            shards = self.shards[self.first_shards[window] : self.first_shards[window + 1]]
+            positions = np.concatenate([self.plan.usable_in(shard) for shard in shards])
+            place = (SAMPLE_ORDER, self.epoch, window)
+            shuffled = permutation(len(positions), self.plan.seed, *place)
+            self.window, self.positions = window, positions[shuffled]
+        return self.positions
+
+
+def require_room(modality: Modality, size: float, lots: int, most: float) -> None:
+    """Raises UserError when a sample that costs `most` fits no micro-batch of a step's `lots`."""
+    if most <= size / lots:
+        return
+    unit, fewer = modality.unit, int(size // most)
+    raise UserError(
+        f"batch.size: {size:g} {unit} in {lots} micro-batches leaves {size / lots:g} {unit} "
+        f"for each, but one sample has up to {most:g}. Use at least {most * lots:g}"
+        + (f", at most {fewer} micro-batches" if fewer else "")
+        + f" or smaller samples (modality.{modality.name})"
+    )
+
+
+# ------------------------------------------------------------------------------------------ cutting
+
+
+def cut(costs: Sequence[float], limit: float, multiple: int) -> list[int]:
+    """Bounds of lots of consecutive samples, whose number is a multiple of `multiple`.
+
+    costs: descending, none above limit. The padded cost of a lot, the number of its samples times
+    its first cost, is at most `limit`. There are as few lots as that allows; they are made about
+    equal by bisection for the lowest limit with which as many suffice. Empty when there are fewer
+    samples than lots, which only a number of samples that is no multiple itself can bring about.
+    """
+    wanted = -(-_count(costs, limit) // multiple) * multiple
+    if wanted > len(costs):
+        return []
+    low = max(costs[0], math.fsum(costs) / wanted)
+    while limit - low > 1e-3 * low:
+        middle = (low + limit) / 2
+        if _count(costs, middle) <= wanted:
+            limit = middle
+        else:
+            low = middle
+    return _split(costs, _greedy(costs, limit), wanted)
+
+
+def _greedy(costs: Sequence[float], limit: float) -> list[int]:
+    """Bounds of the fewest lots that stay within `limit`: each takes as many samples as fit."""
+    bounds = [0]
+    while bounds[-1] < len(costs):
+        start = bounds[-1]
+        bounds.append(min(start + int(limit // costs[start]), len(costs)))
+    return bounds
+
+
+def _count(costs: Sequence[float], limit: float) -> int:
+    return len(_greedy(costs, limit)) - 1
+
+
+def _split(costs: Sequence[float], bounds: list[int], wanted: int) -> list[int]:
+    """Halves the costliest lots until there are as many as wanted."""
+    lots = [(-costs[a] * (b - a), a, b) for a, b in pairwise(bounds) if b - a > 1]
+    heapq.heapify(lots)
+    while len(bounds) <= wanted:
+        _, start, stop = heapq.heappop(lots)
+        middle = (start + stop) // 2
+        bounds.append(middle)
+        for a, b in ((start, middle), (middle, stop)):
+            if b - a > 1:
+                heapq.heappush(lots, (-costs[a] * (b - a), a, b))
+    return sorted(bounds)

@@ -1,0 +1,224 @@
+"""Reading: (position in the set) -> members, and (the samples of a micro-batch) -> Batch.
+
+Runs in the loader's worker processes, or in the training process where there are none. A member is
+read by one os.pread at the place that the index names: no tar is ever walked through.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from d2v_ds.batch import Batch
+from d2v_ds.data.cache.remote import open_shard
+from d2v_ds.data.checksum import Checksum, checksum_of
+from d2v_ds.data.loader.plan import Positions
+from d2v_ds.data.shard_format import ShardIndex, ShardSet, read_index
+from d2v_ds.errors import UserError
+from d2v_ds.modalities.base import Modality
+from d2v_ds.seeding import CROP, MASK, generator
+
+OPEN_SHARDS = 64  # that a reader holds, each with its index
+REMEDY = (
+    "Copy the shard again or convert again; `d2v-shards verify` lists all that is wrong with a set"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenShard:
+    file: int
+    index: ShardIndex
+    columns: list[tuple[int, str]]  # of the index: the fields to read
+    width: int  # of the index
+    checksum: Checksum | None
+
+
+class Reader:
+    """Samples of a set by position. fields: the members to read. verify: whether their checksums
+    are compared, each time."""
+
+    def __init__(self, shards: ShardSet, fields: Sequence[str], verify: bool = True) -> None:
+        self.shards, self.fields, self.verify = shards, frozenset(fields), verify
+        self.bounds = list(accumulate((shard.samples for shard in shards.shards), initial=0))
+        self.open: OrderedDict[int, _OpenShard] = OrderedDict()  # least recent first
+
+    def read(self, position: int) -> dict[str, bytes]:
+        """Those of `fields` that the sample has. Raises ValueError when their bytes are not those
+        that the index is of, and UserError when the shard cannot be read."""
+        shard, row = self._locate(position)
+        one = self._opened(shard)
+        index, members = one.index, {}
+        for column, field in one.columns:
+            i = row * one.width + column
+            offset, size = index.offsets[i], index.sizes[i]
+            if not offset:
+                continue
+            try:
+                member = members[field] = os.pread(one.file, size, offset)
+            except OSError as error:
+                raise self._unreadable(shard, error) from None
+            if len(member) < size:
+                raise ValueError(f"the tar ends within its .{field}")
+            if one.checksum and one.checksum(member) != index.checksums[i]:
+                raise ValueError(f"its .{field} has changed: the index has another checksum for it")
+        return members
+
+    def key(self, position: int) -> str:
+        shard, row = self._locate(position)
+        return self._opened(shard).index.key(row)
+
+    def length(self, position: int) -> int:
+        shard, row = self._locate(position)
+        return int(self._opened(shard).index.lengths[row])
+
+    def bad(self, position: int, reason: str) -> Bad:
+        entry = self.shards.shards[self._locate(position)[0]]
+        tar = self.shards.urls.get(entry.name) or str(self.shards.tar(entry))
+        return Bad(position, tar, self.key(position), reason)
+
+    def name(self, position: int) -> str:
+        """A sample for people: its tar and its key."""
+        return str(self.bad(position, "")).removesuffix(": ")
+
+    def close(self) -> None:
+        while self.open:
+            os.close(self.open.popitem()[1].file)
+
+    def _locate(self, position: int) -> tuple[int, int]:
+        """Shard and row in it."""
+        shard = bisect_right(self.bounds, position) - 1
+        return shard, position - self.bounds[shard]
+
+    def _opened(self, shard: int) -> _OpenShard:
+        one = self.open.get(shard)
+        if one:
+            self.open.move_to_end(shard)
+            return one
+        if len(self.open) == OPEN_SHARDS:
+            os.close(self.open.popitem(last=False)[1].file)
+        entry = self.shards.shards[shard]
+        index = read_index(self.shards.index(entry))
+        columns = [(i, name) for i, name in enumerate(index.fields) if name in self.fields]
+        checksum = checksum_of(index.checksum) if self.verify else None
+        try:
+            if self.shards.remote:
+                file = open_shard(self.shards, entry)
+            else:
+                file = os.open(self.shards.tar(entry), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise self._unreadable(shard, error) from None
+        one = self.open[shard] = _OpenShard(file, index, columns, len(index.fields), checksum)
+        return one
+
+    def _unreadable(self, shard: int, error: OSError) -> UserError:
+        tar = self.shards.tar(self.shards.shards[shard])
+        return UserError(f"{tar}: cannot be read ({error.strerror})")
+
+
+@dataclass(frozen=True)
+class Lot:
+    """What it takes to make one micro-batch, anywhere."""
+
+    epoch: int
+    index: int  # of the micro-batch in its step
+    samples: Positions
+    spare: Positions
+    masked: int | None  # tokens, as planned; None: not planned
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A sample that cannot be used."""
+
+    position: int
+    tar: str
+    key: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.tar}, sample {self.key!r}: {self.reason}"
+
+
+class Made(NamedTuple):
+    """A micro-batch, and which of its samples others stand in for."""
+
+    batch: Batch
+    bad: tuple[Bad, ...]
+
+    def own(self) -> Made:
+        return self._replace(batch=self.batch.own())
+
+
+class MicroBatches:
+    """Lot -> Made. Crops and masks are drawn from (seed, epoch, sample).
+
+    In place of a sample that cannot be used stands the one before it in the lot, which is at least
+    as long, cut to the planned length; else the nearest after it, repeated; else a spare one. So
+    sizes and numbers of masked tokens are as planned, and nothing depends on ranks or workers.
+    """
+
+    def __init__(self, reader: Reader, modality: Modality, seed: int) -> None:
+        self.reader, self.modality, self.seed = reader, modality, seed
+
+    def __call__(self, lot: Lot, reading: Callable[[int], None]) -> Made:
+        """reading: is told the position of each sample before it is read. Raises UserError when a
+        shard cannot be read, and when neither a sample of the lot nor a spare one can be used."""
+        positions = lot.samples.tolist()
+        found: list[Any] = []
+        bad: list[Bad] = []
+        for position in positions:
+            reading(position)
+            found.append(self._example(lot.epoch, position, bad))
+        examples, used = list(found), list(positions)
+        if bad:
+            stand_ins = {p: e for p, e in zip(positions, found, strict=True) if e is not None}
+            stand_ins = stand_ins or self._spare(lot, bad)
+            for i, position in enumerate(positions):
+                if found[i] is None:
+                    used[i] = _stand_in(positions, i, stand_ins)
+                    length = self.reader.length(position)
+                    examples[i] = self.modality.fit(stand_ins[used[i]], length)
+        rngs = [generator(self.seed, MASK, lot.epoch, position) for position in positions]
+        batch = self.modality.collate(examples, rngs, lot.index)
+        keys = tuple(self.reader.key(position) for position in used)
+        assert lot.masked in (None, len(batch.masked)), (
+            f"planned {lot.masked} masked tokens, drew {len(batch.masked)} for the samples {keys}"
+        )
+        return Made(dataclasses.replace(batch, keys=keys), tuple(bad))
+
+    def _example(self, epoch: int, position: int, bad: list[Bad]) -> Any:
+        """The decoded sample; None, and told in `bad`, when it cannot be used."""
+        rng = generator(self.seed, CROP, epoch, position)
+        try:
+            example = self.modality.decode(self.reader.read(position), rng)
+            if self.modality.fit(example, self.reader.length(position)) is not example:
+                raise ValueError("has not the length that the index says")
+        except ValueError as error:
+            bad.append(self.reader.bad(position, str(error)))
+            return None
+        return example
+
+    def _spare(self, lot: Lot, bad: list[Bad]) -> dict[int, Any]:
+        ignored: list[Bad] = []  # each is counted in the lot that it belongs to
+        for position in lot.spare.tolist():
+            example = self._example(lot.epoch, position, ignored)
+            if example is not None:
+                return {position: example}
+        raise UserError(
+            f"none of {len(lot.samples)} samples of a micro-batch and {len(ignored)} like them can "
+            f"be used; the first: {bad[0]}. {REMEDY}"
+        )
+
+
+def _stand_in(positions: Sequence[int], i: int, usable: Mapping[int, Any]) -> int:
+    """Which of the usable samples takes the place of positions[i]."""
+    for position in (*positions[:i][::-1], *positions[i:], *usable):
+        if position in usable:
+            return position
+    raise AssertionError("no sample is usable")

@@ -1,0 +1,263 @@
+"""A stream: tars at URLs, read a few at a time, of which nothing is known before they are there.
+
+    URL-{000000..000127}.tar --this rank's part, shuffled--> groups --download, read headers-->
+        a small set on this node's disk --an epoch of a Loader--> StepBatch, summed over the ranks
+
+The fallback where nothing can be indexed: each rank draws from tars of its own, so what is in a
+step depends on the number of ranks, and ranks are not at the same place of an epoch. A run goes on
+at the group of tars behind the one that rank 0 was reading, so some samples come again and some do
+not come in that epoch. All that a Loader does with a set it does with a group of tars: pools of
+like lengths, planned micro-batches, stand-ins for bad samples, workers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+from d2v_ds.batch import StepBatch
+from d2v_ds.data.cache.remote import OwnFolder, writing
+from d2v_ds.data.download import download
+from d2v_ds.data.loader import Loader
+from d2v_ds.data.loader.plan import require_room
+from d2v_ds.data.loader.quarantine import Quarantine
+from d2v_ds.data.loader.reading import Bad
+from d2v_ds.data.shard_format import ShardSet
+from d2v_ds.data.tar_index import KINDS, Indexed, index_tar
+from d2v_ds.distributed.collectives import RankSums
+from d2v_ds.errors import UserError
+from d2v_ds.modalities.base import Modality
+from d2v_ds.run.preflight import require_divisible, require_tars
+from d2v_ds.seeding import SHARD_ORDER, TAR_GROUP, bit_generator, permutation
+
+log = logging.getLogger("d2v_ds")
+
+TOGETHER = 4  # tars of a group, at most: a rank has two groups on the disk, one of them to come
+LONGEST = 2**31 - 1  # length of a sample
+START = {"epoch": 0, "step": 0, "group": 0}  # steps in all; groups of the epoch begun by rank 0
+
+T = TypeVar("T")
+
+
+class StreamLoader:
+    """This rank's part of every optimizer step over tars at URLs, for ever: iterates StepBatch, as
+    Loader, whose settings it shares.
+
+    position: that of a StepBatch; what its group of tars has left is passed over. Raises UserError
+    for fewer tars than ranks, a modality that headers tell nothing about, settings that do not fit
+    each other; while iterating, when a tar cannot be downloaded or is damaged, an epoch has not one
+    step, or too many samples cannot be used; and what Workers raises.
+    """
+
+    def __init__(
+        self,
+        tars: Sequence[str],
+        modality: Modality,
+        *,
+        seed: int,
+        size: float,
+        micro_batches: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        position: Mapping[str, int] | None = None,
+        quarantine: Quarantine | None = None,
+    ) -> None:
+        require_divisible(micro_batches, world)
+        require_tars(tars, modality.name, world)
+        require_room(modality, size, micro_batches, modality.cost(LONGEST))
+        self.tars, self.modality, self.seed = tars, modality, seed
+        self.rank, self.world, self.workers = rank, world, workers
+        self.own = micro_batches // world
+        self.size = size / world
+        self.quarantine = quarantine or Quarantine()
+        self.position = {**START, **(position or {})}
+        if self.position["step"]:
+            log.warning(
+                "%s, and %d more tars: a stream does not go on exactly where it stopped. The rest "
+                "of the tars that rank 0 was reading is passed over; of other ranks some samples "
+                "may come again, or not in this epoch",
+                tars[0],
+                len(tars) - 1,
+            )
+        self.folder = OwnFolder()
+        self.sums = RankSums(world)
+        self.groups = map(self._fetch, self._groups())
+        self.upcoming = next(self.groups)
+        self.passed_over = ""  # why, the last time
+        self.steps = self._steps()
+        self.ahead: tuple[StepBatch, Callable[[], list[float]]] | None = None
+
+    def describe(self) -> str:
+        """What an epoch is, for people."""
+        return (
+            f"{len(self.tars)} tars without an index, {len(self.tars) / self.world:.4g} for each "
+            "rank; what is in them shows as they come, and a resume is not exact"
+        )
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        return self
+
+    def __next__(self) -> StepBatch:
+        batch, sums = self.ahead or self._next_step()
+        self.ahead = self._next_step()  # its sums are made while this step is taken
+        masked, samples, units = sums()
+        self.position = {**batch.position, "step": self.position["step"] + 1}
+        return dataclasses.replace(
+            batch,
+            masked_count=max(1, int(masked)),
+            samples=int(samples),
+            units=units,
+            position=self.position,
+        )
+
+    def _next_step(self) -> tuple[StepBatch, Callable[[], list[float]]]:
+        try:
+            batch = next(self.steps)
+        except (UserError, OSError):
+            self.close()
+            raise
+        return batch, self.sums.begin(batch.masked_count, batch.samples, batch.units)
+
+    def _steps(self) -> Generator[StepBatch]:
+        """Steps of this rank's micro-batches alone."""
+        last_step = self.upcoming.epoch  # the epoch that it was in
+        while True:
+            group, self.upcoming = self.upcoming, next(self.groups)
+            if group.epoch > last_step + 1:
+                raise UserError(
+                    f"data.shards: rank {self.rank} found not one step in an epoch of "
+                    f"{len(self.tars)} tars for {self.world} ranks ({self.passed_over})"
+                )
+            shards, left_out = self._set_of(group)
+            bad = len(left_out)
+            for batch in self._steps_of(group, shards):
+                last_step = group.epoch
+                yield dataclasses.replace(batch, bad=batch.bad + bad)
+                bad = 0
+            self.quarantine.add(len(left_out), left_out, "it is left out")
+            shutil.rmtree(group.folder)
+
+    def _steps_of(self, group: _Group, shards: ShardSet) -> Iterator[StepBatch]:
+        """One epoch of a set. None where it has less than one step."""
+        seed = bit_generator(self.seed, TAR_GROUP, group.epoch, self.rank, group.number)
+        try:
+            if not shards.shards:
+                raise UserError("they have no sample that can be used")
+            loader = Loader(
+                shards,
+                self.modality,
+                seed=int(seed.random_raw()),
+                size=self.size,
+                micro_batches=self.own,
+                workers=self.workers,
+                quarantine=self.quarantine,
+            )
+        except UserError as error:
+            self.passed_over = str(error)
+            tars = ", ".join(self.tars[number] for number in group.tars)
+            log.warning("%s: passed over: %s", tars, error)
+            return
+        first = self.rank * self.own  # micro-batches are counted behind those of other ranks
+        with closing(loader):
+            for batch in islice(loader, loader.stats.steps):
+                yield dataclasses.replace(
+                    batch,
+                    micro_batches=[
+                        dataclasses.replace(each, index=first + each.index)
+                        for each in batch.micro_batches
+                    ],
+                    position={"epoch": group.epoch, "group": group.number + 1},
+                )
+
+    def _groups(self) -> Iterator[tuple[int, int, list[int]]]:
+        """(epoch, group, numbers of its tars), from the position on, for ever."""
+        epoch, first = self.position["epoch"], self.position["group"]
+        while True:
+            order = permutation(len(self.tars), self.seed, SHARD_ORDER, epoch)
+            own = order[self.rank :: self.world]
+            groups = np.array_split(own, -(-len(own) // TOGETHER))
+            for number in range(first, len(groups)):
+                yield epoch, number, groups[number].tolist()
+            epoch, first = epoch + 1, 0
+
+    def _fetch(self, place: tuple[int, int, list[int]]) -> _Group:
+        """Begins to download a group."""
+        epoch, number, tars = place
+        folder = self.folder.path / f"{epoch}-{number}"
+        folder.mkdir()
+        found = [in_background(partial(self._get, folder, tar)) for tar in tars]
+        return _Group(epoch, number, tars, folder, found)
+
+    def _get(self, folder: Path, number: int) -> Indexed:
+        """Downloads a tar, and reads its headers."""
+        path = folder / f"{number:06d}.tar"
+        with writing(folder):
+            download(self.tars[number], path)
+            try:
+                # Rates are not compared: decoding does so, with that of the settings.
+                indexed = index_tar((path, self.modality.name, "none"), one_rate=False)
+            except UserError as error:
+                raise UserError(str(error).replace(str(path), self.tars[number])) from None
+            path.with_suffix(".idx").write_bytes(indexed.idx)
+        return indexed
+
+    def _set_of(self, group: _Group) -> tuple[ShardSet, list[Bad]]:
+        """The set that a group is, once it is there, and the samples that are not in it."""
+        found = [future.result() for future in group.found]
+        kind = KINDS[self.modality.name]
+        shards = ShardSet(
+            group.folder,
+            self.modality.name,
+            kind.unit,
+            0,  # each sample says its own
+            kind.all_fields,
+            tuple(tar.entry for tar in found if tar.entry.samples),
+            urls={f"{number:06d}": self.tars[number] for number in group.tars},
+        )
+        left_out = [
+            Bad(-1, self.tars[number], key, reason)
+            for number, tar in zip(group.tars, found, strict=True)
+            for key, reason in tar.left_out
+        ]
+        return shards, left_out
+
+    def close(self) -> None:
+        """Ends the workers and removes the tars; iterating is over."""
+        self.steps.close()
+        self.folder.close()
+
+
+class _Group(NamedTuple):
+    """Tars that are read, and shuffled, together."""
+
+    epoch: int
+    number: int
+    tars: list[int]
+    folder: Path
+    found: list[Future[Indexed]]
+
+
+def in_background(work: Callable[[], T]) -> Future[T]:
+    """Begins it in a thread that, unlike a pool's, does not keep the process from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # for whoever waits for it
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future

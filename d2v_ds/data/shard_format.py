@@ -1,0 +1,375 @@
+"""The contract between shards/ and the loader: a shard set on disk. Standard library only.
+
+A shard set is one folder, and one split (train and test are two sets):
+
+    SET/
+      speech-000000.tar    plain WebDataset tar; members KEY.flac, KEY.json
+      speech-000000.idx    binary index of that tar: where every member lies, checksums, lengths
+      index.json           the set: modality, unit, sample rate; sizes and hashes of its shards
+      quarantine.jsonl     inputs that were left out, with the reason
+
+index.json is written last, atomically: without it the set is not finished. A length is in the
+modality's unit (speech: audio frames at the set's sample rate).
+
+An .idx is one line of JSON, padded with spaces so that the arrays behind it are aligned to 8 bytes,
+with the crc32 of them, then for n samples of f fields (extensions), little-endian, row by row:
+
+    offset   i64[n, f]   of each payload in the tar; 0: the sample has no such member
+    size     u32[n, f]   of each payload, bytes
+    checksum u32[n, f]   of each payload (checksum.py); which one, the line of JSON says
+    length   u32[n]
+    key      u32[n + 1]  bounds of the keys in the blob that follows, UTF-8
+
+A payload is a member, or lies in one: of text, a tar member KEY.npy holds many blocks, and each is
+a sample of its own. With two fields a sample takes 40 bytes and its key, so the index of 20 million
+samples is about 1.5 GB on disk. Of all shards only the lengths are ever held, and read alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import zlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from d2v_ds.data.checksum import BEST
+from d2v_ds.errors import UserError
+
+FORMAT = 1  # of index.json
+INDEX_FORMAT = 2  # of an .idx
+INDEX_FILE = "index.json"
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard of a set, as index.json lists it."""
+
+    name: str  # of its files, without .tar and .idx
+    samples: int
+    bytes: int  # of the tar
+    length: int  # sum over its samples
+    sha256: str  # of the tar
+
+
+@dataclass(frozen=True)
+class ShardSet:
+    root: Path
+    modality: str
+    unit: str  # of lengths: frames, pixels, tokens
+    sample_rate: int  # frames a second; 0 where there is no such thing
+    fields: tuple[str, ...]  # members of every sample, without the dot
+    shards: tuple[ShardEntry, ...]
+    tars: Path | None = None  # where the tars lie, if not in root
+    about: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # index.json
+    remote: str = ""  # where they come from, if not from this machine (shard_cache.py)
+    urls: dict[str, str] = field(default_factory=dict)  # of streamed tars, by name, for people
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def length(self) -> int:
+        return sum(shard.length for shard in self.shards)
+
+    def tar(self, shard: ShardEntry) -> Path:
+        return (self.tars or self.root) / f"{shard.name}.tar"
+
+    def index(self, shard: ShardEntry) -> Path:
+        return self.root / f"{shard.name}.idx"
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The index of one shard. The arrays are read-only views, row by row: np.frombuffer wraps them
+    without a copy, for example np.frombuffer(index.offsets, np.int64).reshape(index.count, -1)."""
+
+    count: int
+    bytes: int  # of the tar
+    fields: tuple[str, ...]
+    offsets: memoryview[int]  # int64 [count * fields]
+    sizes: memoryview[int]  # uint32 [count * fields]
+    checksum: str  # their kind
+    checksums: memoryview[int]  # uint32 [count * fields]
+    lengths: memoryview[int]  # uint32 [count]
+    key_bounds: memoryview[int]  # uint32 [count + 1]
+    key_blob: memoryview[int]  # bytes
+
+    def key(self, i: int) -> str:
+        return str(self.key_blob[self.key_bounds[i] : self.key_bounds[i + 1]], "utf-8")
+
+
+def open_set(path: str | Path, modality: str = "", check_tars: bool = True) -> ShardSet:
+    """The shard set in a folder, of the given modality ("": of any).
+
+    Looks at index.json and the sizes of the tars, not into them. Raises UserError when the folder
+    is no finished set of this modality or (check_tars) a tar is missing or of another size.
+    """
+    root = Path(path)
+    raw = _read_set_file(root)
+    if modality and raw["modality"] != modality:
+        raise UserError(f"{root}: holds {raw['modality']}, this run reads {modality}")
+    try:
+        shards = tuple(
+            ShardEntry(**{f.name: entry[f.name] for f in fields(ShardEntry)})
+            for entry in raw["shards"]
+        )
+        result = ShardSet(
+            root,
+            raw["modality"],
+            raw["unit"],
+            int(raw["sample_rate"]),
+            tuple(raw["fields"]),
+            shards,
+            root / raw["tars"] if "tars" in raw else None,
+            raw,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{root / INDEX_FILE}: is damaged ({error!r}); convert the corpus again"
+        ) from None
+    if not result.samples:
+        raise UserError(f"{root}: is a shard set without samples; convert a corpus that has some")
+    for shard in shards if check_tars else ():
+        _check_tar(result.tar(shard), shard.bytes)
+    return result
+
+
+def _read_set_file(root: Path) -> dict[str, Any]:
+    file = root / INDEX_FILE
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(_why_no_set(root)) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not valid JSON ({error}); convert the corpus again") from None
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT or "modality" not in raw:
+        found = raw.get("format") if isinstance(raw, dict) else None
+        raise UserError(
+            f"{file}: format {found!r}, this version reads format {FORMAT}; "
+            "convert the corpus again with this version's d2v-shards"
+        )
+    return raw
+
+
+def _why_no_set(root: Path) -> str:
+    make = f"make one with `d2v-shards speech SOURCE {root}`"
+    if not root.exists():
+        return f"{root}: no such shard set; {make}"
+    if not root.is_dir():
+        return f"{root}: is a file, a shard set is a folder with an {INDEX_FILE}; {make}"
+    names = os.listdir(root)
+    if PLAN_FILE in names:
+        return f"{root}: its conversion has not finished; run the same d2v-shards command again"
+    if any(name.endswith(".tar") for name in names):
+        return (
+            f"{root}: has tars but no {INDEX_FILE}, so d2v-shards did not write them; "
+            "convert their corpus with `d2v-shards speech SOURCE OUT`"
+        )
+    below = sorted(name for name in names if (root / name / INDEX_FILE).is_file())
+    if below:
+        return f"{root}: is not a shard set itself, but these in it are: {', '.join(below)}"
+    return f"{root}: no {INDEX_FILE} in it, so it is not a shard set; {make}"
+
+
+def _check_tar(path: Path, size: int) -> None:
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: missing, though {INDEX_FILE} lists it; copy it again or convert again"
+        ) from None
+    if found != size:
+        raise UserError(
+            f"{path}: has {found} bytes, {INDEX_FILE} says {size}; copy it again or convert again"
+        )
+
+
+def fingerprint(shards: ShardSet) -> str:
+    """Of the set's content: sha256 over the hashes of its shards, in order."""
+    return hashlib.sha256("\n".join(s.sha256 for s in shards.shards).encode()).hexdigest()
+
+
+# ------------------------------------------------------------------------------- one shard's index
+
+PLAN_FILE = "plan.json"  # of a conversion that has not finished
+ALIGNMENT = 8
+HEAD_MOST = 1 << 16  # bytes of the line of JSON
+
+
+def read_index(path: str | Path) -> ShardIndex:
+    """One .idx, read whole. Raises UserError naming the file when it is missing or damaged."""
+    path = Path(path)
+    with _index_file(path) as file:
+        raw = file.read()
+    data = memoryview(raw)
+    try:
+        head = _Head.parse(raw[: raw.index(b"\n") + 1])
+        views = [data[first : first + size].cast(code) for code, first, size in head.arrays()]
+        offsets, sizes, checksums, lengths, bounds = views
+        end = head.end + bounds[head.samples]
+        if end != len(data):
+            raise ValueError(f"{len(data)} bytes, expected {end}")
+        if zlib.crc32(data[head.size :]) != head.crc32:
+            raise ValueError("its checksum is wrong")
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise _damaged(path, error) from None
+    return ShardIndex(
+        head.samples,
+        head.tar_bytes,
+        head.fields,
+        offsets,
+        sizes,
+        head.checksum,
+        checksums,
+        lengths,
+        bounds,
+        data[head.end :],
+    )
+
+
+def read_lengths(path: Path, entry: ShardEntry) -> array[int]:
+    """The lengths in one .idx, without the rest of it. Raises UserError naming the file when it is
+    missing, damaged, or of another tar than `entry`."""
+    with _index_file(path) as file:
+        try:
+            head = _Head.parse(file.readline(HEAD_MOST))
+            _, first, size = head.arrays()[3]
+            file.seek(first)
+            lengths = array("I", file.read(size))
+            if len(lengths) != head.samples:
+                raise ValueError("it ends early")
+        except (KeyError, TypeError, ValueError) as error:
+            raise _damaged(path, error) from None
+    found, expected = (head.samples, head.tar_bytes), (entry.samples, entry.bytes)
+    if found != expected:
+        raise UserError(
+            f"{path}: does not belong to its tar ({found[0]} samples and {found[1]} bytes, "
+            f"expected {expected[0]} and {expected[1]}); convert again"
+        )
+    if sum(lengths) != entry.length:
+        raise _damaged(path, f"its lengths add up to {sum(lengths)}, not {entry.length}")
+    return lengths
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The line of JSON of an .idx."""
+
+    size: int  # of the line itself
+    samples: int
+    tar_bytes: int
+    fields: tuple[str, ...]
+    checksum: str
+    crc32: int  # of all that follows
+
+    @staticmethod
+    def parse(line: bytes) -> _Head:
+        """Raises ValueError, KeyError, TypeError."""
+        raw = json.loads(line)
+        if raw["format"] != INDEX_FORMAT:
+            raise ValueError(f"format {raw['format']}, this version reads {INDEX_FORMAT}")
+        return _Head(
+            len(line),
+            raw["samples"],
+            raw["bytes"],
+            tuple(raw["fields"]),
+            raw["checksum"],
+            raw["crc32"],
+        )
+
+    def arrays(self) -> list[tuple[Literal["q", "I"], int, int]]:
+        """(type, first byte, bytes) of each, in order."""
+        cells = self.samples * len(self.fields)
+        numbers: list[tuple[Literal["q", "I"], int]] = [
+            ("q", cells),
+            ("I", cells),
+            ("I", cells),
+            ("I", self.samples),
+            ("I", self.samples + 1),
+        ]
+        places, first = [], self.size
+        for code, number in numbers:
+            size = number * array(code).itemsize
+            places.append((code, first, size))
+            first += size
+        return places
+
+    @property
+    def end(self) -> int:
+        """Where the blob of keys begins."""
+        _, first, size = self.arrays()[-1]
+        return first + size
+
+
+def _index_file(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; copy it again or convert the corpus again") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _damaged(path: Path, reason: object) -> UserError:
+    return UserError(f"{path}: is damaged ({reason}); copy it again or convert the corpus again")
+
+
+def index_bytes(
+    fields: Sequence[str],
+    tar_bytes: int,
+    keys: Sequence[str],
+    offsets: array[int],
+    sizes: array[int],
+    checksums: array[int],
+    lengths: array[int],
+    checksum: str = BEST,
+) -> bytes:
+    """The content of an .idx; arrays as in ShardIndex ("q" for offsets, "I" for the others)."""
+    assert sys.byteorder == "little", "shards are written on little-endian machines only"
+    count = len(keys)
+    assert len(offsets) == len(sizes) == len(checksums) == count * len(fields)
+    assert len(lengths) == count
+    blob = [key.encode() for key in keys]
+    bounds = array("I", [0])
+    for key in blob:
+        bounds.append(bounds[-1] + len(key))
+    body = b"".join([offsets, sizes, checksums, lengths, bounds, *blob])
+    header = json.dumps(
+        {
+            "format": INDEX_FORMAT,
+            "fields": list(fields),
+            "samples": count,
+            "bytes": tar_bytes,
+            "checksum": checksum,
+            "crc32": zlib.crc32(body),
+        }
+    ).encode()
+    assert len(header) < HEAD_MOST - ALIGNMENT, f"{len(fields)} fields"
+    return header + b" " * (-(len(header) + 1) % ALIGNMENT) + b"\n" + body
+
+
+def set_json(shards: ShardSet, **about: Any) -> str:
+    """The content of index.json. `about`: what readers need not know (options, converter, ...)."""
+    return json.dumps(
+        {
+            "format": FORMAT,
+            "modality": shards.modality,
+            "unit": shards.unit,
+            "sample_rate": shards.sample_rate,
+            "fields": list(shards.fields),
+            "samples": shards.samples,
+            "bytes": sum(s.bytes for s in shards.shards),
+            "length": shards.length,
+            **({"tars": str(shards.tars)} if shards.tars else {}),
+            **about,
+            "shards": [asdict(s) for s in shards.shards],
+        },
+        indent=1,
+    )

@@ -1,0 +1,137 @@
+"""The launcher: N ranks on this machine where neither srun nor torchrun started them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+from d2v_ds.distributed.stop import STOP_SIGNALS
+
+
+def launch(
+    ranks: int,
+    arguments: Sequence[str],
+    *,
+    command: Sequence[str] = (sys.executable, "-m", "d2v_ds"),
+    failing_grace: float = 3.0,
+    stopping_grace: float = 30.0,
+) -> int:
+    """Runs `command arguments` as ranks 0 .. ranks - 1 on this machine and waits; its exit code.
+
+    Rank 0 writes to this process's output; of the others the last lines of the first that failed
+    are shown. SIGTERM, SIGUSR2 and SIGINT are passed on. When a rank fails the others have
+    `failing_grace` seconds to end by themselves, or `stopping_grace` after a stop signal, since
+    they may be saving; then all are killed, with the processes that they started, and the exit
+    code is that of the first failing rank. None outlives this process.
+    """
+    port = free_port()
+    processes: list[subprocess.Popen[bytes]] = []
+    stopping: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        stopping.append(number)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    before = {number: signal.signal(number, forward) for number in STOP_SIGNALS}
+    with tempfile.TemporaryDirectory() as folder:
+        errors = [None, *(Path(folder, f"rank{rank}") for rank in range(1, ranks))]
+        try:
+            for rank in range(ranks):
+                processes.append(
+                    start_rank(rank, ranks, port, [*command, *arguments], errors[rank])
+                )
+                if stopping:  # it came before this rank could be told
+                    processes[-1].send_signal(stopping[-1])
+            failed = wait_for(processes, lambda: stopping_grace if stopping else failing_grace)
+        finally:
+            for process in processes:
+                kill_group(process)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if failed is None:
+            return 0
+        if (path := errors[failed]) is not None:
+            tail = path.read_bytes()[-4000:].decode(errors="replace").rstrip()
+            print(f"rank {failed} failed:\n{tail}", file=sys.stderr)
+    code: int = processes[failed].returncode
+    return code if code > 0 else 128 - code  # as a shell says that a signal ended it
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def start_rank(
+    rank: int, ranks: int, port: int, command: Sequence[str], errors: Path | None
+) -> subprocess.Popen[bytes]:
+    """One rank in a session of its own, so that a terminal's Ctrl-C reaches it once, through the
+    launcher; errors: where its standard error goes, None for this process's own output."""
+    environment = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    with open(errors or os.devnull, "wb") as file:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=None if errors is None else subprocess.DEVNULL,
+            stderr=None if errors is None else file,
+            start_new_session=True,
+            preexec_fn=die_with_parent if sys.platform == "linux" else None,
+        )
+
+
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Linux: this process is killed as soon as the one that started it ends, however it ends."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def wait_for(
+    processes: Sequence[subprocess.Popen[bytes]], grace: Callable[[], float]
+) -> int | None:
+    """The first process that failed, None when all ended well. After a failure the others have
+    `grace()` seconds to end."""
+    failed, since = None, 0.0
+    while True:
+        codes = [process.poll() for process in processes]
+        if failed is None and any(codes):
+            failed = next(rank for rank, code in enumerate(codes) if code)
+            since = time.monotonic()
+        ended = None not in codes
+        if ended or (failed is not None and time.monotonic() - since > grace()):
+            return failed
+        time.sleep(0.05)
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kills a rank and whatever it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()

@@ -1,0 +1,128 @@
+"""Files on this machine: atomic and durable writes, locks, hashes, sizes as people write them, and
+the files that the package carries.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.resources
+import os
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+TEMPORARY = ".tmp"
+BLOCK = 1 << 22  # bytes hashed at a time
+
+
+def temporary(path: Path) -> Path:
+    """The name under which this process writes what becomes `path`: NAME.HOST.PID.tmp."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}{TEMPORARY}")
+
+
+def write_atomically(path: Path, data: str | bytes) -> None:
+    """Replaces a file: whenever the process ends, `path` holds the old content or the new one,
+    never a part, and the new one survives a power failure once this returns."""
+    aside = temporary(path)
+    write_durably(aside, data)
+    os.replace(aside, path)
+    sync(path.parent)
+
+
+def write_durably(path: Path, data: str | bytes) -> None:
+    """Writes a file whose content survives a power failure once this returns (its name does so
+    once the folder is synced)."""
+    with path.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_stale(folder: Path, *, all_hosts: bool = False) -> None:
+    """Removes temporary files that killed processes of this machine left in a folder. all_hosts:
+    those of every machine, which must then have ended."""
+    for file in folder.glob(f"*{TEMPORARY}"):
+        host, _, pid = file.name.removesuffix(TEMPORARY).rpartition(".")
+        local = host.endswith(f".{socket.gethostname()}")
+        if all_hosts or (local and pid.isdecimal() and not _alive(int(pid))):
+            file.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def locked(file: Path) -> Iterator[IO[str]]:
+    """Holds an exclusive lock on `file`, which is created if needed; yields it open."""
+    with file.open("w") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX)
+        yield opened
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# -------------------------------------------------------------------------------------------- sizes
+
+SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a size such as 1500, 256MB, 1.5GB, 80G (powers of 1000) or 80GiB (of 1024), in any
+    case. Raises ValueError."""
+    found = SIZE.fullmatch(text.strip())
+    size = 0
+    if found:
+        base = 1024 if found[3] else 1000
+        size = int(float(found[1]) * base ** " kmgt".index((found[2] or " ").lower()))
+    if size < 1:
+        raise ValueError(f"{text!r} is not a size; give one such as 256MB, 1.5GB or 80GiB")
+    return size
+
+
+def format_size(size: float) -> str:
+    """Three digits and a unit: 1.23 GB."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.2f} TB"
+
+
+# ------------------------------------------------------------------------- files of the package
+
+
+def resource(folder: str, name: str = "") -> Path:
+    """A file of ds_configs/ or slurm/, in the installed package or beside it in a checkout."""
+    package = Path(str(importlib.resources.files("d2v_ds")))
+    for root in (package, package.parent):
+        if (root / folder).is_dir():
+            return root / folder / name
+    raise FileNotFoundError(f"{folder}/ is neither in the package nor beside it")

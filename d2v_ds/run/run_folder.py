@@ -1,0 +1,163 @@
+"""The run folder: where everything of a run lies, and which process may write checkpoints into it.
+
+    RUN/
+      config.yaml  environment.json        what runs, and on what
+      code/HASH.tar.gz                     the code of each start, by its hash in environment.json
+      logs/JOB.RESTART/rank00000.txt       one folder a start, one log a rank
+      metrics.jsonl  tb/                   curves
+      checkpoints/00000600/                see checkpoint/__init__.py
+      heartbeat/rank00000.json             what each rank is at, every few seconds
+      bad_samples/rank00000.jsonl          samples that could not be used
+      GENERATION                           the start that owns the folder now
+      STOP  STOPPED  DONE                  asked to stop; stopped well; finished
+
+Every start of a run claims the folder and gets a generation, one number higher than the last. A
+process that was cut off and replaced still holds the lower number, and is refused; what it holds
+open is taken from under it. Imports no torch: a login node reads a run in no time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from d2v_ds.errors import Superseded
+from d2v_ds.files import write_atomically
+
+STEP_FOLDER = re.compile(r"\d{8,}")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One start of a run."""
+
+    number: int  # 1 for the first start of the run
+    job: str  # the Slurm job; `local` without Slurm
+    restart: int  # how often this job was requeued
+    process: str  # HOST:PID of rank 0: tells apart two starts that claimed at the same moment
+
+    def __str__(self) -> str:
+        return f"generation {self.number} (job {self.job}, restart {self.restart}, {self.process})"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run. Creates nothing by itself."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def code(self) -> Path:
+        return self.root / "code"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tb"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def heartbeat(self) -> Path:
+        return self.root / "heartbeat"
+
+    @property
+    def generation(self) -> Path:
+        return self.root / "GENERATION"
+
+    @property
+    def stop(self) -> Path:
+        return self.root / "STOP"
+
+    @property
+    def stopped(self) -> Path:
+        return self.root / "STOPPED"
+
+    @property
+    def done(self) -> Path:
+        return self.root / "DONE"
+
+    def logs(self, generation: Generation) -> Path:
+        """Whatever one start of the run leaves: logs, stacks, what the batch script found."""
+        return self.root / "logs" / f"{generation.job}.{generation.restart}"
+
+    def log(self, generation: Generation, rank: int) -> Path:
+        """The log of one rank of one start."""
+        return self.logs(generation) / f"rank{rank:05d}.txt"
+
+    def bad_samples(self, rank: int) -> Path:
+        """Samples that one rank could not use."""
+        return self.root / "bad_samples" / f"rank{rank:05d}.jsonl"
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps of the published checkpoints, ascending, sound or not."""
+        if not self.checkpoints.is_dir():
+            return []
+        names = (path.name for path in self.checkpoints.iterdir())
+        return sorted(int(name) for name in names if STEP_FOLDER.fullmatch(name))
+
+
+def claim_generation(run: RunFolder, job: str, restart: int | None = None) -> Generation:
+    """Makes this start the owner of the run folder; rank 0 calls it once, before anything is read.
+
+    restart: Slurm's count of requeues; None: one more than the last start by the same job had.
+    Raises Superseded when a later restart of the same job was here already.
+    """
+    last = read_generation(run)
+    last_restart = last.restart if last and last.job == job else -1
+    if restart is None:
+        restart = last_restart + 1
+    if restart < last_restart:
+        raise Superseded(f"{run.root} is owned by {last}: restart {restart} comes too late")
+    process = f"{socket.gethostname()}:{os.getpid()}"
+    generation = Generation(last.number + 1 if last else 1, job, restart, process)
+    run.root.mkdir(parents=True, exist_ok=True)
+    write_atomically(run.generation, json.dumps(asdict(generation)) + "\n")
+    _take_over(run)
+    return generation
+
+
+def _take_over(run: RunFolder) -> None:
+    """Replaces the curves' files by copies: a start that was cut off and replaced may still hold
+    them open, and what it writes then goes nowhere."""
+    for path in (run.metrics, *run.tensorboard.glob("events.*")):
+        if path.exists():
+            aside = path.with_name(f".{os.getpid()}.tmp")
+            shutil.copy2(path, aside)
+            os.replace(aside, path)
+
+
+def read_generation(run: RunFolder) -> Generation | None:
+    """The owner of the run folder; None before the first start."""
+    try:
+        return Generation(**json.loads(run.generation.read_text()))
+    except FileNotFoundError:
+        return None
+
+
+def refuse_superseded(run: RunFolder, generation: Generation) -> None:
+    """Raises Superseded unless `generation` still owns the run folder."""
+    owner = read_generation(run)
+    if owner != generation:
+        raise Superseded(f"{run.root} is owned by {owner}; {generation} may not write into it")
