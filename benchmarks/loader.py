@@ -35,10 +35,10 @@ from synthetic import BLOCK, RATE, Corpora, make_corpora, utterance_seconds
 from torch.utils.data import DataLoader
 
 from d2v_ds.data import images
-from d2v_ds.data.loader import Loader
-from d2v_ds.data.loader.plan import Plan
-from d2v_ds.data.loader.reading import Reader
 from d2v_ds.data.shard_format import ShardSet
+from d2v_ds.loader import Loader
+from d2v_ds.loader.plan import Plan
+from d2v_ds.loader.reading import Reader
 from d2v_ds.modalities.speech import Speech, SpeechConfig
 from d2v_ds.modalities.text import Text, TextConfig
 from d2v_ds.modalities.vision import Vision, VisionConfig

@@ -83,10 +83,10 @@ class StepBatch:
 
     modality: str
     micro_batches: list[Batch]
-    masked_count: int  # masked tokens in all micro-batches of all ranks
+    count: int  # what the step's loss is divided by: masked tokens of all micro-batches and ranks
     samples: int  # samples in all micro-batches of all ranks
     units: float  # seconds of audio, images or tokens in all of them
-    position: dict[str, Any]  # of the loader after this step: what a checkpoint keeps
+    cursor: dict[str, Any]  # where the loader stands after this step: what a checkpoint keeps
     source: str = ""  # of the mixture (loader/mixture.py)
     bad: int = 0  # samples of this rank's micro-batches that others stand in for
 

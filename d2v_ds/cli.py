@@ -162,9 +162,11 @@ def train_run(arguments: argparse.Namespace) -> int:
         return launch(ranks, train_arguments(arguments))
 
     from d2v_ds.distributed.world import World
+    from d2v_ds.pretrain import Pretrain
     from d2v_ds.train import train
 
     return train(
+        Pretrain,
         config,
         World.from_environment(),
         new=arguments.new,

@@ -22,12 +22,12 @@ from torch.nn import functional as F
 from d2v_ds.checkpoint import Checkpoint, newest_verified, open_checkpoint
 from d2v_ds.config import Config
 from d2v_ds.config.decoding import decode
-from d2v_ds.data.find_set import find_set
-from d2v_ds.data.loader import read_samples
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
+from d2v_ds.loader import read_samples
+from d2v_ds.loader.find_set import find_set
 from d2v_ds.modalities.base import Modality
-from d2v_ds.pretrain import Pretrain, build_pretrain
+from d2v_ds.pretrain import Pretrain
 from d2v_ds.run.run_folder import RunFolder
 
 Features = npt.NDArray[np.float32]
@@ -128,7 +128,7 @@ def run_knn(
     config = decode(Config, found.state["config"])
     name = only_modality(config, modality)
     torch.manual_seed(config.run.seed)  # the untrained encoder is the one that training began with
-    task = build_pretrain(config)
+    task = Pretrain.create(config)
     kind = task.modalities[name]
     depth = len(task.student.encoder.trunk.blocks)
     block = (depth + 1) // 2 if layer is None else layer

@@ -89,16 +89,16 @@ class Ema:
         self.engine = engine
         self.teacher = teacher
         self.prefix = prefix
-        shards = engine.shards()
+        partitions = engine.partitions()
         part = {name: group.part for group in engine.groups for name in group.parameters}
         missing = sorted(set(tracked.values()) - part.keys())
         assert not missing, f"the teacher follows parameters that are not trained: {missing}"
-        owned = {t: shards[s] for t, s in tracked.items() if s in shards}
+        owned = {t: partitions[s] for t, s in tracked.items() if s in partitions}
         self.values = {t: (s.offset, s.master.clone()) for t, s in owned.items()}
         self.compensation = {t: (s.offset, torch.zeros_like(s.master)) for t, s in owned.items()}
         by_part: dict[str, list[Piece]] = {}
-        for t, shard in owned.items():
-            piece = (self.values[t][1], self.compensation[t][1], shard.master)
+        for t, partition in owned.items():
+            piece = (self.values[t][1], self.compensation[t][1], partition.master)
             by_part.setdefault(part[tracked[t]], []).append(piece)
         self._chunks = {name: in_chunks(pieces) for name, pieces in by_part.items()}
         self.publish()

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE
 from d2v_ds.errors import UserError
+from d2v_ds.modalities import REGISTRY
 from shards import arguments as types
 
 FAMILIES = {
@@ -189,7 +190,7 @@ def _parser() -> argparse.ArgumentParser:
         "out", type=Path, metavar="OUT", nargs="?", help="a folder for the index (beside the tars)"
     )
     index.add_argument(
-        "--modality", choices=("speech", "vision", "text"), default="", help="(told by the members)"
+        "--modality", choices=tuple(REGISTRY), default="", help="(detected from the members)"
     )
     index.add_argument(
         "--checksums",

@@ -153,7 +153,7 @@ def describe(shards: ShardSet) -> str:
     if shards.sample_rate:
         length = f"{shards.length / shards.sample_rate / 3600:.3f} hours"
     else:
-        length = f"{shards.length:,} {shards.unit}"
+        length = f"{shards.length:,} {shards.length_unit}"
     number = len(shards.shards)
     return (
         f"{shards.root}: {shards.samples} samples, {length}, "
@@ -195,7 +195,7 @@ def _about(plan: Plan, converter: Converter) -> dict[str, Any]:
         "inputs": plan.inputs + len(plan.rejected),
         "rejected": plan.rejected,
         "modality": converter.modality,
-        "unit": converter.unit,
+        "unit": converter.length_unit,
         "sample_rate": converter.sample_rate,
         "fields": list(converter.fields),
         "about": converter.about,
@@ -276,7 +276,7 @@ def _finish(
     result = ShardSet(
         root=out,
         modality=about["modality"],
-        unit=about["unit"],
+        length_unit=about["unit"],
         sample_rate=about["sample_rate"],
         fields=tuple(about["fields"]),
         shards=tuple(report.entry for report in reports if report.entry.samples),

@@ -11,12 +11,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from d2v_ds.data.checksum import BEST, NONE
+from d2v_ds.data.headers import SampleFormat
 from d2v_ds.data.shard_format import ShardSet
-from d2v_ds.data.tar_index import Indexed, index_set
+from d2v_ds.data.tar_index import IndexedTar, index_set
 from d2v_ds.errors import UserError
+from d2v_ds.modalities import sample_formats
 from shards.workers import run_jobs
 
-Job = tuple[Path, str, str]
+Job = tuple[Path, SampleFormat, str]
 
 
 def index(
@@ -27,11 +29,11 @@ def index(
     if not tars or not tars[0].is_file():
         raise UserError(f"{source}: is no tar and no folder with tars in it")
 
-    def run(work: Callable[[Job], Indexed], jobs: list[Job]) -> Iterator[Indexed]:
+    def run(work: Callable[[Job], IndexedTar], jobs: list[Job]) -> Iterator[IndexedTar]:
         yield from bar(run_jobs(work, jobs, processes))
 
-    def bar(results: Iterable[Indexed]) -> Iterator[Indexed]:
+    def bar(results: Iterable[IndexedTar]) -> Iterator[IndexedTar]:
         yield from tqdm(results, total=len(tars), unit=" tars", disable=None, desc=str(source))
 
     kind = BEST if checksums else NONE
-    return index_set(tars, out or tars[0].parent, modality, kind, run)
+    return index_set(tars, out or tars[0].parent, sample_formats(modality), kind, run)

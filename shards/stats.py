@@ -100,7 +100,7 @@ def _summary(shards: ShardSet, about: dict[str, Any]) -> Table:
         rows.append(("hours", f"{shards.length / shards.sample_rate / 3600:.3f}"))
         rows.append(("sample rate", f"{shards.sample_rate} Hz"))
     else:
-        rows.append((shards.unit, f"{shards.length:,}"))
+        rows.append((shards.length_unit, f"{shards.length:,}"))
     return Table("Shard set", rows)
 
 
@@ -110,7 +110,7 @@ def _options(about: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _histogram(shards: ShardSet, lengths: NDArray[np.uint32]) -> Table:
     """Ten equal bins from the shortest to the longest."""
-    scale, unit = (shards.sample_rate, "s") if shards.sample_rate else (1, shards.unit)
+    scale, unit = (shards.sample_rate, "s") if shards.sample_rate else (1, shards.length_unit)
     low, high = int(lengths[0]), int(lengths[-1])
     bins = (lengths.astype(np.int64) - low) * BINS // max(1, high - low)
     counts = np.bincount(np.minimum(bins, BINS - 1), minlength=BINS)

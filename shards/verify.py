@@ -12,9 +12,8 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2v_ds.data.checksum import checksum_of
+from d2v_ds.data.headers import SIDE_FIELDS
 from d2v_ds.data.shard_format import (
     INDEX_FILE,
     ShardEntry,
@@ -32,18 +32,12 @@ from d2v_ds.data.shard_format import (
 )
 from d2v_ds.data.tar_scan import BLOCK, DamagedTar, Member, members, next_header, samples
 from d2v_ds.errors import UserError
+from d2v_ds.modalities import REGISTRY, modality_class
+from d2v_ds.modalities.base import Modality
 from shards.workers import run_jobs
 
 MAX_LINES = 20  # of problems, a shard
 NOTE = "note: "  # begins a line about what need not be wrong
-
-# By modality: the module with check(members, about) -> length of a sample, all of it decoded, which
-# raises ValueError. about: index.json
-CHECKS = {"speech": "shards.speech", "vision": "shards.images", "text": "shards.text"}
-BESIDE = ("cls", "json", "txt")  # are no content: two samples may share them
-TABLES = {"u16": "npy", "u32": "npy"}  # fields that are rows of a member, and its extension
-
-Check = Callable[[Mapping[str, bytes], Mapping[str, Any]], int]
 
 
 @dataclass
@@ -64,7 +58,13 @@ def verify(path: Path, processes: int) -> Iterator[str]:
     if about["samples"] != shards.samples or about["length"] != shards.length:
         yield f"{INDEX_FILE}: its shards do not add up to its samples and length"
     checked: dict[str, Checked] = {}
-    jobs = [(shards, shard, about) for shard in shards.shards]
+    modality = modality_class(shards.modality) if shards.modality in REGISTRY else None
+    if modality is None:
+        yield (
+            f"{NOTE}modality {shards.modality!r} is not installed here: samples are not decoded, "
+            "structure and checksums are checked"
+        )
+    jobs = [(shards, shard, about, modality) for shard in shards.shards]
     for one in run_jobs(verify_shard, jobs, processes):
         yield from (f"{one.name}: {problem}" for problem in one.problems)
         checked[one.name] = one
@@ -73,8 +73,12 @@ def verify(path: Path, processes: int) -> Iterator[str]:
     yield from (NOTE + line for line in _repeated(shards, order, "contents", "its content"))
 
 
-def verify_shard(job: tuple[ShardSet, ShardEntry, Mapping[str, Any]]) -> Checked:
-    shards, shard, about = job
+def verify_shard(
+    job: tuple[ShardSet, ShardEntry, Mapping[str, Any], type[Modality] | None],
+) -> Checked:
+    """modality: None if it is not installed here, so that samples cannot be decoded."""
+    shards, shard, about, modality = job
+    packed = modality.packed_keys if modality else {}
     result = Checked(shard.name)
     problems = result.problems
     try:
@@ -95,11 +99,10 @@ def verify_shard(job: tuple[ShardSet, ShardEntry, Mapping[str, Any]]) -> Checked
     indexed = bool(about.get("indexed"))  # not written by d2v-shards
     with file:
         problems += _check_file(file, shard, indexed)
-        problems += _check_structure(file, index, keys, indexed)
-        check: Check = import_module(CHECKS[shards.modality]).check
+        problems += _check_structure(file, index, keys, packed, indexed)
         contents = np.zeros(index.count, np.uint64)
         for i, key in enumerate(keys):
-            problem, contents[i] = _check_sample(file, index, i, check, about)
+            problem, contents[i] = _check_sample(file, index, i, modality, about)
             if problem:
                 problems.append(f"sample {key!r}: {problem}")
     result.keys = np.array([_hash(key.encode()) for key in keys], np.uint64).tobytes()
@@ -132,7 +135,11 @@ def _check_file(file: BinaryIO, shard: ShardEntry, indexed: bool) -> Iterator[st
 
 
 def _check_structure(
-    file: BinaryIO, index: ShardIndex, keys: Sequence[str], indexed: bool
+    file: BinaryIO,
+    index: ShardIndex,
+    keys: Sequence[str],
+    packed: Mapping[str, str],
+    indexed: bool,
 ) -> Iterator[str]:
     """The members of the tar must be those of the index, those of a sample side by side; of tars
     that others made the index may leave some out."""
@@ -143,13 +150,13 @@ def _check_structure(
     headers = {offset - BLOCK: i for i, offset in enumerate(index.offsets) if offset}
     for error in damage:
         cell = headers.get(error.position)
-        yield str(error) if cell is None else f"at {_name(index, keys, cell)[0]}: {error}"
+        yield str(error) if cell is None else f"at {_name(index, keys, packed, cell)[0]}: {error}"
     told = {error.position for error in damage}
     used = set()
     for i, offset in enumerate(index.offsets):
         if not offset or offset - BLOCK in told:  # the sample has no such member
             continue
-        name, row = _name(index, keys, i)
+        name, row = _name(index, keys, packed, i)
         at = bisect_right(starts, offset) - 1
         member = found[at] if at >= 0 else Member("nothing", 0, 0)
         inside = member.offset <= offset <= offset + index.sizes[i] <= member.offset + member.size
@@ -182,12 +189,14 @@ def _walk(file: BinaryIO, found: list[Member], damage: list[DamagedTar]) -> None
             start = next_header(file, error.position)
 
 
-def _name(index: ShardIndex, keys: Sequence[str], i: int) -> tuple[str, bool]:
+def _name(
+    index: ShardIndex, keys: Sequence[str], packed: Mapping[str, str], i: int
+) -> tuple[str, bool]:
     """(name of the member that cell i of the index lies in, whether it is a row of it)."""
     row, column = divmod(i, len(index.fields))
     key, extension = keys[row], index.fields[column]
-    if extension in TABLES:
-        return f"{key.rpartition('/')[0]}.{TABLES[extension]}", True
+    if extension in packed:
+        return f"{key.rpartition('/')[0]}.{packed[extension]}", True
     return f"{key}.{extension}", False
 
 
@@ -202,15 +211,21 @@ def _cut(name: str) -> tuple[str, str]:
 
 
 def _check_sample(
-    file: BinaryIO, index: ShardIndex, i: int, check: Check, about: Mapping[str, Any]
+    file: BinaryIO,
+    index: ShardIndex,
+    i: int,
+    modality: type[Modality] | None,
+    about: Mapping[str, Any],
 ) -> tuple[str, int]:
     """(what is wrong with sample i, "" if nothing; a hash of its content)."""
     payloads, changed = read_members(file, index, i)
-    content = _hash(b"".join(data for name, data in payloads.items() if name not in BESIDE))
+    content = _hash(b"".join(data for name, data in payloads.items() if name not in SIDE_FIELDS))
     if changed:
         return f"the checksum of its .{changed[0]} is not the one in the index", content
+    if modality is None:
+        return "", content
     try:
-        length = check(payloads, about)
+        length = modality.check_sample(payloads, about)
     except (ValueError, RecursionError) as error:
         return str(error), content
     if length != index.lengths[i]:

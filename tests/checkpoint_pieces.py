@@ -13,7 +13,7 @@ from torch import Tensor
 from d2v_ds.checkpoint import Saver
 from d2v_ds.checkpoint.format import EMA_KINDS, Kind, by_kind
 from d2v_ds.checkpoint.write import build_manifest, publish, write_pieces
-from d2v_ds.engine import Shard
+from d2v_ds.engine import Partition
 from d2v_ds.run.run_folder import Generation, RunFolder
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -35,7 +35,7 @@ Pieces = dict[str, tuple[int, Tensor]]
 class Owned:
     """What one rank owns."""
 
-    shards: dict[str, Shard]
+    partitions: dict[str, Partition]
     ema: dict[Kind, Pieces]
 
 
@@ -50,18 +50,25 @@ def whole(seed: int) -> Owned:
     def draw(name: str) -> Tensor:
         return torch.randn(numel(name), generator=generator)
 
-    shards = {
-        name: Shard(0, draw(name), draw(name), draw(name), torch.tensor(float(seed + i)))
+    partitions = {
+        name: Partition(0, draw(name), draw(name), draw(name), torch.tensor(float(seed + i)))
         for i, name in enumerate(STUDENT)
     }
-    return Owned(shards, {kind: {name: (0, draw(name)) for name in TEACHER} for kind in EMA_KINDS})
+    return Owned(
+        partitions, {kind: {name: (0, draw(name)) for name in TEACHER} for kind in EMA_KINDS}
+    )
 
 
 def empty() -> Owned:
     """As `whole`, before anything was restored: NaN everywhere."""
     state = whole(0)
-    for shard in state.shards.values():
-        for values in (shard.master, shard.exp_avg, shard.exp_avg_sq, shard.adam_step):
+    for partition in state.partitions.values():
+        for values in (
+            partition.master,
+            partition.exp_avg,
+            partition.exp_avg_sq,
+            partition.adam_step,
+        ):
             values.fill_(math.nan)
     for pieces in state.ema.values():
         for _, values in pieces.values():
@@ -71,19 +78,19 @@ def empty() -> Owned:
 
 def cut(state: Owned, cuts: Cuts, rank: int) -> Owned:
     """Live views of one rank's part of a whole state; nothing of a parameter where it is empty."""
-    shards: dict[str, Shard] = {}
+    partitions: dict[str, Partition] = {}
     ema: dict[Kind, Pieces] = {kind: {} for kind in EMA_KINDS}
-    for name, shard in state.shards.items():
+    for name, partition in state.partitions.items():
         low, high = bounds(cuts, name, rank)
         if low < high:
-            own = (v[low:high] for v in (shard.master, shard.exp_avg, shard.exp_avg_sq))
-            shards[name] = Shard(low, *own, shard.adam_step)
+            own = (v[low:high] for v in (partition.master, partition.exp_avg, partition.exp_avg_sq))
+            partitions[name] = Partition(low, *own, partition.adam_step)
     for kind, pieces in state.ema.items():
         for name, (_, values) in pieces.items():
             low, high = bounds(cuts, name, rank)
             if low < high:
                 ema[kind][name] = (low, values[low:high])
-    return Owned(shards, ema)
+    return Owned(partitions, ema)
 
 
 def bounds(cuts: Cuts, name: str, rank: int) -> tuple[int, int]:
@@ -130,7 +137,7 @@ def save(
 
 
 def begin(saver: Saver, step: int, own: Owned) -> None:
-    saver.start(step, shards=own.shards, ema=own.ema, shapes=SHAPES, state=STATE)
+    saver.start(step, partitions=own.partitions, ema=own.ema, shapes=SHAPES, state=STATE)
 
 
 def save_cut(
@@ -140,18 +147,18 @@ def save_cut(
     aside = run.checkpoints / f".{step:08d}.{generation.number}.tmp"
     aside.mkdir(parents=True)
     owned = [cut(state, cuts, rank) for rank in range(ranks)]
-    files = [write_pieces(aside, r, by_kind(o.shards, o.ema)) for r, o in enumerate(owned)]
-    steps = {name: int(shard.adam_step) for name, shard in state.shards.items()}
+    files = [write_pieces(aside, r, by_kind(o.partitions, o.ema)) for r, o in enumerate(owned)]
+    steps = {name: int(partition.adam_step) for name, partition in state.partitions.items()}
     return publish(run, generation, aside, build_manifest(step, STATE, SHAPES, steps, files))
 
 
 def values_of(state: Owned) -> dict[str, Any]:
     """Every value by name, for comparisons to the bit."""
     values: dict[str, Any] = {}
-    for name, shard in state.shards.items():
+    for name, partition in state.partitions.items():
         for kind in ("master", "exp_avg", "exp_avg_sq"):
-            values[f"{kind}/{name}"] = getattr(shard, kind).tolist()
-        values[f"adam_step/{name}"] = shard.adam_step.item()
+            values[f"{kind}/{name}"] = getattr(partition, kind).tolist()
+        values[f"adam_step/{name}"] = partition.adam_step.item()
     for kind, pieces in state.ema.items():
         values |= {f"{kind}/{name}": v.tolist() for name, (_, v) in pieces.items()}
     return values

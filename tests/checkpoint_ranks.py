@@ -148,5 +148,5 @@ def load(rank: int, ranks: int, root: Path) -> tuple[int, list[str], dict[str, A
     opened = checkpoint.newest_verified(RunFolder(root))
     assert opened is not None
     own = pieces.cut(pieces.empty(), pieces.flat_cuts(ranks), rank)
-    opened.restore(own.shards, own.ema, pieces.SHAPES)
+    opened.restore(own.partitions, own.ema, pieces.SHAPES)
     return opened.step, seen, pieces.values_of(own)

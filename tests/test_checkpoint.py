@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from d2v_ds import checkpoint
 from d2v_ds.checkpoint import write
 from d2v_ds.checkpoint.format import EMA_KINDS, FORMAT
-from d2v_ds.engine import Shard
+from d2v_ds.engine import Partition
 from d2v_ds.errors import Superseded, UserError
 from d2v_ds.run.run_folder import Generation, RunFolder, claim_generation
 
@@ -38,7 +38,7 @@ def generation(run: RunFolder) -> Generation:
 
 def restored(opened: checkpoint.Checkpoint) -> Owned:
     state = pieces.empty()
-    opened.restore(state.shards, state.ema, SHAPES)
+    opened.restore(state.partitions, state.ema, SHAPES)
     return state
 
 
@@ -67,7 +67,7 @@ def test_any_sharding_reads_what_any_other_wrote(
         after = pieces.empty()
         for rank in range(read[1]):
             own = pieces.cut(after, read[0], rank)
-            opened.restore(own.shards, own.ema, SHAPES)
+            opened.restore(own.partitions, own.ema, SHAPES)
     assert pieces.values_of(after) == pieces.values_of(before)
 
 
@@ -82,8 +82,8 @@ def test_tensors_are_whole(
     )
     master = opened.tensors("master")
     assert {name: tuple(v.shape) for name, v in master.items()} == {n: SHAPES[n] for n in STUDENT}
-    for name, shard in state.shards.items():
-        assert torch.equal(master[name].flatten(), shard.master)
+    for name, partition in state.partitions.items():
+        assert torch.equal(master[name].flatten(), partition.master)
     for kind in EMA_KINDS:
         for name, values in opened.tensors(kind).items():
             assert values.shape == SHAPES[name]
@@ -115,24 +115,25 @@ def test_manifest_is_plain_json_without_absolute_paths(
 
 def test_shared_adam_step_is_written_once(run: RunFolder, generation: Generation) -> None:
     state, shared = pieces.whole(0), torch.tensor(5.0)
-    state.shards = {
-        name: Shard(0, s.master, s.exp_avg, s.exp_avg_sq, shared)
-        for name, s in state.shards.items()
+    state.partitions = {
+        name: Partition(0, s.master, s.exp_avg, s.exp_avg_sq, shared)
+        for name, s in state.partitions.items()
     }
     opened = checkpoint.open_checkpoint(save(run, generation, 7, state))
     shared.fill_(0)
-    opened.restore(state.shards, state.ema, SHAPES)
+    opened.restore(state.partitions, state.ema, SHAPES)
     assert shared == 5
 
 
 def test_shared_adam_step_must_agree(run: RunFolder, generation: Generation) -> None:
     opened = checkpoint.open_checkpoint(save(run, generation, 7, pieces.whole(0)))
     state, shared = pieces.empty(), torch.tensor(5.0)
-    shards = {
-        n: Shard(0, s.master, s.exp_avg, s.exp_avg_sq, shared) for n, s in state.shards.items()
+    partitions = {
+        n: Partition(0, s.master, s.exp_avg, s.exp_avg_sq, shared)
+        for n, s in state.partitions.items()
     }
     with pytest.raises(AssertionError, match="share one Adam step"):
-        opened.restore(shards, state.ema, SHAPES)
+        opened.restore(partitions, state.ema, SHAPES)
 
 
 # --------------------------------------------------------------------------------- refusals
@@ -175,7 +176,7 @@ def test_restore_refuses_another_model(
     state = pieces.whole(1)
     before = pieces.values_of(state)
     with pytest.raises(UserError) as caught:
-        opened.restore(state.shards, state.ema, shapes)
+        opened.restore(state.partitions, state.ema, shapes)
     assert str(caught.value) == expected
     assert pieces.values_of(state) == before
 

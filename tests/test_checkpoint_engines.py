@@ -36,7 +36,7 @@ def train_and_save(root: Path, generation: Generation, plan: Plan) -> Outcome:
     saver = checkpoint.Saver(RunFolder(root), generation, keep=1, replicated=replicated)
     saver.start(
         BEFORE,
-        shards=trainer.engine.shards(),
+        partitions=trainer.engine.partitions(),
         ema=trainer.ema.pieces,
         shapes=SHAPES,
         state={},
@@ -51,7 +51,7 @@ def load_and_train(root: Path, plan: Plan) -> Outcome:
     trainer = Trainer(replace(plan, steps=1)).run()
     opened = checkpoint.newest_verified(RunFolder(root))
     assert opened is not None
-    opened.restore(trainer.engine.shards(), trainer.ema.pieces, SHAPES)
+    opened.restore(trainer.engine.partitions(), trainer.ema.pieces, SHAPES)
     trainer.engine.refresh()
     trainer.ema.publish()
     return go_on(trainer)

@@ -34,7 +34,7 @@ def assert_run_goes_on(run: RunFolder, allowed: dict[int, tuple[int, ...]]) -> N
     opened = checkpoint.newest_verified(run)
     assert opened is not None and opened.step in allowed
     state = pieces.empty()
-    opened.restore(state.shards, state.ema, pieces.SHAPES)
+    opened.restore(state.partitions, state.ema, pieces.SHAPES)
     assert pieces.values_of(state) in [
         pieces.values_of(pieces.whole(seed)) for seed in allowed[opened.step]
     ]

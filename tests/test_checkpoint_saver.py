@@ -52,7 +52,7 @@ def values_at(run: RunFolder, step: int) -> dict[str, Any]:
     state = pieces.empty()
     opened = checkpoint.open_checkpoint(run.checkpoint(step))
     opened.verify()
-    opened.restore(state.shards, state.ema, pieces.SHAPES)
+    opened.restore(state.partitions, state.ema, pieces.SHAPES)
     return pieces.values_of(state)
 
 
@@ -63,9 +63,9 @@ def test_training_goes_on_while_the_disk_is_slow(
     state = pieces.whole(1)
     before = pieces.values_of(state)
     pieces.begin(saver, 5, state)
-    for shard in state.shards.values():  # the next step changes everything
-        shard.master.add_(1)
-        shard.adam_step.add_(1)
+    for partition in state.partitions.values():  # the next step changes everything
+        partition.master.add_(1)
+        partition.adam_step.add_(1)
     for of_kind in state.ema.values():
         for _, values in of_kind.values():
             values.add_(1)

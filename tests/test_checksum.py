@@ -11,9 +11,9 @@ from series import write_set
 
 from d2v_ds.data import checksum
 from d2v_ds.data.checksum import checksum_of
-from d2v_ds.data.loader.reading import Reader
 from d2v_ds.data.shard_format import ShardSet, index_bytes, read_index
 from d2v_ds.errors import UserError
+from d2v_ds.loader.reading import Reader
 
 
 def test_values() -> None:

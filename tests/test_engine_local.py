@@ -50,14 +50,19 @@ def test_bf16_keeps_fp32_masters_and_sums_gradients_in_fp32() -> None:
     trainer = Trainer(Plan(precision="bf16", modalities="a"))
     assert {p.dtype for p in trainer.toy.parameters()} == {torch.bfloat16}
     start = build()[0].trunk.conv.weight.detach().view(-1)
-    shards = trainer.engine.shards()
-    assert torch.equal(shards["trunk.conv.weight"].master, start)  # not rounded to bf16
+    partitions = trainer.engine.partitions()
+    assert torch.equal(partitions["trunk.conv.weight"].master, start)  # not rounded to bf16
     trainer.step(0)
-    for name, shard in trainer.engine.shards().items():
-        assert shard.master.dtype == shard.exp_avg.dtype == shard.exp_avg_sq.dtype == torch.float32
+    for name, partition in trainer.engine.partitions().items():
+        assert (
+            partition.master.dtype
+            == partition.exp_avg.dtype
+            == partition.exp_avg_sq.dtype
+            == torch.float32
+        )
         weight = trainer.toy.get_parameter(name)
-        assert torch.equal(weight.view(-1), shard.master.bfloat16()), name
-    assert (shards["trunk.conv.weight"].master != start).any(), "the views are live"
+        assert torch.equal(weight.view(-1), partition.master.bfloat16()), name
+    assert (partitions["trunk.conv.weight"].master != start).any(), "the views are live"
 
     # 256 gradients of 1 and one of 512: a sum in bf16 would lose every 1
     toy, groups = build()
@@ -85,7 +90,7 @@ def test_a_non_finite_step_changes_nothing(precision: str) -> None:
 def test_masters_can_be_written() -> None:
     trainer = Trainer(Plan(precision="bf16"))
     name = "head.b.weight"
-    trainer.engine.shards()[name].master.fill_(0.3)
+    trainer.engine.partitions()[name].master.fill_(0.3)
     assert not torch.equal(trainer.toy.head["b"].weight, torch.full((24, 24), 0.3).bfloat16())
     trainer.engine.refresh()
     assert torch.equal(trainer.toy.head["b"].weight, torch.full((24, 24), 0.3).bfloat16())

@@ -243,11 +243,11 @@ def migrate(here: Plan, there: Plan) -> tuple[list[float], list[float]]:
                 ema.setdefault((kind, name), {})[offset] = value
 
     other = Trainer(there)
-    for name, shard in other.engine.shards().items():
-        piece = slice(shard.offset, shard.offset + len(shard.master))
+    for name, partition in other.engine.partitions().items():
+        piece = slice(partition.offset, partition.offset + len(partition.master))
         for key in ("master", "exp_avg", "exp_avg_sq"):
-            getattr(shard, key).copy_(state[name][key][piece])
-        shard.adam_step.copy_(state[name]["adam_step"])
+            getattr(partition, key).copy_(state[name][key][piece])
+        partition.adam_step.copy_(state[name]["adam_step"])
     other.engine.refresh()
     for kind, pieces in other.ema.pieces.items():
         for name, (offset, value) in pieces.items():
@@ -404,7 +404,7 @@ def start_apart(stage: int) -> dict[str, tuple[int, Tensor]]:
     engine = create_engine(
         toy, groups, settings=settings, optim=Optim(), accumulation=1, device=CPU
     )
-    return {name: (s.offset, s.master.clone()) for name, s in engine.shards().items()}
+    return {name: (s.offset, s.master.clone()) for name, s in engine.partitions().items()}
 
 
 @pytest.mark.parametrize("stage", STAGES)

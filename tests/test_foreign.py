@@ -127,7 +127,7 @@ def test_index_beside_the_tars(tars: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["index", str(tars), "-j1"]) == 0
     assert capsys.readouterr().out == f"{tars}: 9 samples, 0.000 hours, 3 shards\n"
     shards = open_set(tars, "speech")
-    assert (shards.samples, shards.sample_rate, shards.unit) == (9, 16_000, "frames")
+    assert (shards.samples, shards.sample_rate, shards.length_unit) == (9, 16_000, "frames")
     found = contents(tars)
     assert list(found) == [f"x/{i}" for i in range(9)]
     lengths = [n for s in shards.shards for n in read_index(shards.index(s)).lengths]

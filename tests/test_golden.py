@@ -208,10 +208,10 @@ def train(golden: Fixture, decays: list[float]) -> Trained:
         losses.append(loss.item())
         if not gradients:
             gradients = {
-                name.removeprefix("student."): (shard.exp_avg / (1 - config.optim.betas[0]))
+                name.removeprefix("student."): (partition.exp_avg / (1 - config.optim.betas[0]))
                 .view_as(task.get_parameter(name))
                 .clone()
-                for name, shard in engine.shards().items()
+                for name, partition in engine.partitions().items()
             }
     state = task.student.state_dict()
     teacher = state | dict(task.teacher.state_dict())

@@ -17,9 +17,9 @@ from d2v_ds import recipes, show
 from d2v_ds.checkpoint import open_checkpoint
 from d2v_ds.cli import main
 from d2v_ds.config import modality_of
-from d2v_ds.data.loader.mixture import shares_of, source_of
 from d2v_ds.errors import UserError
 from d2v_ds.evaluate import run_knn
+from d2v_ds.loader.mixture import shares_of, source_of
 from d2v_ds.run import status
 from d2v_ds.run.preflight import check
 

@@ -107,9 +107,9 @@ class Trainer:
     def state(self) -> dict[str, Tensor]:
         """Live: everything that this rank owns, and the weights as its forward sees them."""
         state: dict[str, Tensor] = {}
-        for name, shard in self.engine.shards().items():
+        for name, partition in self.engine.partitions().items():
             for key in ("master", "exp_avg", "exp_avg_sq", "adam_step"):
-                state[f"{key}/{name}"] = getattr(shard, key)
+                state[f"{key}/{name}"] = getattr(partition, key)
         for kind, pieces in self.ema.pieces.items():
             state |= {f"{kind}/{name}": value for name, (_, value) in pieces.items()}
         for name, p in self.task.named_parameters():
@@ -193,8 +193,8 @@ def alone(modality: str, stage: str, precision: str) -> tuple[list[float], list[
 def whole_state(trainer: Trainer) -> dict[str, Tensor]:
     """By kind and name, put together from all ranks' pieces."""
     pieces = {
-        f"{key}/{name}": (shard.offset, getattr(shard, key).clone())
-        for name, shard in trainer.engine.shards().items()
+        f"{key}/{name}": (partition.offset, getattr(partition, key).clone())
+        for name, partition in trainer.engine.partitions().items()
         for key in ("master", "exp_avg", "exp_avg_sq")
     }
     pieces |= {
@@ -217,15 +217,15 @@ def copy_state(source: Trainer, target: Trainer) -> None:
     steps: dict[str, float] = {}
     gathered: list[Any] = [None] * source.world
     dist.all_gather_object(
-        gathered, {name: float(s.adam_step) for name, s in source.engine.shards().items()}
+        gathered, {name: float(s.adam_step) for name, s in source.engine.partitions().items()}
     )
     for part in gathered:
         steps |= part
-    for name, shard in target.engine.shards().items():
-        piece = slice(shard.offset, shard.offset + len(shard.master))
+    for name, partition in target.engine.partitions().items():
+        piece = slice(partition.offset, partition.offset + len(partition.master))
         for key in ("master", "exp_avg", "exp_avg_sq"):
-            getattr(shard, key).copy_(whole[f"{key}/{name}"][piece])
-        shard.adam_step.fill_(steps[name])
+            getattr(partition, key).copy_(whole[f"{key}/{name}"][piece])
+        partition.adam_step.fill_(steps[name])
     for kind, values in target.ema.pieces.items():
         for name, (offset, value) in values.items():
             value.copy_(whole[f"{kind}/{name}"][offset : offset + len(value)])

@@ -21,11 +21,11 @@ import torch
 from series import SeriesModality, series, write_set
 
 from d2v_ds.batch import Batch, StepBatch
-from d2v_ds.data.loader import Loader, read_samples, reading
-from d2v_ds.data.loader import plan as plan_module
-from d2v_ds.data.loader.quarantine import MAX_BAD, Quarantine
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
+from d2v_ds.loader import Loader, read_samples, reading
+from d2v_ds.loader import plan as plan_module
+from d2v_ds.loader.quarantine import MAX_BAD, Quarantine
 from d2v_ds.run.preflight import require_divisible
 
 EPOCH = 19  # steps of the first one
@@ -298,7 +298,7 @@ import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from series import SeriesModality
-from d2v_ds.data.loader import Loader
+from d2v_ds.loader import Loader
 from d2v_ds.data.shard_format import open_set
 signal.signal(signal.SIGTERM, lambda *_: None)
 loader = Loader(open_set({root!r}), SeriesModality(), seed=0, size=1600, micro_batches=2, workers=2)

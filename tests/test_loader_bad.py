@@ -17,10 +17,10 @@ import pytest
 from series import STRIDE, SeriesModality, series, write_set
 from test_loader import LENGTHS, damage, global_steps, make_loader
 
-from d2v_ds.data.loader import Loader
-from d2v_ds.data.loader import plan as plan_module
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
+from d2v_ds.loader import Loader
+from d2v_ds.loader import plan as plan_module
 
 STEPS = 19  # of an epoch
 NEGATIVE = np.full(240, -1, "<i2").tobytes()

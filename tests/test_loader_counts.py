@@ -14,8 +14,8 @@ import torch.distributed as dist
 from series import SeriesModality, write_set
 
 from d2v_ds.batch import Batch
-from d2v_ds.data.loader import Loader
 from d2v_ds.data.shard_format import ShardSet, open_set
+from d2v_ds.loader import Loader
 
 STEPS = 8
 LENGTHS = [[20 + 37 * i % 200 for i in range(n)] for n in (30, 25)]

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from series import SeriesModality, write_set
 
-from d2v_ds.data.loader import Loader
-from d2v_ds.data.loader.mixture import Mixture, Shares, divide_workers, source_of
+from d2v_ds.loader import Loader
+from d2v_ds.loader.mixture import Mixture, Shares, divide_workers, source_of
 
 WEIGHTS = st.lists(
     st.one_of(st.integers(1, 1000).map(float), st.floats(1e-4, 1e4)), min_size=1, max_size=12

@@ -13,9 +13,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from series import SeriesModality
 
-from d2v_ds.data.loader import plan as plan_module
-from d2v_ds.data.loader.plan import START, Plan, Step, cut, permutation
 from d2v_ds.errors import UserError
+from d2v_ds.loader import plan as plan_module
+from d2v_ds.loader.plan import START, Plan, Step, cut, permutation
 from d2v_ds.modalities.speech import Speech, SpeechConfig
 
 SHARDS = [[10 + 37 * i % 200 for i in range(n)] for n in (50, 7, 90, 33, 20)]

@@ -19,9 +19,9 @@ from series import series, write_set
 from test_loader import make_loader
 
 from d2v_ds.batch import Batch
-from d2v_ds.data.loader import plan as plan_module
 from d2v_ds.data.shard_format import ShardSet, open_set
 from d2v_ds.errors import UserError
+from d2v_ds.loader import plan as plan_module
 
 LENGTHS = [[9 + 37 * i % 240 for i in range(n)] for n in (40, 7, 60, 13)]
 SAMPLES = {f"s{s}-{i}": n for s, shard in enumerate(LENGTHS) for i, n in enumerate(shard)}

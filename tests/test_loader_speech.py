@@ -17,8 +17,8 @@ import soundfile
 import torch
 from torch.nn import functional as F
 
-from d2v_ds.data.loader import Loader, read_samples
 from d2v_ds.data.shard_format import ShardSet, open_set
+from d2v_ds.loader import Loader, read_samples
 from d2v_ds.modalities.speech import Speech, SpeechConfig, frames
 from shards import samples
 from shards.cli import main as d2v_shards

@@ -17,10 +17,10 @@ import pytest
 import torch
 from series import SeriesModality, write_set
 
-from d2v_ds.data.loader import Loader
-from d2v_ds.data.loader.workers import Workers
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
+from d2v_ds.loader import Loader
+from d2v_ds.loader.workers import Workers
 
 ODD = 77  # the length of the sample with which something happens
 

@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 )
 from torch import Tensor
 
-from d2v_ds.run.metrics import (
+from d2v_ds.run.run_folder import RunFolder
+from d2v_ds.telemetry.metrics import (
     TAGS,
     Accumulator,
     MetricsWriter,
@@ -25,7 +26,6 @@ from d2v_ds.run.metrics import (
     summarize,
     tag_of,
 )
-from d2v_ds.run.run_folder import RunFolder
 
 D = 6
 

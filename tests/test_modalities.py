@@ -16,7 +16,7 @@ from d2v_ds.errors import UserError
 from d2v_ds.modalities import create_modalities
 from d2v_ds.modalities.text import Text, TextConfig
 from d2v_ds.modalities.vision import Vision, VisionConfig, sincos_2d
-from d2v_ds.run.metrics import masked_picture
+from d2v_ds.telemetry.metrics import masked_picture
 
 
 def rng(*path: int) -> np.random.Generator:

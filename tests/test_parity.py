@@ -147,11 +147,11 @@ def trajectory(case: Case) -> dict[str, Any]:
         assert engine.step(1e-3, 0.01, "speech")
         norms.append(float(engine.grad_norm()))
         ema.update(0.9, "speech")
-    shards = engine.shards()
+    partitions = engine.partitions()
     return {
         "losses": losses,
         "norms": norms,
-        "masters": {n: (s.offset, s.master.clone()) for n, s in shards.items()},
+        "masters": {n: (s.offset, s.master.clone()) for n, s in partitions.items()},
         "ema": {n: (offset, values.clone()) for n, (offset, values) in ema.values.items()},
         "sizes": {n: p.numel() for n, p in build_pretrain(config).named_parameters()},
     }

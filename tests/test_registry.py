@@ -22,17 +22,17 @@ from d2v_ds import recipes, seeding
 from d2v_ds.batch import Batch
 from d2v_ds.cli import main
 from d2v_ds.config import Config
-from d2v_ds.data.loader import Loader, read_samples
 from d2v_ds.data.shard_format import ShardSet, open_set
 from d2v_ds.engine import create_engine
 from d2v_ds.engine.optimizer import param_groups
 from d2v_ds.errors import UserError
+from d2v_ds.loader import Loader, read_samples
 from d2v_ds.modalities import REGISTRY, create_modalities
 from d2v_ds.modalities.base import Modality, ModalityConfig
 from d2v_ds.pretrain import Pretrain, build_pretrain
-from d2v_ds.run.metrics import Accumulator, masked_picture, summarize
 from d2v_ds.seeding import seed_torch
 from d2v_ds.teacher import Ema
+from d2v_ds.telemetry.metrics import Accumulator, masked_picture, summarize
 
 LENGTHS = [[200, 90, 300, 40] * 3, [120] * 8]
 

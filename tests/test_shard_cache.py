@@ -23,10 +23,10 @@ from series import SeriesModality, write_set
 
 from d2v_ds.data import download
 from d2v_ds.data.cache.remote import Cache, keep_near, open_remote, open_shard
-from d2v_ds.data.find_set import find_set
-from d2v_ds.data.loader import Loader, read_samples
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
+from d2v_ds.loader import Loader, read_samples
+from d2v_ds.loader.find_set import find_set
 
 LENGTHS = [[50] * 40, [60] * 30, [70] * 20, [80] * 40]
 

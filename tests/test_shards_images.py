@@ -18,9 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from d2v_ds.data.loader import read_samples
 from d2v_ds.data.shard_format import open_set
 from d2v_ds.errors import UserError
+from d2v_ds.loader import read_samples
 from d2v_ds.modalities.vision import Vision, VisionConfig
 from shards.cli import main
 from shards.images import check
@@ -108,7 +108,7 @@ def test_a_folder_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     with Image.open(io.BytesIO(data)) as ours, Image.open(tmp_path / "in/dog/grey.bmp") as theirs:
         assert ours.tobytes() == theirs.tobytes()
     shards = open_set(tmp_path / "out")
-    assert (shards.unit, shards.fields, shards.length) == ("pixels", FIELDS, 6 * 20 * 12)
+    assert (shards.length_unit, shards.fields, shards.length) == ("pixels", FIELDS, 6 * 20 * 12)
     assert json.loads((tmp_path / "out/index.json").read_bytes())["classes"] == ["cat", "dog"]
 
 

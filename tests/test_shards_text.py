@@ -18,9 +18,9 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2v_ds.data.loader import read_samples
 from d2v_ds.data.shard_format import open_set, read_index
 from d2v_ds.errors import UserError
+from d2v_ds.loader import read_samples
 from d2v_ds.modalities.text import Text, TextConfig
 from shards import samples
 from shards.cli import main
@@ -98,7 +98,7 @@ def test_a_set(tmp_path: Path) -> None:
     assert convert(tmp_path / "a.txt", tmp_path / "out", "--block", 32) == 0
     assert documents(tmp_path / "out") == DOCUMENTS
     shards = open_set(tmp_path / "out", "text")
-    assert (shards.unit, shards.fields, shards.sample_rate) == ("tokens", ("u16",), 0)
+    assert (shards.length_unit, shards.fields, shards.sample_rate) == ("tokens", ("u16",), 0)
     lengths = [len(ids) for _, ids in blocks(tmp_path / "out")]
     assert set(lengths[:-1]) == {32} and 0 < lengths[-1] <= 32 and shards.length == sum(lengths)
     about = json.loads((tmp_path / "out/index.json").read_bytes())

@@ -102,9 +102,9 @@ def test_update_follows_the_masters_of_an_engine() -> None:
     exact = {name: value.double() for name, (_, value) in trainer.ema.values.items()}
     for step in range(50):
         assert trainer.step(step)
-        for name, shard in trainer.engine.shards().items():
+        for name, partition in trainer.engine.partitions().items():
             if name.startswith("trunk."):
-                exact[f"teacher.{name[6:]}"].lerp_(shard.master.double(), 1.0 - 0.99999)
+                exact[f"teacher.{name[6:]}"].lerp_(partition.master.double(), 1.0 - 0.99999)
     assert exact.keys() == trainer.ema.values.keys()
     teacher = dict(trainer.toy.named_parameters())
     for name, (_, value) in trainer.ema.values.items():

@@ -17,8 +17,8 @@ from d2v_ds import recipes
 from d2v_ds.batch import StepBatch
 from d2v_ds.pretrain import Pretrain, build_pretrain
 from d2v_ds.run.run_folder import RunFolder
-from d2v_ds.run.telemetry import Telemetry
 from d2v_ds.run.watchdog import Watchdog
+from d2v_ds.telemetry import Telemetry
 
 POSITION = {name: {"epoch": i} for i, name in enumerate(("speech", "vision", "text"))}
 POSITION_1 = {"vision": {"epoch": 1}}

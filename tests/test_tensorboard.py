@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from d2v_ds.distributed.launcher import free_port
-from d2v_ds.run.metrics import MetricsWriter, masked_picture
 from d2v_ds.run.run_folder import RunFolder
+from d2v_ds.telemetry.metrics import MetricsWriter, masked_picture
 
 
 @pytest.fixture(scope="module")

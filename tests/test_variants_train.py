@@ -65,7 +65,7 @@ def trajectory(variant: str, stage: str) -> tuple[dict[tuple[int, int], float], 
             losses[step, batch.index] = loss.item()
         assert engine.step(1e-3, 0.01, modality.name)
         ema.update(0.9, modality.name)
-    pieces = {f"master/{n}": (s.offset, s.master.clone()) for n, s in engine.shards().items()}
+    pieces = {f"master/{n}": (s.offset, s.master.clone()) for n, s in engine.partitions().items()}
     pieces |= {f"ema/{n}": (v[0], v[1].clone()) for n, v in ema.values.items()}
     return losses, pieces
 

@@ -182,13 +182,13 @@ class Trainer:
         """{name: (offset, copies of what this rank owns)}."""
         return {
             name: (
-                shard.offset,
+                partition.offset,
                 {
-                    key: getattr(shard, key).clone()
+                    key: getattr(partition, key).clone()
                     for key in ("master", "exp_avg", "exp_avg_sq", "adam_step")
                 },
             )
-            for name, shard in self.engine.shards().items()
+            for name, partition in self.engine.partitions().items()
         }
 
     def weights(self) -> dict[str, Tensor]:

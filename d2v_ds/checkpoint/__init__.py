@@ -1,7 +1,7 @@
 """Checkpoints: the whole state of a run, by parameter name and offset, verified before it is used.
 
-    engine.shards(), EMA pieces, state --Saver--> checkpoints/STEP/ --newest_verified--> Checkpoint
-        --restore--> the pieces of any other engine      --tensors--> whole tensors for export
+    engine.partitions(), EMA, state --Saver--> checkpoints/STEP/ --newest_verified--> Checkpoint
+        --restore--> the partitions of any other engine    --tensors--> whole tensors for export
 
     checkpoints/00000600/
       rank00000.safetensors ...   flat fp32 pieces, named KIND/PARAMETER

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from d2v_ds.engine import Shard
+from d2v_ds.engine import Partition
 from d2v_ds.errors import UserError
 
 Kind = Literal["master", "exp_avg", "exp_avg_sq", "ema", "ema_compensation"]
@@ -19,21 +19,24 @@ PieceTable = Mapping[str, Mapping[str, list[tuple[int, int, str]]]]
 # kind -> parameter name -> [(offset, length, file)], ascending
 
 FORMAT = 2  # 2: with the compensation of the averages
-SHARD_KINDS: tuple[Kind, ...] = ("master", "exp_avg", "exp_avg_sq")
+PARTITION_KINDS: tuple[Kind, ...] = ("master", "exp_avg", "exp_avg_sq")
 EMA_KINDS: tuple[Kind, ...] = ("ema", "ema_compensation")
-KINDS = SHARD_KINDS + EMA_KINDS
+KINDS = PARTITION_KINDS + EMA_KINDS
 
 
 class DamagedCheckpoint(UserError):
     """A checkpoint that is incomplete, or not what was written."""
 
 
-def by_kind(shards: Mapping[str, Shard], ema: Mapping[Kind, Pieces]) -> dict[Kind, Pieces]:
-    """The pieces that one rank owns. ema: of each of EMA_KINDS."""
-    assert set(ema) == set(EMA_KINDS), f"the average has {EMA_KINDS}, got {list(ema)}"
+def by_kind(partitions: Mapping[str, Partition], ema: Mapping[Kind, Pieces]) -> dict[Kind, Pieces]:
+    """The pieces that one rank owns. ema: of each of EMA_KINDS; empty without a teacher."""
+    assert set(ema) in (set(EMA_KINDS), set()), f"the average has {EMA_KINDS}, got {list(ema)}"
     kinds: dict[Kind, Pieces] = {
-        kind: {name: (shard.offset, getattr(shard, kind)) for name, shard in shards.items()}
-        for kind in SHARD_KINDS
+        kind: {
+            name: (partition.offset, getattr(partition, kind))
+            for name, partition in partitions.items()
+        }
+        for kind in PARTITION_KINDS
     }
     return {**kinds, **ema}
 

@@ -28,7 +28,7 @@ from d2v_ds.checkpoint.format import (
     piece_table,
 )
 from d2v_ds.distributed.collectives import all_gather, on_all_ranks, own_rank, rank_count
-from d2v_ds.engine import Shard
+from d2v_ds.engine import Partition
 from d2v_ds.errors import UserError
 from d2v_ds.files import sha256
 from d2v_ds.run.run_folder import RunFolder
@@ -61,7 +61,7 @@ class Checkpoint:
                 raise DamagedCheckpoint(f"{path}: its SHA-256 is not that of what was written")
 
     def restore(
-        self, shards: Mapping[str, Shard], ema: Mapping[Kind, Pieces], shapes: Shapes
+        self, partitions: Mapping[str, Partition], ema: Mapping[Kind, Pieces], shapes: Shapes
     ) -> None:
         """Writes this rank's own pieces in place, from those of whatever stage and ranks.
 
@@ -70,13 +70,13 @@ class Checkpoint:
         The caller's low-precision copies are stale afterwards: engine.refresh().
         """
         self._refuse_other_model(shapes)
-        wanted = by_kind(shards, ema)
+        wanted = by_kind(partitions, ema)
         for kind, pieces in wanted.items():
             for name in pieces:
                 assert name in self.pieces[kind], f"{name}: {self.path} has no {kind} of it"
         written: dict[int, tuple[str, int]] = {}  # parameters of a group may share one step tensor
-        for name, shard in shards.items():
-            first, step = written.setdefault(id(shard.adam_step), (name, self.adam_steps[name]))
+        for name, partition in partitions.items():
+            first, step = written.setdefault(id(partition.adam_step), (name, self.adam_steps[name]))
             assert step == self.adam_steps[name], (
                 f"{name} and {first} share one Adam step here and differ in {self.path}"
             )
@@ -84,8 +84,8 @@ class Checkpoint:
             for kind, pieces in wanted.items():
                 for name, (offset, values) in pieces.items():
                     read(kind, name, offset, values)
-            for name, shard in shards.items():
-                shard.adam_step.fill_(self.adam_steps[name])
+            for name, partition in partitions.items():
+                partition.adam_step.fill_(self.adam_steps[name])
 
     def tensors(self, kind: Kind) -> dict[str, Tensor]:
         """{parameter name: whole fp32 tensor on the CPU}: `master` for the student's weights,

@@ -25,7 +25,7 @@ from torch import Tensor
 from d2v_ds.checkpoint import write
 from d2v_ds.checkpoint.format import Files, Kind, Pieces, Shapes, by_kind
 from d2v_ds.distributed.collectives import all_gather, all_true, on_all_ranks, own_rank
-from d2v_ds.engine import Shard
+from d2v_ds.engine import Partition
 from d2v_ds.errors import UserError
 from d2v_ds.files import sync
 from d2v_ds.run.run_folder import Generation, RunFolder, refuse_superseded
@@ -75,7 +75,7 @@ class Saver:
         self,
         step: int,
         *,
-        shards: Mapping[str, Shard],
+        partitions: Mapping[str, Partition],
         ema: Mapping[Kind, Pieces],
         shapes: Shapes,
         state: Mapping[str, Any],
@@ -87,8 +87,12 @@ class Saver:
         teacher. state: what JSON takes, at least all that training needs to go on.
         """
         self.finish()
-        kinds = by_kind(shards, ema) if self._owns else {}
-        steps = {n: int(shard.adam_step) for n, shard in shards.items()} if self._owns else {}
+        kinds = by_kind(partitions, ema) if self._owns else {}
+        steps = (
+            {n: int(partition.adam_step) for n, partition in partitions.items()}
+            if self._owns
+            else {}
+        )
         size = sum(values.nbytes for pieces in kinds.values() for _, values in pieces.values())
         needed = sum(all_gather(size))
         rank = own_rank()

@@ -122,3 +122,17 @@ def validate_weights(config: Config) -> None:
             f"data.weights.{missing[0]}: must be given, as other sources have a weight "
             f"({', '.join(weights)})"
         )
+
+
+def require_divisible(micro_batches: int, ranks: int) -> None:
+    """Raises UserError when the micro-batches of a step cannot be shared evenly."""
+    if micro_batches % ranks == 0:
+        return
+    first = max(1, micro_batches // ranks)
+    more = f"{ranks * first}, {ranks * (first + 1)} or {ranks * (first + 2)}"
+    divisors = [str(n) for n in range(1, micro_batches + 1) if micro_batches % n == 0]
+    fewer = " or ".join(filter(None, [", ".join(divisors[:-1]), divisors[-1]]))
+    raise UserError(
+        f"batch.micro_batches: {micro_batches} is not divisible by {ranks} ranks. Use {more}, "
+        f"or {fewer} rank{'' if fewer == '1' else 's'}."
+    )

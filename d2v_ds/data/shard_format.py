@@ -61,7 +61,7 @@ class ShardEntry:
 class ShardSet:
     root: Path
     modality: str
-    unit: str  # of lengths: frames, pixels, tokens
+    length_unit: str  # frames, pixels or tokens
     sample_rate: int  # frames a second; 0 where there is no such thing
     fields: tuple[str, ...]  # members of every sample, without the dot
     shards: tuple[ShardEntry, ...]
@@ -361,7 +361,7 @@ def set_json(shards: ShardSet, **about: Any) -> str:
         {
             "format": FORMAT,
             "modality": shards.modality,
-            "unit": shards.unit,
+            "unit": shards.length_unit,
             "sample_rate": shards.sample_rate,
             "fields": list(shards.fields),
             "samples": shards.samples,

@@ -1,7 +1,7 @@
 """The seam between the algorithm and whatever trains it: a small protocol, two implementations.
 
 local.py is plain torch on one process, the reference that the other is held against; zero.py is
-DeepSpeed ZeRO 0 to 3 on any number of ranks. The EMA, checkpoints and resume use `shards`,
+DeepSpeed ZeRO 0 to 3 on any number of ranks. The EMA, checkpoints and resume use `partitions`,
 `refresh` and `publish` alone and do not know the stage.
 """
 
@@ -34,7 +34,7 @@ class ParamGroup:
 
 
 @dataclass(frozen=True)
-class Shard:
+class Partition:
     """What this rank owns of one parameter: live, flat fp32 views, all of one length."""
 
     offset: int  # of the first element in the flattened parameter
@@ -69,7 +69,7 @@ class Engine(Protocol):
         """Global norm of the last step's gradients before clipping, fp32, on the device; not
         finite where that step was skipped."""
 
-    def shards(self) -> dict[str, Shard]:
+    def partitions(self) -> dict[str, Partition]:
         """By parameter name; parameters of which this rank owns nothing are absent. The views
         stay the same as long as the engine lives."""
 
@@ -77,10 +77,10 @@ class Engine(Protocol):
         """After masters were written: the low-precision weights follow. All ranks together."""
 
     def publish(self, module: nn.Module, values: Mapping[str, tuple[int, Tensor]]) -> None:
-        """Writes {parameter name in `module`: (offset, flat fp32 values)}, of which every rank
-        gives what it owns, into the frozen `module`, a submodule of the wrapped one, cast to its
-        dtype: an all-gather under stages 0 to 2, shard to shard under stage 3. All ranks call it
-        together, each time with the same names, offsets and lengths; these are those of trainable
+        """Writes {parameter name in `module`: (offset, flat fp32 values)} into the frozen `module`,
+        a submodule of the wrapped one, cast to its dtype; every rank gives what it owns. An
+        all-gather under stages 0 to 2, partition to partition under stage 3. All ranks call it
+        together, each time with the same names, offsets and lengths, which are those of trainable
         parameters in averaged groups."""
 
 

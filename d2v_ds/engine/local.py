@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from d2v_ds.batch import Batch
 from d2v_ds.config import Optim
-from d2v_ds.engine import ParamGroup, Shard
+from d2v_ds.engine import ParamGroup, Partition
 from d2v_ds.engine.optimizer import AdamW
 from d2v_ds.errors import UserError
 
@@ -91,18 +91,18 @@ class LocalEngine:
     def grad_norm(self) -> Tensor:
         return self._grad_norm
 
-    def shards(self) -> dict[str, Shard]:
-        shards = {}
+    def partitions(self) -> dict[str, Partition]:
+        partitions = {}
         for name, master in self._masters.items():
             state = self._adamw.state[master]
-            shards[name] = Shard(
+            partitions[name] = Partition(
                 offset=0,
                 master=master.detach().view(-1),
                 exp_avg=state["exp_avg"].view(-1),
                 exp_avg_sq=state["exp_avg_sq"].view(-1),
                 adam_step=state["step"],
             )
-        return shards
+        return partitions
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -2,7 +2,7 @@
 
 The run configuration and a file of ds_configs/ become one DeepSpeed engine around the task. Where
 its flat fp32 masters hold which piece of which parameter is found once, at the start, and checked;
-from then on `shards`, `refresh` and `publish` are copies between tensors. What depends on the
+from then on `partitions`, `refresh` and `publish` are copies between tensors. What depends on the
 stage stands in `find_masters` and below it.
 
 R ranks, P parameters.
@@ -25,7 +25,7 @@ from torch.nn.utils import get_total_norm
 
 from d2v_ds.batch import Batch
 from d2v_ds.config import Optim
-from d2v_ds.engine import DTYPES, ParamGroup, Shard, merge
+from d2v_ds.engine import DTYPES, ParamGroup, Partition, merge
 from d2v_ds.engine.layout import FlatCopy, check_layout, gather_layout, signature
 from d2v_ds.engine.local import publish_whole
 from d2v_ds.engine.optimizer import AdamW
@@ -103,15 +103,15 @@ class ZeroEngine:
         )
         flats, masters = find_masters(self.stage, self._engine, self._weights, self.rank)
         self._adamw.create_state(flats)
-        self._shards = {name: self._shard(master) for name, master in masters.items()}
+        self._partitions = {name: self._partition(master) for name, master in masters.items()}
         pieces = {n: (at.offset, at.length, at.start) for n, at in masters.items()}
         self._layout = gather_layout(self._weights, pieces, device)
         check_layout(self._layout, {n: len(v) for n, v in initial.items()}, self.replicated)
         self._start_from(initial)
 
-    def _shard(self, at: _Master) -> Shard:
+    def _partition(self, at: _Master) -> Partition:
         state = self._adamw.state[at.flat]
-        return Shard(
+        return Partition(
             offset=at.offset,
             master=at.view(at.flat),
             exp_avg=at.view(state["exp_avg"]),
@@ -122,12 +122,14 @@ class ZeroEngine:
     def _start_from(self, initial: Mapping[str, Tensor]) -> None:
         """DeepSpeed's masters start from weights already rounded to low precision: they are held
         against the fp32 ones, which shows that every piece was found, and then take those."""
-        for name, shard in self._shards.items():
-            value = initial[name][shard.offset : shard.offset + len(shard.master)]
+        for name, partition in self._partitions.items():
+            value = initial[name][partition.offset : partition.offset + len(partition.master)]
             rounded = value.to(DTYPES[self.precision]).float()
-            assert shard.master.dtype == torch.float32, f"the master of {name} is not fp32"
-            assert torch.equal(shard.master.cpu(), rounded), f"{name}: its master lies elsewhere"
-            shard.master.copy_(value)
+            assert partition.master.dtype == torch.float32, f"the master of {name} is not fp32"
+            assert torch.equal(partition.master.cpu(), rounded), (
+                f"{name}: its master lies elsewhere"
+            )
+            partition.master.copy_(value)
         self.refresh()
 
     def __call__(self, batch: Batch, masked_count: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -174,16 +176,16 @@ class ZeroEngine:
     def grad_norm(self) -> Tensor:
         return self._grad_norm
 
-    def shards(self) -> dict[str, Shard]:
-        return dict(self._shards)
+    def partitions(self) -> dict[str, Partition]:
+        return dict(self._partitions)
 
     @torch.no_grad()
     def refresh(self) -> None:
         optimizer = self._engine.optimizer
         if self.stage == 3:
-            for name, shard in self._shards.items():
+            for name, partition in self._partitions.items():
                 piece = self._weights[name].ds_tensor.view(-1)
-                piece[: len(shard.master)].copy_(shard.master)
+                piece[: len(partition.master)].copy_(partition.master)
             gather_again(list(self._weights.values()))
         elif self.stage > 0:
             optimizer.update_lp_params()
@@ -197,7 +199,7 @@ class ZeroEngine:
         if self.stage == 0:
             publish_whole(module, values)
         elif self.stage == 3:
-            publish_sharded(module, values, self.rank)
+            publish_partitioned(module, values, self.rank)
         else:
             if module not in self._copies:
                 self._copies[module] = self._lay_out(module, values)
@@ -364,7 +366,9 @@ def find_masters(
 # ----------------------------------------------------------------------------- stage 3
 
 
-def publish_sharded(module: nn.Module, values: Mapping[str, tuple[int, Tensor]], rank: int) -> None:
+def publish_partitioned(
+    module: nn.Module, values: Mapping[str, tuple[int, Tensor]], rank: int
+) -> None:
     """Stage 3: values go into this rank's piece of the frozen parameters, which is cut as that of
     the trainable ones is; no communication but for the small parameters that stay gathered."""
     pieces = []

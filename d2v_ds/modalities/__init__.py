@@ -1,32 +1,55 @@
-"""The registry of modalities: one line each."""
+"""The registry of modalities: one line each.
+
+A modality is imported when it is first needed, so that commands which only list names start fast.
+Code outside the package adds its own: REGISTRY["sensor"] = "my_package.sensor:Sensor".
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from d2v_ds.config.decoding import decode
 from d2v_ds.errors import UserError, suggestion
-from d2v_ds.modalities.base import Modality
-from d2v_ds.modalities.speech import Speech
-from d2v_ds.modalities.text import Text
-from d2v_ds.modalities.vision import Vision
 
-REGISTRY: dict[str, type[Modality]] = {
-    "speech": Speech,
-    "vision": Vision,
-    "text": Text,
+if TYPE_CHECKING:
+    from d2v_ds.data.headers import SampleFormat
+    from d2v_ds.modalities.base import Modality
+
+REGISTRY: dict[str, str] = {
+    "speech": "d2v_ds.modalities.speech:Speech",
+    "vision": "d2v_ds.modalities.vision:Vision",
+    "text": "d2v_ds.modalities.text:Text",
 }
+
+
+def modality_class(name: str) -> type[Modality]:
+    """The class behind a name. Raises UserError for an unknown name."""
+    if name not in REGISTRY:
+        raise UserError(f"modality.{name}: no such modality{suggestion(name, REGISTRY)}")
+    module, _, attribute = REGISTRY[name].partition(":")
+    found: type[Modality] = getattr(import_module(module), attribute)
+    return found
 
 
 def create_modalities(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Modality]:
     """The modalities that `modality.*` of a configuration names. Raises UserError."""
     modalities = {}
     for name, raw in settings.items():
-        if name not in REGISTRY:
-            raise UserError(f"modality.{name}: no such modality{suggestion(name, REGISTRY)}")
-        kind = REGISTRY[name]
+        kind = modality_class(name)
         modalities[name] = kind(decode(kind.Config, raw, f"modality.{name}"))
     if not modalities:
         raise UserError(f"modality: name at least one of {', '.join(sorted(REGISTRY))}")
     return modalities
+
+
+def sample_formats(name: str = "") -> list[SampleFormat]:
+    """What tars of a modality look like; "": of every registered one. Raises UserError."""
+    from d2v_ds.data.headers import SampleFormat
+
+    kinds = [modality_class(each) for each in ([name] if name else REGISTRY)]
+    return [
+        SampleFormat(kind.name, kind.length_unit, kind.header_readers, kind.converter)
+        for kind in kinds
+    ]

@@ -1,22 +1,31 @@
-"""The contract of a modality: one file each, known to the rest through the registry alone.
+"""The contract of a modality: one file each, known to everything else through the registry alone.
 
-B samples, M masked views a sample, T tokens, K visible tokens, N masked tokens, D width.
+    tar members --decode--> example --collate--> Batch --front_end, trunk, predictor--> predictions
+    headers of tar members --header_readers--> lengths in the index of third-party tars
+    tar members --check_sample--> what `d2v-shards verify` reports
+
+B samples, M masked views per sample, T tokens, K visible tokens, N masked tokens, D width.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
-from torch import nn
+from torch import Tensor, nn
 
 from d2v_ds.batch import Batch
-from d2v_ds.student import DecoderConfig, FrontEnd
+from d2v_ds.data.headers import HeaderReader
+from d2v_ds.student import DecoderConfig, ExtraTokens, FrontEnd
 from d2v_ds.transformer import TransformerConfig
+
+SHAREABLE = ("features", "positions", "context")
 
 
 @dataclass(frozen=True)
@@ -24,28 +33,65 @@ class HeadConfig:
     """The predictor of data2vec 1.0."""
 
     layers: int = 1
-    zero_last: bool = False  # begin with predictions of zero
+    """The number of linear layers."""
+
+    zero_last: bool = False
+    """Initialise the last layer with zeros, so that training starts from predictions of zero."""
 
 
 @dataclass(frozen=True)
 class ModalityConfig:
     """Settings that every modality has."""
 
-    views: int = 8  # masked views of a sample for one pass of the teacher
-    # 2.0 takes masked tokens out of the encoder's input, 1.0 puts a mask token in their place
+    views: int = 8
+    """Masked views of each sample; the teacher runs once for all of them."""
+
     masked: Literal["removed", "replaced"] = "removed"
-    # parts of the front end that the teacher takes from the student instead of averaging its own
+    """removed: masked tokens are left out of the encoder's input (data2vec 2.0); replaced: a mask
+    token takes their place (1.0)."""
+
     shared: tuple[str, ...] = ()
-    prenet_depth: int = 0  # blocks of the modality's own in front of the trunk
-    prenet_dropout: float = 0.0  # after the norm in front of them
+    """Parts of the front end that the teacher shares with the student instead of averaging them:
+    features, positions, context."""
+
+    extra_tokens: int = 0
+    """Learned tokens in front of the others, without positions; the last one is the class token."""
+
+    cls_weight: float = 0.0
+    """Weight of the class loss, relative to the loss of one view's masked tokens: the output of the
+    last extra token regresses the mean of its sample's targets (data2vec 2.0 for vision; for audio
+    the utterance-level loss of EAT, Chen et al. 2024). 0: no class loss."""
+
+    cls_views: int | None = 1
+    """The number of views that the class loss is multiplied by: that which fairseq's published run
+    summed over on each GPU. null: the views of the micro-batch, as fairseq does, so that the
+    micro-batch changes the objective."""
+
+    prenet_depth: int = 0
+    """Blocks of the modality's own in front of the shared trunk."""
+
+    prenet_dropout: float = 0.0
+    """Dropout in front of those blocks, after the norm."""
+
     prenet_layer_drop: float = 0.0
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)  # where tokens are removed
-    head: HeadConfig = field(default_factory=HeadConfig)  # where they are replaced
-    loss_beta: float = 0.0  # 0: squared error; above: smooth L1
-    loss_scale: float | None = None  # per channel; null: 1 / sqrt(width)
-    loss_weight: float = 1.0  # against other modalities' gradients; the loss is shown without it
-    padded_statistics: bool = False  # as fairseq: only attention knows what is padding, target
-    # statistics and convolutions count it in
+    """LayerDrop of those blocks."""
+
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+
+    loss_beta: float = 0.0
+    """0: squared error; above 0: smooth L1 loss with this beta."""
+
+    loss_scale: float | None = None
+    """Factor of the error, which is summed over channels; null: 1 / sqrt(model.dim)."""
+
+    loss_weight: float = 1.0
+    """Weight of this modality's gradients relative to other modalities. Losses are reported without
+    it."""
+
+    padded_statistics: bool = False
+    """As fairseq: only attention ignores padding, while target statistics and convolutions include
+    it."""
 
     def __post_init__(self) -> None:
         if self.views < 1:
@@ -57,77 +103,165 @@ class ModalityConfig:
         for name in self.shared:
             if name not in SHAREABLE:
                 raise ValueError(f"shared: no part {name!r} (allowed: {', '.join(SHAREABLE)})")
+        if self.extra_tokens < 0:
+            raise ValueError(f"extra_tokens={self.extra_tokens} must be 0 or more")
+        if self.cls_weight > 0 and not self.extra_tokens:
+            raise ValueError(f"cls_weight={self.cls_weight} needs extra_tokens of at least 1")
 
 
-SHAREABLE = ("features", "positions", "context")
-
-
-class Modality(Protocol):
+class Modality(ABC):
     """Built from its own typed settings: `Speech(SpeechConfig(...))`.
 
-    Lengths are in the unit of the shard index (audio frames at the sample rate, pixels, tokens).
+    A subclass that lacks a method or an attribute without a default fails when the class is
+    defined, naming what is missing. An intermediate class is declared with `abstract=True`.
     """
 
     name: ClassVar[str]
-    unit: ClassVar[str]  # what batch.size counts, for people: "s", "images", "tokens"
-    keys: ClassVar[tuple[str, ...]]  # tar members a sample must have one of, without the dot
-    baseline_name: ClassVar[str]
-    Config: ClassVar[type[ModalityConfig]]
-    views: int  # M
+    """The name in settings, shard sets and the registry."""
 
-    def __init__(self, config: Any) -> None: ...
+    batch_unit: ClassVar[str]
+    """The unit of batch.size: "s", "images", "tokens"."""
+
+    length_unit: ClassVar[str]
+    """The unit of lengths in a shard set's index: "frames", "pixels", "tokens"."""
+
+    keys: ClassVar[tuple[str, ...]]
+    """Extensions of the tar members that hold a sample, without the dot; a sample has one of
+    them."""
+
+    Config: ClassVar[type[ModalityConfig]]
+    """The type of `modality.NAME.*`."""
+
+    header_readers: ClassVar[Mapping[str, HeaderReader]] = {}
+    """{extension: how to read a sample's length from the member's header}, in order of preference;
+    what third-party tars can be indexed by."""
+
+    packed_keys: ClassVar[Mapping[str, str]] = {}
+    """{key: extension of the member that holds many samples of it, a row each}."""
+
+    converter: ClassVar[str] = ""
+    """The d2v-shards command that converts corpora of this modality; "": none."""
+
+    baseline_name: ClassVar[str] = ""
+    """What `baseline` returns, for tables."""
+
+    config: Any
+
+    def __init_subclass__(cls, *, abstract: bool = False, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if abstract:
+            return
+        missing = [name for name in REQUIRED if not hasattr(cls, name)]
+        missing += [n for n in dir(cls) if getattr(getattr(cls, n), "__isabstractmethod__", False)]
+        if missing:
+            raise TypeError(f"modality {cls.__name__} lacks {', '.join(missing)}")
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
 
     @property
-    def config(self) -> Any: ...
+    def views(self) -> int:
+        """M."""
+        views: int = self.config.views
+        return views
+
+    # ------------------------------------------------------------------------------- shard sets
 
     def check_set(self, about: Mapping[str, Any]) -> None:
-        """Raises UserError when a shard set, whose index.json says `about`, does not fit the
-        settings."""
+        """Raises UserError if a shard set with this index.json does not fit the settings."""
+        return None
 
-    def cost(self, length: int) -> float:
-        """What a sample of this length adds to batch.size, after cropping, in `unit`."""
+    @classmethod
+    @abstractmethod
+    def check_sample(cls, members: Mapping[str, bytes], about: Mapping[str, Any]) -> int:
+        """Decodes a sample of a shard set completely and returns its length; about: the set's
+        index.json. Raises ValueError with the reason if it is unusable."""
 
+    # ---------------------------------------------------------------------------- planning a step
+
+    @abstractmethod
     def crop(self, length: int) -> int:
-        """Length after cropping; 0 when the sample is too short to be used."""
+        """The length after cropping; 0 if the sample is too short to be used."""
 
+    @abstractmethod
+    def cost(self, length: int) -> float:
+        """What a sample of this length adds to batch.size, after cropping, in `batch_unit`."""
+
+    @abstractmethod
     def masked_tokens(self, length: int) -> int | None:
-        """Masked tokens of a sample of this length (before cropping) over all M views; None where
-        masks of one length differ in them, for all lengths alike."""
+        """The number of masked tokens over all M views of a sample of this length (before
+        cropping). None if it does not follow from the length; then for every length."""
 
+    # ------------------------------------------------------------------------------ making a batch
+
+    @abstractmethod
     def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Any:
-        """One example from the sample's tar members: decoded, cropped, augmented; whole
-        and as it is when rng is None. Raises ValueError when it cannot be."""
+        """One example from a sample's members: decoded, cropped and augmented; without a generator
+        the whole example, unaugmented. Raises ValueError if it cannot be decoded."""
 
+    @abstractmethod
     def fit(self, example: Any, length: int) -> Any:
-        """The example in the size of one that `decode` makes of a sample of this length: cut, or
-        repeated; the very same object where it has that size."""
+        """The example at the size that `decode` gives for a sample of this length: cut or repeated,
+        or the same object if it already has that size."""
 
+    @abstractmethod
     def collate(
         self, examples: Sequence[Any], rngs: Sequence[np.random.Generator], index: int
     ) -> Batch:
-        """Pads the examples into one batch and draws the masks of each from its own generator."""
+        """Pads the examples into micro-batch number `index` and draws the masks of each from its
+        own generator."""
 
+    @abstractmethod
     def unmasked(self, examples: Sequence[Any]) -> Batch:
-        """The examples as one batch of which the student sees everything (M = 1, N = 0)."""
+        """The examples as one batch without masks (M = 1, N = 0)."""
 
+    @abstractmethod
     def largest(self) -> Any:
-        """An example as large as any that decode gives, without content: to measure memory."""
+        """An example of the largest size that `decode` gives, without content, to measure memory
+        with."""
 
-    def baseline(self, example: Any) -> npt.NDArray[np.float32]:
-        """Plain features of one example, to hold a probe's numbers against."""
+    # ------------------------------------------------------------------------------------ the model
 
-    def warnings(self) -> list[str]:
-        """Settings that are allowed but were seen to fail; printed before training."""
+    @abstractmethod
+    def front_end(self, model: TransformerConfig) -> FrontEnd:
+        """The parts in front of the shared trunk."""
 
-    def front_end(self, model: TransformerConfig) -> FrontEnd: ...
-
+    @abstractmethod
     def predictor(self, model: TransformerConfig) -> nn.Module:
         """forward(batch, encoder output [B * M, K, D]) -> predictions [N, D]."""
 
     def class_weight(self, views: int) -> float:
-        """Weight of the loss of the last extra token in a micro-batch of so many views, against
-        that of a masked token; 0 where there is none."""
+        """The weight of the class loss in a micro-batch of so many views; 0 without one."""
+        weight: float = self.config.cls_weight * (self.config.cls_views or views)
+        return weight
 
+    def warnings(self) -> list[str]:
+        """Settings that are allowed but were seen to fail; printed before training."""
+        return []
+
+    # ------------------------------------------------------------------------------- for inspection
+
+    @abstractmethod
+    def baseline(self, example: Any) -> npt.NDArray[np.float32]:
+        """Plain features of one example, which a probe's accuracy is compared with."""
+
+    @abstractmethod
     def picture(self, batch: Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        """What to show of a batch's first view: an image [across, up] and what is masked, [T] over
-        its width or [t, u] over both."""
+        """The first view of a batch: an image [across, up], and what is masked: [T] along its width
+        or [t, u] along both axes."""
+
+
+REQUIRED = ("name", "batch_unit", "length_unit", "keys", "Config")
+
+
+def check_json(members: Mapping[str, bytes]) -> None:
+    """Raises ValueError unless a sample's .json, if it has one, holds an object."""
+    if not isinstance(json.loads(members.get("json", b"{}")), dict):
+        raise ValueError("json: is not an object")
+
+
+def extra_tokens(
+    config: ModalityConfig, dim: int, init: Callable[[Tensor], object] = nn.init.zeros_
+) -> ExtraTokens | None:
+    """The extra tokens that a front end begins its rows with; None if there are none."""
+    return ExtraTokens(config.extra_tokens, dim, init) if config.extra_tokens else None

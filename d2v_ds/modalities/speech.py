@@ -18,15 +18,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2v_ds.batch import Batch, mask_indices
-from d2v_ds.data import audio
+from d2v_ds.data import audio, headers
+from d2v_ds.data.headers import HeaderReader
+from d2v_ds.data.ogg import ogg_problem
 from d2v_ds.masking import Mask, block_count, block_mask_1d, span_mask
-from d2v_ds.modalities.base import ModalityConfig
+from d2v_ds.modalities.base import Modality, ModalityConfig, check_json, extra_tokens
 from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head, MaskToken
 from d2v_ds.transformer import Alibi, TransformerConfig
 
 Waveform = npt.NDArray[np.float32]
 
-LONG = 4  # crops
+LONG = 4  # crops: of longer recordings only the crop is decoded
+CONTAINERS = ("flac", "wav", "mp3", "ogg", "opus")  # extensions of recordings in a set
 SILENCE = 1e-9  # mean square of samples in [-1, 1]: one step of 16 bits
 
 # (channels, kernel, stride): 50 frames a second, receptive field 400 samples (wav2vec 2.0)
@@ -161,23 +164,37 @@ class ConvPositions(nn.Module):
         return x
 
 
-class Speech:
-    """The Modality contract (modalities/base.py) for speech."""
+class Speech(Modality):
+    """Speech."""
 
     name: ClassVar[str] = "speech"
-    unit: ClassVar[str] = "s"
+    batch_unit: ClassVar[str] = "s"
+    length_unit: ClassVar[str] = "frames"
     keys: ClassVar[tuple[str, ...]] = ("flac", "wav")
+    header_readers: ClassVar[dict[str, HeaderReader]] = {"flac": headers.flac, "wav": headers.wav}
+    converter: ClassVar[str] = "speech"
     baseline_name: ClassVar[str] = "mean log-mel"
     Config: ClassVar[type[ModalityConfig]] = SpeechConfig
+    config: SpeechConfig
 
     def __init__(self, config: SpeechConfig) -> None:
-        self.config = config
-        self.views = config.views
+        super().__init__(config)
         self.max_samples = round(config.crop_seconds * config.sample_rate)
         self.min_samples = round(config.min_seconds * config.sample_rate)
 
-    def check_set(self, about: Mapping[str, Any]) -> None:
-        """Samples are checked as they are decoded."""
+    @classmethod
+    def check_sample(cls, members: Mapping[str, bytes], about: Mapping[str, Any]) -> int:
+        name = next((name for name in CONTAINERS if name in members), "")
+        if not name:
+            raise ValueError(f"has no recording (members: {', '.join(members)})")
+        data, rate = members[name], about["sample_rate"]
+        info = audio.info(data)
+        if info.rate != rate:
+            raise ValueError(f"{name}: {info.rate} Hz; the set says {rate} Hz")
+        if data[:4] == b"OggS" and (problem := ogg_problem(data)):
+            raise ValueError(f"{name}: {problem}")
+        check_json(members)
+        return len(audio.decode(data))
 
     def crop(self, length: int) -> int:
         return 0 if length < self.min_samples else min(length, self.max_samples)
@@ -287,6 +304,7 @@ class Speech:
             features=ConvFeatures(config.convs, model.dim),
             positions=ConvPositions(config.positions, model.dim),
             bias=Alibi(model.heads) if config.alibi else None,
+            extra=extra_tokens(config, model.dim),
             # U(0, 1): fairseq wav2vec2.py, mask_emb
             mask_token=MaskToken(model.dim, nn.init.uniform_)
             if config.masked == "replaced"
@@ -305,9 +323,6 @@ class Speech:
         if config.masked == "replaced":  # torch's initialisation, as in fairseq
             return Head(model.dim, config.head.layers, None, config.head.zero_last)
         return ConvDecoder(config.decoder, model.dim)
-
-    def class_weight(self, views: int) -> float:
-        return 0.0
 
     def picture(self, batch: Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
         """Of the first view of the first sample: log-mel frames [T_mel, bands] and mask [T]."""

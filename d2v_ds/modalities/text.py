@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from d2v_ds.batch import Batch, mask_indices
+from d2v_ds.data import headers
+from d2v_ds.data.headers import HeaderReader
 from d2v_ds.errors import UserError
 from d2v_ds.masking import (
     Mask,
@@ -30,7 +32,7 @@ from d2v_ds.masking import (
     uniform_count,
     uniform_mask,
 )
-from d2v_ds.modalities.base import ModalityConfig
+from d2v_ds.modalities.base import Modality, ModalityConfig, check_json, extra_tokens
 from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head
 from d2v_ds.transformer import TransformerConfig, bert_init
 
@@ -120,18 +122,28 @@ class TokenFeatures(nn.Module):
         return self.norm(self.tokens(ids) + self.positions(positions))  # type: ignore[no-any-return]
 
 
-class Text:
-    """The Modality contract (modalities/base.py) for text."""
+class Text(Modality):
+    """Text."""
 
     name: ClassVar[str] = "text"
-    unit: ClassVar[str] = "tokens"
+    batch_unit: ClassVar[str] = "tokens"
+    length_unit: ClassVar[str] = "tokens"
     keys: ClassVar[tuple[str, ...]] = ("u16", "u32", "npy")
+    packed_keys: ClassVar[dict[str, str]] = {"u16": "npy", "u32": "npy"}
+    header_readers: ClassVar[dict[str, HeaderReader]] = {"npy": headers.npy}
+    converter: ClassVar[str] = "text"
     baseline_name: ClassVar[str] = "bag of words"
     Config: ClassVar[type[ModalityConfig]] = TextConfig
+    config: TextConfig
 
-    def __init__(self, config: TextConfig) -> None:
-        self.config = config
-        self.views = config.views
+    @classmethod
+    def check_sample(cls, members: Mapping[str, bytes], about: Mapping[str, Any]) -> int:
+        ids = read_ids(members)
+        check_json(members)
+        size = about.get("tokenizer", {}).get("vocab_size")
+        if size is not None and ids.max(initial=0) >= size:
+            raise ValueError(f"has token id {ids.max()}, its tokenizer has {size} ids")
+        return len(ids)
 
     def crop(self, length: int) -> int:
         return 0 if length < 2 else min(length, self.config.max_tokens)
@@ -144,9 +156,6 @@ class Text:
         if mask.kind == "spans":
             return None
         return self.views * uniform_count(self.crop(length), prob=mask.prob)
-
-    def warnings(self) -> list[str]:
-        return []
 
     def check_set(self, about: Mapping[str, Any]) -> None:
         """Raises UserError when the ids of a shard set, of which `about` is the index.json, are not
@@ -253,6 +262,7 @@ class Text:
         config = self.config
         return FrontEnd(
             features=TokenFeatures(config, model.dim, model.norm_eps),
+            extra=extra_tokens(config, model.dim),
             # The embeddings have a norm of their own; one more comes with prenet blocks.
             context=Context(
                 model,
@@ -271,9 +281,6 @@ class Text:
             return Head(model.dim, config.head.layers, bert_init, config.head.zero_last)
         return ConvDecoder(config.decoder, model.dim, init=bert_init)
 
-    def class_weight(self, views: int) -> float:
-        return 0.0
-
     def picture(self, batch: Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
         """The first block's ids as columns of one shade each [T, rows], and the first view's
         mask [T]."""
@@ -291,6 +298,8 @@ def read_ids(sample: Mapping[str, bytes]) -> npt.NDArray[Any]:
         if key in sample:
             return np.frombuffer(sample[key], np.dtype(kind))
     ids: npt.NDArray[Any]
+    if "npy" not in sample:
+        raise ValueError(f"has no token ids (members: {', '.join(sample)})")
     try:
         ids = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from d2v_ds.batch import Batch, mask_indices
-from d2v_ds.data import images
+from d2v_ds.data import headers, images
+from d2v_ds.data.headers import HeaderReader
 from d2v_ds.data.images import Pixels
 from d2v_ds.masking import Mask, beit_mask, block_count, block_mask_2d
-from d2v_ds.modalities.base import ModalityConfig
-from d2v_ds.student import Context, ConvDecoder, ExtraTokens, FrontEnd, Head, MaskToken
+from d2v_ds.modalities.base import Modality, ModalityConfig, check_json, extra_tokens
+from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head, MaskToken
 from d2v_ds.transformer import RelativeBias, TransformerConfig, beit_init, beit_normal
 
 CHANNELS = 3
@@ -62,12 +63,6 @@ class VisionConfig(ModalityConfig):
     crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the area that a training crop takes
     jitter: float = 0.0  # of brightness, contrast and saturation
     mask: MaskConfig = field(default_factory=MaskConfig)
-    # The last extra token's output regresses the mean of its image's targets, with this weight
-    # against one view's masked tokens ...
-    cls_weight: float = 0.0
-    # ... times the views that fairseq's published run summed over on each GPU; null: as fairseq,
-    # times those of the micro-batch, so that its size changes the objective
-    cls_views: int | None = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -78,12 +73,8 @@ class VisionConfig(ModalityConfig):
         T = (self.image_size // self.patch_size) ** 2
         if self.mask.kind == "beit" and self.mask.patches >= T:
             raise ValueError(f"mask.patches={self.mask.patches} is not below the {T} patches")
-        if self.extra_tokens < 0:
-            raise ValueError(f"extra_tokens={self.extra_tokens} must be 0 or more")
         if self.positions == "relative" and self.extra_tokens != 1:
             raise ValueError("positions=relative takes extra_tokens=1, the class token")
-        if self.cls_weight > 0 and not self.extra_tokens:
-            raise ValueError(f"cls_weight={self.cls_weight} takes extra_tokens of at least 1")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale={self.crop_scale} must rise within (0, 1]")
         if not 0 <= self.jitter <= 1:
@@ -130,21 +121,32 @@ def sincos_2d(grid: tuple[int, int], dim: int) -> Tensor:
     return torch.from_numpy(np.concatenate(halves, axis=1)).float()
 
 
-class Vision:
-    """The Modality contract (modalities/base.py) for images."""
+class Vision(Modality):
+    """Images."""
 
     name: ClassVar[str] = "vision"
-    unit: ClassVar[str] = "images"
+    batch_unit: ClassVar[str] = "images"
+    length_unit: ClassVar[str] = "pixels"
     keys: ClassVar[tuple[str, ...]] = ("jpg", "jpeg", "png", "webp")
+    header_readers: ClassVar[dict[str, HeaderReader]] = {
+        "jpg": headers.jpeg,
+        "jpeg": headers.jpeg,
+        "png": headers.png,
+        "webp": headers.webp,
+    }
+    converter: ClassVar[str] = "images"
     baseline_name: ClassVar[str] = "pixels"
     Config: ClassVar[type[ModalityConfig]] = VisionConfig
+    config: VisionConfig
 
-    def __init__(self, config: VisionConfig) -> None:
-        self.config = config
-        self.views = config.views
-
-    def check_set(self, about: Mapping[str, Any]) -> None:
-        """Samples are checked as they are decoded."""
+    @classmethod
+    def check_sample(cls, members: Mapping[str, bytes], about: Mapping[str, Any]) -> int:
+        found = [key for key in members if key in cls.keys]
+        if len(found) != 1:
+            raise ValueError(f"has {len(found)} images, expected one")
+        _, w, h = images.inspect(members[found[0]])
+        check_json(members)
+        return w * h
 
     def crop(self, length: int) -> int:
         """Any image becomes one of image_size; lengths are pixels."""
@@ -158,9 +160,6 @@ class Vision:
         if mask.kind == "beit":
             return None
         return self.views * block_count(h * w, prob=mask.prob, inverse=mask.inverse)
-
-    def warnings(self) -> list[str]:
-        return []
 
     def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Pixels:
         """Pixels uint8 [3, H, W] of a random crop, flipped half the time; with no rng, of the
@@ -239,9 +238,7 @@ class Vision:
         return FrontEnd(
             features=PatchFeatures(config, model.dim),
             bias=RelativeBias(config.grid, model.heads) if config.positions == "relative" else None,
-            extra=ExtraTokens(config.extra_tokens, model.dim, init)
-            if config.extra_tokens
-            else None,
+            extra=extra_tokens(config, model.dim, init),
             mask_token=MaskToken(model.dim, beit_normal) if config.masked == "replaced" else None,
             context=Context(
                 model,
@@ -258,9 +255,6 @@ class Vision:
             return Head(model.dim, config.head.layers, beit_init, config.head.zero_last)
         # torch's initialisation of the last layer, as fairseq's reset_parameters
         return ConvDecoder(config.decoder, model.dim, grid=config.grid)
-
-    def class_weight(self, views: int) -> float:
-        return self.config.cls_weight * (self.config.cls_views or views)
 
     def picture(self, batch: Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
         """The first image in grey [across, up] and which of its patches the first view masks."""

@@ -17,10 +17,9 @@ from pathlib import Path
 from d2v_ds.config import Config, modality_of
 from d2v_ds.config.decoding import dump_yaml
 from d2v_ds.config.engine_file import load_engine_config
-from d2v_ds.config.validation import require_one_each
-from d2v_ds.data.find_set import find_set, stream_tars
-from d2v_ds.data.tar_index import KINDS
+from d2v_ds.config.validation import require_divisible, require_one_each
 from d2v_ds.errors import UserError
+from d2v_ds.loader.find_set import find_set, require_tars, stream_tars
 from d2v_ds.run.environment import code_hash, node_name
 from d2v_ds.run.run_folder import RunFolder
 
@@ -60,38 +59,9 @@ def require_shards(config: Config, modality: str, ranks: int) -> None:
         raise UserError(f"{setting}: must be given (has: {', '.join(sorted(config.sources))})")
     for path in sources.values():
         if tars := stream_tars(path):
-            require_tars(tars, modality, ranks)
+            require_tars(tars, ranks)
         else:
             find_set(path, modality)
-
-
-def require_tars(tars: Sequence[str], modality: str, ranks: int) -> None:
-    """Raises UserError when a run cannot stream these tars."""
-    if modality not in KINDS:
-        raise UserError(
-            f"data.shards: {tars[0]} has no index, and modality {modality} cannot be read without "
-            f"one ({', '.join(KINDS)} can); make a set of its tars first"
-        )
-    if len(tars) < ranks:
-        raise UserError(
-            f"data.shards: {len(tars)} tars without an index for {ranks} ranks, each of which "
-            f"streams its own. Use at most {len(tars)} ranks, or more and smaller tars, or make a "
-            "set of them: `d2v-shards index`"
-        )
-
-
-def require_divisible(micro_batches: int, ranks: int) -> None:
-    """Raises UserError when the micro-batches of a step cannot be shared evenly."""
-    if micro_batches % ranks == 0:
-        return
-    first = max(1, micro_batches // ranks)
-    more = f"{ranks * first}, {ranks * (first + 1)} or {ranks * (first + 2)}"
-    divisors = [str(n) for n in range(1, micro_batches + 1) if micro_batches % n == 0]
-    fewer = " or ".join(filter(None, [", ".join(divisors[:-1]), divisors[-1]]))
-    raise UserError(
-        f"batch.micro_batches: {micro_batches} is not divisible by {ranks} ranks. Use {more}, "
-        f"or {fewer} rank{'' if fewer == '1' else 's'}."
-    )
 
 
 # ------------------------------------------------------------------------------ across the ranks

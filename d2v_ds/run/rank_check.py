@@ -22,13 +22,12 @@ from d2v_ds.distributed.collectives import (
     sums_right,
 )
 from d2v_ds.distributed.world import cores_of_rank
+from d2v_ds.exit_codes import UNFIT
 from d2v_ds.files import write_atomically
 from d2v_ds.run import preflight
 from d2v_ds.run.run_folder import RunFolder
 
 log = logging.getLogger("d2v_ds")
-
-UNFIT = 4  # exit code
 
 
 def check_ranks(config: Config, device: torch.device) -> list[str]:
@@ -46,7 +45,7 @@ def check_ranks(config: Config, device: torch.device) -> list[str]:
     return [finding.node for finding in findings]
 
 
-def tell_unfit(error: preflight.UnfitNodes) -> int:
+def report_unfit(error: preflight.UnfitNodes) -> int:
     """Names the nodes, to the batch script as well; the exit code. All ranks together."""
     if own_rank() == 0:
         print(f"d2v-ds: {error}", file=sys.stderr)

@@ -22,13 +22,13 @@ import time
 from typing import IO
 
 from d2v_ds.errors import Superseded
+from d2v_ds.exit_codes import FAILURE, HUNG
 from d2v_ds.run.environment import node_name
 from d2v_ds.run.run_folder import Generation, RunFolder, refuse_superseded
 from d2v_ds.run.status import Heartbeat, beat, duration, heartbeats
 
 log = logging.getLogger("d2v_ds")
 
-HUNG, FAILURE = 5, 1  # exit codes
 INTERVAL = 5.0  # seconds between heartbeats, at most
 PATIENT = "waiting for shards"  # the one phase that may last: see staging.py
 SILENT_BEATS = 4  # beats missed in a row after which a rank is called silent

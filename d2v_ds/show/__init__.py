@@ -15,10 +15,10 @@ import torch
 
 from d2v_ds.config import Config
 from d2v_ds.config.decoding import dump_yaml
-from d2v_ds.data.loader.mixture import shares_of
 from d2v_ds.engine import DTYPES, resolve_precision
+from d2v_ds.loader.mixture import shares_of
 from d2v_ds.modalities.base import Modality
-from d2v_ds.pretrain import Pretrain, build_pretrain, resolved
+from d2v_ds.pretrain import Pretrain
 from d2v_ds.show.memory import (
     activation_bytes,
     checkpoint_bytes,
@@ -40,9 +40,9 @@ def describe(
     """The text that `d2v-ds show` prints; gpu_memory: bytes of one GPU, to tell what fits. measure:
     run the longest micro-batch of each modality here instead of foretelling its memory. Raises
     UserError."""
-    config = resolved(config)
+    config = Pretrain.resolve(config)
     with torch.device("meta"):
-        task = build_pretrain(config)
+        task = Pretrain.create(config)
     measured = measure_longest(config) if measure else {}
     warnings = [w for m in task.modalities.values() for w in m.warnings()]
     return "\n".join(
@@ -100,7 +100,7 @@ def batch_split(config: Config, modalities: Mapping[str, Modality], ranks: int) 
     divisors = [str(n) for n in range(1, number + 1) if number % n == 0]
     lines = []
     for name, modality in modalities.items():
-        size, unit = config.batch_size(name), modality.unit
+        size, unit = config.batch_size(name), modality.batch_unit
         of = "" if len(modalities) == 1 else f" of {name}"
         lines.append(
             f"a step{of} of {size:g} {unit} is cut into {number} micro-batches of at most "
@@ -129,7 +129,7 @@ def measure_longest(config: Config) -> dict[str, Measured]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(config.engine.precision, device)
     torch.manual_seed(config.run.seed)
-    task = build_pretrain(config).train().to(device, DTYPES[precision])
+    task = Pretrain.create(config).train().to(device, DTYPES[precision])
     measured = {}
     for name, modality in task.modalities.items():
         samples = micro_batch_samples(config, modality)
@@ -137,8 +137,8 @@ def measure_longest(config: Config) -> dict[str, Measured]:
         measured[name] = Measured(
             size,
             f"{name}: measured on this machine's {device.type} in {precision}: a micro-batch of "
-            f"{samples * modality.cost(LONGEST):g} {modality.unit} takes {size / GIB:.3f} GiB of "
-            f"activations and {seconds:.2f} s",
+            f"{samples * modality.cost(LONGEST):g} {modality.batch_unit} takes {size / GIB:.3f} GiB "
+            f"of activations and {seconds:.2f} s",
         )
     return measured
 
@@ -164,7 +164,7 @@ def fit(
     lines = [f"in {gpu_memory / GIB:g} GiB, {FREE:.0%} of it kept free, on each of {ranks} ranks"]
     stages = []
     for name, modality in task.modalities.items():
-        cost, unit = modality.cost(LONGEST), modality.unit
+        cost, unit = modality.cost(LONGEST), modality.batch_unit
         samples = micro_batch_samples(config, modality)
         needs = [activations(task, name, width, samples, again) for again in (False, True)]
         own = needs[config.model["checkpoint_activations"]][samples]

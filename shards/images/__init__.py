@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from shards.arguments import number
@@ -71,10 +70,3 @@ def read(arguments: argparse.Namespace) -> Corpus:
         found.root, found.classes, arguments.resize, image_key, arguments.label_key
     )
     return Corpus(found.samples, converter, options, rejected=found.rejected)
-
-
-def check(members: Mapping[str, bytes], about: Mapping[str, Any]) -> int:
-    """The number of pixels of a sample of a set, all of it decoded. Raises ValueError."""
-    from shards.images import converter
-
-    return converter.check(members)

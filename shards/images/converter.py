@@ -9,7 +9,7 @@ KEY.json has "label" and its number among the sorted classes, "index", where the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +36,7 @@ class ImageConverter:
     label_key: str = ""
 
     modality: ClassVar[str] = "vision"
-    unit: ClassVar[str] = "pixels"
+    length_unit: ClassVar[str] = "pixels"
     fields: ClassVar[tuple[str, ...]] = FIELDS
     sample_rate: ClassVar[int] = 0
 
@@ -147,14 +147,3 @@ def _said_aside(kind: str, data: bytes) -> dict[str, Any]:
     if not isinstance(columns, dict):
         raise ValueError("its .json is no object")
     return columns
-
-
-def check(members: Mapping[str, bytes]) -> int:
-    """The number of pixels of a sample, all of it decoded. Raises ValueError."""
-    kinds = [kind for kind in members if kind in FIELDS and kind != "json"]
-    if len(kinds) != 1:
-        raise ValueError(f"has {len(kinds)} images, expected one")
-    _, w, h = images.inspect(members[kinds[0]])
-    if not isinstance(json.loads(members.get("json", b"{}")), dict):
-        raise ValueError("json: is no object")
-    return w * h

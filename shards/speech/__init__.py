@@ -4,9 +4,8 @@ and manifests, converter.py makes the members of a sample, joining.py makes long
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from d2v_ds.errors import UserError
 from shards import arguments as types
@@ -92,13 +91,6 @@ def channel(text: str) -> str:
     if text in ("mix", "left", "right") or (text.isdecimal() and int(text) < 64):
         return {"left": "0", "right": "1"}.get(text, text)
     raise argparse.ArgumentTypeError(f"{text}: expected mix, left, right or a number from 0 to 63")
-
-
-def check(members: Mapping[str, bytes], about: Mapping[str, Any]) -> int:
-    """The length in frames of a sample of a set, all of it decoded. Raises ValueError."""
-    from shards.speech import converter
-
-    return converter.check(members, about)
 
 
 def read(arguments: argparse.Namespace) -> Corpus:

@@ -22,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2v_ds.data import audio
+from d2v_ds.data.ogg import ogg_problem
 from shards.family import Converted, Input, Rejected, Sample
 from shards.keys import part_key
-from shards.speech.ogg import ogg_problem
 
 TEXT_COLUMNS = ("text", "letters")  # say what is spoken from beginning to end
 Samples = NDArray[np.int16]  # [S]
@@ -55,7 +55,7 @@ class SpeechConverter:
     keep: bool = False  # whether wav and flac of the right rate go through
 
     modality = "speech"
-    unit = "frames"
+    length_unit = "frames"
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -206,21 +206,3 @@ def read_bytes(path: Path, stretch: tuple[int, int] | None) -> bytes:
 
 def _reason(error: ValueError | OSError) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
-
-
-def check(members: Mapping[str, bytes], about: Mapping[str, Any]) -> int:
-    """The length in frames of a sample of a set, all of it decoded; about: index.json. Raises
-    ValueError."""
-    name = next(name for name in AUDIO if name in members)
-    data, rate = members[name], about["sample_rate"]
-    info = audio.info(data)
-    if info.rate != rate:
-        raise ValueError(f"{name}: {info.rate} Hz; the set says {rate} Hz")
-    if data[:4] == b"OggS" and (problem := ogg_problem(data)):
-        raise ValueError(f"{name}: {problem}")
-    if "json" in members and not isinstance(json.loads(members["json"]), dict):
-        raise ValueError("json: is no object")
-    return len(audio.decode(data))
-
-
-AUDIO = ("flac", "wav", "mp3", "ogg", "opus")  # members that hold it, in the order of preference

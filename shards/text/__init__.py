@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +71,3 @@ def read(arguments: argparse.Namespace) -> Corpus:
     options["block"] = arguments.block
     converter = PackedText(source, arguments.tokenizer, tokenizer.about(), arguments.block)
     return Corpus(source.samples(), converter, options)
-
-
-def check(members: Mapping[str, bytes], about: Mapping[str, Any]) -> int:
-    """The number of ids of a sample of a set. Raises ValueError."""
-    from shards.text import packing
-
-    return packing.check(members, about)

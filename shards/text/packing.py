@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -57,7 +57,7 @@ class _TextConverter:
     tokenizer: dict[str, Any]  # what index.json says of it
 
     modality: ClassVar[str] = "text"
-    unit: ClassVar[str] = "tokens"
+    length_unit: ClassVar[str] = "tokens"
     sample_rate: ClassVar[int] = 0
 
     @property
@@ -166,24 +166,3 @@ def npy_bytes(ids: Ids) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, ids)
     return buffer.getvalue()
-
-
-def check(members: Mapping[str, bytes], about: Mapping[str, Any]) -> int:
-    """The number of ids of a sample of a set: of one block, or of a labelled one. Raises
-    ValueError."""
-    if "npy" in members:
-        try:
-            ids = np.load(io.BytesIO(members["npy"]), allow_pickle=False)
-        except (ValueError, EOFError, OSError) as error:
-            raise ValueError(f"npy: {error}") from None
-        if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
-            raise ValueError(f"npy: holds {ids.dtype} of shape {ids.shape}, expected ids")
-        if not isinstance(json.loads(members.get("json", b"{}")), dict):
-            raise ValueError("json: is no object")
-    else:
-        field = next(field for field in ("u16", "u32") if field in members)
-        ids = np.frombuffer(members[field], "<u2" if field == "u16" else "<u4")
-    size = about.get("tokenizer", {}).get("vocab_size")
-    if size is not None and ids.max(initial=0) >= size:
-        raise ValueError(f"has token id {ids.max()}, its tokenizer has {size}")
-    return len(ids)

@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -23,6 +24,7 @@ from d2v_ds.data.download import is_remote
 from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE, ShardSet, open_set
 from d2v_ds.data.tar_index import index_set
 from d2v_ds.errors import UserError
+from d2v_ds.modalities import sample_formats
 
 log = logging.getLogger("d2v_ds")
 
@@ -78,7 +80,17 @@ def _indexed(root: Path, tars: list[Path], modality: str) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not (out / INDEX_FILE).exists():
                 log.info("%s: has no index; reading the headers of %d tars", root, len(tars))
-                index_set(tars, out, modality)
+                index_set(tars, out, sample_formats(modality))
     except OSError as error:
         raise UserError(f"{out}: cannot write the index of {root} ({error.strerror})") from None
     return out
+
+
+def require_tars(tars: Sequence[str], ranks: int) -> None:
+    """Raises UserError unless there are enough tars for every rank to stream its own."""
+    if len(tars) < ranks:
+        raise UserError(
+            f"data.shards: {len(tars)} tars without an index for {ranks} ranks, each of which "
+            f"streams its own. Use at most {len(tars)} ranks, more and smaller tars, or make a "
+            "shard set of them: `d2v-shards index`"
+        )

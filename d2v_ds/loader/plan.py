@@ -3,8 +3,8 @@
     lengths -> shuffled order of an epoch -> pools -> sorted, cut into lots -> shuffled -> Step
 
 A pure function of (lengths, the modality's crop, seed, epoch, batch.size, batch.micro_batches);
-nothing is read, and ranks and workers do not appear. A sample is named by its position in the set,
-counted over the shards in the order of index.json; a lot is the samples of one micro-batch.
+nothing is read, and ranks and workers do not appear. A sample is identified by its number in the
+set, counted over the shards in the order of index.json; a lot is the samples of one micro-batch.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from d2v_ds.errors import UserError
 from d2v_ds.modalities.base import Modality
 from d2v_ds.seeding import LOT_ORDER, SAMPLE_ORDER, SHARD_ORDER, permutation
 
-Positions = npt.NDArray[np.int64]
+SampleIds = npt.NDArray[np.int64]
 
 WINDOW = 65_536  # samples of neighbouring shards that are shuffled together
 POOL = 4_096  # samples that are sorted by cost together: about 0.5 % padding
@@ -35,11 +35,11 @@ class Step:
     """What one optimizer step reads on all ranks."""
 
     epoch: int
-    lots: Sequence[Positions]  # the samples of each micro-batch
-    spare: Sequence[Positions]  # others of about their cost, should none of a lot be of use
+    lots: Sequence[SampleIds]  # the samples of each micro-batch
+    spare: Sequence[SampleIds]  # others of about their cost, should none of a lot be of use
     masked: Sequence[int] | None  # tokens of each micro-batch; None: known when they are drawn
     units: float  # seconds of audio, images or tokens of all, after cropping
-    position: dict[str, int]  # after this step
+    cursor: dict[str, int]  # after this step
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class EpochStats:
 START = {"epoch": 0, "step": 0, "pool": 0, "pool_step": 0}  # steps done in the epoch, in the pool
 
 
-class Plan:
+class BatchPlan:
     """The steps of every epoch.
 
     Shards are shuffled, then the samples within windows of neighbouring shards, so that reading
@@ -80,7 +80,7 @@ class Plan:
         micro_batches: int,
     ) -> None:
         self.seed, self.micro_batches, self.limit = seed, micro_batches, size / micro_batches
-        self.bounds = np.cumsum([0, *map(len, lengths)])  # of the shards: positions
+        self.bounds = np.cumsum([0, *map(len, lengths)])  # sample ids at which shards begin
         self.lengths = np.concatenate(lengths)
         # The modality is asked once for each length that occurs, not for each sample.
         self.distinct, counts = np.unique(self.lengths, return_counts=True)
@@ -115,19 +115,19 @@ class Plan:
             )
         require_room(modality, size, lots, float(self.cost.max()))
 
-    def kinds(self, positions: Positions) -> npt.NDArray[np.intp]:
-        """Places of samples in the tables of distinct lengths."""
-        return np.searchsorted(self.distinct, self.lengths[positions])
+    def kinds(self, ids: SampleIds) -> npt.NDArray[np.intp]:
+        """Indices of samples in the tables of distinct lengths."""
+        return np.searchsorted(self.distinct, self.lengths[ids])
 
-    def usable_in(self, shard: int) -> Positions:
-        """Positions of a shard's usable samples."""
-        positions = np.arange(self.bounds[shard], self.bounds[shard + 1])
-        usable: Positions = positions[self.usable[self.kinds(positions)]]
+    def usable_in(self, shard: int) -> SampleIds:
+        """The usable samples of a shard."""
+        ids = np.arange(self.bounds[shard], self.bounds[shard + 1])
+        usable: SampleIds = ids[self.usable[self.kinds(ids)]]
         return usable
 
-    def steps(self, position: Mapping[str, int] = START) -> Iterator[Step]:
-        """The steps after `position`, for ever."""
-        epoch, step, pool, pool_step = (position[key] for key in START)
+    def steps(self, cursor: Mapping[str, int] = START) -> Iterator[Step]:
+        """The steps after `cursor`, endlessly."""
+        epoch, step, pool, pool_step = (cursor[key] for key in START)
         while True:
             order = _Order(self, epoch)
             while pool < len(self.pools) - 1:
@@ -140,16 +140,16 @@ class Plan:
                 pool, pool_step = pool + 1, 0
             epoch, step, pool = epoch + 1, 0, 0
 
-    def upcoming(self, position: Mapping[str, int]) -> Iterator[int]:
-        """The shards in the order in which they are read from `position` on, for ever."""
-        order = _Order(self, position["epoch"])
-        shards = order.shards[order.first_shards[order.window_of(self.pools[position["pool"]])] :]
+    def upcoming(self, cursor: Mapping[str, int]) -> Iterator[int]:
+        """The shards in the order in which they are read from `cursor` on, endlessly."""
+        order = _Order(self, cursor["epoch"])
+        shards = order.shards[order.first_shards[order.window_of(self.pools[cursor["pool"]])] :]
         while True:
             yield from shards.tolist()
             order = _Order(self, order.epoch + 1)
             shards = order.shards
 
-    def _step(self, epoch: int, dealt: Sequence[_Dealt], position: dict[str, int]) -> Step:
+    def _step(self, epoch: int, dealt: Sequence[_Dealt], cursor: dict[str, int]) -> Step:
         lots, spare = zip(*dealt, strict=True)
         kinds = [self.kinds(lot) for lot in lots]
         return Step(
@@ -158,13 +158,13 @@ class Plan:
             spare=spare,
             masked=None if self.masked is None else [int(self.masked[k].sum()) for k in kinds],
             units=float(sum(self.cost[k].sum() for k in kinds)),
-            position=position,
+            cursor=cursor,
         )
 
     def _lots(self, order: _Order, pool: int) -> list[_Dealt]:
         """The lots of a pool with what is spare, in the order in which they are dealt to steps."""
-        positions = order.slice(self.pools[pool], self.pools[pool + 1])
-        cost = self.cost[self.kinds(positions)]
+        ids = order.slice(self.pools[pool], self.pools[pool + 1])
+        cost = self.cost[self.kinds(ids)]
         # Stable, so that samples of equal cost stay in their random order.
         descending = np.argsort(-cost, kind="stable")
         bounds = cut(cost[descending].tolist(), self.limit, self.micro_batches)
@@ -172,7 +172,7 @@ class Plan:
             descending = np.arange(len(cost) // self.micro_batches * self.micro_batches)
             bounds = list(range(len(descending) + 1))
         shuffled = permutation(len(bounds) - 1, self.seed, LOT_ORDER, order.epoch, pool)
-        sorted_ = positions[descending]
+        sorted_ = ids[descending]
         return [_deal(sorted_, bounds[i], bounds[i + 1]) for i in shuffled]
 
     def stats(self) -> EpochStats:
@@ -191,10 +191,10 @@ class Plan:
         )
 
 
-_Dealt = tuple[Positions, Positions]  # a lot, and what is spare
+_Dealt = tuple[SampleIds, SampleIds]  # a lot, and what is spare
 
 
-def _deal(pool: Positions, start: int, stop: int) -> _Dealt:
+def _deal(pool: SampleIds, start: int, stop: int) -> _Dealt:
     """The lot of a sorted pool between two bounds, and its neighbours: costlier ones first."""
     before = pool[max(0, start - SPARE) : start][::-1]
     after = pool[stop : stop + SPARE]
@@ -204,7 +204,7 @@ def _deal(pool: Positions, start: int, stop: int) -> _Dealt:
 class _Order:
     """The order of one epoch's usable samples; holds one window of it at a time."""
 
-    def __init__(self, plan: Plan, epoch: int) -> None:
+    def __init__(self, plan: BatchPlan, epoch: int) -> None:
         self.plan, self.epoch = plan, epoch
         self.shards = permutation(len(plan.used), plan.seed, SHARD_ORDER, epoch)
         used = plan.used[self.shards]
@@ -213,12 +213,12 @@ class _Order:
         self.first_shards = np.append(first, len(self.shards))  # of the windows
         self.bounds = np.append(starts[first], plan.samples)  # of the windows, in this order
         self.window = -1
-        self.positions = np.zeros(0, dtype=np.int64)  # of that window
+        self.ids = np.zeros(0, dtype=np.int64)  # of that window
 
     def window_of(self, place: int) -> int:
         return int(np.searchsorted(self.bounds, place, side="right")) - 1
 
-    def slice(self, start: int, stop: int) -> Positions:
+    def slice(self, start: int, stop: int) -> SampleIds:
         window = self.window_of(start)
         parts = []
         while start < stop:
@@ -227,21 +227,21 @@ class _Order:
             start, window = end, window + 1
         return np.concatenate(parts)
 
-    def _samples(self, window: int) -> Positions:
+    def _samples(self, window: int) -> SampleIds:
         if window != self.window:
             shards = self.shards[self.first_shards[window] : self.first_shards[window + 1]]
-            positions = np.concatenate([self.plan.usable_in(shard) for shard in shards])
+            ids = np.concatenate([self.plan.usable_in(shard) for shard in shards])
             place = (SAMPLE_ORDER, self.epoch, window)
-            shuffled = permutation(len(positions), self.plan.seed, *place)
-            self.window, self.positions = window, positions[shuffled]
-        return self.positions
+            shuffled = permutation(len(ids), self.plan.seed, *place)
+            self.window, self.ids = window, ids[shuffled]
+        return self.ids
 
 
 def require_room(modality: Modality, size: float, lots: int, most: float) -> None:
     """Raises UserError when a sample that costs `most` fits no micro-batch of a step's `lots`."""
     if most <= size / lots:
         return
-    unit, fewer = modality.unit, int(size // most)
+    unit, fewer = modality.batch_unit, int(size // most)
     raise UserError(
         f"batch.size: {size:g} {unit} in {lots} micro-batches leaves {size / lots:g} {unit} "
         f"for each, but one sample has up to {most:g}. Use at least {most * lots:g}"

@@ -225,7 +225,7 @@ class _Server:
         self.socket, theirs = socket.socketpair()
         code = (
             f"import sys; sys.path[:] = {sys.path!r}\n"
-            f"from d2v_ds.data.loader.workers import serve; serve({theirs.fileno()})"
+            f"from d2v_ds.loader.workers import serve; serve({theirs.fileno()})"
         )
         # A signal to stop, which launchers send to every process, is for the trainer: it needs its
         # workers to finish the step and save. They inherit this mask and keep it.

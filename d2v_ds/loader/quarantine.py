@@ -11,8 +11,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from d2v_ds.data.loader.reading import REMEDY, Bad
 from d2v_ds.errors import UserError
+from d2v_ds.loader.reading import REMEDY, Bad
 
 log = logging.getLogger("d2v_ds")
 

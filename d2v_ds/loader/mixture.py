@@ -1,7 +1,7 @@
 """The mixture: which source gives which optimizer step, and a Loader for each of them.
 
     (weights, seed, step) --source_of--> source --its Loader--> StepBatch
-                                                                with every source's position
+                                                                with every source's cursor
 A source is a shard set of one modality: speech, or speech/libri beside speech/cv. All micro-batches
 of a step on all ranks are of one source, as a pure function of the step, so nothing of the mixture
 itself needs saving; and each source is read in its own order, the same as in a run that has it
@@ -19,8 +19,8 @@ from typing import Any
 
 from d2v_ds.batch import StepBatch
 from d2v_ds.config import Config
-from d2v_ds.data.loader import Loader
-from d2v_ds.data.loader.stream import StreamLoader
+from d2v_ds.loader import Loader
+from d2v_ds.loader.stream import StreamLoader
 from d2v_ds.seeding import SOURCE_ORDER, permutation
 
 BLOCK = 100  # steps whose sources are shuffled together, at least
@@ -99,16 +99,16 @@ class Mixture:
         self.names = list(loaders)
 
     @property
-    def position(self) -> dict[str, dict[str, Any]]:
+    def cursor(self) -> dict[str, dict[str, Any]]:
         """Where each source's Loader stands: what a checkpoint keeps."""
-        return {name: loader.position for name, loader in self.loaders.items()}
+        return {name: loader.cursor for name, loader in self.loaders.items()}
 
     def next(self, step: int) -> StepBatch:
-        """The next batch of the source whose turn step `step` is, with the position after it. A
+        """The next batch of the source whose turn step `step` is, with the cursor after it. A
         step that was not taken is asked for again, and gets the source's following batch."""
         name = self.names[source_of(self.shares, self.seed, step)]
         batch = next(self.loaders[name])
-        return dataclasses.replace(batch, source=name, position=self.position)
+        return dataclasses.replace(batch, source=name, cursor=self.cursor)
 
     def close(self) -> None:
         for loader in self.loaders.values():

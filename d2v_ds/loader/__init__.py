@@ -1,14 +1,14 @@
 """The loader: shards -> plan -> samples -> decode -> collate -> StepBatch.
 
-    plan.py        lengths --> Plan.steps(position): which samples make which micro-batch
+    plan.py        lengths --> BatchPlan.steps(cursor): which samples make which micro-batch
     reading.py     Reader.read -> modality.decode -> modality.collate -> Batch
     workers.py     the processes that do so ahead
     quarantine.py  samples that cannot be used
     stream.py      the same of tars that have no index
-    Loader         in the plan's order: this rank's part of a step, with the position after it
+    Loader         in the plan's order: this rank's part of a step, with the cursor after it
 
 Ranks take contiguous parts of each step's micro-batches and workers take whole micro-batches, so
-neither changes what is in them, and a run goes on from a position on any number of either.
+neither changes what is in them, and a run goes on from a cursor on any number of either.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ import numpy as np
 import numpy.typing as npt
 
 from d2v_ds.batch import StepBatch
+from d2v_ds.config.validation import require_divisible
 from d2v_ds.data.cache.remote import keep_near
-from d2v_ds.data.loader.plan import START, EpochStats, Plan, Step
-from d2v_ds.data.loader.quarantine import Quarantine
-from d2v_ds.data.loader.reading import REMEDY, Lot, Made, MicroBatches, Reader
-from d2v_ds.data.loader.workers import Workers
 from d2v_ds.data.shard_format import ShardEntry, ShardSet, fingerprint, read_lengths
 from d2v_ds.distributed.collectives import RankSums
 from d2v_ds.errors import UserError
+from d2v_ds.loader.plan import START, BatchPlan, EpochStats, Step
+from d2v_ds.loader.quarantine import Quarantine
+from d2v_ds.loader.reading import REMEDY, Lot, Made, MicroBatches, Reader
+from d2v_ds.loader.workers import Workers
 from d2v_ds.modalities.base import Modality
-from d2v_ds.run.preflight import require_divisible
 
 __all__ = ["EpochStats", "Loader", "read_samples"]
 
@@ -45,12 +45,12 @@ class Loader:
     """This rank's part of every optimizer step over a shard set, for ever: iterates StepBatch.
 
     size: of a whole step, in the modality's unit. workers: processes that decode ahead, 0 to decode
-    in this one. position: that of a StepBatch, to go on after it. quarantine: where samples that
+    in this one. cursor: that of a StepBatch, to go on after it. quarantine: where samples that
     cannot be used are told, and how many may be. patience: seconds that a worker may take for a
     micro-batch.
 
     Raises UserError when the settings do not fit each other or the set, or the set is another one
-    than that of `position`; while iterating, when a shard cannot be read or too many samples cannot
+    than that of `cursor`; while iterating, when a shard cannot be read or too many samples cannot
     be used; what Workers raises, when they fail. Where the number of masked tokens is drawn
     (Modality.masked_tokens), the ranks add theirs up, and take every step together.
 
@@ -68,22 +68,22 @@ class Loader:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
-        position: Mapping[str, int] | None = None,
+        cursor: Mapping[str, int] | None = None,
         quarantine: Quarantine | None = None,
         patience: float = PATIENCE,
     ) -> None:
         assert 0 <= rank < world, f"rank {rank} of {world}"
         require_divisible(micro_batches, world)
-        # A position holds plain integers, so this is the fingerprint's first 60 bits.
+        # A cursor holds plain integers, so this is the fingerprint's first 60 bits.
         self.set = int(fingerprint(shards)[:15], 16)
-        self.position = {**START, "set": self.set, **(position or {})}
-        if self.position["set"] != self.set:
+        self.cursor = {**START, "set": self.set, **(cursor or {})}
+        if self.cursor["set"] != self.set:
             raise UserError(
                 f"data.shards: {shards.root} is not the shard set of the checkpoint, its content "
                 "differs. Go on with the same set or choose another run.dir"
             )
         self.modality = modality
-        self.plan = Plan(
+        self.plan = BatchPlan(
             [_lengths(shards, entry) for entry in shards.shards],
             modality,
             seed=seed,
@@ -112,7 +112,7 @@ class Loader:
                 patience=patience,
             )
         else:
-            self.made = (make(lot, lambda position: None) for lot in self._lots())
+            self.made = (make(lot, lambda sample_id: None) for lot in self._lots())
 
     @cached_property
     def stats(self) -> EpochStats:
@@ -122,15 +122,15 @@ class Loader:
         """What an epoch is, for people."""
         return (
             f"{self.stats.steps} steps, {self.stats.samples} samples, {self.stats.units:.4g} "
-            f"{self.modality.unit}, {self.stats.padding:.1%} padding; {self.stats.left_out} "
+            f"{self.modality.batch_unit}, {self.stats.padding:.1%} padding; {self.stats.left_out} "
             "samples are too short"
         )
 
     def _lots(self) -> Iterator[Lot]:
-        for step in self.plan.steps(self.position):
+        for step in self.plan.steps(self.cursor):
             self.planned.append(step)
             if self.near:
-                self.near.at(step.position)
+                self.near.at(step.cursor)
             for i in self.mine:
                 masked = None if step.masked is None else step.masked[i]
                 yield Lot(step.epoch, i, step.lots[i], step.spare[i], masked)
@@ -144,8 +144,8 @@ class Loader:
         else:
             batch, count = self.ahead or self._next_step()
             self.ahead = self._next_step()  # its count is summed while this step is taken
-            batch = dataclasses.replace(batch, masked_count=max(1, int(*count())))
-        self.position = batch.position
+            batch = dataclasses.replace(batch, count=max(1, int(*count())))
+        self.cursor = batch.cursor
         return batch
 
     def _next_step(self) -> tuple[StepBatch, Callable[[], list[float]]]:
@@ -163,10 +163,10 @@ class Loader:
         batch = StepBatch(
             modality=self.modality.name,
             micro_batches=[micro_batch.batch for micro_batch in made],
-            masked_count=sum(step.masked or ()),
+            count=sum(step.masked or ()),
             samples=sum(map(len, step.lots)),
             units=step.units,
-            position={**step.position, "set": self.set},
+            cursor={**step.cursor, "set": self.set},
             bad=len(bad),
         )
         return batch, count
@@ -184,27 +184,27 @@ class Loader:
 class _Near:
     """A thread that downloads the shards of a remote set before they are read."""
 
-    def __init__(self, shards: ShardSet, plan: Plan) -> None:
+    def __init__(self, shards: ShardSet, plan: BatchPlan) -> None:
         self.shards, self.plan = shards, plan
         self.pool: tuple[int, int] | None = None
-        self.positions: queue.SimpleQueue[Mapping[str, int] | None] = queue.SimpleQueue()
+        self.cursors: queue.SimpleQueue[Mapping[str, int] | None] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
-    def at(self, position: Mapping[str, int]) -> None:
+    def at(self, cursor: Mapping[str, int]) -> None:
         """Reading has come here."""
-        pool = position["epoch"], position["pool"]
+        pool = cursor["epoch"], cursor["pool"]
         if pool != self.pool:
             self.pool = pool
-            self.positions.put(position)
+            self.cursors.put(cursor)
 
     def _run(self) -> None:
-        while position := self.positions.get():
+        while cursor := self.cursors.get():
             # A reader that needs the shard tells what is wrong with it.
             with contextlib.suppress(UserError, OSError):
-                keep_near(self.shards, self.plan.upcoming(position))
+                keep_near(self.shards, self.plan.upcoming(cursor))
 
     def close(self) -> None:
-        self.positions.put(None)
+        self.cursors.put(None)
 
 
 def read_samples(shards: ShardSet, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -214,12 +214,12 @@ def read_samples(shards: ShardSet, keys: Sequence[str]) -> Iterator[tuple[str, d
     """
     reader = Reader(shards, keys)
     try:
-        for position in range(shards.samples):
+        for sample_id in range(shards.samples):
             try:
-                members = reader.read(position)
+                members = reader.read(sample_id)
             except ValueError as error:
-                raise UserError(f"{reader.bad(position, str(error))}. {REMEDY}") from None
-            yield reader.key(position), members
+                raise UserError(f"{reader.bad(sample_id, str(error))}. {REMEDY}") from None
+            yield reader.key(sample_id), members
     finally:
         reader.close()
 

@@ -1,4 +1,4 @@
-"""Reading: (position in the set) -> members, and (the samples of a micro-batch) -> Batch.
+"""Reading: sample id -> members, and the samples of a micro-batch -> Batch.
 
 Runs in the loader's worker processes, or in the training process where there are none. A member is
 read by one os.pread at the place that the index names: no tar is ever walked through.
@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 from d2v_ds.batch import Batch
 from d2v_ds.data.cache.remote import open_shard
 from d2v_ds.data.checksum import Checksum, checksum_of
-from d2v_ds.data.loader.plan import Positions
 from d2v_ds.data.shard_format import ShardIndex, ShardSet, read_index
 from d2v_ds.errors import UserError
+from d2v_ds.loader.plan import SampleIds
 from d2v_ds.modalities.base import Modality
 from d2v_ds.seeding import CROP, MASK, generator
 
@@ -40,7 +40,7 @@ class _OpenShard:
 
 
 class Reader:
-    """Samples of a set by position. fields: the members to read. verify: whether their checksums
+    """Samples of a set by id. fields: the members to read. verify: whether their checksums
     are compared, each time."""
 
     def __init__(self, shards: ShardSet, fields: Sequence[str], verify: bool = True) -> None:
@@ -48,10 +48,10 @@ class Reader:
         self.bounds = list(accumulate((shard.samples for shard in shards.shards), initial=0))
         self.open: OrderedDict[int, _OpenShard] = OrderedDict()  # least recent first
 
-    def read(self, position: int) -> dict[str, bytes]:
+    def read(self, sample_id: int) -> dict[str, bytes]:
         """Those of `fields` that the sample has. Raises ValueError when their bytes are not those
         that the index is of, and UserError when the shard cannot be read."""
-        shard, row = self._locate(position)
+        shard, row = self._locate(sample_id)
         one = self._opened(shard)
         index, members = one.index, {}
         for column, field in one.columns:
@@ -69,31 +69,31 @@ class Reader:
                 raise ValueError(f"its .{field} has changed: the index has another checksum for it")
         return members
 
-    def key(self, position: int) -> str:
-        shard, row = self._locate(position)
+    def key(self, sample_id: int) -> str:
+        shard, row = self._locate(sample_id)
         return self._opened(shard).index.key(row)
 
-    def length(self, position: int) -> int:
-        shard, row = self._locate(position)
+    def length(self, sample_id: int) -> int:
+        shard, row = self._locate(sample_id)
         return int(self._opened(shard).index.lengths[row])
 
-    def bad(self, position: int, reason: str) -> Bad:
-        entry = self.shards.shards[self._locate(position)[0]]
+    def bad(self, sample_id: int, reason: str) -> Bad:
+        entry = self.shards.shards[self._locate(sample_id)[0]]
         tar = self.shards.urls.get(entry.name) or str(self.shards.tar(entry))
-        return Bad(position, tar, self.key(position), reason)
+        return Bad(sample_id, tar, self.key(sample_id), reason)
 
-    def name(self, position: int) -> str:
+    def name(self, sample_id: int) -> str:
         """A sample for people: its tar and its key."""
-        return str(self.bad(position, "")).removesuffix(": ")
+        return str(self.bad(sample_id, "")).removesuffix(": ")
 
     def close(self) -> None:
         while self.open:
             os.close(self.open.popitem()[1].file)
 
-    def _locate(self, position: int) -> tuple[int, int]:
+    def _locate(self, sample_id: int) -> tuple[int, int]:
         """Shard and row in it."""
-        shard = bisect_right(self.bounds, position) - 1
-        return shard, position - self.bounds[shard]
+        shard = bisect_right(self.bounds, sample_id) - 1
+        return shard, sample_id - self.bounds[shard]
 
     def _opened(self, shard: int) -> _OpenShard:
         one = self.open.get(shard)
@@ -127,8 +127,8 @@ class Lot:
 
     epoch: int
     index: int  # of the micro-batch in its step
-    samples: Positions
-    spare: Positions
+    samples: SampleIds
+    spare: SampleIds
     masked: int | None  # tokens, as planned; None: not planned
 
 
@@ -136,7 +136,7 @@ class Lot:
 class Bad:
     """A sample that cannot be used."""
 
-    position: int
+    sample_id: int
     tar: str
     key: str
     reason: str
@@ -167,58 +167,58 @@ class MicroBatches:
         self.reader, self.modality, self.seed = reader, modality, seed
 
     def __call__(self, lot: Lot, reading: Callable[[int], None]) -> Made:
-        """reading: is told the position of each sample before it is read. Raises UserError when a
+        """reading: is told the sample_id of each sample before it is read. Raises UserError when a
         shard cannot be read, and when neither a sample of the lot nor a spare one can be used."""
-        positions = lot.samples.tolist()
+        ids = lot.samples.tolist()
         found: list[Any] = []
         bad: list[Bad] = []
-        for position in positions:
-            reading(position)
-            found.append(self._example(lot.epoch, position, bad))
-        examples, used = list(found), list(positions)
+        for sample_id in ids:
+            reading(sample_id)
+            found.append(self._example(lot.epoch, sample_id, bad))
+        examples, used = list(found), list(ids)
         if bad:
-            stand_ins = {p: e for p, e in zip(positions, found, strict=True) if e is not None}
+            stand_ins = {i: e for i, e in zip(ids, found, strict=True) if e is not None}
             stand_ins = stand_ins or self._spare(lot, bad)
-            for i, position in enumerate(positions):
+            for i, sample_id in enumerate(ids):
                 if found[i] is None:
-                    used[i] = _stand_in(positions, i, stand_ins)
-                    length = self.reader.length(position)
+                    used[i] = _stand_in(ids, i, stand_ins)
+                    length = self.reader.length(sample_id)
                     examples[i] = self.modality.fit(stand_ins[used[i]], length)
-        rngs = [generator(self.seed, MASK, lot.epoch, position) for position in positions]
+        rngs = [generator(self.seed, MASK, lot.epoch, sample_id) for sample_id in ids]
         batch = self.modality.collate(examples, rngs, lot.index)
-        keys = tuple(self.reader.key(position) for position in used)
+        keys = tuple(self.reader.key(sample_id) for sample_id in used)
         assert lot.masked in (None, len(batch.masked)), (
             f"planned {lot.masked} masked tokens, drew {len(batch.masked)} for the samples {keys}"
         )
         return Made(dataclasses.replace(batch, keys=keys), tuple(bad))
 
-    def _example(self, epoch: int, position: int, bad: list[Bad]) -> Any:
+    def _example(self, epoch: int, sample_id: int, bad: list[Bad]) -> Any:
         """The decoded sample; None, and told in `bad`, when it cannot be used."""
-        rng = generator(self.seed, CROP, epoch, position)
+        rng = generator(self.seed, CROP, epoch, sample_id)
         try:
-            example = self.modality.decode(self.reader.read(position), rng)
-            if self.modality.fit(example, self.reader.length(position)) is not example:
+            example = self.modality.decode(self.reader.read(sample_id), rng)
+            if self.modality.fit(example, self.reader.length(sample_id)) is not example:
                 raise ValueError("has not the length that the index says")
         except ValueError as error:
-            bad.append(self.reader.bad(position, str(error)))
+            bad.append(self.reader.bad(sample_id, str(error)))
             return None
         return example
 
     def _spare(self, lot: Lot, bad: list[Bad]) -> dict[int, Any]:
         ignored: list[Bad] = []  # each is counted in the lot that it belongs to
-        for position in lot.spare.tolist():
-            example = self._example(lot.epoch, position, ignored)
+        for sample_id in lot.spare.tolist():
+            example = self._example(lot.epoch, sample_id, ignored)
             if example is not None:
-                return {position: example}
+                return {sample_id: example}
         raise UserError(
             f"none of {len(lot.samples)} samples of a micro-batch and {len(ignored)} like them can "
             f"be used; the first: {bad[0]}. {REMEDY}"
         )
 
 
-def _stand_in(positions: Sequence[int], i: int, usable: Mapping[int, Any]) -> int:
-    """Which of the usable samples takes the place of positions[i]."""
-    for position in (*positions[:i][::-1], *positions[i:], *usable):
-        if position in usable:
-            return position
+def _stand_in(ids: Sequence[int], i: int, usable: Mapping[int, Any]) -> int:
+    """Which of the usable samples takes the place of ids[i]."""
+    for sample_id in (*ids[:i][::-1], *ids[i:], *usable):
+        if sample_id in usable:
+            return sample_id
     raise AssertionError("no sample is usable")

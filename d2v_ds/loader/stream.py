@@ -27,18 +27,20 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from d2v_ds.batch import StepBatch
+from d2v_ds.config.validation import require_divisible
 from d2v_ds.data.cache.remote import OwnFolder, writing
 from d2v_ds.data.download import download
-from d2v_ds.data.loader import Loader
-from d2v_ds.data.loader.plan import require_room
-from d2v_ds.data.loader.quarantine import Quarantine
-from d2v_ds.data.loader.reading import Bad
 from d2v_ds.data.shard_format import ShardSet
-from d2v_ds.data.tar_index import KINDS, Indexed, index_tar
+from d2v_ds.data.tar_index import IndexedTar, index_tar
 from d2v_ds.distributed.collectives import RankSums
 from d2v_ds.errors import UserError
+from d2v_ds.loader import Loader
+from d2v_ds.loader.find_set import require_tars
+from d2v_ds.loader.plan import require_room
+from d2v_ds.loader.quarantine import Quarantine
+from d2v_ds.loader.reading import Bad
+from d2v_ds.modalities import sample_formats
 from d2v_ds.modalities.base import Modality
-from d2v_ds.run.preflight import require_divisible, require_tars
 from d2v_ds.seeding import SHARD_ORDER, TAR_GROUP, bit_generator, permutation
 
 log = logging.getLogger("d2v_ds")
@@ -54,7 +56,7 @@ class StreamLoader:
     """This rank's part of every optimizer step over tars at URLs, for ever: iterates StepBatch, as
     Loader, whose settings it shares.
 
-    position: that of a StepBatch; what its group of tars has left is passed over. Raises UserError
+    cursor: that of a StepBatch; what its group of tars has left is passed over. Raises UserError
     for fewer tars than ranks, a modality that headers tell nothing about, settings that do not fit
     each other; while iterating, when a tar cannot be downloaded or is damaged, an epoch has not one
     step, or too many samples cannot be used; and what Workers raises.
@@ -71,19 +73,25 @@ class StreamLoader:
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
-        position: Mapping[str, int] | None = None,
+        cursor: Mapping[str, int] | None = None,
         quarantine: Quarantine | None = None,
     ) -> None:
         require_divisible(micro_batches, world)
-        require_tars(tars, modality.name, world)
+        require_tars(tars, world)
+        if not modality.header_readers:
+            raise UserError(
+                f"data.shards: {tars[0]} has no index, and modality {modality.name} cannot read "
+                "lengths from headers; make a shard set of its tars first"
+            )
         require_room(modality, size, micro_batches, modality.cost(LONGEST))
         self.tars, self.modality, self.seed = tars, modality, seed
+        [self.form] = sample_formats(modality.name)
         self.rank, self.world, self.workers = rank, world, workers
         self.own = micro_batches // world
         self.size = size / world
         self.quarantine = quarantine or Quarantine()
-        self.position = {**START, **(position or {})}
-        if self.position["step"]:
+        self.cursor = {**START, **(cursor or {})}
+        if self.cursor["step"]:
             log.warning(
                 "%s, and %d more tars: a stream does not go on exactly where it stopped. The rest "
                 "of the tars that rank 0 was reading is passed over; of other ranks some samples "
@@ -113,13 +121,13 @@ class StreamLoader:
         batch, sums = self.ahead or self._next_step()
         self.ahead = self._next_step()  # its sums are made while this step is taken
         masked, samples, units = sums()
-        self.position = {**batch.position, "step": self.position["step"] + 1}
+        self.cursor = {**batch.cursor, "step": self.cursor["step"] + 1}
         return dataclasses.replace(
             batch,
-            masked_count=max(1, int(masked)),
+            count=max(1, int(masked)),
             samples=int(samples),
             units=units,
-            position=self.position,
+            cursor=self.cursor,
         )
 
     def _next_step(self) -> tuple[StepBatch, Callable[[], list[float]]]:
@@ -128,7 +136,7 @@ class StreamLoader:
         except (UserError, OSError):
             self.close()
             raise
-        return batch, self.sums.begin(batch.masked_count, batch.samples, batch.units)
+        return batch, self.sums.begin(batch.count, batch.samples, batch.units)
 
     def _steps(self) -> Generator[StepBatch]:
         """Steps of this rank's micro-batches alone."""
@@ -178,12 +186,12 @@ class StreamLoader:
                         dataclasses.replace(each, index=first + each.index)
                         for each in batch.micro_batches
                     ],
-                    position={"epoch": group.epoch, "group": group.number + 1},
+                    cursor={"epoch": group.epoch, "group": group.number + 1},
                 )
 
     def _groups(self) -> Iterator[tuple[int, int, list[int]]]:
-        """(epoch, group, numbers of its tars), from the position on, for ever."""
-        epoch, first = self.position["epoch"], self.position["group"]
+        """(epoch, group, numbers of its tars), from the cursor on, for ever."""
+        epoch, first = self.cursor["epoch"], self.cursor["group"]
         while True:
             order = permutation(len(self.tars), self.seed, SHARD_ORDER, epoch)
             own = order[self.rank :: self.world]
@@ -200,14 +208,14 @@ class StreamLoader:
         found = [in_background(partial(self._get, folder, tar)) for tar in tars]
         return _Group(epoch, number, tars, folder, found)
 
-    def _get(self, folder: Path, number: int) -> Indexed:
+    def _get(self, folder: Path, number: int) -> IndexedTar:
         """Downloads a tar, and reads its headers."""
         path = folder / f"{number:06d}.tar"
         with writing(folder):
             download(self.tars[number], path)
             try:
                 # Rates are not compared: decoding does so, with that of the settings.
-                indexed = index_tar((path, self.modality.name, "none"), one_rate=False)
+                indexed = index_tar((path, self.form, "none"), one_rate=False)
             except UserError as error:
                 raise UserError(str(error).replace(str(path), self.tars[number])) from None
             path.with_suffix(".idx").write_bytes(indexed.idx)
@@ -216,13 +224,12 @@ class StreamLoader:
     def _set_of(self, group: _Group) -> tuple[ShardSet, list[Bad]]:
         """The set that a group is, once it is there, and the samples that are not in it."""
         found = [future.result() for future in group.found]
-        kind = KINDS[self.modality.name]
         shards = ShardSet(
             group.folder,
             self.modality.name,
-            kind.unit,
-            0,  # each sample says its own
-            kind.all_fields,
+            self.form.length_unit,
+            0,  # each sample has its own rate
+            self.form.fields,
             tuple(tar.entry for tar in found if tar.entry.samples),
             urls={f"{number:06d}": self.tars[number] for number in group.tars},
         )
@@ -246,7 +253,7 @@ class _Group(NamedTuple):
     number: int
     tars: list[int]
     folder: Path
-    found: list[Future[Indexed]]
+    found: list[Future[IndexedTar]]
 
 
 def in_background(work: Callable[[], T]) -> Future[T]:

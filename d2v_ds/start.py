@@ -1,0 +1,256 @@
+"""Starting: a configuration becomes the parts of a run, fresh or resumed.
+
+    config --start--> task, engine, EMA, data, saver   <--restore-- the newest sound checkpoint
+
+Every rank calls it with the same arguments. Nothing here knows the modality or the ZeRO stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from d2v_ds import checkpoint
+from d2v_ds.batch import StepBatch
+from d2v_ds.config import Config, modality_of
+from d2v_ds.config.decoding import decode, dump_yaml, to_dict
+from d2v_ds.config.resume import refuse_changes
+from d2v_ds.data.cache.stage import own_copy
+from d2v_ds.distributed.collectives import on_rank_0, own_rank
+from d2v_ds.distributed.world import World
+from d2v_ds.engine import Engine
+from d2v_ds.errors import UserError
+from d2v_ds.files import write_atomically
+from d2v_ds.loader import Loader
+from d2v_ds.loader.find_set import find_set, stream_tars
+from d2v_ds.loader.mixture import Mixture, divide_workers, shares_of
+from d2v_ds.loader.quarantine import Quarantine
+from d2v_ds.loader.stream import StreamLoader
+from d2v_ds.modalities.base import Modality
+from d2v_ds.run import environment
+from d2v_ds.run.rank_check import warn_of_too_few_cores
+from d2v_ds.run.run_folder import Generation, RunFolder, claim_generation
+from d2v_ds.run.watchdog import Watchdog
+from d2v_ds.step import create_engine_and_ema
+from d2v_ds.task import Task
+from d2v_ds.teacher import Ema
+
+log = logging.getLogger("d2v_ds")
+
+
+@dataclass
+class TrainState:
+    """What a resumed run needs besides weights; all of it is in the checkpoint's manifest."""
+
+    step: int = 0  # optimizer steps taken
+    samples: int = 0  # seen, over all ranks
+    units: Mapping[str, float] = field(default_factory=dict)  # {modality: seconds, images, tokens}
+    cursor: Mapping[str, Any] = field(default_factory=dict)  # {source: where its loader stands}
+
+    @staticmethod
+    def from_manifest(raw: Mapping[str, Any]) -> TrainState:
+        """Also reads older checkpoints, which call the cursor `position`."""
+        raw = dict(raw)
+        if "position" in raw:
+            raw["cursor"] = raw.pop("position")
+        return TrainState(**raw)
+
+    def advance(self, batch: StepBatch) -> None:
+        self.step += 1
+        self.samples += batch.samples
+        seen = self.units.get(batch.modality, 0.0) + batch.units
+        self.units = {**self.units, batch.modality: seen}
+        self.cursor = batch.cursor
+
+
+@dataclass
+class Training:
+    """The parts of a run, as one rank holds them."""
+
+    config: Config
+    world: World
+    run: RunFolder
+    generation: Generation
+    task: Task
+    engine: Engine
+    ema: Ema | None  # None: the task has no teacher
+    shapes: dict[str, tuple[int, ...]]  # of every parameter, by name
+    mixture: Mixture
+    state: TrainState
+    saver: checkpoint.Saver
+    watchdog: Watchdog
+
+    def save(self) -> None:
+        """Begins a checkpoint of everything; all ranks together."""
+        self.watchdog.mark("saving", self.state.step)
+        self.saver.start(
+            self.state.step,
+            partitions=self.engine.partitions(),
+            ema=self.ema.pieces if self.ema else {},
+            shapes=self.shapes,
+            state={"train": dataclasses.asdict(self.state), "config": to_dict(self.config)},
+        )
+        self.watchdog.mark("training", self.state.step)
+
+    def finish_saving(self) -> None:
+        """Waits until the last checkpoint is published; all ranks together."""
+        self.watchdog.mark("saving", self.state.step)
+        self.saver.finish()
+        self.watchdog.mark("training", self.state.step)
+
+
+def start(
+    task_class: type[Task],
+    config: Config,
+    world: World,
+    device: torch.device,
+    nodes: list[str],
+    watchdog: Watchdog,
+    *,
+    new: bool,
+    allow: tuple[str, ...],
+) -> Training:
+    """Builds every part, and restores it from the newest sound checkpoint if there is one. nodes:
+    the node of each rank. Raises UserError, on every rank alike."""
+    run = RunFolder(config.run_dir)
+    found = checkpoint.newest_verified(run)
+    if found:
+        check_resume(task_class, config, run, found, new=new, allow=allow)
+    generation = on_rank_0(lambda: claim(run))  # from here on no other start writes checkpoints
+    log_to(run.log(generation, world.rank))
+    watchdog.start(run, generation)
+    warn_of_too_few_cores(config.data.workers)
+    on_rank_0(lambda: checkpoint.clean(run))
+    if on_rank_0(run.steps)[-1:] != ([found.step] if found else []):
+        found = checkpoint.newest_verified(run)  # one was published or got its name back meanwhile
+    state = TrainState.from_manifest(found.state["train"]) if found else TrainState()
+
+    torch.manual_seed(config.run.seed)  # the same weights on every rank
+    task = task_class.create(config).train()
+    mixture = create_mixture(config, task.modalities, world, state, watchdog)
+    shapes = {name: tuple(p.shape) for name, p in task.named_parameters()}  # ZeRO 3 hides them
+    engine, ema = create_engine_and_ema(
+        task,
+        settings=config.engine,
+        optim=config.optim,
+        accumulation=config.batch.micro_batches // world.size,
+        device=device,
+    )
+    if found:
+        found.restore(engine.partitions(), ema.pieces if ema else {}, shapes)
+        engine.refresh()
+        if ema:
+            ema.publish()
+        log.info("resuming at step %d from %s", state.step, found.path)
+    on_rank_0(lambda: describe_run(config, run, nodes))
+    saver = checkpoint.Saver(
+        run,
+        generation,
+        keep=config.save.keep,
+        keep_every=config.save.keep_every,
+        replicated=engine.replicated,
+    )
+    return Training(
+        config, world, run, generation, task, engine, ema, shapes, mixture, state, saver, watchdog
+    )
+
+
+def claim(run: RunFolder) -> Generation:
+    """Makes this start the owner of the run folder."""
+    job = os.environ.get("SLURM_JOB_ID", "local")
+    restart = os.environ.get("SLURM_RESTART_COUNT", "0") if job != "local" else None
+    return claim_generation(run, job, int(restart) if restart else None)
+
+
+def check_resume(
+    task_class: type[Task],
+    config: Config,
+    run: RunFolder,
+    found: checkpoint.Checkpoint,
+    *,
+    new: bool,
+    allow: tuple[str, ...],
+) -> None:
+    """Raises UserError if this configuration must not resume from that checkpoint."""
+    if new:
+        raise UserError(
+            f"{run.root} holds checkpoints up to step {found.step}, and --new was given; choose "
+            "another run.dir, or omit --new to resume"
+        )
+    allowed = refuse_changes(
+        with_defaults(task_class, found.state["config"]), to_dict(config), allow
+    )
+    if allowed:
+        log.warning("resuming with changed settings, as allowed: %s", ", ".join(allowed))
+
+
+def with_defaults(task_class: type[Task], raw: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's configuration with the defaults of settings that are newer than it."""
+    try:
+        return to_dict(task_class.resolve(decode(Config, raw)))
+    except UserError:  # a setting no longer exists: compared as it was written
+        return raw
+
+
+def create_mixture(
+    config: Config,
+    modalities: Mapping[str, Modality],
+    world: World,
+    state: TrainState,
+    watchdog: Watchdog,
+) -> Mixture:
+    """The sources of the run, each at the place that `state` records. All ranks together. Raises
+    UserError."""
+    shares, loaders = shares_of(config), dict[str, Loader | StreamLoader]()
+    for (source, path), workers in zip(
+        config.sources.items(), divide_workers(config.data.workers, shares), strict=True
+    ):
+        modality = modalities[modality_of(source)]
+        settings: dict[str, Any] = {
+            "seed": config.run.seed,
+            "size": config.batch_size(modality.name),
+            "micro_batches": config.batch.micro_batches,
+            "rank": world.rank,
+            "world": world.size,
+            "workers": workers,
+            "cursor": state.cursor.get(source),
+            "quarantine": Quarantine(
+                RunFolder(config.run_dir).bad_samples(world.rank), config.data.max_bad
+            ),
+        }
+        if tars := stream_tars(path):
+            loaders[source] = StreamLoader(tars, modality, **settings)
+        else:
+            shards = find_set(path, modality.name)
+            modality.check_set(shards.about)
+            loaders[source] = Loader(own_copy(shards, watchdog), modality, **settings)
+    return Mixture(loaders, shares, config.run.seed)
+
+
+def describe_run(config: Config, run: RunFolder, nodes: list[str]) -> None:
+    write_atomically(run.config, dump_yaml(config))
+    write_atomically(run.environment, json.dumps(environment.describe(nodes), indent=1) + "\n")
+    environment.keep_code(run.code)
+    for marker in (run.stopped, run.done):  # of the previous start
+        marker.unlink(missing_ok=True)
+
+
+def log_to(path: Path) -> None:
+    """Sends the log to this rank's file, and on rank 0 to the console as well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    log.handlers = [handler]
+    if own_rank() == 0:
+        log.addHandler(logging.StreamHandler(sys.stdout))
+    log.setLevel(logging.INFO)
+    log.propagate = False

@@ -1,0 +1,115 @@
+"""One optimizer step, written once: the loop, the benchmarks and the tests all call it.
+
+micro-batches --forward, backward--> summed gradients --optimizer--> masters --EMA--> teacher
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v_ds.batch import StepBatch
+from d2v_ds.config import Config, EngineSettings, Optim
+from d2v_ds.engine import Engine, create_engine
+from d2v_ds.engine.optimizer import param_groups
+from d2v_ds.schedules import learning_rate, teacher_decay
+from d2v_ds.seeding import seed_torch
+from d2v_ds.task import Task
+from d2v_ds.teacher import Ema
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What the schedules give for one step: pure functions of its number."""
+
+    step: int  # optimizer steps taken before this one
+    lr: float
+    weight_decay: float
+    decay: float  # of the EMA, after this step
+
+    @staticmethod
+    def of(config: Config, step: int) -> StepSettings:
+        return StepSettings(
+            step=step,
+            lr=learning_rate(config.optim, config.run.steps, step),
+            weight_decay=config.optim.weight_decay,
+            decay=teacher_decay(config.teacher, step + 1),
+        )
+
+
+class Observer:
+    """What looks on while a step is taken; this one ignores everything."""
+
+    def timed(self, part: str) -> AbstractContextManager[None]:
+        """Around each part of a step: forward, backward, optimizer, ema."""
+        return nullcontext()
+
+    def add(self, modality: str, sums: Mapping[str, Tensor]) -> None:
+        """The sums of one micro-batch."""
+
+
+def train_step(
+    engine: Engine,
+    ema: Ema | None,
+    step_batch: StepBatch,
+    settings: StepSettings,
+    *,
+    seed: int,
+    observer: Observer | None = None,
+) -> bool:
+    """Takes one optimizer step, all ranks together; ema: None for a task without a teacher.
+
+    True if parameters changed. With a non-finite gradient on any rank nothing changes on any of
+    them: neither parameters nor moments nor the teacher.
+    """
+    observer = observer or Observer()
+    # Each micro-batch's loss is its share of the step's, so gradients are summed, not averaged.
+    for batch in step_batch.micro_batches:
+        seed_torch(seed, settings.step, batch.index)
+        with observer.timed("forward"):
+            loss, sums = engine(batch.to(engine.device), step_batch.count)
+        with observer.timed("backward"):
+            engine.backward(loss)
+        observer.add(step_batch.modality, sums)
+
+    with observer.timed("optimizer"):
+        taken = engine.step(settings.lr, settings.weight_decay, step_batch.modality)
+
+    # The teacher follows the student's fp32 masters.
+    if taken and ema is not None:
+        with observer.timed("ema"):
+            ema.update(settings.decay, step_batch.modality)
+    return taken
+
+
+def create_engine_and_ema(
+    task: Task,
+    *,
+    settings: EngineSettings,
+    optim: Optim,
+    accumulation: int,
+    device: torch.device,
+    overrides: Mapping[str, Any] | None = None,
+) -> tuple[Engine, Ema | None]:
+    """The engine around the task and the moving average of what its teacher follows; arguments as
+    of `create_engine`."""
+    averages = task.averages()
+    engine = create_engine(
+        task,
+        param_groups(
+            task, task.part, set(averages.values()).__contains__, decay_all=optim.decay_all
+        ),
+        settings=settings,
+        optim=optim,
+        accumulation=accumulation,
+        device=device,
+        overrides=overrides,
+    )
+    if task.teacher is None:
+        return engine, None
+    return engine, Ema(engine, task.teacher, averages, "teacher.")

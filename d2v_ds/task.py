@@ -1,0 +1,87 @@
+"""The contract of a task: what the loop (train.py) trains, checkpoints and reports on.
+
+    config --Task.resolve--> every default written out --Task.create--> Task
+    batch --forward--> (loss, sums)      sums --Report.summarize--> scalars of metrics.jsonl
+
+Pre-training (pretrain.py) is one task. A task without a teacher leaves `teacher` and `averages` as
+this file has them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from d2v_ds.batch import Batch
+from d2v_ds.config import Config
+from d2v_ds.modalities.base import Modality
+
+Sums = Mapping[str, npt.NDArray[np.float64]]
+
+
+class Report(ABC):
+    """How a task's sums become what people read."""
+
+    tags: ClassVar[Mapping[str, str]]
+    """{name of a scalar: its TensorBoard tag}; each name that `summarize` returns."""
+
+    @abstractmethod
+    def summarize(self, sums: Sums, steps: int) -> dict[str, float]:
+        """Scalars from the sums of `steps` steps over all micro-batches and ranks."""
+
+    @abstractmethod
+    def line(self, row: Mapping[str, float]) -> str:
+        """The scalars that the console shows."""
+
+    def warnings(self, row: Mapping[str, float]) -> list[str]:
+        """What is wrong with a row, for the log."""
+        return []
+
+
+class Task(nn.Module, ABC):
+    """A model with its objective; forward(batch, count) -> (loss, sums).
+
+    Every parameter is either trained (requires_grad) or an average of a trained one.
+    """
+
+    modalities: Mapping[str, Modality]
+    report: Report
+    teacher: nn.Module | None
+    """The frozen submodule, under this name, that holds the averages; None without a teacher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = None
+
+    @staticmethod
+    def resolve(config: Config) -> Config:
+        """The configuration with every default written out. Raises UserError."""
+        return config
+
+    @classmethod
+    @abstractmethod
+    def create(cls, config: Config) -> Task:
+        """The task of a configuration, in fp32 on the CPU. Raises UserError."""
+
+    @abstractmethod
+    def forward(self, batch: Batch, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """This micro-batch's share of the step's loss, and sums for the report.
+
+        count: what the step's loss is divided by, over all micro-batches and ranks
+        (StepBatch.count). sums: fp32 tensors of a fixed shape, detached; they are added up over
+        micro-batches, steps and ranks.
+        """
+
+    def part(self, name: str) -> str:
+        """The modality that a parameter belongs to; "" for what every step trains. A step of one
+        modality leaves the parts of the others untouched."""
+        return ""
+
+    def averages(self) -> dict[str, str]:
+        """{parameter of the teacher: the trained parameter that it averages}, full names."""
+        return {}
