@@ -35,7 +35,7 @@ from d2v_ds.distributed import process_group
 from d2v_ds.distributed.world import World
 from d2v_ds.engine import create_engine
 from d2v_ds.engine.optimizer import param_groups
-from d2v_ds.pretrain import build_pretrain, resolved
+from d2v_ds.pretrain import Pretrain
 from d2v_ds.show import LONGEST, micro_batch_samples
 from d2v_ds.show.memory import largest_batch, sizes, state_bytes
 from d2v_ds.teacher import Ema, move
@@ -157,9 +157,9 @@ def memory_on_rank(rank: int, ranks: int, folder: str) -> None:
 def memory_of_stage(config: Config, stage: int, rank: int, ranks: int) -> dict[str, Any]:
     before = tensor_bytes()
     torch.manual_seed(0)
-    task = build_pretrain(config).train()
+    task = Pretrain.create(config).train()
     modality = task.modalities["speech"]
-    tracked = task.tracked()
+    tracked = task.averages()
     P, A = sizes(task)  # before ZeRO 3 hides them
     engine = create_engine(
         task,
@@ -213,10 +213,10 @@ BASES = ("speech_base", "vision_base", "text_base")
 
 def time_row(recipe: str, steps: int) -> dict[str, Any]:
     """Steps of one micro-batch, as long as the recipe has it, of samples without content."""
-    config = resolved(recipes.load(recipe, ["engine.config=local"]))
+    config = Pretrain.resolve(recipes.load(recipe, ["engine.config=local"]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    task = build_pretrain(config).train()
+    task = Pretrain.create(config).train()
     [(name, modality)] = task.modalities.items()
     samples = micro_batch_samples(config, modality)
     batch = largest_batch(task, name, samples).to(device)

@@ -32,7 +32,7 @@ from d2v_ds.config.decoding import decode
 from d2v_ds.data.shard_format import open_set
 from d2v_ds.evaluate import load_weights, open_newest, read_labelled
 from d2v_ds.modalities.base import Modality
-from d2v_ds.pretrain import Pretrain, at_masked, build_pretrain
+from d2v_ds.pretrain import Pretrain, at_masked
 from shards import samples
 
 MODULES = {"d2v-ds": "d2v_ds", "d2v-shards": "shards.cli"}
@@ -182,7 +182,7 @@ def order_accuracy(run: Path, paragraphs: Path) -> Accuracies:
     """Share of paragraphs whose masked tokens are predicted better than those of a copy with so
     many pairs of neighbours swapped. Bags of words are the same, so they are at one half."""
     found = open_newest(run)
-    task = build_pretrain(decode(Config, found.state["config"])).eval()
+    task = Pretrain.create(decode(Config, found.state["config"])).eval()
     load_weights(task, found)
     modality = task.modalities["text"]
     modality.views = VIEWS

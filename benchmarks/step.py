@@ -26,7 +26,7 @@ from d2v_ds import recipes
 from d2v_ds.config import Config
 from d2v_ds.distributed import process_group
 from d2v_ds.distributed.world import World
-from d2v_ds.pretrain import build_pretrain
+from d2v_ds.pretrain import Pretrain
 from d2v_ds.run.watchdog import Watchdog
 from d2v_ds.seeding import seed_torch
 from d2v_ds.train import TrainState, create_mixture, create_parts
@@ -68,7 +68,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
     process_group.init(World(), device)
     mixture = create_mixture(config, World(), TrainState(), Watchdog(0, 1))
     torch.manual_seed(0)
-    task = build_pretrain(config).train()
+    task = Pretrain.create(config).train()
     engine, ema = create_parts(config, task, config.batch.micro_batches, device)
     rows, rates = [], []
     targets = task.targets

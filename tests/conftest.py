@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
-from ranks import Pool
+
+from tests.helpers.rank_pool import Pool
 
 # A shell starts what runs in its background with Ctrl-C ignored, and so would be every process
 # that a test starts and then interrupts.

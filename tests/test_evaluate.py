@@ -22,7 +22,7 @@ from d2v_ds.evaluate import (
     read_labelled,
     run_knn,
 )
-from d2v_ds.pretrain import Pretrain, build_pretrain
+from d2v_ds.pretrain import Pretrain
 from shards import samples
 from shards.cli import main as shards_main
 
@@ -68,7 +68,7 @@ def test_chance_is_the_most_frequent_class() -> None:
 @pytest.fixture(scope="module")
 def task() -> Pretrain:
     torch.manual_seed(0)
-    return build_pretrain(recipes.load("speech_tiny", ["model.depth=2", "target.top_k=2"]))
+    return Pretrain.create(recipes.load("speech_tiny", ["model.depth=2", "target.top_k=2"]))
 
 
 @pytest.mark.parametrize("weights", ["student", "teacher"])

@@ -14,16 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_fixture import Fixture, fixture_names
 from torch import Tensor
 
 from d2v_ds import student
 from d2v_ds.config import Optim
-from d2v_ds.engine import create_engine
-from d2v_ds.engine.optimizer import param_groups
 from d2v_ds.pretrain import at_masked
 from d2v_ds.schedules import ema_decay, learning_rate
-from d2v_ds.teacher import Ema
+from d2v_ds.step import create_engine_and_ema
+from tests.helpers.golden_fixture import Fixture, fixture_names
+from tests.helpers.steps import take
 
 RELATIVE = 1e-5
 TRAJECTORY = 2e-5  # of losses; a change of the weights by one part in 1e7 makes 3e-6 of it
@@ -179,19 +178,14 @@ class Trained:
 def train(golden: Fixture, decays: list[float]) -> Trained:
     """One step for each EMA decay, on the fixture's batch."""
     config, task, batch = golden.config, golden.task(), golden.batch()
-    tracked = task.tracked()
-    groups = param_groups(
-        task, task.part, set(tracked.values()).__contains__, decay_all=config.optim.decay_all
-    )
-    engine = create_engine(
+    engine, ema = create_engine_and_ema(
         task,
-        groups,
         settings=config.engine,
         optim=config.optim,
         accumulation=1,
         device=torch.device("cpu"),
     )
-    ema = Ema(engine, task.teacher, tracked, "teacher.")
+    assert ema is not None
     with torch.no_grad():  # the fixture's teacher is not a copy of its student
         for name, value in golden.averages(task).items():
             ema.values[name][1].copy_(value.flatten())
@@ -200,12 +194,17 @@ def train(golden: Fixture, decays: list[float]) -> Trained:
     losses: list[float] = []
     gradients: dict[str, Tensor] = {}
     for decay in decays:
-        loss, _ = engine(batch, int(golden.arrays["loss/sample_size"]))
-        engine.backward(loss)
-        assert engine.step(config.optim.lr, config.optim.weight_decay, golden.modality)
-        golden.share(task)
+        [loss] = take(
+            engine,
+            None,
+            [batch],
+            count=int(golden.arrays["loss/sample_size"]),
+            lr=config.optim.lr,
+            weight_decay=config.optim.weight_decay,
+        )
+        golden.share(task)  # between the optimizer and the EMA, where the originals do it
         ema.update(decay, golden.modality)
-        losses.append(loss.item())
+        losses.append(loss)
         if not gradients:
             gradients = {
                 name.removeprefix("student."): (partition.exp_avg / (1 - config.optim.betas[0]))

@@ -9,13 +9,24 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from test_parity import BUCKETS, SETTINGS
-from test_train import QUICK
+
+from d2v_ds import recipes, seeding
+from d2v_ds.distributed import process_group
+from d2v_ds.distributed.world import World
+from d2v_ds.pretrain import Pretrain
+from d2v_ds.step import Observer, StepSettings, train_step
+from tests import ROOT
+from tests.engine.test_parity import BUCKETS, SETTINGS
+from tests.helpers.steps import prepare, step_batch
+from tests.test_train import QUICK
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,65 +37,61 @@ STEPS = 10
 CASES = [(f"zero{stage}", precision) for stage in (1, 2, 3) for precision in ("bf16", "fp16")]
 
 
-def steps_on_gpu(engine_config: str, precision: str) -> dict[str, Any]:
-    """Losses and scale of a few steps; forward, backward and EMA must not wait for the GPU."""
-    import numpy as np
+class NoWaiting(Observer):
+    """Forward and EMA raise where they would wait for the GPU; the optimizer waits once, to read
+    whether the step overflowed."""
 
-    from d2v_ds import recipes, seeding
-    from d2v_ds.distributed import process_group
-    from d2v_ds.distributed.world import World
-    from d2v_ds.engine import create_engine
-    from d2v_ds.engine.optimizer import param_groups
-    from d2v_ds.pretrain import build_pretrain
-    from d2v_ds.seeding import seed_torch
-    from d2v_ds.teacher import Ema
+    def __init__(self, strict: bool) -> None:
+        self.strict = strict
+        self.losses: list[torch.Tensor] = []
 
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        watched = self.strict and part in ("forward", "ema")
+        torch.cuda.set_sync_debug_mode("error" if watched else "default")
+        yield
+        torch.cuda.set_sync_debug_mode("default")
+
+    def add(self, modality: str, sums: Mapping[str, torch.Tensor]) -> None:
+        self.losses.append(sums["loss"])
+
+
+def steps_on_gpu(stage: str, precision: str) -> dict[str, Any]:
+    """Losses of a few steps, and how many were taken; forward and EMA must not wait for the GPU."""
     device = torch.device("cuda", 0)
     process_group.init(World(), device)
     config = recipes.load("speech_tiny", SETTINGS)
     torch.manual_seed(0)
-    task = build_pretrain(config).train()
-    tracked = task.tracked()
-    engine = create_engine(
-        task,
-        param_groups(task, task.part, set(tracked.values()).__contains__, decay_all=False),
-        settings=type(config.engine)(config=engine_config, precision=precision),  # type: ignore[arg-type]
-        optim=config.optim,
-        accumulation=1,
-        device=device,
-        overrides=None if engine_config == "local" else {"zero_optimization": BUCKETS},
+    task = Pretrain.create(config).train()
+    engine, ema = prepare(
+        task, config.optim, stage=stage, precision=precision, zero=BUCKETS, device=device
     )
-    ema = Ema(engine, task.teacher, tracked, "teacher.")
     rng = np.random.default_rng(0)
     waveforms = [rng.standard_normal(16000).astype(np.float32) for _ in range(4)]
     rngs = [seeding.generator(0, i) for i in range(4)]
     batch = task.modalities["speech"].collate(waveforms, rngs, 0).to(device)
-    count = batch.masked.numel()
     losses, taken = [], 0
     for step in range(STEPS):
-        seed_torch(0, step, 0)
-        # The first steps allocate, autotune and build buffers; later ones must not wait.
-        torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")
-        loss, _ = engine(batch, count)
-        torch.cuda.set_sync_debug_mode("default")
-        engine.backward(loss)
-        if engine.step(1e-3, 0.01, "speech"):  # reads the overflow flag: the one synchronisation
-            taken += 1
-            torch.cuda.set_sync_debug_mode("error" if step > 3 else "default")
-            ema.update(0.9, "speech")
-            torch.cuda.set_sync_debug_mode("default")
-        losses.append(loss.item())
+        # The first steps allocate, autotune and build buffers.
+        observer = NoWaiting(strict=step > 3)
+        settings = StepSettings(step=step, lr=1e-3, weight_decay=0.01, decay=0.9)
+        batches = step_batch([batch], batch.masked.numel())
+        taken += train_step(engine, ema, batches, settings, seed=0, observer=observer)
+        losses += [loss.item() for loss in observer.losses]
     process_group.shutdown()
     return {"losses": losses, "taken": taken}
 
 
 def in_process(*arguments: str) -> dict[str, Any]:
     """In a process of its own: DeepSpeed and CUDA keep state."""
-    code = f"import json, test_gpu; print(json.dumps(test_gpu.steps_on_gpu(*{arguments!r})))"
+    code = (
+        "import json; from tests.test_gpu import steps_on_gpu; "
+        f"print(json.dumps(steps_on_gpu(*{arguments!r})))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        env={**os.environ, "PYTHONPATH": f"{Path(__file__).parent.parent}:{Path(__file__).parent}"},
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import variants
-from golden_fixture import Fixture, fixture_names
 from torch import Tensor, nn
-from variants import VARIANTS
 
 from d2v_ds.data.audio import import_torchaudio
 from d2v_ds.key_maps import FAIRSEQ, HUGGING_FACE, match, to_ours, to_theirs
 from d2v_ds.pretrain import Pretrain
+from tests.helpers import variants
+from tests.helpers.golden_fixture import Fixture, fixture_names
+from tests.helpers.variants import VARIANTS
 
 VERSIONS = {"v1": "1.0", "v2": "2.0"}
 

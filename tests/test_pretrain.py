@@ -6,17 +6,17 @@ import dataclasses
 
 import pytest
 import torch
-import variants
 from torch import Tensor, nn
-from variants import RAGGED, VARIANTS, assemble, batch_of, draw, examples
 
 from d2v_ds import recipes, student
-from d2v_ds.engine import create_engine
 from d2v_ds.engine.optimizer import param_groups
 from d2v_ds.loss import class_loss, instance_norm, make_targets, regression_loss
 from d2v_ds.modalities.speech import PUBLISHED_CONVS, frames
-from d2v_ds.pretrain import Pretrain, at_masked, build_pretrain, spread_over_time
-from d2v_ds.teacher import Ema
+from d2v_ds.pretrain import Pretrain, at_masked
+from d2v_ds.pretrain_report import spread_over_time
+from tests.helpers import variants
+from tests.helpers.steps import prepare, take
+from tests.helpers.variants import RAGGED, VARIANTS, assemble, batch_of, draw, examples
 
 SIZES = (20, 40, 31)  # of samples in tokens
 
@@ -410,32 +410,20 @@ def test_the_teacher_averages_what_the_original_does(variant: str, task: Pretrai
         "v1_vision": {"positions"},
     }
     assert missing == shared[variant] and front_end.mask_token is None
-    tracked = task.tracked()
-    assert tracked.keys() == {n for n, _ in task.named_parameters() if n.startswith("teacher.")}
-    for teacher, follows in tracked.items():
+    averages = task.averages()
+    assert averages.keys() == {n for n, _ in task.named_parameters() if n.startswith("teacher.")}
+    for teacher, follows in averages.items():
         assert torch.equal(task.get_parameter(teacher), task.get_parameter(follows))
     assert all(buffer.is_floating_point() for buffer in task.buffers())
 
 
 def test_at_a_decay_of_one_averages_stay_and_shared_parts_go_on() -> None:
     task = variants.build("v1_speech")
-    config, tracked = variants.config("v1_speech"), task.tracked()
-    engine = create_engine(
-        task,
-        param_groups(task, task.part, set(tracked.values()).__contains__, decay_all=False),
-        settings=config.engine,
-        optim=config.optim,
-        accumulation=1,
-        device=torch.device("cpu"),
-    )
-    ema = Ema(engine, task.teacher, tracked, "teacher.")
+    engine, ema = prepare(task, variants.config("v1_speech").optim)
     before = {name: p.clone() for name, p in task.named_parameters()}
     batch = batch_of(task, 40, 30)
     targets = task.targets(batch, task.student.encoder.features(batch))
-    loss, _ = engine(batch, len(batch.masked))
-    engine.backward(loss)
-    assert engine.step(1e-2, 0.0, "speech")
-    ema.update(1.0, "speech")
+    take(engine, ema, [batch], count=len(batch.masked), lr=1e-2, weight_decay=0.0, decay=1.0)
     changed = {n for n, p in task.named_parameters() if not torch.equal(p, before[n])}
     assert changed and all(name.startswith("student.") for name in changed)
     assert not torch.equal(task.targets(batch, task.student.encoder.features(batch)), targets)
@@ -443,8 +431,8 @@ def test_at_a_decay_of_one_averages_stay_and_shared_parts_go_on() -> None:
 
 def test_weight_decay_spares_biases_norms_and_scales(variant: str, task: Pretrain) -> None:
     """Checked against names: what fairseq tags and BEiT lists."""
-    tracked = set(task.tracked().values())
-    groups = param_groups(task, task.part, tracked.__contains__, decay_all=False)
+    averaged = set(task.averages().values())
+    groups = param_groups(task, task.part, averaged.__contains__, decay_all=False)
     spared = {name for g in groups if not g.decay for name in g.parameters}
     decayed = {name for g in groups if g.decay for name in g.parameters}
     ending = (".bias", "_bias", ".scale", "extra.embedding")
@@ -455,7 +443,7 @@ def test_weight_decay_spares_biases_norms_and_scales(variant: str, task: Pretrai
     }
     assert spared == {n for n in spared | decayed if n.endswith(ending) or n in norms}
     assert "v1" not in variant or variant == "v1_text" or any("mask_token" in n for n in decayed)
-    everything = param_groups(task, task.part, tracked.__contains__, decay_all=True)
+    everything = param_groups(task, task.part, averaged.__contains__, decay_all=True)
     assert all(group.decay for group in everything)
 
 
@@ -470,7 +458,7 @@ def test_frames_follow_the_convolutions() -> None:
 def test_positions_that_see_the_whole_crop_are_warned_of() -> None:
     def warnings(*overrides: str) -> list[str]:
         return (
-            build_pretrain(recipes.load("speech_tiny", list(overrides)))
+            Pretrain.create(recipes.load("speech_tiny", list(overrides)))
             .modalities["speech"]
             .warnings()
         )

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import variants
 from torch import nn
 
 from d2v_ds import recipes
 from d2v_ds.config import Config
-from d2v_ds.pretrain import Pretrain, build_pretrain
+from d2v_ds.pretrain import Pretrain
+from tests.helpers import variants
 
 COUNTS = [  # of student, teacher and predictor, fixed positions with them
     ("speech_base", 93_783_308, 88_561_932, 619_776),
@@ -35,7 +35,7 @@ def test_parameter_counts_are_the_published_ones(
 ) -> None:
     """Counted in facebookresearch/fairseq at 3d262bb; the teacher's is what is averaged there."""
     with torch.device("meta"):
-        task = build_pretrain(recipes.load(recipe, []))
+        task = Pretrain.create(recipes.load(recipe, []))
     assert size(task.student) == student_size
     assert size(task.teacher) == teacher_size
     assert size(task.student.predictors) == predictor
@@ -51,14 +51,14 @@ def test_parameter_counts_are_the_published_ones(
 )
 def test_encoders_of_one_count_as_in_transformers(recipe: str, encoder: int) -> None:
     with torch.device("meta"):
-        task = build_pretrain(recipes.load(recipe, []))
+        task = Pretrain.create(recipes.load(recipe, []))
     assert size(task.student.encoder) == encoder
 
 
 @pytest.mark.parametrize("recipe", recipes.RECIPES)
 def test_every_recipe_builds(recipe: str) -> None:
     with torch.device("meta"):
-        task = build_pretrain(recipes.load(recipe, []))
+        task = Pretrain.create(recipes.load(recipe, []))
     assert [w for modality in task.modalities.values() for w in modality.warnings()] == []
     assert len(task.modalities) == (3 if recipe.startswith("joint") else 1)
 
@@ -80,7 +80,7 @@ def test_masked_tokens_of_the_published_recipes() -> None:
 
 def build_on_meta(config: Config) -> Pretrain:
     with torch.device("meta"):
-        return build_pretrain(config)
+        return Pretrain.create(config)
 
 
 # ----------------------------------------------------------------------------------- compat

@@ -6,9 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-import variants
 from torch import Tensor, nn
-from variants import batch_of
 
 from d2v_ds import student
 from d2v_ds.transformer import (
@@ -19,6 +17,8 @@ from d2v_ds.transformer import (
     Trunk,
     alibi_slopes,
 )
+from tests.helpers import variants
+from tests.helpers.variants import batch_of
 
 
 def test_alibi_slopes_and_bias() -> None:

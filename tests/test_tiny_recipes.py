@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Run, environment
 
 from d2v_ds import recipes
 from d2v_ds.errors import UserError
-from d2v_ds.pretrain import build_pretrain
+from d2v_ds.pretrain import Pretrain
 from shards import samples
 from shards.cli import main as shards_main
+from tests import ROOT
+from tests.helpers.runs import Run, environment
 
-ROOT = Path(__file__).parent.parent
 TEXT = samples.path("text")
 SOURCES = {
     "speech": [samples.path("speech") / "train.tsv", "--join", "speaker", "--join-seconds", "4"],
@@ -97,7 +97,7 @@ def test_positions_of_text_begin_as_asked_and_nothing_else_changes() -> None:
     for std in (0.02, 0.005):
         torch.manual_seed(0)
         setting = f"modality.text.position_std={std}"
-        task = build_pretrain(
+        task = Pretrain.create(
             recipes.load("text_base", ["model.depth=1", "target.top_k=1", setting])
         )
         weights.append(dict(task.student.named_parameters()))
@@ -107,7 +107,7 @@ def test_positions_of_text_begin_as_asked_and_nothing_else_changes() -> None:
     torch.testing.assert_close(smaller, published / 4)
     assert all(value.equal(weights[1][name]) for name, value in weights[0].items())
     with pytest.raises(UserError, match=r"modality.text: position_std=-1.0 must be 0 or more"):
-        build_pretrain(recipes.load("text_tiny", ["modality.text.position_std=-1"]))
+        Pretrain.create(recipes.load("text_tiny", ["modality.text.position_std=-1"]))
 
 
 @pytest.mark.slow

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from runs import Run, assert_equal_runs, ranks_of
 
 from d2v_ds.run.run_folder import claim_generation
 from shards import samples
 from shards.cli import main as shards_main
+from tests.helpers.runs import Run, assert_equal_runs, ranks_of
 
 QUICK = [
     "modality.speech.views=2",

@@ -152,7 +152,11 @@ class Modality(ABC):
         if abstract:
             return
         missing = [name for name in REQUIRED if not hasattr(cls, name)]
-        missing += [n for n in dir(cls) if getattr(getattr(cls, n), "__isabstractmethod__", False)]
+        missing += [
+            name
+            for name in dir(cls)
+            if getattr(getattr(cls, name, None), "__isabstractmethod__", False)
+        ]
         if missing:
             raise TypeError(f"modality {cls.__name__} lacks {', '.join(missing)}")
 

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import HERE, Cluster, Workplace
+
+from tests.slurm.cluster import HERE, Cluster, Workplace
 
 NODES = 3
 

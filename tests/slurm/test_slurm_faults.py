@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from cluster import Cluster, Workplace
-from test_slurm_jobs import FIRST_TWO, NODES, reaches_step, starts
+
+from tests.slurm.cluster import Cluster, Workplace
+from tests.test_slurm_jobs import FIRST_TWO, NODES, reaches_step, starts
 
 pytestmark = pytest.mark.usefixtures("whole_cluster")
 

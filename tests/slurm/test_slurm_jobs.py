@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from cluster import SCRIPTS, Cluster, Job, Workplace
 from conftest import standin_settings
+
+from tests.slurm.cluster import SCRIPTS, Cluster, Job, Workplace
 
 NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 FIRST_TWO = ("--nodelist=vn[1-2]",)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from cluster import Cluster, Job, Workplace
 
 from d2v_ds.run.run_folder import RunFolder
 from d2v_ds.run.status import describe
 from shards import samples
 from shards.cli import main as shards_main
+from tests.slurm.cluster import Cluster, Job, Workplace
 
 pytestmark = pytest.mark.usefixtures("whole_cluster")
 

@@ -1,0 +1,344 @@
+"""Remote sets through the cache: a real HTTP server that cuts answers short, dies and comes back;
+one download a node; a bound in bytes that spares what is open. Tars without an index."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2v_ds.data import download
+from d2v_ds.data.cache.remote import Cache, keep_near, open_remote, open_shard
+from d2v_ds.data.shard_format import ShardSet
+from d2v_ds.errors import UserError
+from d2v_ds.loader import Loader, read_samples
+from d2v_ds.loader.find_set import find_set
+from tests.helpers.http_server import Server, start, stop
+from tests.helpers.series import modality as series_modality
+from tests.helpers.series import write_set
+
+LENGTHS = [[50] * 40, [60] * 30, [70] * 20, [80] * 40]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return write_set(tmp_path_factory.mktemp("far") / "series", LENGTHS)
+
+
+@pytest.fixture
+def far(shards: ShardSet) -> Iterator[Server]:
+    state = Server("", Counter())
+    server = start(state, shards.root.parent)
+    state.url = f"http://127.0.0.1:{server.server_address[1]}/{shards.root.name}"
+    yield state
+    stop(server)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cache:
+    monkeypatch.setenv("D2V_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(download, "PAUSE", 0.02)
+    return Cache.from_environment()
+
+
+def tars(cache: Cache) -> set[str]:
+    return {file.name for file in cache.folder.glob("*/*.tar")}
+
+
+def content(shards: ShardSet) -> list[Any]:
+    return list(read_samples(shards, ("series", "json")))
+
+
+def test_a_remote_set_is_read_as_a_local_one(far: Server, cache: Cache, shards: ShardSet) -> None:
+    remote = find_set(far.url, "series")
+    assert tars(cache) == set(), "nothing but indexes yet"
+    assert (remote.shards, remote.modality) == (shards.shards, shards.modality)
+    assert content(remote) == content(shards)
+    assert content(find_set(far.url)) == content(shards)
+    names = [f"{entry.name}.tar" for entry in shards.shards]
+    assert [far.asked[name] for name in names] == [1] * 4
+    with pytest.raises(UserError, match="holds series, this run reads speech"):
+        find_set(far.url, "speech")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_loader_on_a_remote_set(
+    far: Server, cache: Cache, shards: ShardSet, workers: int
+) -> None:
+    def batches(found: ShardSet) -> list[tuple[str, ...]]:
+        settings: dict[str, Any] = {"seed": 1, "size": 800, "micro_batches": 2}
+        with closing(Loader(found, series_modality(), workers=workers, **settings)) as loader:  # type: ignore[arg-type]
+            return [b.keys for step in islice(loader, 12) for b in step.micro_batches]
+
+    assert batches(find_set(far.url)) == batches(shards)
+
+
+def test_shards_come_before_they_are_read(far: Server, cache: Cache, shards: ShardSet) -> None:
+    found = find_set(far.url)
+    settings: dict[str, Any] = {"seed": 1, "size": 800, "micro_batches": 2}
+    with closing(Loader(found, series_modality(), **settings)) as loader:  # type: ignore[arg-type]
+        assert tars(cache) == set()
+        next(loader)
+        deadline = time.monotonic() + 10
+        while len(tars(cache)) < 4 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(tars(cache)) == 4 and len(loader.reader.open) < 4
+
+
+def test_as_many_come_ahead_as_fill_half_of_the_cache(far: Server, cache: Cache) -> None:
+    found = open_remote(far.url)
+    small = Cache(cache.folder, 2 * (found.shards[2].bytes + found.shards[1].bytes))
+    keep_near(found, iter([2, 1, 0, 3]), small)
+    assert tars(cache) == {"series-000002.tar", "series-000001.tar"}
+    keep_near(found, iter([2, 2, 2]), Cache(cache.folder, 10**9))
+
+
+def test_answers_cut_short_and_errors_of_the_server_are_tried_again(
+    far: Server, cache: Cache, shards: ShardSet
+) -> None:
+    far.answer = {
+        "series-000000.idx": ["short", 503],
+        "series-000001.tar": ["short", 500, "short"],
+        "series-000002.tar": [429],
+    }
+    assert content(open_remote(far.url)) == content(shards)
+    assert far.asked["series-000000.idx"] == 3 and far.asked["series-000001.tar"] == 4
+
+
+def test_a_server_that_dies_and_comes_back(
+    shards: ShardSet, cache: Cache, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = Server("", Counter())
+    server = start(state, shards.root.parent)
+    port = server.server_address[1]
+    remote = open_remote(f"http://127.0.0.1:{port}/{shards.root.name}")
+    stop(server)
+    found: list[Any] = []
+    reading = threading.Thread(target=lambda: found.append(content(remote)))
+    reading.start()
+    time.sleep(0.3)
+    server = start(state, shards.root.parent, port)
+    reading.join(30)
+    stop(server)
+    assert found == [content(shards)]
+
+
+def test_a_server_that_stays_away(
+    shards: ShardSet, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "TRY_FOR", 0.3)
+    server = start(Server("", Counter()), shards.root.parent)
+    url = f"http://127.0.0.1:{server.server_address[1]}/{shards.root.name}"
+    remote = open_remote(url)
+    stop(server)
+    with pytest.raises(UserError, match=r"series-000000.tar: cannot be downloaded \(.*refused"):
+        content(remote)
+    with pytest.raises(UserError, match=r"index.json: cannot be downloaded \(.*refused"):
+        open_remote(url)
+
+
+def test_what_is_not_there_or_has_changed(far: Server, cache: Cache) -> None:
+    with pytest.raises(UserError) as caught:
+        open_remote(f"{far.url}-not")
+    assert str(caught.value) == f"{far.url}-not/index.json: 404 File not found"
+    assert far.asked["index.json"] == 1, "asked once"
+    remote = open_remote(far.url)
+    far.answer = {"series-000002.tar": ["changed"], "series-000003.tar": [404]}
+    with pytest.raises(UserError, match=r"series-000002.tar: is not what index.json says \(its SH"):
+        open_shard(remote, remote.shards[2])
+    with pytest.raises(UserError, match=r"series-000003.tar: 404"):
+        open_shard(remote, remote.shards[3])
+    assert not list(cache.folder.glob("*/*.tmp")) and tars(cache) == set()
+
+
+def test_the_cache_stays_within_its_bytes_and_spares_what_is_open(
+    far: Server, cache: Cache, shards: ShardSet
+) -> None:
+    a, b, c, d = shards.shards
+    small = Cache(cache.folder, b.bytes + c.bytes + d.bytes)
+    remote = open_remote(far.url, cache=small)
+
+    def use(entry: Any) -> int:
+        file = open_shard(remote, entry, small)
+        held = sum(f.stat().st_size for f in cache.folder.glob("*/*.tar"))
+        assert held <= small.limit
+        return file
+
+    first = use(b)
+    for entry in (c, d, c):
+        os.close(use(entry))
+        time.sleep(0.02)  # they are told apart by when they were used
+    os.close(use(a))
+    assert tars(cache) == {f"{e.name}.tar" for e in (a, b, c)}, "d was not used for longest"
+    os.close(use(d))
+    os.close(first)
+    os.close(use(a))
+    assert far.asked[f"{b.name}.tar"] == 1, "it was open all the time"
+
+
+def test_more_in_use_than_allowed_is_told(
+    far: Server, cache: Cache, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("d2v_ds"), "propagate", True)
+    remote = open_remote(far.url)
+    small = Cache(cache.folder, remote.shards[0].bytes)
+    files = [open_shard(remote, entry, small) for entry in remote.shards[:2]]
+    assert "all in use, D2V_CACHE_BYTES allows" in caplog.text
+    assert len(tars(cache)) == 2
+    for file in files:
+        os.close(file)
+
+
+def fetch_all(url: str, folder: str, start: Any) -> str:
+    os.environ["D2V_CACHE"] = folder
+    start.wait()
+    return hashlib.sha256(repr(content(open_remote(url))).encode()).hexdigest()
+
+
+def test_processes_of_one_node_download_once(far: Server, cache: Cache, shards: ShardSet) -> None:
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager, context.Pool(3) as pool:
+        barrier = manager.Barrier(3)
+        arguments = [(far.url, str(cache.folder), barrier)] * 3
+        found = pool.starmap(fetch_all, arguments)
+    assert found == [hashlib.sha256(repr(content(shards)).encode()).hexdigest()] * 3
+    assert {far.asked[f"{e.name}.tar"] for e in shards.shards} == {1}
+    assert {far.asked[f"{e.name}.idx"] for e in shards.shards} == {1}
+
+
+def test_what_a_killed_download_left_is_removed(far: Server, cache: Cache) -> None:
+    remote = open_remote(far.url)
+    left = remote.root / "series-000003.tar.tmp"
+    left.write_bytes(bytes(10_000))
+    os.close(open_shard(remote, remote.shards[0]))
+    assert not left.exists()
+
+
+def test_a_command_instead_of_a_url(shards: ShardSet, cache: Cache) -> None:
+    where = f"pipe:cat {shards.root}/{{}}"
+    assert content(find_set(where)) == content(shards)
+    with pytest.raises(UserError, match=r"has no {} in place of a file's name"):
+        find_set("pipe:cat x")
+
+
+def test_a_command_that_fails(
+    shards: ShardSet, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(download, "TRY_FOR", 0.1)
+    with pytest.raises(UserError, match=r"cannot be downloaded \(.*exit code 3"):
+        find_set("pipe:exit 3 {}")
+
+
+def test_by_fsspec(shards: ShardSet, cache: Cache) -> None:
+    pytest.importorskip("fsspec")
+    assert content(find_set(f"file://{shards.root}")) == content(shards)
+    with pytest.raises(UserError, match=r"nowhere/index.json: not found"):
+        find_set("file:///nowhere")
+    with pytest.raises(UserError, match=r"index.json: what:// needs fsspec and its package for"):
+        find_set("what://bucket/set")
+
+
+def test_settings_of_the_cache(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text, expected in (("12", 12), ("3KB", 3000), ("2 GB", 2 * 10**9)):
+        monkeypatch.setenv("D2V_CACHE_BYTES", text)
+        assert Cache.from_environment().limit == expected
+    monkeypatch.setenv("D2V_CACHE_BYTES", "many")
+    with pytest.raises(UserError, match="D2V_CACHE_BYTES: 'many' is no size; give one like 200GB"):
+        Cache.from_environment()
+
+
+def test_a_cache_that_cannot_be_written(
+    far: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("D2V_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"D2V_CACHE: cannot write .*file"):
+        open_remote(far.url)
+
+
+# ------------------------------------------------------------------------------ sets without index
+
+
+Scenario = Callable[[Path], Path]
+
+
+def test_tars_without_an_index_are_indexed_on_first_use(tmp_path: Path, cache: Cache) -> None:
+    folder = speech_tars(tmp_path / "tars")
+    first = find_set(folder, "speech")
+    assert first.root == folder and (folder / "index.json").exists()
+    assert first.samples == 6 and find_set(folder) == first
+    assert [key for key, _ in read_samples(first, ("wav",))] == [f"clip{i}" for i in range(6)]
+
+
+def test_in_the_cache_where_the_folder_is_read_only(
+    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = speech_tars(tmp_path / "tars")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as root may write anywhere
+    found = find_set(folder, "speech")
+    assert found.root.parent == cache.folder and found.tars == folder.resolve()
+    assert len(list(read_samples(found, ("wav",)))) == 6
+    assert sorted(os.listdir(folder)) == ["a-000000.tar", "a-000001.tar"]
+    assert find_set(folder, "speech") == found
+
+
+def test_a_damaged_tar_without_an_index_is_named(tmp_path: Path, cache: Cache) -> None:
+    folder = speech_tars(tmp_path / "tars")
+    os.truncate(folder / "a-000001.tar", 70_000)
+    with pytest.raises(UserError, match=r"a-000001.tar"):
+        find_set(folder, "speech")
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="no such shard set"):
+        find_set(folder, "speech")
+
+
+def speech_tars(folder: Path) -> Path:
+    """As webdataset's own writer makes them."""
+    import io
+
+    import numpy as np
+    import soundfile
+    import webdataset
+
+    folder.mkdir()
+    with webdataset.ShardWriter(f"{folder}/a-%06d.tar", maxcount=3, verbose=0) as writer:
+        for i in range(6):
+            wav = io.BytesIO()
+            noise = np.random.default_rng(i).normal(0, 3000, 16_000 + i).astype(np.int16)
+            soundfile.write(wav, noise, 16_000, format="WAV", subtype="PCM_16")
+            writer.write({"__key__": f"clip{i}", "wav": wav.getvalue(), "json": {"i": i}})
+    return folder
+
+
+def test_the_loader_reads_plain_webdataset_tars(tmp_path: Path, cache: Cache) -> None:
+    from d2v_ds.modalities.speech import Speech, SpeechConfig
+
+    found = find_set(speech_tars(tmp_path / "tars"), "speech")
+    config = SpeechConfig(views=1, crop_seconds=1.0, min_seconds=0.5)
+    with closing(Loader(found, Speech(config), seed=0, size=6, micro_batches=2)) as loader:
+        batches = [b for step in islice(loader, loader.stats.steps) for b in step.micro_batches]
+    assert sorted(key for b in batches for key in b.keys) == [f"clip{i}" for i in range(6)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files it leaves
+def test_plain_webdataset_reads_our_shards(shards: ShardSet) -> None:
+    import webdataset
+
+    urls = [str(shards.tar(entry)) for entry in shards.shards]
+    theirs = [
+        (sample["__key__"], {"series": sample["series"], "json": sample["json"]})
+        for sample in webdataset.WebDataset(urls, shardshuffle=False)
+    ]
+    assert theirs == content(shards)

@@ -1,0 +1,246 @@
+"""Tars that others made, as a shard set: an index from headers alone, lengths as decoders say."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+
+from d2v_ds.data import audio
+from d2v_ds.data.shard_format import INDEX_FILE, open_set, read_index
+from d2v_ds.data.tar_index import KINDS, guess_modality, index_set
+from d2v_ds.data.tar_scan import Member
+from d2v_ds.errors import UserError
+from shards.cli import main
+from tests.helpers.corpora import contents, put_tar, quarantine, recording
+
+
+def length_of(field: str, data: bytes) -> tuple[int, int]:
+    """By the payload's own header, which lies in the middle of a file."""
+    (read,) = (kind.fields[field] for kind in KINDS.values() if field in kind.fields)
+    return tuple(read(io.BytesIO(b"x" * 100 + data + b"y" * 100), Member("", 100, len(data))))
+
+
+def picture(kind: str, size: tuple[int, int] = (37, 21), **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, (200, 30, 90)).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def npy(array: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+# ------------------------------------------------------------------------------------------ lengths
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac"])
+@pytest.mark.parametrize("rate, channels", [(16_000, 1), (44_100, 2), (8000, 6)])
+def test_length_of_audio(kind: str, rate: int, channels: int) -> None:
+    data = recording(kind, seconds=0.1234, rate=rate, channels=channels)
+    info = audio.info(data)
+    assert length_of(kind, data) == (info.frames, info.rate)
+
+
+def test_length_of_wav_with_other_chunks() -> None:
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", 22_050, 1, "PCM_24", format="WAV") as file:
+        file.title = "odd" * 7
+        file.write(np.zeros(777))
+    assert length_of("wav", buffer.getvalue()) == (777, 22_050)
+
+
+@pytest.mark.parametrize(
+    "field, data",
+    [
+        ("jpg", picture("JPEG")),
+        ("jpeg", picture("JPEG", progressive=True, exif=b"Exif\0\0" + bytes(30_000))),
+        ("jpg", picture("JPEG", restart_marker_blocks=1, comment=b"x" * 9000)),
+        ("png", picture("PNG")),
+        ("webp", picture("WEBP")),
+        ("webp", picture("WEBP", lossless=True)),
+        ("webp", picture("WEBP", exif=b"Exif\0\0" + bytes(100))),
+    ],
+)
+def test_length_of_pictures(field: str, data: bytes) -> None:
+    assert length_of(field, data) == (37 * 21, 0)
+
+
+def test_length_of_arrays() -> None:
+    assert length_of("npy", npy(np.zeros(99, np.uint16))) == (99, 0)
+    with pytest.raises(ValueError, match=r"^\.npy: cannot be read"):  # many samples, not one
+        length_of("npy", npy(np.zeros((7, 128), np.uint32)))
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.zeros(5, np.uint16), version=(2, 0))
+    assert length_of("npy", buffer.getvalue()) == (5, 0)
+
+
+WHOLE = {
+    "flac": recording("flac"),
+    "wav": recording("wav"),
+    "jpg": picture("JPEG"),
+    "png": picture("PNG"),
+    "webp": picture("WEBP"),
+    "npy": npy(np.zeros(99, np.uint16)),
+}
+
+
+@pytest.mark.parametrize("field", WHOLE)
+def test_what_is_none(field: str) -> None:
+    for data in (b"", b"x", b"x" * 500, WHOLE[field][:9], b"RIFF" + bytes(200)):
+        with pytest.raises(ValueError, match=rf"^\.{field}: "):
+            length_of(field, data)
+
+
+def test_truncated_payloads_that_headers_show() -> None:
+    for field in ("wav", "npy"):
+        with pytest.raises(ValueError, match="is truncated"):
+            length_of(field, WHOLE[field][:-8])
+
+
+# --------------------------------------------------------------------------------------------- sets
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    sounds = [recording("flac" if i % 2 else "wav", 0.1 + i / 100, seed=i) for i in range(9)]
+    for t in range(3):
+        named = []
+        for i in range(3 * t, 3 * t + 3):
+            named += [(f"x/{i}.{'flac' if i % 2 else 'wav'}", sounds[i]), (f"x/{i}.cls", b"7")]
+            named += [(f"x/{i}.extra.bin", b"not of interest")]
+        put_tar(tmp_path / f"tars/part-{t}.tar", named)
+    return tmp_path / "tars"
+
+
+def test_index_beside_the_tars(tars: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {tar: tar.read_bytes() for tar in tars.iterdir()}
+    assert main(["index", str(tars), "-j1"]) == 0
+    assert capsys.readouterr().out == f"{tars}: 9 samples, 0.000 hours, 3 shards\n"
+    shards = open_set(tars, "speech")
+    assert (shards.samples, shards.sample_rate, shards.length_unit) == (9, 16_000, "frames")
+    found = contents(tars)
+    assert list(found) == [f"x/{i}" for i in range(9)]
+    lengths = [n for s in shards.shards for n in read_index(shards.index(s)).lengths]
+    decoded = [audio.decode(m["flac" if "flac" in m else "wav"]) for m in found.values()]
+    assert lengths == list(map(len, decoded))
+    assert found["x/3"]["cls"] == b"7" and "extra.bin" not in found["x/3"]
+    assert all(tar.read_bytes() == data for tar, data in before.items())
+    assert main(["verify", str(tars), "-j1"]) == 0
+    assert main(["stats", str(tars)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["cls", "9"] in rows and ["flac", "4"] in rows and ["7", "9"] in rows
+
+
+def test_index_elsewhere_over_processes(tars: Path, tmp_path: Path) -> None:
+    out = tmp_path / "index"
+    assert main(["index", str(tars), str(out), "--checksums", "-j2"]) == 0
+    assert main(["index", str(tars), "--checksums", "-j1"]) == 0
+    for name in ("part-0.idx", "part-1.idx", "part-2.idx", "quarantine.jsonl"):
+        assert (out / name).read_bytes() == (tars / name).read_bytes()
+    assert sorted(out.glob("*.tar")) == [] and contents(out) == contents(tars)
+    assert main(["verify", str(out), "-j1"]) == 0
+    shards = open_set(out)
+    assert shards.tar(shards.shards[0]).samefile(tars / "part-0.tar")
+
+
+def test_later_damage_is_seen_with_checksums(
+    tars: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["index", str(tars), "--checksums"]) == 0
+    data = bytearray((tars / "part-1.tar").read_bytes())
+    data[data.index(b"x/4.wav") + 512 + 900] ^= 1
+    (tars / "part-1.tar").write_bytes(data)
+    capsys.readouterr()
+    assert main(["verify", str(tars), "-j1"]) == 1
+    line, _ = capsys.readouterr().out.splitlines()
+    assert line == "part-1: sample 'x/4': the checksum of its .wav is not the one in the index"
+
+
+def test_one_tar_and_other_modalities(tmp_path: Path) -> None:
+    images = put_tar(tmp_path / "i/a.tar", [("0.jpg", WHOLE["jpg"]), ("1.png", WHOLE["png"])])
+    text = put_tar(tmp_path / "t/b.c.tar", [("0.npy", WHOLE["npy"]), ("0.json", b"{}")])
+    assert (guess_modality(images), guess_modality(text)) == ("vision", "text")
+    for tar, length, name in ((images, 2 * 37 * 21, "a"), (text, 99, "b.c")):
+        assert main(["index", str(tar), "-j1"]) == 0
+        shards = open_set(tar.parent)
+        assert (shards.length, shards.sample_rate, shards.shards[0].name) == (length, 0, name)
+
+
+# ------------------------------------------------------------------------------------------- errors
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main(["index", *map(str, arguments), "-j1"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("d2v-shards: ") and line.count("\n") == 1
+    return line
+
+
+def test_damaged_and_truncated_tars_are_refused(
+    tars: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = (tars / "part-1.tar").read_bytes()
+    at = data.index(b"x/4.wav")
+    for damaged, message in [
+        (data[: at + 700], "x/4.wav: its 4524 bytes reach past the end"),
+        (data[:at], "ends without its end-of-archive mark"),
+        (data[:at] + bytes(512) + data[at + 512 :], "zeros"),
+        (data[:at] + b"\1" * 512 + data[at + 512 :], "damaged header"),
+        (b"", "ends without"),
+    ]:
+        (tars / "part-1.tar").write_bytes(damaged)
+        line = refused(capsys, tars)
+        assert "part-1.tar: " in line and message in line and "copy it again" in line
+        assert not (tars / INDEX_FILE).exists()
+
+
+def test_samples_without_a_length_are_left_out_or_too_many(
+    tars: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [(f"{i}.wav", WHOLE["wav"]) for i in range(150)]
+    put_tar(tars / "part-1.tar", [*good, ("b.wav", b"no sound"), ("c.txt", b"alone")])
+    line = refused(capsys, tars)
+    assert "2 of 158 samples cannot be used; the first: part-1.tar, b: .wav: is no WAV" in line
+    put_tar(tars / "part-1.tar", [*good, ("c.txt", b"alone")])
+    assert main(["index", str(tars), "-j1"]) == 0
+    assert "1 of 157 inputs were left out" in capsys.readouterr().out
+    assert quarantine(tars) == {"part-1.tar, c": "has only txt, none of flac, wav"}
+
+
+def test_one_rate_a_set(tars: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put_tar(tars / "part-1.tar", [("a.wav", recording(rate=8000))])
+    line = refused(capsys, tars)
+    assert "needs one sample rate (8000 Hz in part-1.tar, 16000 Hz in part-0.tar)" in line
+    assert "--layout webdataset" in line
+
+
+def test_what_cannot_be_indexed(
+    tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is no tar and no folder with tars" in refused(capsys, tmp_path / "nowhere")
+    assert "is no tar and no folder with tars" in refused(capsys, tmp_path)
+    other = put_tar(tmp_path / "other/a.tar", [("a.txt", b"x")])
+    line = refused(capsys, other)
+    assert "its first sample has txt, which tells no modality (speech: flac, wav;" in line
+    assert "cannot be used" in refused(capsys, other, "--modality", "speech")
+    assert main(["index", str(tars)]) == 0
+    assert "is a shard set already" in refused(capsys, tars)
+    with pytest.raises(UserError, match="lie in one folder"):
+        index_set([tars / "part-0.tar", other], tmp_path / "new")
+
+
+def test_what_was_indexed_is_one_set_to_plain_readers(tars: Path) -> None:
+    shutil.rmtree(tars.parent / "x", ignore_errors=True)
+    assert main(["index", str(tars)]) == 0
+    about = json.loads((tars / INDEX_FILE).read_text())
+    assert about["indexed"] is True and about["inputs"] == 9 and about["quarantined"] == 0

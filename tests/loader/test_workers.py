@@ -1,0 +1,169 @@
+"""Worker processes that stall, die or raise: the run is told which, and what was being read."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from d2v_ds.data.shard_format import ShardSet
+from d2v_ds.errors import UserError
+from d2v_ds.loader import Loader
+from d2v_ds.loader.workers import Workers
+from tests.helpers.sensor import Sensor, SensorConfig
+from tests.helpers.series import write_set
+
+ODD = 77  # the length of the sample with which something happens
+
+
+class Odd(Sensor):
+    """One sample stalls the worker that decodes it, kills it, or meets a bug."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__(SensorConfig())
+        self.what = what
+
+    def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator) -> Any:
+        if len(sample["series"]) == 2 * ODD:
+            if self.what == "stall":
+                time.sleep(60)
+            elif self.what == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            elif self.what == "bug":
+                raise KeyError("a bug")
+        return super().decode(sample, rng)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    lengths = [[50] * 30, [50, 50, ODD, *[50] * 27]]
+    return write_set(tmp_path_factory.mktemp("sets") / "series", lengths)
+
+
+def odd_loader(shards: ShardSet, what: str, **settings: Any) -> Loader:
+    settings = {"seed": 0, "size": 800, "micro_batches": 2, "workers": 2} | settings
+    return Loader(shards, Odd(what), **settings)  # type: ignore[arg-type]
+
+
+def test_a_stalled_worker_is_named_with_what_it_reads(shards: ShardSet) -> None:
+    with closing(odd_loader(shards, "stall")) as loader:
+        next(loader)  # the workers have started
+        assert loader.workers
+        loader.workers.patience = 2
+        with pytest.raises(TimeoutError) as caught:
+            list(islice(loader, 10))
+    assert str(caught.value).startswith("loader worker ")
+    assert str(caught.value).endswith(
+        f" has made nothing for 2 s; it reads {shards.root}/series-000001.tar, sample 's1-2'"
+    )
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+def test_a_worker_that_died_is_named_with_what_it_read(shards: ShardSet) -> None:
+    loader = odd_loader(shards, "die")
+    with closing(loader), pytest.raises(ChildProcessError) as caught:
+        list(islice(loader, 10))
+    assert str(caught.value).endswith(
+        f" died, perhaps for lack of memory; it read {shards.root}/series-000001.tar, sample 's1-2'"
+    )
+
+
+def test_a_bug_in_a_worker_comes_with_its_traceback(shards: ShardSet) -> None:
+    loader = odd_loader(shards, "bug")
+    with closing(loader), pytest.raises(RuntimeError, match="in a loader worker:") as caught:
+        list(islice(loader, 10))
+    assert "in decode" in str(caught.value) and "KeyError: 'a bug'" in str(caught.value)
+
+
+class Echo:
+    """Gives back what it is asked for, and arrays of it."""
+
+    def __call__(self, lot: int, reading: Any) -> Any:
+        reading(lot)
+        if lot == 13:
+            raise UserError("thirteen")
+        return {
+            "lot": lot,
+            "pid": os.getpid(),
+            "environment": dict(os.environ),
+            "tensor": torch.full((lot % 5, 1 << (lot % 18)), lot),
+            "array": np.arange(lot, dtype=np.int16)[::2],
+            "empty": torch.zeros(0, 3),
+            "big": torch.arange(3_000_000 if lot == 7 else 3),
+        }
+
+
+def echo(lots: Iterator[int], workers: int) -> Workers:
+    name = "lot {}".format
+    return Workers(Echo(), lots, workers, own=copy.deepcopy, name=name, patience=60.0)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_is_made_comes_whole_and_in_order(workers: int) -> None:
+    """Also what is larger than the memory was so far."""
+    with closing(echo(iter(range(14, 1000)), workers)) as made:
+        for lot in range(14, 60):
+            item = next(made)
+            assert item["lot"] == lot
+            assert item["tensor"].equal(torch.full((lot % 5, 1 << (lot % 18)), lot))
+            assert item["array"].tolist() == list(range(0, lot, 2))
+            assert item["empty"].shape == (0, 3)
+    with closing(echo(iter(range(1000)), workers)) as made:
+        kept = []
+        for lot in range(13):
+            item = next(made)
+            assert item["big"].equal(torch.arange(3_000_000 if lot == 7 else 3))
+            kept.append(item["pid"])
+        assert len(set(kept)) == workers
+        with pytest.raises(UserError, match="thirteen"):
+            next(made)
+
+
+def test_workers_see_the_environment_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not the one in which the first loader of this process was made: it says where the cache is,
+    and who may read a bucket."""
+    for value in ("first", "second"):
+        monkeypatch.setenv("D2V_CACHE", value)
+        with closing(echo(iter(range(1000)), 1)) as made:
+            found = next(made)["environment"]
+        assert found["D2V_CACHE"] == value and found["OMP_NUM_THREADS"] == "1"
+    monkeypatch.delenv("D2V_CACHE")
+    with closing(echo(iter(range(1000)), 1)) as made:
+        assert "D2V_CACHE" not in next(made)["environment"]
+
+
+def test_nothing_is_left_open() -> None:
+    with closing(echo(iter(range(1000)), 1)) as made:
+        next(made)
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with closing(echo(iter(range(1000)), 2)) as made:
+            next(made)
+    del made
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_server_that_was_killed_is_replaced(shards: ShardSet, tmp_path: Path) -> None:
+    with closing(odd_loader(shards, "none", workers=1)) as loader:
+        next(loader)
+        assert loader.workers
+        [pid] = loader.workers.pids
+        server = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(server, signal.SIGKILL)
+        with pytest.raises(ChildProcessError, match="died"):
+            for _ in range(10):
+                next(loader)
+    time.sleep(0.2)
+    with closing(odd_loader(shards, "none", workers=1)) as loader:
+        next(loader)

@@ -1,0 +1,302 @@
+"""What is taken of a corpus, in which order and sets: splits, lists, shards, tasks, dry run."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from d2v_ds.data.shard_format import INDEX_FILE
+from d2v_ds.errors import UserError
+from shards.arguments import splits, task_of_slurm
+from shards.cli import main
+from shards.family import Corpus, Input, Sample
+from shards.plan import Choice, Plan, Samples, make_plan, make_plans, split_of
+from tests.helpers.corpora import contents, put, recording
+
+
+def plan_of(samples: list[Sample], shard_size: int = 256_000_000, seed: int = 0) -> Plan:
+    return make_plan(Samples(samples), {}, shard_size, seed)
+
+
+def sample(key: str, *inputs: Input, size: int = 1_000_000, **columns: Any) -> Sample:
+    return Sample(key, inputs or (Input(f"{key}.wav"),), columns, size)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """60 recordings of 12 speakers, as a manifest."""
+    rows = []
+    for i in range(60):
+        put(tmp_path / f"in/{i:02d}.wav", recording(seconds=0.05, seed=i))
+        rows.append(f"{i:02d}.wav\ts{i % 12}\n")
+    return put(tmp_path / "in/list.tsv", "path\tspeaker\n" + "".join(rows))
+
+
+def convert(*arguments: object) -> int:
+    return main(["speech", *map(str, arguments), "-j1"])
+
+
+# ---------------------------------------------------------------------------------- samples, shards
+
+
+def test_samples_come_out_as_they_went_in() -> None:
+    many = [
+        sample("a"),
+        sample("ä/ö", Input("ä/ö.wav"), text="größe ✓", n=1, tags=["x", None]),
+        sample("b", Input("t.tar", (512, 9000)), Input("b.wav", None, (0.5, 1.25)), size=0),
+        sample("c", Input("undecodable-\udcff.wav")),
+        sample("", Input(""), **{"": ""}),
+    ]
+    kept = Samples(many)
+    assert [kept[i] for i in range(len(kept))] == many
+    assert list(kept.sizes) == [s.size for s in many] and list(kept.inputs) == [1, 1, 2, 1, 1]
+
+
+def test_names_of_inputs() -> None:
+    assert str(Input("a.wav")) == "a.wav"
+    assert str(Input("t.tar", (512, 88))) == "t.tar, bytes 512 to 600"
+    assert str(Input("a.wav", None, (0.5, 2.0))) == "a.wav, 0.5 to 2"
+
+
+def test_plan_cuts_by_size_and_keeps_small_corpora_whole() -> None:
+    many = [sample(f"k{i}") for i in range(200)]
+    plan = plan_of(many, 5_000_000)
+    sizes = [len(plan.shard(i)) for i in range(plan.shards)]
+    assert sum(sizes) == 200 and set(sizes[:-1]) == {5}
+    assert sorted(s.key for i in range(plan.shards) for s in plan.shard(i)) == sorted(
+        s.key for s in many
+    )
+    assert plan_of(many).shards == 16, "as many where there is enough"
+    assert plan_of(many[:4]).shards == 1
+
+
+def test_order_depends_on_seed_and_keys_alone() -> None:
+    many = [sample(f"k{i}") for i in range(50)]
+    keys = [s.key for s in plan_of(many).shard(0)]
+    assert keys == [s.key for s in plan_of(many[::-1]).shard(0)] != [s.key for s in many]
+    assert keys != [s.key for s in plan_of(many, seed=1).shard(0)]
+    assert keys[:3] == ["k23", "k47", "k9"], "on every machine, in every version"
+
+
+def test_shared_keys_are_told_apart() -> None:
+    same = [sample("a", Input(path)) for path in ("a.wav", "a.flac", "a.ogg", "a.ogg")]
+    plan = plan_of([sample("b"), *same, sample("c")])
+    keys = [s.key for i in range(plan.shards) for s in plan.shard(i)]
+    assert len(set(keys)) == 6 and {"b", "c"} < set(keys) and "a" not in keys
+    assert all(key in ("b", "c") or key.startswith("a_") for key in keys)
+
+
+def test_the_hash_sees_every_change() -> None:
+    base = [sample(f"k{i}", size=10) for i in range(5)]
+    variants = [
+        base,
+        base[1:],
+        [*base, sample("new")],
+        [*base[:-1], sample("k4", size=11)],
+        [*base[:-1], sample("k4", Input("k4.wav", (0, 5)), size=10)],
+        [*base[:-1], sample("k4", size=10, label="1")],
+    ]
+    hashes = {plan_of(samples).hash() for samples in variants}
+    hashes.add(plan_of(base, seed=1).hash())
+    hashes.add(make_plan(Samples(base), {"rate": 1}, 256_000_000, 0).hash())
+    assert len(hashes) == len(variants) + 2
+    assert plan_of(base).hash() == plan_of(base).hash()
+
+
+@pytest.mark.slow
+def test_a_million_inputs_take_little_memory() -> None:
+    code = """
+import resource, sys
+from shards.family import Corpus, Input, Sample
+from shards.plan import Choice, make_plans
+from shards.speech.converter import SpeechConverter
+from pathlib import Path
+def samples():
+    for i in range(int(sys.argv[1])):
+        path = f"train-clean-360/{i % 1000}/{i % 77777}/{i % 1000}-{i % 77777}-{i:07d}"
+        yield Sample(path, (Input(path + ".flac"),), {"speaker": str(i % 1000)}, 200_000)
+corpus = Corpus(samples(), SpeechConverter(Path("."), 16000), {})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+plan = make_plans(corpus, Choice())[""]
+plan.hash()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / int(sys.argv[1]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, "1000000"], capture_output=True, text=True, check=True
+    )
+    assert float(done.stdout) < 400, f"{done.stdout} bytes each"
+
+
+# ------------------------------------------------------------------------------------------- splits
+
+
+def test_splits_have_their_shares_and_stay() -> None:
+    shares = splits("train=98,valid=1,test=1")
+    names = [split_of(f"speaker/{i}", shares) for i in range(20_000)]
+    assert abs(names.count("valid") - 200) < 60 and abs(names.count("test") - 200) < 60
+    assert [split_of(f"k{i}", splits("a=1,b=1")) for i in range(8)] == list("babababb")
+
+
+def test_splits_by_key_and_by_speaker(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert convert(corpus, out, "--split", "train=60,valid=20,test=20") == 0
+    sets = {name: contents(out / name) for name in ("train", "valid", "test")}
+    assert sorted(key for found in sets.values() for key in found) == [
+        f"{i:02d}" for i in range(60)
+    ]
+    assert all(0 < len(found) < 60 for found in sets.values())
+    told = capsys.readouterr().out
+    assert all(f"{out / name}: {len(found)} samples" in told for name, found in sets.items())
+    speakers = tmp_path / "speakers"
+    words = ["--split", "train=60,valid=20,test=20", "--split-by", "speaker"]
+    assert convert(corpus, speakers, *words) == 0
+    seen = [
+        {members["json"]["speaker"] for members in contents(speakers / name).values()}
+        for name in ("train", "valid", "test")
+    ]
+    assert sum(map(len, seen)) == 12 == len(set.union(*seen)), "no speaker is in two sets"
+    assert convert(corpus, speakers, *words) == 0, "again does nothing"
+    assert convert(corpus, speakers, "--split", "train=60,valid=20,test=20") == 2
+    assert "--split-by was speaker, is " in capsys.readouterr().err
+
+
+def test_splits_are_made_before_recordings_are_joined(corpus: Path, tmp_path: Path) -> None:
+    words = ["--split", "a=50,b=50", "--join", "speaker", "--join-seconds", "1"]
+    assert convert(corpus, tmp_path / "out", *words) == 0
+    paths = [
+        {
+            path
+            for members in contents(tmp_path / "out" / name).values()
+            for path in members["json"]["paths"]
+        }
+        for name in "ab"
+    ]
+    assert not paths[0] & paths[1] and len(paths[0] | paths[1]) == 60
+
+
+def test_tasks_of_a_split_conversion_are_merged(corpus: Path, tmp_path: Path) -> None:
+    words = ["--split", "a=50,b=50", "--shard-size", "10KB"]
+    for i in (1, 0):
+        assert convert(corpus, tmp_path / "parts", *words, "--task", f"{i}/2") == 0
+    assert main(["merge", str(tmp_path / "parts")]) == 0
+    assert convert(corpus, tmp_path / "whole", *words) == 0
+    for name in "ab":
+        files = sorted(file.name for file in (tmp_path / "whole" / name).iterdir())
+        assert files == sorted(file.name for file in (tmp_path / "parts" / name).iterdir())
+        for file in files:
+            part, whole = (tmp_path / which / name / file for which in ("parts", "whole"))
+            assert part.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("text", ["", "train", "train=0", "a=1,a=2", "a=1,b", "a=1;b=2", "../x=1"])
+def test_shares_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        convert("in", "out", f"--split={text}")
+    assert stopped.value.code == 2
+    assert "expected names with their shares" in capsys.readouterr().err
+
+
+def test_splits_that_cannot_be(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(corpus, tmp_path / "out", "--split", "a=1,b=1", "--split-by", "speker") == 2
+    assert "no such column; did you mean 'speaker'?" in capsys.readouterr().err
+    assert convert(corpus, tmp_path / "out", "--split-by", "speaker") == 2
+    assert "give both" in capsys.readouterr().err
+    assert convert(corpus, tmp_path / "out", "--split", "a=1000000,b=1") == 2
+    assert "no input falls into 'b'" in capsys.readouterr().err
+    assert convert(corpus, tmp_path / "set") == 0
+    assert convert(corpus, tmp_path / "set", "--split", "a=1,b=1") == 2
+    assert "is a shard set; name a new folder for the splits" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------------------------------- lists
+
+
+def test_only_and_except(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    valid = put(tmp_path / "valid.txt", "03.wav\n07\n\n 11.wav \n")
+    assert convert(corpus, tmp_path / "valid", "--only", valid) == 0
+    assert sorted(contents(tmp_path / "valid")) == ["03", "07", "11"]
+    assert convert(corpus, tmp_path / "train", "--except", valid) == 0
+    train = contents(tmp_path / "train")
+    assert len(train) == 57 and not {"03", "07", "11"} & train.keys()
+    put(valid, "03.wav\nnowhere.wav\n")
+    assert convert(corpus, tmp_path / "no", "--only", valid) == 2
+    assert "1 of the names in it are neither key nor path" in capsys.readouterr().err
+    assert convert(corpus, tmp_path / "valid", "--only", put(valid, "03\n07\n")) == 2
+    assert "--only was" in capsys.readouterr().err
+    assert convert(corpus, tmp_path / "no", "--only", tmp_path / "missing") == 2
+    assert "missing: cannot be read" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------- dry run, tasks
+
+
+def test_dry_run_writes_nothing_and_is_about_right(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    put(corpus.parent / "13.wav", b"")
+    assert convert(corpus, out, "--dry-run", "--shard-size", "10KB") == 0
+    line, times = capsys.readouterr().out.splitlines()[1:]
+    assert not out.exists()
+    assert convert(corpus, out, "--shard-size", "10KB", "--max-bad", "5%") == 0
+    about = json.loads((out / INDEX_FILE).read_text())
+    shards = len(about["shards"])
+    assert line.startswith(f"set: 60 inputs of 97 KB -> {shards} shards, together about ")
+    told = float(line.split("about ")[1].split(" KB")[0]) * 1000
+    padding = 10_240 * shards
+    assert 0.8 * (about["bytes"] - padding) < told < 1.2 * about["bytes"], line
+    assert "of one core" in times and "measured on" in times
+
+
+def test_dry_run_tells_each_split(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert(corpus, tmp_path / "out", "--dry-run", "--split", "a=50,b=50") == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert lines[0].startswith("a: ") and lines[1].startswith("b: ")
+
+
+SLURM = {
+    "SLURM_ARRAY_TASK_ID": "5",
+    "SLURM_ARRAY_TASK_MIN": "4",
+    "SLURM_ARRAY_TASK_MAX": "7",
+    "SLURM_ARRAY_TASK_COUNT": "4",
+}
+
+
+def test_task_of_an_array_job() -> None:
+    assert task_of_slurm({}) == (0, 1)
+    assert task_of_slurm(SLURM) == (1, 4)
+    with pytest.raises(UserError, match="the array must count without gaps"):
+        task_of_slurm({**SLURM, "SLURM_ARRAY_TASK_MAX": "10"})
+
+
+def test_task_is_taken_from_slurm(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name, value in SLURM.items():
+        monkeypatch.setenv(name, value)
+    assert convert(corpus, tmp_path / "out", "--shard-size", "10KB") == 0
+    assert "task 1 of 4 is done" in capsys.readouterr().out
+    assert convert(corpus, tmp_path / "all", "--task", "0/1") == 0
+    assert (tmp_path / "all" / INDEX_FILE).exists()
+
+
+def test_inputs_that_no_sample_can_be_made_of_are_counted() -> None:
+    rejected = [("x", "why")]
+    corpus = Corpus([sample("a")], None, {}, None, rejected)  # type: ignore[arg-type]
+    plan = make_plans(corpus, Choice())[""]
+    assert plan.rejected == (("x", "why"),)
+    assert plan.hash() != make_plans(Corpus([sample("a")], None, {}), Choice())[""].hash()  # type: ignore[arg-type]

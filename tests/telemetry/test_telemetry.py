@@ -1,0 +1,140 @@
+"""What a run tells of itself: windows of each modality, collapse by name, what ranks add up."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from d2v_ds import recipes
+from d2v_ds.batch import StepBatch
+from d2v_ds.pretrain import Pretrain
+from d2v_ds.run.run_folder import RunFolder
+from d2v_ds.run.watchdog import Watchdog
+from d2v_ds.step import StepSettings
+from d2v_ds.telemetry import Telemetry
+from tests.engine.test_joint import batches_of
+from tests.helpers import joint_sets
+
+CURSOR = {name: {"epoch": i} for i, name in enumerate(("speech", "vision", "text"))}
+CURSOR_1 = {"vision": {"epoch": 1}}
+EVERY = 4
+
+
+def build() -> tuple[Any, Pretrain]:
+    config = recipes.load("joint_tiny", [*joint_sets.SMALL, f"log.every={EVERY}"])
+    torch.manual_seed(0)
+    return config, Pretrain.create(config).train()
+
+
+def steps(
+    telemetry: Telemetry,
+    task: Pretrain,
+    order: list[str],
+    first: int = 1,
+    cursor: dict[str, Any] = CURSOR,
+) -> None:
+    for step, modality in enumerate(order, start=first):
+        batches = batches_of(task, modality, step)
+        count = sum(len(batch.masked) for batch in batches)
+        for batch in batches:
+            telemetry.add(modality, task(batch, count)[1])
+        step_batch = StepBatch(
+            modality=modality,
+            micro_batches=batches,
+            count=count,
+            samples=8,
+            units=2.0,
+            cursor=cursor,
+            source=modality,
+            bad=step % 2,
+        )
+        settings = StepSettings(step=step - 1, lr=0.1, weight_decay=0.01, decay=0.99)
+        telemetry.step_done(step_batch, settings, step, 8 * step, torch.tensor(float(step)))
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_each_modality_is_told_of_over_its_own_steps(tmp_path: Path) -> None:
+    config, task = build()
+    order = ["speech", "vision", "speech", "speech", "vision", "vision", "text", "vision"]
+    with Telemetry(config, RunFolder(tmp_path), task, 0, Watchdog(0, 1)) as telemetry:
+        steps(telemetry, task, order)
+    mixed = rows(tmp_path)
+    assert [{n.partition("/")[2] for n in row if n.startswith("loss/")} for row in mixed] == [
+        {"speech", "vision"},
+        {"vision", "text"},
+    ]
+    assert [row["grad_norm/vision"] for row in mixed] == [2, 8]
+    assert mixed[1]["epoch/text"] == 2 and [row["bad"] for row in mixed] == [2, 4]
+    for row, seconds in zip(mixed, (6, 0), strict=True):
+        assert ("audio_h_per_h" in row) == bool(seconds)
+    # What is told of one is told alike when it is alone.
+    with Telemetry(config, RunFolder(tmp_path / "b"), task, 0, Watchdog(0, 1)) as other:
+        for step, modality in enumerate(order[:EVERY], start=1):
+            if modality == "speech":
+                steps(other, task, ["speech"], first=step)
+    [alone] = rows(tmp_path / "b")
+    for name, value in alone.items():
+        if name.endswith("/speech"):
+            assert mixed[0][name] == value, name
+
+
+def test_a_single_modality_is_told_of_without_its_name(tmp_path: Path) -> None:
+    """Though it may have several corpora, each with its own epoch."""
+    config, task = build()
+    task.modalities = {"vision": task.modalities["vision"]}
+    corpora = {"vision/a": {"epoch": 3}, "vision/b": {"epoch": 4}}
+    for cursor, names in (
+        (corpora, ["epoch/vision/a", "epoch/vision/b"]),
+        (CURSOR_1, ["epoch"]),
+    ):
+        run = RunFolder(tmp_path / str(len(names)))
+        with Telemetry(config, run, task, 0, Watchdog(0, 1)) as telemetry:
+            steps(telemetry, task, ["vision"] * EVERY, cursor=cursor)
+        [row] = rows(run.root)
+        assert {"loss", "target_spread", "grad_norm", *names} <= row.keys()
+        assert [name for name in row if "/" in name] == [name for name in names if "/" in name]
+
+
+@pytest.mark.parametrize("collapsed", ["speech", "vision"])
+def test_the_modality_that_collapsed_is_named(
+    collapsed: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    config, task = build()
+    features = task.student.encoder.front_end(collapsed).features
+    with torch.no_grad():
+        for name, p in [*features.named_parameters(), *features.named_buffers()]:  # type: ignore[union-attr]
+            if name.startswith(("proj", "positions")):
+                p.zero_()
+    monkeypatch.setattr(logging.getLogger("d2v_ds"), "propagate", True)
+    order = ["speech", "vision", "speech", "vision"]
+    with Telemetry(config, RunFolder(tmp_path), task, 0, Watchdog(0, 1)) as telemetry:
+        steps(telemetry, task, order)
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert any(
+        f"{collapsed}: the output of the front end hardly changes" in text for text in warned
+    )
+    assert all(f"{collapsed}: " in text for text in warned)
+
+
+def bad_of_ranks(folder: str) -> None:
+    config, task = build()
+    run = RunFolder(Path(folder))
+    with Telemetry(config, run, task, 0, Watchdog(0, 1)) as telemetry:
+        steps(telemetry, task, ["vision"] * EVERY)
+
+
+def test_ranks_add_up_what_they_could_not_use(
+    tmp_path: Path, run_ranks: Callable[..., list[Any]]
+) -> None:
+    run_ranks(2, bad_of_ranks, str(tmp_path))
+    [row] = rows(tmp_path)
+    assert row["bad"] == 2 * 2
