@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader
 
 from d2v_ds.data import images
 from d2v_ds.data.shard_format import ShardSet
-from d2v_ds.loader import Loader
+from d2v_ds.loader.loader import Loader
 from d2v_ds.loader.plan import Plan
 from d2v_ds.loader.reading import Reader
 from d2v_ds.modalities.speech import Speech, SpeechConfig

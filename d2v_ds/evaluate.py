@@ -24,8 +24,8 @@ from d2v_ds.config import Config
 from d2v_ds.config.decoding import decode
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
-from d2v_ds.loader import read_samples
 from d2v_ds.loader.find_set import find_set
+from d2v_ds.loader.reading import read_samples
 from d2v_ds.modalities.base import Modality
 from d2v_ds.pretrain import Pretrain
 from d2v_ds.run.run_folder import RunFolder

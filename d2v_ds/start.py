@@ -30,8 +30,8 @@ from d2v_ds.distributed.world import World
 from d2v_ds.engine import Engine
 from d2v_ds.errors import UserError
 from d2v_ds.files import write_atomically
-from d2v_ds.loader import Loader
 from d2v_ds.loader.find_set import find_set, stream_tars
+from d2v_ds.loader.loader import Loader
 from d2v_ds.loader.mixture import Mixture, divide_workers, shares_of
 from d2v_ds.loader.quarantine import Quarantine
 from d2v_ds.loader.stream import StreamLoader

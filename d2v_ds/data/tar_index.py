@@ -80,7 +80,7 @@ def index_set(
     if len(left_out) > MAX_BAD * inputs:
         name, reason = min(left_out)
         raise UserError(
-            f"{out}: {len(left_out)} of {inputs} samples are unusable; the first: {name}: "
+            f"{out}: {len(left_out)} of {inputs} samples cannot be used; the first: {name}: "
             f"{reason}; all are listed in {out / 'quarantine.jsonl'}"
         )
     (folder,) = folders

@@ -19,7 +19,7 @@ from typing import Any
 
 from d2v_ds.batch import StepBatch
 from d2v_ds.config import Config
-from d2v_ds.loader import Loader
+from d2v_ds.loader.loader import Loader
 from d2v_ds.loader.stream import StreamLoader
 from d2v_ds.seeding import SOURCE_ORDER, permutation
 

@@ -10,7 +10,7 @@ import dataclasses
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -119,6 +119,23 @@ class Reader:
     def _unreadable(self, shard: int, error: OSError) -> UserError:
         tar = self.shards.tar(self.shards.shards[shard])
         return UserError(f"{tar}: cannot be read ({error.strerror})")
+
+
+def read_samples(shards: ShardSet, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, members) of every sample of a set, in its order; those of `keys` that it has.
+
+    Raises UserError for a sample whose bytes have changed.
+    """
+    reader = Reader(shards, keys)
+    try:
+        for sample_id in range(shards.samples):
+            try:
+                members = reader.read(sample_id)
+            except ValueError as error:
+                raise UserError(f"{reader.bad(sample_id, str(error))}. {REMEDY}") from None
+            yield reader.key(sample_id), members
+    finally:
+        reader.close()
 
 
 @dataclass(frozen=True)

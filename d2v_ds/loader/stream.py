@@ -34,8 +34,8 @@ from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.data.tar_index import IndexedTar, index_tar
 from d2v_ds.distributed.collectives import RankSums
 from d2v_ds.errors import UserError
-from d2v_ds.loader import Loader
 from d2v_ds.loader.find_set import require_tars
+from d2v_ds.loader.loader import Loader
 from d2v_ds.loader.plan import require_room
 from d2v_ds.loader.quarantine import Quarantine
 from d2v_ds.loader.reading import Bad

@@ -137,8 +137,8 @@ def measure_longest(config: Config) -> dict[str, Measured]:
         measured[name] = Measured(
             size,
             f"{name}: measured on this machine's {device.type} in {precision}: a micro-batch of "
-            f"{samples * modality.cost(LONGEST):g} {modality.batch_unit} takes {size / GIB:.3f} GiB "
-            f"of activations and {seconds:.2f} s",
+            f"{samples * modality.cost(LONGEST):g} {modality.batch_unit} takes {seconds:.2f} s and "
+            f"{size / GIB:.3f} GiB of activations",
         )
     return measured
 

@@ -70,7 +70,7 @@ def test_an_image_too_large_to_be_one_is_told(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_converting_needs_no_torch() -> None:
-    code = "import sys; from d2v_ds import images; assert 'torch' not in sys.modules"
+    code = "import sys; from d2v_ds.data import images; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

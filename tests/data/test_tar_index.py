@@ -15,16 +15,17 @@ from PIL import Image
 
 from d2v_ds.data import audio
 from d2v_ds.data.shard_format import INDEX_FILE, open_set, read_index
-from d2v_ds.data.tar_index import KINDS, guess_modality, index_set
+from d2v_ds.data.tar_index import guess_format, index_set
 from d2v_ds.data.tar_scan import Member
 from d2v_ds.errors import UserError
+from d2v_ds.modalities import sample_formats
 from shards.cli import main
 from tests.helpers.corpora import contents, put_tar, quarantine, recording
 
 
 def length_of(field: str, data: bytes) -> tuple[int, int]:
     """By the payload's own header, which lies in the middle of a file."""
-    (read,) = (kind.fields[field] for kind in KINDS.values() if field in kind.fields)
+    (read,) = (f.readers[field] for f in sample_formats() if field in f.readers)
     return tuple(read(io.BytesIO(b"x" * 100 + data + b"y" * 100), Member("", 100, len(data))))
 
 
@@ -169,7 +170,10 @@ def test_later_damage_is_seen_with_checksums(
 def test_one_tar_and_other_modalities(tmp_path: Path) -> None:
     images = put_tar(tmp_path / "i/a.tar", [("0.jpg", WHOLE["jpg"]), ("1.png", WHOLE["png"])])
     text = put_tar(tmp_path / "t/b.c.tar", [("0.npy", WHOLE["npy"]), ("0.json", b"{}")])
-    assert (guess_modality(images), guess_modality(text)) == ("vision", "text")
+    assert tuple(guess_format(tar, sample_formats()).modality for tar in (images, text)) == (
+        "vision",
+        "text",
+    )
     for tar, length, name in ((images, 2 * 37 * 21, "a"), (text, 99, "b.c")):
         assert main(["index", str(tar), "-j1"]) == 0
         shards = open_set(tar.parent)
@@ -220,7 +224,7 @@ def test_samples_without_a_length_are_left_out_or_too_many(
 def test_one_rate_a_set(tars: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put_tar(tars / "part-1.tar", [("a.wav", recording(rate=8000))])
     line = refused(capsys, tars)
-    assert "needs one sample rate (8000 Hz in part-1.tar, 16000 Hz in part-0.tar)" in line
+    assert "a set has one sample rate (found 8000 Hz in part-1.tar, 16000 Hz in part-0.tar)" in line
     assert "--layout webdataset" in line
 
 
@@ -231,12 +235,12 @@ def test_what_cannot_be_indexed(
     assert "is no tar and no folder with tars" in refused(capsys, tmp_path)
     other = put_tar(tmp_path / "other/a.tar", [("a.txt", b"x")])
     line = refused(capsys, other)
-    assert "its first sample has txt, which tells no modality (speech: flac, wav;" in line
+    assert "its first sample has txt, which does not identify a modality (speech: flac, wav;" in line
     assert "cannot be used" in refused(capsys, other, "--modality", "speech")
     assert main(["index", str(tars)]) == 0
-    assert "is a shard set already" in refused(capsys, tars)
-    with pytest.raises(UserError, match="lie in one folder"):
-        index_set([tars / "part-0.tar", other], tmp_path / "new")
+    assert "is already a shard set" in refused(capsys, tars)
+    with pytest.raises(UserError, match="must be in one folder"):
+        index_set([tars / "part-0.tar", other], tmp_path / "new", sample_formats("speech"))
 
 
 def test_what_was_indexed_is_one_set_to_plain_readers(tars: Path) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from d2v_ds.batch import Batch
 from d2v_ds.data.shard_format import ShardSet, open_set
-from d2v_ds.loader import Loader
+from d2v_ds.loader.loader import Loader
 from tests.helpers.sensor import Sensor, SensorConfig
 from tests.helpers.series import write_set
 

@@ -22,9 +22,10 @@ import torch
 from d2v_ds.batch import Batch, StepBatch
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
-from d2v_ds.loader import Loader, read_samples, reading
-from d2v_ds.loader import plan as plan_module
+from d2v_ds.loader.loader import Loader, reading
+from d2v_ds.loader.loader import plan as plan_module
 from d2v_ds.loader.quarantine import MAX_BAD, Quarantine
+from d2v_ds.loader.reading import read_samples
 from d2v_ds.run.preflight import require_divisible
 from tests import ROOT
 from tests.helpers.series import modality as series_modality
@@ -299,7 +300,7 @@ TRAINER = """
 import os, signal, sys, time
 from pathlib import Path
 from tests.helpers.series import modality as series_modality
-from d2v_ds.loader import Loader
+from d2v_ds.loader.loader import Loader
 from d2v_ds.data.shard_format import open_set
 signal.signal(signal.SIGTERM, lambda *_: None)
 shards = open_set({root!r})

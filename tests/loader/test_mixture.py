@@ -14,7 +14,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2v_ds.loader import Loader
+from d2v_ds.loader.loader import Loader
 from d2v_ds.loader.mixture import Mixture, Shares, divide_workers, source_of
 from tests.helpers.sensor import Sensor, SensorConfig
 from tests.helpers.series import modality as series_modality

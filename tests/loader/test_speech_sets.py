@@ -18,7 +18,8 @@ import torch
 from torch.nn import functional as F
 
 from d2v_ds.data.shard_format import ShardSet, open_set
-from d2v_ds.loader import Loader, read_samples
+from d2v_ds.loader.loader import Loader
+from d2v_ds.loader.reading import read_samples
 from d2v_ds.modalities.speech import Speech, SpeechConfig, frames
 from shards import samples
 from shards.cli import main as d2v_shards

@@ -18,7 +18,7 @@ import torch
 
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
-from d2v_ds.loader import Loader
+from d2v_ds.loader.loader import Loader
 from d2v_ds.loader.workers import Workers
 from tests.helpers.sensor import Sensor, SensorConfig
 from tests.helpers.series import write_set

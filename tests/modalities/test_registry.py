@@ -20,7 +20,8 @@ from d2v_ds.cli import main
 from d2v_ds.config import Config
 from d2v_ds.data.shard_format import ShardSet, open_set
 from d2v_ds.errors import UserError
-from d2v_ds.loader import Loader, read_samples
+from d2v_ds.loader.loader import Loader
+from d2v_ds.loader.reading import read_samples
 from d2v_ds.modalities import REGISTRY, create_modalities, modality_class
 from d2v_ds.modalities.base import Modality, ModalityConfig
 from d2v_ds.pretrain import Pretrain

@@ -17,11 +17,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from shards.speech.ogg import ogg_problem
 
-from d2v_ds.data.tar_index import KINDS, index_set
+from d2v_ds.data.ogg import ogg_problem
+from d2v_ds.data.tar_index import index_set
 from d2v_ds.data.tar_scan import DamagedTar, Member, members, next_header, samples
 from d2v_ds.errors import UserError
+from d2v_ds.modalities import sample_formats
 from shards.cli import main
 from tests.helpers.corpora import FORMATS, contents, put, put_tar, quarantine, recording
 
@@ -204,7 +205,7 @@ def test_tars(data: bytes) -> None:
         else:
             assert "nothing of the corpus" in said or "not one input" in said, said
         with contextlib.suppress(UserError):
-            indexed = index_set([tar], root / "index", "speech")
+            indexed = index_set([tar], root / "index", sample_formats("speech"))
             assert indexed.samples == len(contents(root / "index"))
             assert {"0", "1", "2", "3"} <= contents(root / "index").keys() or data != TAR
 
@@ -257,7 +258,7 @@ payloads = st.sampled_from(sorted(PAYLOADS)).flatmap(
 def test_headers_of_payloads(payload: tuple[str, bytes]) -> None:
     """A length or a ValueError."""
     field, data = payload
-    (read,) = (kind.fields[field] for kind in KINDS.values() if field in kind.fields)
+    (read,) = (f.readers[field] for f in sample_formats() if field in f.readers)
     with contextlib.suppress(ValueError):
         assert read(io.BytesIO(data), Member("", 0, len(data))).length >= 0
 

@@ -20,10 +20,9 @@ from PIL import Image
 
 from d2v_ds.data.shard_format import open_set
 from d2v_ds.errors import UserError
-from d2v_ds.loader import read_samples
+from d2v_ds.loader.reading import read_samples
 from d2v_ds.modalities.vision import Vision, VisionConfig
 from shards.cli import main
-from shards.images import check
 from shards.images.converter import ImageConverter
 from shards.images.layouts import open_layout, recognise
 
@@ -422,14 +421,14 @@ def test_no_bytes_break_it(
             for name, member in zip(FIELDS, one.members, strict=True)
             if member is not None
         }
-        assert check(members, {}) == one.length
+        assert Vision.check_sample(members, {}) == one.length
 
 
 def test_check(tmp_path: Path) -> None:
-    assert check({"png": picture(), "json": b"{}"}, {}) == 240
+    assert Vision.check_sample({"png": picture(), "json": b"{}"}, {}) == 240
     with pytest.raises(ValueError, match="has 2 images, expected one"):
-        check({"png": picture(), "jpg": picture("JPEG")}, {})
+        Vision.check_sample({"png": picture(), "jpg": picture("JPEG")}, {})
     with pytest.raises(ValueError, match="json: is no object"):
-        check({"png": picture(), "json": b"[]"}, {})
+        Vision.check_sample({"png": picture(), "json": b"[]"}, {})
     with pytest.raises(ValueError, match="cannot be read as an image"):
-        check({"png": picture()[:100]}, {})
+        Vision.check_sample({"png": picture()[:100]}, {})

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 import webdataset as wds
-from shards.speech.ogg import ogg_problem
 
 from d2v_ds.data import audio
+from d2v_ds.data.ogg import ogg_problem
 from d2v_ds.data.shard_format import open_set
 from shards import speech
 from shards.cli import main

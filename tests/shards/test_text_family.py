@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 
 from d2v_ds.data.shard_format import open_set, read_index
 from d2v_ds.errors import UserError
-from d2v_ds.loader import read_samples
+from d2v_ds.loader.reading import read_samples
 from d2v_ds.modalities.text import Text, TextConfig
 from shards import samples
 from shards.cli import main
 from shards.family import Converted, Table
-from shards.text import check, sources
+from shards.text import sources
 from shards.text.packing import LabelledText, PackedText, pack
 from shards.text.sources import TextSource
 from shards.tokenizer import Tokenizer
@@ -155,9 +155,9 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     assert ids.tolist() == TOKENIZER.encode("some words")[:4] and length == 4
     sample = {"u32": table.payload[first : first + size]}
     assert Text(TextConfig()).decode(sample, None).tolist() == ids.tolist()
-    assert check(sample, {"tokenizer": large}) == 4
+    assert Text.check_sample(sample, {"tokenizer": large}) == 4
     with pytest.raises(ValueError, match="has token id"):
-        check(sample, {"tokenizer": {"vocab_size": 5}})
+        Text.check_sample(sample, {"tokenizer": {"vocab_size": 5}})
 
 
 # --------------------------------------------------------------------------------------- documents
@@ -274,7 +274,7 @@ def test_labelled(tmp_path: Path) -> None:
         meta = json.loads(sample["json"])
         assert meta.pop("path").startswith("a.jsonl, byte ")
         assert meta == {"from": "x", "label": row["kind"]}
-        assert check(sample, {"tokenizer": TOKENIZER.about()}) == len(ids)
+        assert Text.check_sample(sample, {"tokenizer": TOKENIZER.about()}) == len(ids)
     [(_, reason)] = quarantine(tmp_path / "out").items()
     assert reason == "has no text in it"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.slurm.cluster import Cluster, Workplace
-from tests.test_slurm_jobs import FIRST_TWO, NODES, reaches_step, starts
+from tests.slurm.test_slurm_jobs import FIRST_TWO, NODES, reaches_step, starts
 
 pytestmark = pytest.mark.usefixtures("whole_cluster")
 

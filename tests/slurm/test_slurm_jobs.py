@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import standin_settings
 
 from tests.slurm.cluster import SCRIPTS, Cluster, Job, Workplace
+from tests.slurm.conftest import standin_settings
 
 NODES = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 FIRST_TWO = ("--nodelist=vn[1-2]",)

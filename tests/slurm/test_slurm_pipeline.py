@@ -9,12 +9,11 @@ import sys
 import urllib.request
 from pathlib import Path
 
-from conftest import standin_settings
-
 from d2v_ds.data.shard_format import open_set
 from shards import samples
 from shards.cli import main as shards_main
 from tests.slurm.cluster import HERE, SCRIPTS, Cluster, Job, Workplace
+from tests.slurm.conftest import standin_settings
 
 SOURCE = samples.path("speech") / "unseen.tsv"
 SMALL = ("--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")

@@ -23,8 +23,9 @@ from d2v_ds.data import download
 from d2v_ds.data.cache.remote import Cache, keep_near, open_remote, open_shard
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
-from d2v_ds.loader import Loader, read_samples
 from d2v_ds.loader.find_set import find_set
+from d2v_ds.loader.loader import Loader
+from d2v_ds.loader.reading import read_samples
 from tests.helpers.http_server import Server, start, stop
 from tests.helpers.series import modality as series_modality
 from tests.helpers.series import write_set

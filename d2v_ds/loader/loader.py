@@ -1,0 +1,214 @@
+"""The loader of one shard set: this rank's part of every optimizer step.
+
+BatchPlan.steps(cursor) --lots--> workers: read, decode, collate --> StepBatch
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from d2v_ds.batch import StepBatch
+from d2v_ds.config.validation import require_divisible
+from d2v_ds.data.cache.remote import keep_near
+from d2v_ds.data.shard_format import ShardEntry, ShardSet, fingerprint, read_lengths
+from d2v_ds.distributed.collectives import RankSums
+from d2v_ds.errors import UserError
+from d2v_ds.loader.plan import START, BatchPlan, EpochStats, Step
+from d2v_ds.loader.quarantine import Quarantine
+from d2v_ds.loader.reading import Lot, Made, MicroBatches, Reader
+from d2v_ds.loader.workers import Workers
+from d2v_ds.modalities.base import Modality
+
+PATIENCE = 300.0  # seconds that a worker may take for a micro-batch
+
+
+class Loader:
+    """This rank's part of every optimizer step over a shard set, for ever: iterates StepBatch.
+
+    size: of a whole step, in the modality's unit. workers: processes that decode ahead, 0 to decode
+    in this one. cursor: that of a StepBatch, to go on after it. quarantine: where samples that
+    cannot be used are told, and how many may be. patience: seconds that a worker may take for a
+    micro-batch.
+
+    Raises UserError when the settings do not fit each other or the set, or the set is another one
+    than that of `cursor`; while iterating, when a shard cannot be read or too many samples cannot
+    be used; what Workers raises, when they fail. Where the number of masked tokens is drawn
+    (Modality.masked_tokens), the ranks add theirs up, and take every step together.
+
+    Several sets, one a step, are a layer above: mixture.py.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        modality: Modality,
+        *,
+        seed: int,
+        size: float,
+        micro_batches: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        cursor: Mapping[str, int] | None = None,
+        quarantine: Quarantine | None = None,
+        patience: float = PATIENCE,
+    ) -> None:
+        assert 0 <= rank < world, f"rank {rank} of {world}"
+        require_divisible(micro_batches, world)
+        # A cursor holds plain integers, so this is the fingerprint's first 60 bits.
+        self.set = int(fingerprint(shards)[:15], 16)
+        self.cursor = {**START, "set": self.set, **(cursor or {})}
+        if self.cursor["set"] != self.set:
+            raise UserError(
+                f"data.shards: {shards.root} is not the shard set of the checkpoint, its content "
+                "differs. Go on with the same set or choose another run.dir"
+            )
+        self.modality = modality
+        self.plan = BatchPlan(
+            [_lengths(shards, entry) for entry in shards.shards],
+            modality,
+            seed=seed,
+            size=size,
+            micro_batches=micro_batches,
+        )
+        mine = micro_batches // world
+        self.mine = range(rank * mine, (rank + 1) * mine)  # of the micro-batches of every step
+        # Where masks of one length differ in their number, steps count theirs over all ranks.
+        self.ahead: tuple[StepBatch, Callable[[], list[float]]] | None = None
+        self.sums = RankSums(world if self.plan.masked is None else 1)
+        self.planned: deque[Step] = deque()  # asked of the workers and not yet given out
+        self.quarantine = quarantine or Quarantine()
+        self.reader = Reader(shards, _members(shards, modality))
+        self.near = _Near(shards, self.plan) if shards.remote else None
+        make = MicroBatches(self.reader, modality, seed)
+        self.workers: Workers | None = None
+        self.made: Iterator[Made]
+        if workers:
+            self.made = self.workers = Workers(
+                make,
+                self._lots(),
+                workers,
+                own=Made.own,
+                name=self.reader.name,
+                patience=patience,
+            )
+        else:
+            self.made = (make(lot, lambda sample_id: None) for lot in self._lots())
+
+    @cached_property
+    def stats(self) -> EpochStats:
+        return self.plan.stats()
+
+    def describe(self) -> str:
+        """What an epoch is, for people."""
+        return (
+            f"{self.stats.steps} steps, {self.stats.samples} samples, {self.stats.units:.4g} "
+            f"{self.modality.batch_unit}, {self.stats.padding:.1%} padding; {self.stats.left_out} "
+            "samples are too short"
+        )
+
+    def _lots(self) -> Iterator[Lot]:
+        for step in self.plan.steps(self.cursor):
+            self.planned.append(step)
+            if self.near:
+                self.near.at(step.cursor)
+            for i in self.mine:
+                masked = None if step.masked is None else step.masked[i]
+                yield Lot(step.epoch, i, step.lots[i], step.spare[i], masked)
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        return self
+
+    def __next__(self) -> StepBatch:
+        if self.plan.masked is not None:
+            batch, _ = self._next_step()
+        else:
+            batch, count = self.ahead or self._next_step()
+            self.ahead = self._next_step()  # its count is summed while this step is taken
+            batch = dataclasses.replace(batch, count=max(1, int(*count())))
+        self.cursor = batch.cursor
+        return batch
+
+    def _next_step(self) -> tuple[StepBatch, Callable[[], list[float]]]:
+        """The next step, and what waits for its number of masked tokens, which is in it already
+        where the plan knows it."""
+        try:
+            made = [next(self.made) for _ in self.mine]
+            step = self.planned.popleft()
+            bad = [each for micro_batch in made for each in micro_batch.bad]
+            self.quarantine.add(sum(len(step.lots[i]) for i in self.mine), bad)
+        except (UserError, OSError):
+            self.close()
+            raise
+        count = self.sums.begin(sum(len(micro_batch.batch.masked) for micro_batch in made))
+        batch = StepBatch(
+            modality=self.modality.name,
+            micro_batches=[micro_batch.batch for micro_batch in made],
+            count=sum(step.masked or ()),
+            samples=sum(map(len, step.lots)),
+            units=step.units,
+            cursor={**step.cursor, "set": self.set},
+            bad=len(bad),
+        )
+        return batch, count
+
+    def close(self) -> None:
+        """Ends the workers and closes the files; iterating is over."""
+        self.made = iter(())
+        if self.near:
+            self.near.close()
+        if self.workers:
+            self.workers.close()
+        self.reader.close()
+
+
+class _Near:
+    """A thread that downloads the shards of a remote set before they are read."""
+
+    def __init__(self, shards: ShardSet, plan: BatchPlan) -> None:
+        self.shards, self.plan = shards, plan
+        self.pool: tuple[int, int] | None = None
+        self.cursors: queue.SimpleQueue[Mapping[str, int] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def at(self, cursor: Mapping[str, int]) -> None:
+        """Reading has come here."""
+        pool = cursor["epoch"], cursor["pool"]
+        if pool != self.pool:
+            self.pool = pool
+            self.cursors.put(cursor)
+
+    def _run(self) -> None:
+        while cursor := self.cursors.get():
+            # A reader that needs the shard tells what is wrong with it.
+            with contextlib.suppress(UserError, OSError):
+                keep_near(self.shards, self.plan.upcoming(cursor))
+
+    def close(self) -> None:
+        self.cursors.put(None)
+
+
+def _members(shards: ShardSet, modality: Modality) -> list[str]:
+    """The members that the modality reads. Raises UserError when the set has none that it can."""
+    found = [key for key in modality.keys if key in shards.fields]
+    if not found:
+        raise UserError(
+            f"{shards.root}: its samples have no "
+            f"{' or '.join(f'.{key}' for key in modality.keys)} member (they have: "
+            f"{', '.join(f'.{field}' for field in shards.fields)}), which modality "
+            f"{modality.name} reads"
+        )
+    return found
+
+
+def _lengths(shards: ShardSet, entry: ShardEntry) -> npt.NDArray[np.uint32]:
+    return np.frombuffer(read_lengths(shards.index(entry), entry), np.uint32)
