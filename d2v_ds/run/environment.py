@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parent.parent  # d2v_ds
 PACKAGES = ("d2v-ds", "torch", "deepspeed", "numpy", "webdataset", "soundfile", "torchaudio")
 KEPT = re.compile(
     r"^(SLURM_|CUDA_|NCCL_|GLOO_|TORCH|OMP_|MASTER_|WORLD_SIZE|RANK|LOCAL_RANK|DS_|D2V_|PATH$|"

@@ -100,7 +100,7 @@ def test_fixed_positions() -> None:
     [
         ({"image_size": 30}, "image_size=30 is not a multiple of patch_size=16"),
         ({"image_size": 32, "mask": {"kind": "beit"}}, "mask.patches=120 is not below the 4"),
-        ({"positions": "relative", "extra_tokens": 0}, "needs extra_tokens=1"),
+        ({"positions": "relative", "extra_tokens": 0}, "takes extra_tokens=1"),
         ({"cls_weight": 1.0, "extra_tokens": 0}, "cls_weight=1.0 needs extra_tokens"),
         ({"crop_scale": [0.5, 0.2]}, "crop_scale=(0.5, 0.2) must rise within"),
         ({"jitter": 2.0}, "jitter=2.0 does not lie in"),
