@@ -22,8 +22,9 @@ import torch
 from d2v_ds.batch import Batch, StepBatch
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
-from d2v_ds.loader.loader import Loader, reading
-from d2v_ds.loader.loader import plan as plan_module
+from d2v_ds.loader import plan as plan_module
+from d2v_ds.loader import reading
+from d2v_ds.loader.loader import Loader
 from d2v_ds.loader.quarantine import MAX_BAD, Quarantine
 from d2v_ds.loader.reading import read_samples
 from d2v_ds.run.preflight import require_divisible

@@ -13,7 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from d2v_ds.errors import UserError
-from d2v_ds.loader.loader import plan as plan_module
+from d2v_ds.loader import plan as plan_module
 from d2v_ds.loader.plan import START, BatchPlan, Step, cut, permutation
 from d2v_ds.modalities.speech import Speech, SpeechConfig
 from tests.helpers.sensor import Sensor, SensorConfig

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from d2v_ds.batch import Batch
 from d2v_ds.data.shard_format import ShardSet, open_set
 from d2v_ds.errors import UserError
-from d2v_ds.loader.loader import plan as plan_module
+from d2v_ds.loader import plan as plan_module
 from tests.helpers.series import series, write_set
 from tests.loader.test_loader import make_loader
 

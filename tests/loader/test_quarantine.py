@@ -17,8 +17,8 @@ import pytest
 
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
+from d2v_ds.loader import plan as plan_module
 from d2v_ds.loader.loader import Loader
-from d2v_ds.loader.loader import plan as plan_module
 from tests.helpers.sensor import STRIDE
 from tests.helpers.series import modality as series_modality
 from tests.helpers.series import series, write_set

@@ -22,8 +22,8 @@ from d2v_ds.batch import StepBatch
 from d2v_ds.data import download
 from d2v_ds.data.cache import remote as shard_cache
 from d2v_ds.errors import UserError
+from d2v_ds.loader import stream as stream_module
 from d2v_ds.loader.find_set import find_set, stream_tars
-from d2v_ds.loader.loader import stream as stream_module
 from d2v_ds.loader.quarantine import Quarantine
 from d2v_ds.loader.stream import TOGETHER, StreamLoader
 from d2v_ds.modalities.speech import Speech, SpeechConfig
