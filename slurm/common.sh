@@ -1,32 +1,35 @@
 # shellcheck shell=bash
-# What the batch scripts share: the cluster's settings, and ranks that are checked, watched,
-# stopped, requeued. A script says where it lies and what to run:
+# Shared by the batch scripts: the cluster's settings, the checks of the nodes, the watch over the
+# ranks, stopping and requeueing. A script sets `here` to the folder of the scripts and names the
+# command to run:
 #
 #   here=FOLDER; . "$here/common.sh"; run_ranks d2v-ds train "$@"
 #
-# Asked of the command that run_ranks runs: with --check it prints the run's folder and ends; it
-# writes RUN/heartbeat/rankNNNNN.json now and then, RUN/checkpoints/STEP, and RUN/DONE or
-# RUN/STOPPED at its end; it stops when the file D2V_JOB_LOGS/stop appears, on USR2 and on TERM.
+# The command that run_ranks runs has to
+#   - print the run folder and exit if it is given --check;
+#   - write RUN/heartbeat/rankNNNNN.json regularly, RUN/checkpoints/STEP, and at its end RUN/DONE or
+#     RUN/STOPPED;
+#   - stop when the file $D2V_JOB_LOGS/stop appears, and on SIGUSR2 and SIGTERM.
 
 LAUNCH=() SRUN_OPTIONS=() NODE_CHECK=
 settings=${D2V_CLUSTER_ENV:-$here/cluster.env}
 # shellcheck source=/dev/null
 if [[ -e $settings ]]; then . "$settings"; fi
 
-unset SLURM_EXPORT_ENV # else `sbatch --export=NONE` empties the ranks' environment too
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take sbatch's since Slurm 22.05
+unset SLURM_EXPORT_ENV # otherwise `sbatch --export=NONE` empties the environment of the ranks, too
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun ignores sbatch's value since Slurm 22.05
 export D2V_HANG_SECONDS=${D2V_HANG_SECONDS:-900}
 restart=${SLURM_RESTART_COUNT:-0}
 early='' cancelled='' skipped=0
 
-BAD_INPUT=2 UNHEALTHY=3 UNFIT=4 HUNG=5 # exit codes of the ranks; see README.md
+BAD_INPUT=2 UNHEALTHY=3 UNFIT=4 HUNG=5 # exit codes of the ranks, as in d2v_ds/exit_codes.py
 
 log() { printf '%(%F %T)T job %s.%s: %s\n' -1 "$SLURM_JOB_ID" "$restart" "$*"; }
-end() { # code, why
+end() { # code, reason
   log "$2"
   exit "$1"
 }
-once() { # runs a command a single time, where the ranks' commands come from
+once() { # runs a command once, in the environment of the ranks
   if ((${#SRUN_OPTIONS[@]})); then
     srun --nodes=1 --ntasks=1 "${SRUN_OPTIONS[@]}" "$@"
   else
@@ -38,25 +41,25 @@ job_field() { scontrol show job -o "$SLURM_JOB_ID" | sed -n "s/.* $1=\([^ ]*\).*
 run_ranks() { # command subcommand arguments...
   ranks=${SLURM_NTASKS:-$SLURM_NNODES}
   trap 'early=yes' USR2
-  run=$(once "$1" "$2" --check --nproc "$ranks" "${@:3}") || exit # it has said what is wrong
+  run=$(once "$1" "$2" --check --nproc "$ranks" "${@:3}") || exit # the command printed the error
   run=$(realpath -m "$run")
   logs=$run/logs/$SLURM_JOB_ID.$restart
-  mkdir -p "$logs" "$run/heartbeat" || end 1 "cannot write into $run"
+  mkdir -p "$logs" "$run/heartbeat" || end 1 "cannot write to $run"
   scontrol show job "$SLURM_JOB_ID" >"$logs/job.txt"
   log "$ranks ranks on $SLURM_JOB_NODELIST; run folder $run"
   give_up_without_progress
   check_nodes
   if ((${#unfit[@]})); then leave_out "${unfit[@]}"; fi
-  rm -f "$run"/heartbeat/rank* # of the last start: they would look silent
+  rm -f "$run"/heartbeat/rank* # those of the previous start would count as silent ranks
 
-  if [[ $early ]]; then requeue "asked to stop before the ranks had started"; fi
+  if [[ $early ]]; then requeue "stop requested before the ranks started"; fi
   export D2V_JOB_LOGS=$logs
   trap 'ask_to_stop' USR2
-  trap 'cancelled=yes' TERM # scancel, a lost node, the end of a grace time: never requeue then
-  # A node that was cut off keeps its own srun of this job, which at its return may signal what has
-  # its step's number: so every restart has another one.
+  trap 'cancelled=yes' TERM # scancel, a lost node, the end of a grace time: do not requeue
+  # When a node is cut off and the job restarts elsewhere, the old srun lives on. When it can reach
+  # the controller again it may signal the step with its own number, so every restart gets another.
   for ((; restart % 5 > skipped; skipped++)); do srun --nodes=1 --ntasks=1 --quiet true; done
-  # --wait=0: the first rank to end sets no limit to others that are still saving.
+  # --wait=0: when the first rank exits, the ranks that are still saving get no time limit.
   srun --kill-on-bad-exit=1 --wait=0 "${SRUN_OPTIONS[@]}" \
     bash -c "$(<"$here/rank.sh")" rank "$run" "$logs" "${LAUNCH[@]}" "$@" &
   step=$!
@@ -65,18 +68,18 @@ run_ranks() { # command subcommand arguments...
   finish $?
 }
 
-give_up_without_progress() { # counts the restarts in a row that brought no new checkpoint
+give_up_without_progress() { # counts consecutive restarts that produced no new checkpoint
   local file=$run/logs/$SLURM_JOB_ID.progress most=${D2V_MAX_FRUITLESS:-5} before='' count=0 newest
   newest=$(find "$run/checkpoints" -maxdepth 1 -name '[0-9]*' -printf '%f\n' 2>/dev/null | sort -n | tail -n 1)
   if ((restart)) && [[ -e $file ]]; then
     read -r before count <"$file"
     if [[ ${newest:-none} == "$before" ]]; then count=$((count + 1)); else count=0; fi
   fi
-  ((count <= most)) || end 1 "$count restarts without a new checkpoint: giving up; see $run/logs"
+  ((count <= most)) || end 1 "giving up after $count restarts without a new checkpoint; see $run/logs"
   echo "${newest:-none} $count" >"$file"
 }
 
-check_nodes() { # every node proves itself within 30 s, or comes into the list `unfit`
+check_nodes() { # fills `unfit` with the nodes that do not pass node_check.sh within 30 s
   local node report
   unfit=()
   echo "$SLURM_JOB_ID.$restart" >"$logs/token"
@@ -87,22 +90,22 @@ check_nodes() { # every node proves itself within 30 s, or comes into the list `
   for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
     report=$(tail -n 1 "$logs/node-$node.txt" 2>/dev/null)
     [[ $report == OK ]] && continue
-    log "node $node is not fit: ${report:-no answer within 30 s}"
+    log "node $node is unfit: ${report:-no answer within 30 s}"
     unfit+=("$node")
   done
 }
 
 ask_to_stop() {
-  log "asked to stop (time limit or preemption): the ranks save and end"
+  log "stop requested (time limit or preemption): the ranks save and exit"
   touch "$logs/stop"
-  kill -USR2 "$step" 2>/dev/null # srun passes it to every rank, which is quicker than the file
+  kill -USR2 "$step" 2>/dev/null # srun forwards it to every rank, which is faster than the file
 }
 
-watch() { # until the step has ended
+watch() { # returns when the job step has ended
   local checked=$SECONDS
   while kill -0 "$step" 2>/dev/null; do
     sleep 1 &
-    wait $! # ends at once on a signal
+    wait $! # a signal interrupts it
     if ((SECONDS - checked >= (D2V_HANG_SECONDS + 9) / 10)); then
       checked=$SECONDS
       end_if_silent
@@ -110,7 +113,7 @@ watch() { # until the step has ended
   done
 }
 
-end_if_silent() { # names the ranks without a recent heartbeat, has all stacks dumped, requeues
+end_if_silent() { # if ranks lack a recent heartbeat: names them, requests all stacks, requeues
   local heard rank own silent=''
   ((SECONDS > D2V_HANG_SECONDS)) || return 0
   heard=$(find "$run/heartbeat" \( -name 'rank*.json' -newermt "-$D2V_HANG_SECONDS seconds" \
@@ -123,22 +126,22 @@ end_if_silent() { # names the ranks without a recent heartbeat, has all stacks d
     silent+=$(sed -n 's/.*"host": *"\([^"]*\)".*/ on \1/p' "$run/heartbeat/$own.json" 2>/dev/null)
   done
   log "no heartbeat for $D2V_HANG_SECONDS s from rank $silent"
-  # The ranks' own watchdogs look for this file and write their stacks into the same folder.
+  # When this file appears, the watchdog of each rank writes its stacks to the same folder.
   echo "silent: rank $silent" >"$logs/hung"
   sleep "${D2V_DUMP_SECONDS:-15}" &
   wait $!
-  requeue "silent: rank $silent; the others' stacks are in $logs"
+  requeue "rank $silent is silent; the stacks of the other ranks are in $logs"
 }
 
-finish() { # exit code of the step
+finish() { # exit code of the job step
   local code=$1 rank node file
   if ((code == 0)) && [[ -e $run/DONE ]]; then end 0 "finished"; fi
-  # This node may have been cut off, and the job be running elsewhere by now.
-  [[ $(job_field Restarts) == "$restart" ]] || end 1 "this is not the job's last start any more"
+  # This node may have been cut off while the job was restarted on others.
+  [[ $(job_field Restarts) == "$restart" ]] || end 1 "a newer start of this job has taken over"
   if ((code)) && [[ -e $logs/failed ]]; then
-    read -r code rank node <"$logs/failed" # srun reports the largest code, not the first
+    read -r code rank node <"$logs/failed" # srun returns the largest code, not the first one
     file=$logs/rank$(printf %05d "$rank").txt
-    log "rank $rank on $node ended with exit code $code; the end of $file:"
+    log "rank $rank on $node failed with exit code $code; the last lines of $file:"
     tail -n 20 "$file" 2>/dev/null
   fi
   case $code in
@@ -149,7 +152,7 @@ finish() { # exit code of the step
       leave_out "${unfit[@]}"
       ;;
     "$HUNG") requeue "$(cat "$logs/hung" 2>/dev/null)" ;;
-    *) # a fault of the code, or of a node: then the others' ranks fail as well, and perhaps first
+    *) # a fault of the code or of a node; with a bad node other ranks may have failed first
       if [[ ! $cancelled ]]; then
         check_nodes
         if ((${#unfit[@]})); then leave_out "${unfit[@]}"; fi
@@ -157,38 +160,38 @@ finish() { # exit code of the step
       exit "$code"
       ;;
   esac
-  if [[ ! -e $run/STOPPED ]]; then end 1 "the ranks ended well, but wrote neither DONE nor STOPPED"; fi
-  if [[ -e $run/STOP ]]; then end 0 "stopped by $run/STOP; remove it and submit again to go on"; fi
-  if [[ $cancelled ]]; then end 0 "cancelled; the run is saved"; fi
-  requeue "stopped well"
+  if [[ ! -e $run/STOPPED ]]; then end 1 "the ranks exited with code 0 but wrote neither DONE nor STOPPED"; fi
+  if [[ -e $run/STOP ]]; then end 0 "stopped by $run/STOP; to continue, remove it and submit the job again"; fi
+  if [[ $cancelled ]]; then end 0 "cancelled; the run was saved"; fi
+  requeue "stopped and saved"
 }
 
-leave_out() { # nodes: requeues without them, where that can help
+leave_out() { # nodes: requeues without them, if enough other nodes exist
   local partition others
-  if (($# >= SLURM_NNODES)); then end 1 "no node is fit, so the cause is probably common to all"; fi
+  if (($# >= SLURM_NNODES)); then end 1 "all nodes of the job are unfit, so they probably share the cause"; fi
   partition=$(job_field Partition)
   others=$(sinfo -h -N -o %N -p "$partition" -t idle,alloc,mix,comp | sort -u | grep -vxFc -f <(printf '%s\n' "$@"))
-  ((others >= SLURM_NNODES)) || end 1 "$partition has too few nodes without $*"
+  ((others >= SLURM_NNODES)) || end 1 "partition $partition has too few nodes without $*"
   requeue "without $*" "$*"
 }
 
-requeue() { # why, nodes to leave out. Only after the ranks have ended: it kills what still runs
+requeue() { # reason, nodes to exclude. Call it only after the ranks have ended: it kills the rest
   local without=${2:-} excluded
-  [[ $(job_field JobState) == RUNNING ]] || end 0 "not requeued: $(job_field JobState)"
+  [[ $(job_field JobState) == RUNNING ]] || end 0 "not requeued: the job is $(job_field JobState)"
   log "requeue: $1"
   trap '' TERM USR2
-  if [[ $without ]]; then # the list of a running job cannot be changed, that of a held one can
+  if [[ $without ]]; then # the exclude list can be changed for a held job, not for a running one
     excluded=$(job_field ExcNodeList)
     if [[ $excluded == "(null)" ]]; then excluded=''; else excluded+=,; fi
-    scontrol requeuehold "$SLURM_JOB_ID" || end 1 "this cluster does not let jobs requeue themselves"
+    scontrol requeuehold "$SLURM_JOB_ID" || end 1 "jobs may not requeue themselves on this cluster"
     for _ in {1..50}; do
       scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$excluded${without// /,}" 2>/dev/null && break
       sleep 0.2
     done
     scontrol release "$SLURM_JOB_ID"
   else
-    scontrol requeue "$SLURM_JOB_ID" || end 1 "this cluster does not let jobs requeue themselves"
+    scontrol requeue "$SLURM_JOB_ID" || end 1 "jobs may not requeue themselves on this cluster"
   fi
-  sleep 60 # Slurm ends this script
+  sleep 60 # until Slurm ends this script
   exit 1
 }

@@ -1,11 +1,11 @@
 #!/bin/bash
-# Submits stages, each of which begins when the one before it has ended well.
+# Submits a chain of jobs. Each stage starts when the previous one has succeeded.
 #
 #   slurm/pipeline.sh [--dry-run] STAGE [then STAGE ...]
 #
-# STAGE is [--sbatch-option=value ...] NAME ARGUMENTS. NAME is one of the scripts beside this one
-# (convert, pretrain ...), or else any command, which gets a node for itself. A `convert` with
-# --array is followed by its merge. --dry-run: prints what would be submitted. For example
+# STAGE is [--sbatch-option=value ...] NAME ARGUMENTS. NAME is a script of this folder without
+# .sbatch (convert, pretrain ...) or any other command, which runs on one node. After a `convert`
+# with --array its merge is submitted, too. --dry-run prints the jobs without submitting. Example:
 #
 #   slurm/pipeline.sh \
 #     --array=0-7 convert speech /corpora/librispeech /shards/librispeech \
@@ -33,7 +33,7 @@ submit() { # sbatch's options, script, arguments
   else
     previous=$("${command[@]}") || {
       if ((${#jobs[@]})); then scancel "${jobs[@]}"; fi
-      echo "pipeline.sh: a stage was refused, so the stages before it were cancelled" >&2
+      echo "pipeline.sh: sbatch refused a stage; the earlier stages were cancelled" >&2
       exit 1
     }
     previous=${previous%%;*}
@@ -57,7 +57,7 @@ stage() { # [options] NAME arguments
     submit "${options[@]}" "$here/run.sbatch" "$@"
   fi
   if [[ $name == convert && $array ]]; then
-    [[ ${4:-} && ${4:0:1} != - ]] || wrong "convert: FAMILY SOURCE OUT come before its options"
+    [[ ${4:-} && ${4:0:1} != - ]] || wrong "convert: give FAMILY SOURCE OUT before the options"
     submit "$here/convert.sbatch" merge "$4"
   fi
 }
@@ -67,7 +67,7 @@ case ${1:-} in
   "") usage >&2; exit 2 ;;
   --dry-run) dry=yes; shift ;;
 esac
-# Inside a job, say of salloc, its variables would shape ours.
+# Inside a job, as under salloc, the variables of that job would affect the new ones.
 while read -r name; do unset "$name"; done < <(compgen -e | grep -E '^(SLURM|SRUN)_' | grep -vx SLURM_CONF)
 settings=${D2V_CLUSTER_ENV:-$here/cluster.env}
 # shellcheck source=/dev/null

@@ -1,4 +1,4 @@
-"""A real Slurm on this machine, and jobs in it as users submit them."""
+"""A real Slurm on this machine, and jobs submitted as users submit them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"
 
 
 def clean_environment() -> dict[str, str]:
-    """Ours, without what a Slurm job that we may be in has put there."""
+    """The environment without variables of a Slurm job that the tests may run in."""
     foreign = ("SLURM_", "SBATCH_", "SRUN_", "D2V_")
     return {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
 
 
 class Cluster:
-    """Virtual nodes vn1, vn2 ... with 8 GPUs each, which are /dev/null."""
+    """Virtual nodes vn1, vn2 ... with 8 GPUs each; a GPU is /dev/null."""
 
     def __init__(self, folder: Path, **settings: str) -> None:
         self.folder = folder
@@ -32,7 +32,7 @@ class Cluster:
         self.job_environment = {**clean_environment(), "SLURM_CONF": str(folder / "slurm.conf")}
 
     def __call__(self, *words: str) -> str:
-        """One command of vslurm.sh: up, down, crash NODE, boot NODE, cut NODE ..."""
+        """Runs one command of vslurm.sh: up, down, crash NODE, boot NODE, cut NODE ..."""
         done = subprocess.run(
             [VSLURM, *words],
             env=self.environment,
@@ -46,11 +46,11 @@ class Cluster:
 
     @property
     def namespaces(self) -> bool:
-        """Whether every node has a network and a node-local disk of its own."""
+        """Whether every node has its own network and node-local disk."""
         return "MODE=ns" in (self.folder / "run/layout").read_text()
 
     def command(self, *words: str, **kwargs: Any) -> subprocess.CompletedProcess[str]:
-        """A Slurm command, as a user on the login node types it."""
+        """Runs a Slurm command as a user on the login node does."""
         environment = {**self.job_environment, **kwargs.pop("environment", {})}
         return subprocess.run(
             words, env=environment, capture_output=True, text=True, timeout=60, **kwargs
@@ -105,12 +105,12 @@ class Job:
         return self.until(lambda: self.state == state, state, seconds)
 
     def signal(self) -> None:
-        """What Slurm sends some minutes before the time limit."""
+        """Sends the signal that Slurm sends some minutes before the time limit."""
         self.cluster.command("scancel", "--batch", "--signal=USR2", self.number)
 
 
 class Workplace:
-    """A user's folder on the shared file system, with its cluster.env."""
+    """A user's folder on the shared file system with its cluster.env."""
 
     def __init__(self, cluster: Cluster, folder: Path, settings: str) -> None:
         self.cluster, self.folder = cluster, folder

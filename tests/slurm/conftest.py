@@ -1,4 +1,4 @@
-"""One cluster for the session; every test finds it whole and empty."""
+"""One cluster per session; every test finds it complete and empty."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ NODES = 3
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A cluster's timings are those of the clock: these tests run last, after one another."""
+    """These tests depend on wall-clock time, so they run last, one after another."""
     items.sort(key=lambda item: Path(str(item.path)).parent == HERE)
 
 
 def why_not() -> str:
-    """Why there can be no Slurm here; empty if there can."""
+    """The reason why Slurm cannot run here; empty if it can."""
     for command in ("slurmctld", "slurmd", "sbatch", "munged"):
         if not shutil.which(command, path=f"{os.environ['PATH']}:/usr/sbin:/sbin"):
             return (
@@ -40,7 +40,7 @@ def cluster() -> Iterator[Cluster]:
         if os.environ.get("D2V_REQUIRE_SLURM"):
             pytest.fail(f"no Slurm: {reason}")
         pytest.skip(f"no Slurm: {reason}")
-    folder = Path(tempfile.mkdtemp(prefix="d2v-slurm-"))  # short: it holds unix sockets
+    folder = Path(tempfile.mkdtemp(prefix="d2v-slurm-"))  # a short path: it contains Unix sockets
     cluster = Cluster(folder / "c", VSLURM_NODES=str(NODES))
     try:
         cluster("up")
@@ -52,11 +52,11 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture
 def whole_cluster(cluster: Cluster) -> Iterator[None]:
-    """All nodes up, and afterwards no job left."""
+    """All nodes are up before the test, and no job is left after it."""
     cluster("up")
     yield
     cluster.command("scancel", "--user", str(os.getuid()))
-    cluster("up")  # boots what a test switched off, and plugs its cable
+    cluster("up")  # boots crashed nodes and plugs their cables
     deadline = time.monotonic() + 20
     while cluster.command("squeue", "--noheader").stdout and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -70,12 +70,12 @@ def standin(cluster: Cluster, tmp_path: Path) -> Workplace:
 
 @pytest.fixture
 def trainer(cluster: Cluster, tmp_path: Path) -> Workplace:
-    """Jobs with the real commands."""
+    """Jobs that run the real commands."""
     return Workplace(cluster, tmp_path / "home", real_settings(tmp_path / "bin"))
 
 
 def standin_settings() -> str:
-    """A cluster.env whose d2v-ds is the stand-in."""
+    """A cluster.env with the stand-in as d2v-ds."""
     return (
         f"export PATH={HERE / 'standin'}:{Path(sys.executable).parent}:$PATH\n"
         "export D2V_DUMP_SECONDS=1 D2V_MIN_FREE_MB=10\n"
@@ -83,7 +83,7 @@ def standin_settings() -> str:
 
 
 def real_settings(bin: Path) -> str:
-    """A cluster.env whose d2v-ds and d2v-shards are this checkout's, under this Python."""
+    """A cluster.env with the d2v-ds and d2v-shards of this checkout, run by this Python."""
     bin.mkdir()
     for name, module in (("d2v-ds", "d2v_ds"), ("d2v-shards", "shards.cli")):
         script = bin / name

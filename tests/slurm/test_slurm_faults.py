@@ -1,4 +1,4 @@
-"""What disturbs the whole cluster, with the stand-in: a lost node, preemption; one by one."""
+"""Faults that affect the whole cluster, with the stand-in: a lost node, preemption."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_lost_node_is_replaced(standin: Workplace, cluster: Cluster) -> None:
     reaches_step(job, standin, rows + 3)
 
 
-def test_a_preempted_job_saves_and_comes_back(standin: Workplace, cluster: Cluster) -> None:
+def test_a_preempted_job_saves_and_resumes(standin: Workplace, cluster: Cluster) -> None:
     options = (*NODES, "--exclusive", "--nodes=3")
     job = standin.submit("pretrain.sbatch", "run.dir=run", "run.steps=60", options=options)
     reaches_step(job, standin, 5)
@@ -28,14 +28,12 @@ def test_a_preempted_job_saves_and_comes_back(standin: Workplace, cluster: Clust
     urgent.write_text("#!/bin/sh\nsleep 1\n")
     words = ("--partition=urgent", "--nodes=3", "--exclusive", str(urgent))
     assert cluster.command("sbatch", *words, cwd=standin.folder).returncode == 0
-    job.says("asked to stop", 20).ends()
+    job.says("stop requested", 20).ends()
     assert set(starts(standin)) == {0, 1}
 
 
-def test_a_job_whose_ranks_were_told_by_sigterm_goes_on(
-    standin: Workplace, cluster: Cluster
-) -> None:
-    """As at a preemption where Slurm sends no early signal: the ranks get SIGTERM at once."""
+def test_a_job_whose_ranks_got_sigterm_resumes(standin: Workplace, cluster: Cluster) -> None:
+    """A preemption without an early signal: the ranks get SIGTERM at once."""
     options = (*NODES, *FIRST_TWO)
     job = standin.submit("pretrain.sbatch", "run.dir=run", "run.steps=40", options=options)
     reaches_step(job, standin, 5)

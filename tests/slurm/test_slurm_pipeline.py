@@ -1,4 +1,4 @@
-"""convert.sbatch, pipeline.sh, tensorboard.sbatch, run.sbatch and containers, on a real Slurm."""
+"""convert.sbatch, pipeline.sh, tensorboard.sbatch, run.sbatch and containers on a real Slurm."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def pipeline(where: Workplace, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def jobs(where: Workplace, output: str) -> list[Job]:
-    """The jobs that pipeline.sh says it has submitted."""
+    """The jobs that pipeline.sh reports."""
     numbers = re.findall(r"^(\d+): ", output, re.MULTILINE)
     return [Job(where.cluster, number, where.folder) for number in numbers]
 
 
-def test_from_a_corpus_to_an_evaluation_by_itself(cluster: Cluster, tmp_path: Path) -> None:
-    """An array whose task fails once, its merge, a training of two nodes, a last command."""
+def test_a_pipeline_from_corpus_to_evaluation(cluster: Cluster, tmp_path: Path) -> None:
+    """An array with a task that fails once, its merge, training on two nodes, a final command."""
     where = place(cluster, tmp_path / "home")
     convert = ["--array=0-2", "--cpus-per-task=1", "convert", "speech", str(SOURCE), "set"]
     words = [*convert, "--shard-size=100KB"]
@@ -61,7 +61,7 @@ def test_from_a_corpus_to_an_evaluation_by_itself(cluster: Cluster, tmp_path: Pa
     assert open_set(where.folder / "set").shards == open_set(tmp_path / "whole").shards
 
 
-def test_a_stage_that_fails_takes_the_later_ones_with_it(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_failing_stage_cancels_the_later_ones(cluster: Cluster, tmp_path: Path) -> None:
     where = place(cluster, tmp_path / "home")
     submitted = pipeline(where, "false", "then", "echo", "never")
     first, second = jobs(where, submitted.stdout)
@@ -81,17 +81,17 @@ def test_a_dry_run_submits_nothing(cluster: Cluster, tmp_path: Path) -> None:
             f"--dependency=afterok:JOB2 {SCRIPTS}/pretrain.sbatch a=b ",
         )
     ]
-    refused = pipeline(where, *words)  # and the cluster's settings do reach sbatch
+    refused = pipeline(where, *words)  # the settings of the cluster reach sbatch
     assert refused.returncode == 1 and "invalid partition" in refused.stderr
-    assert "a stage was refused" in refused.stderr
+    assert "sbatch refused a stage" in refused.stderr
 
 
-def test_arguments_of_a_pipeline_that_make_no_sense(cluster: Cluster, tmp_path: Path) -> None:
+def test_wrong_arguments_of_a_pipeline(cluster: Cluster, tmp_path: Path) -> None:
     where = place(cluster, tmp_path / "home")
     for words, message in (
         (["--nodes=2"], "a stage needs a name"),
         (["pretrain", "a=b", "then"], "a stage needs a name"),
-        (["--dry-run", "--array=0-3", "convert", "speech", "--x"], "come before its options"),
+        (["--dry-run", "--array=0-3", "convert", "speech", "--x"], "before the options"),
     ):
         done = pipeline(where, *["--dry-run"] * (words[0] != "--dry-run"), *words)
         assert done.returncode == 2 and message in done.stderr
@@ -102,10 +102,10 @@ def test_an_array_with_gaps_is_refused(cluster: Cluster, tmp_path: Path) -> None
     options = ("--array=0,2", "--cpus-per-task=1")
     job = where.submit("convert.sbatch", "speech", SOURCE, "set", options=options)
     job.ends("FAILED")
-    assert "the array must count without gaps" in job.log() and job.code == 2
+    assert "the task numbers must have no gaps" in job.log() and job.code == 2
 
 
-def test_tensorboard_says_how_to_reach_it_and_answers(cluster: Cluster, tmp_path: Path) -> None:
+def test_tensorboard_prints_its_address_and_answers(cluster: Cluster, tmp_path: Path) -> None:
     where = place(cluster, tmp_path / "home")
     (where.folder / "runs").mkdir()
     job = where.submit("tensorboard.sbatch", "runs", options=("--cpus-per-task=1",))
@@ -126,8 +126,8 @@ def test_tensorboard_says_how_to_reach_it_and_answers(cluster: Cluster, tmp_path
     assert "nowhere: no such folder" in wrong.log()
 
 
-def test_every_command_goes_through_the_container(cluster: Cluster, tmp_path: Path) -> None:
-    """The containers here are shims: they write down how they were called and run the command."""
+def test_every_command_runs_in_the_container(cluster: Cluster, tmp_path: Path) -> None:
+    """The container is a shim that records its arguments and runs the command."""
     shim = tmp_path / "bin/apptainer"
     shim.parent.mkdir()
     shim.write_text(f'#!/bin/bash\necho "$@" >>{tmp_path}/calls\nshift 3\nexec "$@"\n')
@@ -141,8 +141,8 @@ def test_every_command_goes_through_the_container(cluster: Cluster, tmp_path: Pa
     assert calls[1:] == ["exec --nv image.sif d2v-ds train run.dir=run run.steps=3"] * 2
 
 
-def test_options_for_pyxis_reach_every_srun_of_a_command(cluster: Cluster, tmp_path: Path) -> None:
-    """pyxis adds options to srun; a wrapper that takes them away again stands for it."""
+def test_options_for_pyxis_reach_every_srun(cluster: Cluster, tmp_path: Path) -> None:
+    """pyxis adds options to srun; here a wrapper records and removes them."""
     shim = tmp_path / "bin/srun"
     shim.parent.mkdir()
     shim.write_text(

@@ -1,4 +1,4 @@
-"""The real trainer under the real batch script: a run that was disturbed loses nothing."""
+"""The real trainer under the real batch script: an interrupted run loses nothing."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def losses(run: RunFolder) -> dict[int, float]:
 
 
 def curve(run: RunFolder) -> list[int]:
-    """The steps of the loss that TensorBoard shows."""
+    """The steps of the loss curve in TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run.tensorboard), size_guidance={"scalars": 0})
@@ -78,8 +78,8 @@ def curve(run: RunFolder) -> list[int]:
 
 
 class Reference:
-    """A run that nobody disturbs, on this machine alone: beside the first job, and as long as the
-    longest that is compared with it."""
+    """An uninterrupted run on this machine, started with the first job and as long as the longest
+    run that is compared with it."""
 
     def __init__(self, folder: Path, shards: Path) -> None:
         self.folder, self.shards = folder, shards
@@ -96,7 +96,7 @@ class Reference:
         )
 
     def losses(self, steps: int) -> dict[int, float]:
-        """Of its first steps."""
+        """The losses of its first steps."""
         if steps > self.steps:
             assert self.process.wait(400) == 0
             self.begin(steps)
@@ -115,7 +115,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Itera
 def start(
     place: Workplace, shards: Path, steps: int, *settings: str, options: tuple[str, ...] = ()
 ) -> tuple[Job, RunFolder]:
-    """A job and its run folder, when it has taken its first steps."""
+    """A job that has taken its first steps, and its run folder."""
     run = RunFolder(place.folder / "runs/run")
     words = arguments("runs/run", shards, steps, *settings)
     job = place.submit("pretrain.sbatch", *words, options=(*TWO_NODES, *options))
@@ -124,13 +124,13 @@ def start(
 
 
 def stop(job: Job, run: RunFolder) -> None:
-    """Ends a run that has enough steps."""
+    """Stops a run after enough steps."""
     run.stop.touch()
     job.ends()
 
 
 def assert_as_undisturbed(run: RunFolder, undisturbed: Reference) -> None:
-    """No step is lost or taken twice, and every loss is the same to the bit."""
+    """No step is lost or repeated, and every loss is bit-identical."""
     taken = losses(run)
     steps = len(taken)
     marker = run.done if run.done.exists() else run.stopped
@@ -139,14 +139,14 @@ def assert_as_undisturbed(run: RunFolder, undisturbed: Reference) -> None:
     assert taken == undisturbed.losses(steps)
 
 
-def test_a_signalled_run_over_two_nodes_goes_on_as_if_nothing_had_been(
+def test_a_signalled_run_on_two_nodes_resumes_bit_exactly(
     trainer: Workplace, shards: Path, undisturbed: Reference
 ) -> None:
     job, run = start(trainer, shards, SHORT, "save.every=100")
     status = describe(run.root)
     assert "state        running: " in status and "slowest rank" in status
     job.signal()
-    job.says("requeue: stopped well", 60)
+    job.says("requeue: stopped and saved", 60)
     saved = run.steps()
     job.ends(seconds=150)
     assert job.field("Restarts") == "1" and len(saved) == 1 and 3 <= saved[0] < SHORT
@@ -177,10 +177,10 @@ def test_a_run_survives_the_loss_of_a_node(
 
 
 @pytest.mark.slow
-def test_a_job_that_was_cut_off_and_replaced_cannot_write(
+def test_a_replaced_job_behind_a_pulled_cable_cannot_write(
     trainer: Workplace, cluster: Cluster, shards: Path, undisturbed: Reference
 ) -> None:
-    """Both ranks and the batch script go on behind a pulled cable, and see the shared disk."""
+    """Ranks and batch script keep running behind the pulled cable and still see the shared disk."""
     if not cluster.namespaces:
         pytest.skip("no cables: the nodes have no network of their own (needs root)")
     options = ("--nodes=1", "--ntasks-per-node=2")
@@ -189,7 +189,7 @@ def test_a_job_that_was_cut_off_and_replaced_cannot_write(
     cluster("cut", old)
     cluster.command("scontrol", "update", f"nodename={old}", "state=down", "reason=cut")
     job.until(lambda: job.field("Restarts") == "1", "the requeue", 90)
-    job.until(lambda: max(losses(run)) > cut_at, "steps behind the cut", 20)
+    job.until(lambda: max(losses(run)) > cut_at, "steps after the cut", 20)
     behind = run.root / f"logs/{job.number}.0/rank00000.txt"
     job.says(rf"job {job.number}\.1: ", 60)
     job.until(lambda: "is owned by generation 2" in behind.read_text(), "the fence", 90)
@@ -202,7 +202,7 @@ def test_a_job_that_was_cut_off_and_replaced_cannot_write(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_over_time_limits(
+def test_a_run_continues_across_time_limits(
     trainer: Workplace, shards: Path, undisturbed: Reference
 ) -> None:
     options = ("--time=1", "--signal=B:USR2@20")
@@ -216,7 +216,7 @@ def test_a_run_goes_on_over_time_limits(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_after_preemption(
+def test_a_run_resumes_after_preemption(
     trainer: Workplace, cluster: Cluster, shards: Path, undisturbed: Reference
 ) -> None:
     job, run = start(trainer, shards, SHORT, "save.every=1000", options=("--exclusive",))
@@ -224,13 +224,13 @@ def test_a_run_goes_on_after_preemption(
     urgent.write_text("#!/bin/sh\nsleep 1\n")
     words = ("--partition=urgent", "--nodes=3", "--exclusive", str(urgent))
     assert cluster.command("sbatch", *words, cwd=trainer.folder).returncode == 0
-    job.says("asked to stop", 30).ends(seconds=200)
+    job.says("stop requested", 30).ends(seconds=200)
     assert job.field("Restarts") == "1"
     assert_as_undisturbed(run, undisturbed)
 
 
 @pytest.mark.slow
-def test_a_stopped_rank_is_named_and_the_run_goes_on(
+def test_a_stopped_rank_is_named_and_the_run_resumes(
     trainer: Workplace, shards: Path, undisturbed: Reference
 ) -> None:
     trainer.settings.write_text(
@@ -266,17 +266,17 @@ def test_each_node_reads_its_own_copy_of_the_shards(
     job, run = start(trainer, shards, SHORT, "save.every=100")
     job.ends(seconds=150)
     assert_as_undisturbed(run, undisturbed)
-    assert not list(local.iterdir()), "the shared file system has no copy"
+    assert not list(local.iterdir()), "a copy on the shared file system"
     for node in ("vn1", "vn2"):
         found = cluster("exec", node, "find", str(local), "-name", "index.json")
         assert len(found.splitlines()) == 1, node
 
 
 @pytest.mark.slow
-def test_real_jobs_on_the_same_nodes_do_not_meet(
+def test_two_real_jobs_on_the_same_nodes_do_not_interfere(
     trainer: Workplace, cluster: Cluster, shards: Path, undisturbed: Reference
 ) -> None:
-    """Both are told the same port: the second finds it taken, and its ranks meet on another."""
+    """Both get the same port: the second job finds it taken and uses another one."""
     trainer.settings.write_text(trainer.settings.read_text() + "export MASTER_PORT=23456\n")
     jobs = []
     for name in ("one", "two"):
