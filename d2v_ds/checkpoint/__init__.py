@@ -9,27 +9,25 @@
       COMPLETE                    the SHA-256 of manifest.json; written last
 
 A piece is (parameter name, offset of its first element in the flattened parameter, values). Nothing
-depends on ranks, ZeRO stage or precision: a run resumes under any of them, and a reader needs
-neither DeepSpeed nor the model. Files are safetensors and JSON, so nothing is ever unpickled.
+depends on the number of ranks, the ZeRO stage or the precision: a run resumes under any of them,
+and reading needs neither DeepSpeed nor the model. Files are safetensors and JSON, so nothing is
+ever unpickled.
 
-A checkpoint is written aside, as checkpoints/.STEP.GENERATION.tmp, and renamed when the files of
-all ranks are on the disk, so a crash at any moment leaves the earlier checkpoints as they were.
+A checkpoint is written to checkpoints/.STEP.GENERATION.tmp and renamed once the files of all ranks
+are on disk, so a crash at any time leaves the earlier checkpoints intact.
 """
 
-from d2v_ds.checkpoint.format import DamagedCheckpoint, Kind, Pieces, Shapes
+from d2v_ds.checkpoint.format import DamagedCheckpoint, Shapes, StateKind
 from d2v_ds.checkpoint.read import Checkpoint, newest_verified, open_checkpoint
 from d2v_ds.checkpoint.saver import Saver
 from d2v_ds.checkpoint.write import clean, publish
-from d2v_ds.distributed.collectives import RankFailed
 
 __all__ = [
     "Checkpoint",
     "DamagedCheckpoint",
-    "Kind",
-    "Pieces",
-    "RankFailed",
     "Saver",
     "Shapes",
+    "StateKind",
     "clean",
     "newest_verified",
     "open_checkpoint",

@@ -1,4 +1,4 @@
-"""Loading: find the newest sound checkpoint, read from it whatever pieces this rank owns."""
+"""Loading: find the newest sound checkpoint and read the pieces that this rank owns from it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from torch import Tensor
 from d2v_ds.checkpoint.format import (
     FORMAT,
     DamagedCheckpoint,
+    EmaPieces,
     Files,
-    Kind,
-    Pieces,
     PieceTable,
     Shapes,
+    StateKind,
     by_kind,
     piece_table,
 )
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One published checkpoint, opened: the manifest is in memory, the tensors are not."""
+    """A published checkpoint, opened: its manifest is in memory, its tensors are not."""
 
     path: Path
     step: int
@@ -50,7 +50,7 @@ class Checkpoint:
     pieces: PieceTable
 
     def verify(self, rank: int = 0, ranks: int = 1) -> None:
-        """Reads every `ranks`-th file from number `rank` on. Raises DamagedCheckpoint."""
+        """Reads every `ranks`-th file, starting with number `rank`. Raises DamagedCheckpoint."""
         for name, entry in list(self.files.items())[rank::ranks]:
             path = self.path / name
             if not path.is_file():
@@ -58,27 +58,26 @@ class Checkpoint:
             if (size := path.stat().st_size) != entry["bytes"]:
                 raise DamagedCheckpoint(f"{path}: has {size} bytes, {entry['bytes']} were written")
             if sha256(path) != entry["sha256"]:
-                raise DamagedCheckpoint(f"{path}: its SHA-256 is not that of what was written")
+                raise DamagedCheckpoint(f"{path}: its SHA-256 differs from what was written")
 
-    def restore(
-        self, partitions: Mapping[str, Partition], ema: Mapping[Kind, Pieces], shapes: Shapes
-    ) -> None:
-        """Writes this rank's own pieces in place, from those of whatever stage and ranks.
+    def restore(self, partitions: Mapping[str, Partition], ema: EmaPieces, shapes: Shapes) -> None:
+        """Reads what this rank owns into its partitions and averages, in place, whatever ZeRO stage
+        and number of ranks wrote the checkpoint.
 
-        shapes: every parameter of this run's model and teacher, as given to `Saver.start`. Raises
-        UserError when names or shapes differ from the checkpoint's; nothing is written then.
-        The caller's low-precision copies are stale afterwards: engine.refresh().
+        shapes: every parameter of this run's task, as given to `Saver.start`. Raises UserError,
+        before anything is written, if names or shapes differ from the checkpoint's. The caller
+        then refreshes its low-precision copies: engine.refresh().
         """
         self._refuse_other_model(shapes)
         wanted = by_kind(partitions, ema)
         for kind, pieces in wanted.items():
             for name in pieces:
                 assert name in self.pieces[kind], f"{name}: {self.path} has no {kind} of it"
-        written: dict[int, tuple[str, int]] = {}  # parameters of a group may share one step tensor
+        written: dict[int, tuple[str, int]] = {}  # parameters of a group may share a step
         for name, partition in partitions.items():
             first, step = written.setdefault(id(partition.adam_step), (name, self.adam_steps[name]))
             assert step == self.adam_steps[name], (
-                f"{name} and {first} share one Adam step here and differ in {self.path}"
+                f"{name} and {first} share an Adam step here but not in {self.path}"
             )
         with torch.no_grad(), self._reader() as read:
             for kind, pieces in wanted.items():
@@ -87,7 +86,7 @@ class Checkpoint:
             for name, partition in partitions.items():
                 partition.adam_step.fill_(self.adam_steps[name])
 
-    def tensors(self, kind: Kind) -> dict[str, Tensor]:
+    def tensors(self, kind: StateKind) -> dict[str, Tensor]:
         """{parameter name: whole fp32 tensor on the CPU}: `master` for the student's weights,
         `ema` for the teacher's."""
         whole = {}
@@ -99,13 +98,13 @@ class Checkpoint:
         return whole
 
     @contextlib.contextmanager
-    def _reader(self) -> Iterator[Callable[[Kind, str, int, Tensor], None]]:
+    def _reader(self) -> Iterator[Callable[[StateKind, str, int, Tensor], None]]:
         """read(kind, name, offset, into): fills `into` with the elements from `offset` on. Files
-        are mapped, not read whole, and only those that hold what is asked for are opened."""
+        are memory-mapped, and only those that hold what is needed are opened."""
         with contextlib.ExitStack() as stack:
             opened: dict[str, Any] = {}
 
-            def read(kind: Kind, name: str, offset: int, into: Tensor) -> None:
+            def read(kind: StateKind, name: str, offset: int, into: Tensor) -> None:
                 end = offset + into.numel()
                 filled = 0
                 for start, length, file in self.pieces[kind][name]:
@@ -118,7 +117,7 @@ class Checkpoint:
                     into[low - offset : high - offset].copy_(stored[low - start : high - start])
                     filled += high - low
                 assert filled == into.numel(), (
-                    f"{name}: {filled} of the elements {offset} to {end} are in {self.path}"
+                    f"{name}: {filled} of elements {offset} to {end} are in {self.path}"
                 )
 
             yield read
@@ -130,30 +129,32 @@ class Checkpoint:
             if was is None:
                 differing.append(f"without {name}, which this run has")
             elif now is None:
-                differing.append(f"with {name}, which this run has not")
+                differing.append(f"with {name}, which this run lacks")
             elif was != tuple(now):
                 differing.append(f"with {name} of shape {list(was)}, this run has {list(now)}")
         if differing:
-            more = f" ({len(differing)} parameters differ in all)" if len(differing) > 1 else ""
+            more = f" ({len(differing)} parameters differ in total)" if len(differing) > 1 else ""
             raise UserError(
-                f"checkpoint {self.step} was written {differing[0]}{more}. Resume needs an equal "
+                f"checkpoint {self.step} was written {differing[0]}{more}. Resuming needs the same "
                 "model; choose another run.dir."
             )
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in the folder `path`; its tensors are not read, so not verified, yet.
+    """The checkpoint in the folder `path`. Its tensors are neither read nor verified yet.
 
-    Raises DamagedCheckpoint when it is not whole, UserError when its format is not ours.
+    Raises DamagedCheckpoint if it is incomplete, UserError if its format is another version's.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint")
     for name in ("COMPLETE", "manifest.json"):
         if not (path / name).is_file():
-            raise DamagedCheckpoint(f"{path / name}: missing, so this is no complete checkpoint")
+            raise DamagedCheckpoint(f"{path / name}: missing, so the checkpoint is incomplete")
     text = (path / "manifest.json").read_bytes()
     if hashlib.sha256(text).hexdigest() != (path / "COMPLETE").read_text(errors="replace").strip():
-        raise DamagedCheckpoint(f"{path / 'manifest.json'}: its SHA-256 is not that in COMPLETE")
+        raise DamagedCheckpoint(
+            f"{path / 'manifest.json'}: its SHA-256 differs from that in COMPLETE"
+        )
     manifest = json.loads(text)
     if manifest["format"] != FORMAT:
         raise UserError(
@@ -173,11 +174,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def newest_verified(run: RunFolder) -> Checkpoint | None:
-    """The newest checkpoint whose every file is what was written; None if there is none at all.
+    """The newest checkpoint whose files are all as they were written; None if there are no
+    checkpoints.
 
-    All ranks call it together, and share the reading. A damaged one is passed over with a warning
-    that names the file and what is wrong. Raises UserError when there are checkpoints and none is
-    sound: to start again from nothing must be a person's decision.
+    All ranks call it together and share the reading. A damaged checkpoint is skipped with a warning
+    that names the file and the damage. Raises UserError if there are checkpoints but none is sound:
+    starting from scratch must be a person's decision.
     """
     steps = all_gather(run.steps())[0]
     for step in reversed(steps):
@@ -185,17 +187,17 @@ def newest_verified(run: RunFolder) -> Checkpoint | None:
         if not damage:
             return open_checkpoint(run.checkpoint(step))
         if own_rank() == 0:
-            log.warning("checkpoint %d is passed over: %s", step, damage[0])
+            log.warning("checkpoint %d is skipped: %s", step, damage[0])
     if steps:
         raise UserError(
             f"{run.checkpoints}: none of the {len(steps)} checkpoints is sound; remove them to "
-            "start again, or choose another run.dir"
+            "start from scratch, or choose another run.dir"
         )
     return None
 
 
 def _damage(path: Path) -> str:
-    """What is wrong with this rank's part of a checkpoint's files; empty if nothing is."""
+    """The damage in this rank's share of a checkpoint's files; empty if there is none."""
     try:
         open_checkpoint(path).verify(own_rank(), rank_count())
     except (DamagedCheckpoint, OSError) as error:

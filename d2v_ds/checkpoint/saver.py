@@ -1,11 +1,11 @@
-"""Saving in the background: training waits for a copy to host memory alone.
+"""Saving in the background: training only waits for a copy to host memory.
 
-    start: live pieces --copy--> host memory --a thread of each rank--> files, aside
-    poll, at a step's boundary: every rank's files are on the disk --rank 0--> checkpoints/STEP/
+    start: live pieces --copy--> host memory --a thread of each rank--> files in a temporary folder
+    poll, between steps: every rank's files are on disk --rank 0--> checkpoints/STEP/
 
-What needs all ranks, to agree that the files are there and to publish them, happens in `start`,
-`poll` and `finish`, which all ranks call together from their main threads; a thread writes files
-and does nothing else. Until a checkpoint is published the earlier ones stay.
+Everything that needs all ranks (to agree that the files are complete, and to publish them) happens
+in `start`, `poll` and `finish`, which all ranks call together from their main threads; the thread
+only writes files. The earlier checkpoints stay until a new one is published.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from d2v_ds.checkpoint import write
-from d2v_ds.checkpoint.format import Files, Kind, Pieces, Shapes, by_kind
+from d2v_ds.checkpoint.format import EmaPieces, Files, Shapes, StateKind, by_kind
 from d2v_ds.distributed.collectives import all_gather, all_true, on_all_ranks, own_rank
-from d2v_ds.engine import Partition
+from d2v_ds.engine import Partition, Pieces
 from d2v_ds.errors import UserError
 from d2v_ds.files import sync
 from d2v_ds.run.run_folder import Generation, RunFolder, refuse_superseded
@@ -46,13 +46,14 @@ class _Pending:
 
 
 class Saver:
-    """The checkpoints of one start of a run: one at a time is under way.
+    """Writes the checkpoints of one start of a run, one at a time.
 
-    keep: the newest that stay; keep_every: those of steps that it divides stay for good (0: none).
-    replicated: every rank holds everything, and rank 0 alone writes. What goes wrong is raised on
-    all ranks alike, by whichever method comes next: UserError when the disk is too full, Superseded
-    when a newer start owns the run folder, RankFailed otherwise. The run folder is then as if the
-    save had never begun. Host memory for one copy of the state is kept between saves.
+    keep: the number of newest checkpoints to keep; keep_every: checkpoints at multiples of this
+    step are kept permanently (0: none). replicated: every rank holds everything, so only rank 0
+    writes. A failure is raised on all ranks by the next method called: UserError if the disk is too
+    full, Superseded if a newer start owns the run folder, RankFailed otherwise. The run folder is
+    then as if the save had never begun. Host memory for one copy of the state is kept between
+    saves.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Saver:
         self.keep, self.keep_every = keep, keep_every
         self._owns = own_rank() == 0 or not replicated
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._host: dict[tuple[Kind, str], Tensor] = {}
+        self._host: dict[tuple[StateKind, str], Tensor] = {}
         self._pending: _Pending | None = None
 
     def start(
@@ -76,15 +77,15 @@ class Saver:
         step: int,
         *,
         partitions: Mapping[str, Partition],
-        ema: Mapping[Kind, Pieces],
+        ema: EmaPieces,
         shapes: Shapes,
         state: Mapping[str, Any],
     ) -> None:
-        """Begins checkpoints/STEP, after finishing the one before; returns when the state is in
-        host memory.
+        """Begins checkpoints/STEP, after finishing the previous one; returns once the state is
+        copied to host memory.
 
-        Each rank gives the pieces it owns; `shapes` has every parameter of every rank and of the
-        teacher. state: what JSON takes, at least all that training needs to go on.
+        Each rank gives what it owns; `shapes` has every parameter of the task. state: what else
+        training needs to resume, as JSON.
         """
         self.finish()
         kinds = by_kind(partitions, ema) if self._owns else {}
@@ -100,7 +101,7 @@ class Saver:
         try:
             on_all_ranks(lambda: self._prepare(aside, needed) if rank == 0 else None)
             adam_steps = _merge_steps(all_gather(steps))
-            copies: dict[Kind, Pieces] = {}
+            copies: dict[StateKind, Pieces] = {}
             on_all_ranks(lambda: copies.update(self._copy(kinds)))
         except BaseException:
             self._discard(aside)
@@ -109,13 +110,13 @@ class Saver:
         self._pending = _Pending(step, aside, state, shapes, adam_steps, written)
 
     def poll(self) -> None:
-        """Publishes the checkpoint under way once every rank has written its part."""
+        """Publishes the pending checkpoint if every rank has written its part."""
         if self._pending and all_true(self._pending.written.done()):
             self.finish()
 
     def finish(self) -> None:
-        """Waits for the checkpoint under way, if there is one, publishes it, and removes those
-        that are no longer to be kept."""
+        """Waits for the pending checkpoint, if there is one, publishes it, and removes those that
+        are no longer to be kept."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -132,22 +133,22 @@ class Saver:
             self._retain(pending.step)
 
     def _prepare(self, aside: Path, needed: int) -> None:
-        """The folder to write into, if there is room and this start still owns the run."""
+        """Creates the folder to write into, if there is room and this start still owns the run."""
         refuse_superseded(self.run, self.generation)
         self.run.checkpoints.mkdir(exist_ok=True)
         free = shutil.disk_usage(self.run.checkpoints).free
         if free < needed * 1.01 + 2**20:  # file headers and the manifest come on top
             raise UserError(
                 f"{self.run.checkpoints}: a checkpoint needs {needed / 1e9:.3g} GB, "
-                f"{free / 1e9:.3g} GB are free; free some space, or lower save.keep (one more than "
-                "that lies here while saving)"
+                f"{free / 1e9:.3g} GB are free; free some space or lower save.keep (one more "
+                "checkpoint is on disk while saving)"
             )
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
 
-    def _copy(self, kinds: Mapping[Kind, Pieces]) -> dict[Kind, Pieces]:
-        """The pieces in host memory, which the next save uses again."""
-        copies: dict[Kind, Pieces] = {}
+    def _copy(self, kinds: Mapping[StateKind, Pieces]) -> dict[StateKind, Pieces]:
+        """The pieces in host memory, which is reused by the next save."""
+        copies: dict[StateKind, Pieces] = {}
         for kind, pieces in kinds.items():
             own = {}
             for name, (offset, values) in pieces.items():
@@ -162,8 +163,8 @@ class Saver:
         return copies
 
     def _written(self, pending: _Pending) -> Files:
-        """What this rank wrote. A newer start removes what an older one is writing: then that is
-        told, rather than that files are gone."""
+        """What this rank wrote. A newer start deletes the files that an older one is writing, which
+        is reported as such rather than as missing files."""
         try:
             return pending.written.result()
         except Exception:
@@ -179,10 +180,10 @@ class Saver:
             shutil.rmtree(aside, ignore_errors=True)
 
     def _retain(self, step: int) -> None:
-        """Removes what is not to be kept of the checkpoints up to `step`, which was just published.
+        """Removes the checkpoints up to `step`, just published, that are no longer to be kept.
 
-        Those of later steps, left by a start that went on from a damaged one, are not counted and
-        not touched: training comes by and replaces them.
+        Checkpoints of later steps, which remain if a run resumed from an earlier one because they
+        are damaged, neither count nor are removed: training will replace them.
         """
         for old in [s for s in self.run.steps() if s <= step][: -self.keep]:
             if self.keep_every and old % self.keep_every == 0:
@@ -190,14 +191,14 @@ class Saver:
             removed = self.run.checkpoints / f".{old:08d}.removed"
             try:
                 os.rename(self.run.checkpoint(old), removed)
-                sync(self.run.checkpoints)  # else a power cut could leave the name, not the files
+                sync(self.run.checkpoints)  # a power failure must not keep an empty name
                 shutil.rmtree(removed)
-            except OSError as error:  # an old checkpoint too many is no reason to end a run
+            except OSError as error:  # an extra checkpoint is no reason to end a run
                 log.warning("cannot remove %s: %s", self.run.checkpoint(old), error)
 
 
 def _merge_steps(ranks: list[dict[str, int]]) -> dict[str, int]:
-    """Adam's own step by parameter; every rank that owns a piece must have counted the same."""
+    """Adam's step by parameter; all ranks that own a part of it must agree."""
     merged: dict[str, int] = {}
     for steps in ranks:
         for name, step in steps.items():

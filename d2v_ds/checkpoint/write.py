@@ -1,4 +1,4 @@
-"""Writing: every rank its pieces, aside; rank 0 makes them a checkpoint by a rename."""
+"""Writing: every rank writes its pieces to a temporary folder; rank 0 publishes it by a rename."""
 
 from __future__ import annotations
 
@@ -16,23 +16,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from d2v_ds.checkpoint.format import (
-    FORMAT,
-    Files,
-    Kind,
-    Pieces,
-    Shapes,
-    check_cover,
-    piece_table,
-)
+from d2v_ds.checkpoint.format import FORMAT, Files, Shapes, StateKind, check_cover, piece_table
+from d2v_ds.engine import Pieces
 from d2v_ds.files import sha256, sync, write_durably
 from d2v_ds.run.run_folder import Generation, RunFolder, refuse_superseded
 
 PACKAGES = ("d2v-ds", "torch", "deepspeed", "safetensors")  # whose versions are recorded
 
 
-def write_pieces(aside: Path, rank: int, kinds: Mapping[Kind, Pieces]) -> Files:
-    """Writes one rank's pieces into the folder `aside`, and waits until they are on the disk;
+def write_pieces(aside: Path, rank: int, kinds: Mapping[StateKind, Pieces]) -> Files:
+    """Writes one rank's pieces into the folder `aside` and waits until they are on disk; returns
     {file name: its entry in the manifest}, empty if there are none."""
     tensors = {
         f"{kind}/{name}": values.detach().cpu()
@@ -62,7 +55,7 @@ def build_manifest(
     adam_steps: Mapping[str, int],
     files: Sequence[Files],
 ) -> dict[str, Any]:
-    """manifest.json: everything but the tensors. files: what write_pieces gave on each rank."""
+    """manifest.json: everything but the tensors. files: what write_pieces returned on each rank."""
     return {
         "format": FORMAT,
         "step": step,
@@ -77,11 +70,10 @@ def build_manifest(
 def publish(
     run: RunFolder, generation: Generation, aside: Path, manifest: Mapping[str, Any]
 ) -> Path:
-    """Makes the checkpoint in the folder `aside` visible: the only way for one to become so.
+    """Publishes the checkpoint in the folder `aside`, which holds the files of all ranks, on disk.
 
-    The files of all ranks lie in `aside`, on the disk. Raises Superseded when a newer start owns
-    the run folder: nothing that anyone reads has changed then. An older checkpoint of the same step
-    is replaced (it was damaged, or training came by again).
+    An older checkpoint of the same step is replaced: it was damaged, or an earlier start wrote it.
+    Raises Superseded if a newer start owns the run folder; then nothing visible has changed.
     """
     step: int = manifest["step"]
     check_cover(piece_table(manifest["files"]), manifest["shapes"], manifest["adam_steps"])
@@ -102,9 +94,9 @@ def publish(
 
 
 def clean(run: RunFolder) -> None:
-    """Removes what saves that were cut short left behind; rank 0 calls it after its claim.
+    """Removes what interrupted saves left behind; rank 0 calls it after it claimed the folder.
 
-    A checkpoint that was about to be replaced, and was not, gets its name back.
+    A checkpoint that was moved away to be replaced, but was not replaced, gets its name back.
     """
     if not run.checkpoints.is_dir():
         return

@@ -1,15 +1,15 @@
-"""The seam between the algorithm and whatever trains it: a small protocol, two implementations.
+"""The seam between the algorithm and what trains it: a small protocol with two implementations.
 
-local.py is plain torch on one process, the reference that the other is held against; zero.py is
-DeepSpeed ZeRO 0 to 3 on any number of ranks. The EMA, checkpoints and resume use `partitions`,
-`refresh` and `publish` alone and do not know the stage.
+local.py is plain torch in one process, the reference that the other is tested against. zero.py is
+DeepSpeed ZeRO 0 to 3 on any number of ranks. The EMA, checkpoints and resume use only `partitions`,
+`refresh` and `publish`, so they do not know the ZeRO stage.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,67 +21,76 @@ from d2v_ds.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+Pieces = Mapping[str, tuple[int, Tensor]]
+"""What a rank owns of some parameters: {name: (offset in the flattened parameter, flat fp32
+values)}."""
+
+EmaKind = Literal["ema", "ema_compensation"]
+
 
 @dataclass(frozen=True)
 class ParamGroup:
     """Parameters that take optimizer steps together."""
 
     name: str
-    part: str  # "" for what every step trains; a modality's name for its own parts
-    averaged: bool  # whether a frozen module follows them (the teacher)
+    part: str  # "" if every step trains it; else the modality that it belongs to
+    averaged: bool  # whether the teacher follows it
     decay: bool  # whether weight decay applies
     parameters: Mapping[str, nn.Parameter]  # by full name in the wrapped module, in module order
 
 
 @dataclass(frozen=True)
 class Partition:
-    """What this rank owns of one parameter: live, flat fp32 views, all of one length."""
+    """What this rank owns of one parameter: live, flat fp32 views of equal length."""
 
     offset: int  # of the first element in the flattened parameter
     master: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    adam_step: Tensor  # scalar; parameters of one group may share it
+    adam_step: Tensor  # a scalar; parameters of one group may share it
 
 
 class Engine(Protocol):
     device: torch.device
     precision: str  # fp32, bf16 or fp16
-    replicated: bool  # every rank owns everything (local, stage 0): rank 0 alone need write it
+    replicated: bool  # every rank owns everything (local, stage 0), so only rank 0 need write it
     groups: Sequence[ParamGroup]
 
-    def __call__(self, batch: Batch, masked_count: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Forward of the wrapped task on a batch that lies on `device`: (loss, stats). The loss is
-        this micro-batch's share of the step's loss: the sum over its masked tokens divided by the
-        global `masked_count`."""
+    def __call__(self, batch: Batch, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The forward pass of the wrapped task for a batch on `device`: (loss, sums). The loss is
+        this micro-batch's share of the step's loss, whose normaliser `count` is global."""
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of one micro-batch; they are summed over micro-batches and ranks.
         Called `accumulation` times before each step."""
 
     def step(self, lr: float, weight_decay: float, active: str) -> bool:
-        """One optimizer step after the last micro-batch. Groups whose part is neither "" nor
-        `active` stay as they are, with their moments and Adam steps; they must have got no
-        gradient. True iff parameters changed; a non-finite gradient norm on any rank changes
-        nothing on all of them."""
+        """Takes one optimizer step; True if parameters changed.
+
+        Groups whose part is neither "" nor `active` keep their weights, moments and Adam steps;
+        they must not have received gradients. A non-finite gradient norm on any rank skips the
+        step on all of them.
+        """
 
     def grad_norm(self) -> Tensor:
-        """Global norm of the last step's gradients before clipping, fp32, on the device; not
-        finite where that step was skipped."""
+        """The global norm of the last step's gradients before clipping, fp32, on the device; not
+        finite if that step was skipped."""
 
     def partitions(self) -> dict[str, Partition]:
-        """By parameter name; parameters of which this rank owns nothing are absent. The views
-        stay the same as long as the engine lives."""
+        """By parameter name, without the parameters of which this rank owns nothing. The views
+        stay the same for the engine's lifetime."""
 
     def refresh(self) -> None:
-        """After masters were written: the low-precision weights follow. All ranks together."""
+        """Updates the low-precision weights after masters were written. All ranks together."""
 
-    def publish(self, module: nn.Module, values: Mapping[str, tuple[int, Tensor]]) -> None:
-        """Writes {parameter name in `module`: (offset, flat fp32 values)} into the frozen `module`,
-        a submodule of the wrapped one, cast to its dtype; every rank gives what it owns. An
-        all-gather under stages 0 to 2, partition to partition under stage 3. All ranks call it
-        together, each time with the same names, offsets and lengths, which are those of trainable
-        parameters in averaged groups."""
+    def publish(self, module: nn.Module, values: Pieces) -> None:
+        """Writes values into the frozen `module`, a submodule of the wrapped one, cast to its
+        dtype; names are relative to `module`, and every rank gives what it owns.
+
+        An all-gather under stages 0 to 2, from partition to partition under stage 3. All ranks
+        call it together, each time with the same names, offsets and lengths, which are those of
+        trainable parameters in averaged groups.
+        """
 
 
 def create_engine(
@@ -96,15 +105,15 @@ def create_engine(
 ) -> Engine:
     """The engine that `settings.config` names, around `module`, whose parameters are fp32.
 
-    accumulation: micro-batches of this rank in one optimizer step. overrides: DeepSpeed settings
-    on top of the JSON file's (tests use small buckets). torch.distributed must be initialised for
-    every engine but the local one. Raises UserError for what cannot run here.
+    accumulation: this rank's micro-batches in one optimizer step. overrides: DeepSpeed settings
+    that replace those of the JSON file (tests use small buckets). Every engine except the local one
+    needs torch.distributed. Raises UserError for settings that cannot run here.
     """
     precision = resolve_precision(settings.precision, device)
     trainable = {name for name, p in module.named_parameters() if p.requires_grad}
     grouped = [name for group in groups for name in group.parameters]
     assert len(grouped) == len(set(grouped)) and set(grouped) == trainable, (
-        "the groups must hold every trainable parameter once"
+        "the groups must hold every trainable parameter exactly once"
     )
     assert all(p.dtype == torch.float32 for p in module.parameters()), "parameters must be fp32"
     if settings.config == "local":
@@ -134,7 +143,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the values of `over`, section by section."""
+    """`base`, updated recursively with `over`."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)

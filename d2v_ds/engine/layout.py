@@ -1,6 +1,6 @@
-"""Which rank owns which piece of which parameter, and a frozen module laid out by it.
+"""Which rank owns which part of which parameter, and a frozen module with the same layout.
 
-    own pieces --gather_layout--> [R, P, 3] on every rank --check_layout--> covered exactly once
+    own extents --gather_layout--> [R, P, 3] on every rank --check_layout--> covered exactly once
     fp32 values of what this rank owns --FlatCopy--> a frozen module, whole on every rank
 
 R ranks, P parameters.
@@ -14,14 +14,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-Piece = tuple[int, int, int]  # (offset in the parameter, length, start in the flat master)
+from d2v_ds.engine import Pieces
 
-# torch renamed it; the old name still works, and warns
+Extent = tuple[int, int, int]  # (offset in the parameter, length, start in the flat master)
+
+# torch renamed it; the old name still works but warns
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
-def gather_layout(names: Iterable[str], own: Mapping[str, Piece], device: torch.device) -> Tensor:
-    """[R, P, 3] int64 on the host: each rank's piece of each of `names`, zeros where it has none.
+def gather_layout(names: Iterable[str], own: Mapping[str, Extent], device: torch.device) -> Tensor:
+    """[R, P, 3] int64 on the host: each rank's extent of each of `names`, zeros if it owns nothing.
     All ranks call it together with the same names."""
     rows = [own.get(name, (0, 0, 0)) for name in names]
     mine = torch.tensor(rows, dtype=torch.int64, device=device)  # [P, 3]
@@ -31,8 +33,8 @@ def gather_layout(names: Iterable[str], own: Mapping[str, Piece], device: torch.
 
 
 def check_layout(layout: Tensor, lengths: Mapping[str, int], replicated: bool) -> None:
-    """Asserts that the ranks' pieces, [R, P, 3], cover every parameter exactly once, or whole on
-    every rank."""
+    """Asserts that the ranks' extents, [R, P, 3], cover every parameter exactly once, or that every
+    rank has it whole."""
     for i, (name, length) in enumerate(lengths.items()):
         pieces = [(o, n) for o, n, _ in layout[:, i].tolist() if n > 0]
         if replicated:
@@ -40,24 +42,24 @@ def check_layout(layout: Tensor, lengths: Mapping[str, int], replicated: bool) -
             continue
         end = 0
         for offset, count in sorted(pieces):
-            assert offset == end, f"{name}: element {min(offset, end)} has no or several owners"
+            assert offset == end, f"{name}: element {min(offset, end)} has no owner, or several"
             end = offset + count
         assert end == length, f"{name}: {end} of {length} elements have an owner"
 
 
 def signature(pieces: Tensor) -> tuple[int, ...]:
-    """(offset, length) of each rank's piece, from [R, 3]."""
+    """(offset, length) of each rank's extent, from [R, 3]."""
     return tuple(pieces[:, :2].flatten().tolist())
 
 
 class FlatCopy:
-    """Stages 1 and 2: a frozen module whose parameters are views of flat buffers that are cut over
-    the ranks as the masters' are, so that one all-gather a group brings it up to date."""
+    """Stages 1 and 2: a frozen module whose parameters are views of flat buffers, partitioned over
+    the ranks like the masters, so that one all-gather per group updates it."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._buffers: dict[int, Tensor] = {}  # by optimizer group, [R * partition]
-        self._own: dict[str, Tensor] = {}  # views: where this rank's values go
+        self._own: dict[str, Tensor] = {}  # views that take this rank's values
 
     def place(
         self,
@@ -66,10 +68,10 @@ class FlatCopy:
         group: int,
         size: int,
         start: int,
-        own: Piece | None,
+        own: Extent | None,
     ) -> None:
-        """Moves `parameter` to element `start` of its group's buffer, of `size` elements; own is
-        this rank's piece of it."""
+        """Moves `parameter` to element `start` of its group's buffer of `size` elements; own: this
+        rank's extent of it."""
         if group not in self._buffers:
             self._buffers[group] = parameter.new_zeros(size)
         view = self._buffers[group][start : start + parameter.numel()]
@@ -78,8 +80,8 @@ class FlatCopy:
         if own is not None:
             self._own[name] = view[own[0] : own[0] + own[1]]
 
-    def publish(self, values: Mapping[str, tuple[int, Tensor]]) -> None:
-        assert values.keys() == self._own.keys(), "published other parameters than the first time"
+    def publish(self, values: Pieces) -> None:
+        assert values.keys() == self._own.keys(), "not the parameters of the first publication"
         if values:
             torch._foreach_copy_(
                 [self._own[name] for name in values], [value for _, value in values.values()]

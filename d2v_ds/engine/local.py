@@ -1,14 +1,13 @@
 """The reference engine: plain torch in one process, fp32 or bf16 with fp32 masters.
 
-Everything that ZeRO does by hand-overs between ranks and buffers is here a visible line: gradients
-are summed in fp32, checked, clipped, and taken by AdamW; the low-precision weights are a copy of
-the masters.
+What ZeRO does with buffers and collectives is a visible line here: gradients are summed in fp32,
+checked and clipped, AdamW updates the masters, and the low-precision weights are a copy of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +15,13 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from d2v_ds.batch import Batch
 from d2v_ds.config import Optim
-from d2v_ds.engine import ParamGroup, Partition
+from d2v_ds.engine import ParamGroup, Partition, Pieces
 from d2v_ds.engine.optimizer import AdamW
 from d2v_ds.errors import UserError
 
 
 class LocalEngine:
-    """One process, the whole state. Implements `Engine`; the methods are described there."""
+    """One process that owns the whole state. Implements `Engine`, which documents the methods."""
 
     replicated = True
 
@@ -56,8 +55,8 @@ class LocalEngine:
         self._adamw.create_state(self._masters.values())
         self._grad_norm = torch.zeros((), device=device)
 
-    def __call__(self, batch: Batch, masked_count: int) -> tuple[Tensor, dict[str, Tensor]]:
-        result: tuple[Tensor, dict[str, Tensor]] = self._module(batch, masked_count)
+    def __call__(self, batch: Batch, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        result: tuple[Tensor, dict[str, Tensor]] = self._module(batch, count)
         return result
 
     def backward(self, loss: Tensor) -> None:
@@ -75,7 +74,7 @@ class LocalEngine:
         parts = ("", active)
         stepping = [self._masters[n] for g in self.groups if g.part in parts for n in g.parameters]
         for master in stepping:
-            if master.grad is None:  # nothing reached it: a zero gradient, as under ZeRO
+            if master.grad is None:  # unused parameters have a zero gradient, as under ZeRO
                 master.grad = torch.zeros_like(master)
         self._grad_norm = get_total_norm([m.grad for m in stepping if m.grad is not None])
         finite = bool(self._grad_norm.isfinite())
@@ -110,14 +109,14 @@ class LocalEngine:
             torch._foreach_copy_(list(self._weights.values()), list(self._masters.values()))
 
     @torch.no_grad()
-    def publish(self, module: nn.Module, values: Mapping[str, tuple[int, Tensor]]) -> None:
+    def publish(self, module: nn.Module, values: Pieces) -> None:
         publish_whole(module, values)
 
 
 @torch.no_grad()
-def publish_whole(module: nn.Module, values: Mapping[str, tuple[int, Tensor]]) -> None:
-    """`publish` where every rank has all values: no communication."""
+def publish_whole(module: nn.Module, values: Pieces) -> None:
+    """`publish` if every rank has all values: no communication."""
     weights = [module.get_parameter(name).view(-1) for name in values]
     for (name, (offset, value)), weight in zip(values.items(), weights, strict=True):
-        assert offset == 0 and len(value) == len(weight), f"{name} is not given whole"
+        assert offset == 0 and len(value) == len(weight), f"only a part of {name} is given"
     torch._foreach_copy_(weights, [value for _, value in values.values()])

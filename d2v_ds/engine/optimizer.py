@@ -1,9 +1,9 @@
-"""The optimizer under both engines: parameters in groups, and an AdamW that steps some of them.
+"""The optimizer of both engines: parameters in groups, and an AdamW that steps some of them.
 
-    named parameters --param_groups--> groups --AdamW.prepare(lr, weight decay, part), step()-->
+    named parameters --param_groups--> groups --AdamW.prepare(lr, weight decay, parts), step()-->
 
 DeepSpeed replaces the parameters of each group by its own flat fp32 masters and then calls step()
-group by group, so everything that a step needs lies in the groups themselves.
+group by group, so everything that a step needs is stored in the groups.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def param_groups(
     *,
     decay_all: bool,
 ) -> list[ParamGroup]:
-    """The trainable parameters of `module` by (part, averaged, decay), all in module order.
+    """The trainable parameters of `module`, grouped by (part, averaged, decay), in module order.
 
-    Weight decay spares parameters of fewer than 2 dimensions, biases and scales, unless
-    `decay_all`. What a teacher averages lies in groups of its own, so that its copy can be laid
-    out, and gathered, as the optimizer's flat buffers are.
+    Parameters of fewer than 2 dimensions, biases and scales are exempt from weight decay, unless
+    `decay_all`. Parameters that the teacher averages have groups of their own, so that its copy can
+    have the same layout as the optimizer's flat buffers.
     """
     grouped: dict[tuple[str, bool, bool], dict[str, nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
@@ -53,14 +53,14 @@ def param_groups(
 class AdamW(torch.optim.AdamW):
     """AdamW (Loshchilov and Hutter 2019) in which only the groups of active parts take a step.
 
-    The others are hidden from `step`, for a zero gradient is not "no step": moments and weight
-    decay would go on. A group holds the Adam step of its parameters, so its bias correction counts
-    the steps that it took. No group is active before the first `prepare`, so that a step which
-    DeepSpeed takes on its own account at the start (stage 0 in bf16) changes nothing.
+    The other groups are hidden from `step`, because a zero gradient is not the same as no step:
+    moments would decay and weight decay would apply. Each group counts its own Adam steps for the
+    bias correction. No group is active before the first `prepare`, so that the step which DeepSpeed
+    takes by itself at the start (stage 0 in bf16) changes nothing.
 
     adam_eps "fairseq" adds eps before the bias correction of the second moment, as fairseq's Adam
-    does (fairseq/optim/adam.py): m / (sqrt(v) + eps) * sqrt(1 - b2^t) is what torch computes with
-    eps / sqrt(1 - b2^t) at step t.
+    does (fairseq/optim/adam.py): m / (sqrt(v) + eps) * sqrt(1 - b2^t) equals what torch computes
+    with eps / sqrt(1 - b2^t) at step t.
     """
 
     def __init__(self, groups: Sequence[ParamGroup], optim: Optim) -> None:
@@ -80,15 +80,15 @@ class AdamW(torch.optim.AdamW):
             betas=optim.betas,
             eps=optim.eps,
             weight_decay=0.0,
-            # One pass over memory. On a CPU its last digits depend on where in a tensor an element
-            # lies, so on the ranks and the stage; plain operations do not.
+            # One pass over memory. On a CPU the fused kernel's last digits depend on an element's
+            # index in the tensor, thus on ranks and stage; those of plain operations do not.
             fused=on_gpu,
             foreach=False,
         )
 
     def create_state(self, parameters: Iterable[Tensor]) -> None:
-        """Moments and Adam step of `parameters` at zero: the same as none, but there to be read
-        and written before the first step."""
+        """Zero moments and Adam steps for `parameters`: equivalent to none, but readable and
+        writable before the first step."""
         for p in parameters:
             assert not self.state[p], "an optimizer step was taken before the first one"
             self.state[p].update(
@@ -98,7 +98,7 @@ class AdamW(torch.optim.AdamW):
             )
 
     def prepare(self, lr: float, weight_decay: float, parts: Iterable[str]) -> None:
-        """For the next step: its learning rate and weight decay, and the parts that take it."""
+        """Sets the next step's learning rate and weight decay, and the parts that take it."""
         for group in self.param_groups:
             group["lr"] = lr
             group["weight_decay"] = weight_decay if group["decay"] else 0.0
@@ -106,7 +106,7 @@ class AdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step of the active groups, with what `prepare` set."""
+        """One step of the active groups, as `prepare` set them."""
         assert closure is None, "closures are not supported"
         groups = self.param_groups
         self.param_groups = [group for group in groups if group["active"] and group["params"]]

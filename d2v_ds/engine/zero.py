@@ -1,9 +1,9 @@
 """The cluster engine: DeepSpeed ZeRO stages 0 to 3; the only file that knows DeepSpeed.
 
-The run configuration and a file of ds_configs/ become one DeepSpeed engine around the task. Where
-its flat fp32 masters hold which piece of which parameter is found once, at the start, and checked;
-from then on `partitions`, `refresh` and `publish` are copies between tensors. What depends on the
-stage stands in `find_masters` and below it.
+The run configuration and a file of ds_configs/ become one DeepSpeed engine around the task. At the
+start it is determined once, and checked, which part of which parameter is where in DeepSpeed's flat
+fp32 masters; from then on `partitions`, `refresh` and `publish` are copies between tensors. Most of
+what depends on the stage is in `find_masters` and below.
 
 R ranks, P parameters.
 """
@@ -25,22 +25,22 @@ from torch.nn.utils import get_total_norm
 
 from d2v_ds.batch import Batch
 from d2v_ds.config import Optim
-from d2v_ds.engine import DTYPES, ParamGroup, Partition, merge
+from d2v_ds.engine import DTYPES, ParamGroup, Partition, Pieces, merge
 from d2v_ds.engine.layout import FlatCopy, check_layout, gather_layout, signature
 from d2v_ds.engine.local import publish_whole
 from d2v_ds.engine.optimizer import AdamW
 from d2v_ds.errors import UserError
 
-# DeepSpeed settings that take the fp32 masters away from us or train to something else:
-# path -> (refused values, reason)
+# DeepSpeed settings that hide the fp32 masters or change the result: path -> (refused values,
+# reason)
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.round_robin_gradients": (
         (True,),
-        "it was seen to train to other weights; remove it",
+        "it was seen to train to different weights; remove it",
     ),
     "zero_optimization.compute_grad_norm": (
         (False,),
-        "without the norm a non-finite step would not be skipped; remove it",
+        "without the norm, non-finite steps would not be skipped; remove it",
     ),
     "zero_optimization.offload_optimizer.device": (
         ("nvme",),
@@ -68,7 +68,7 @@ GPU_ONLY = (
 
 
 class ZeroEngine:
-    """Implements `Engine`, where the methods are described, on every rank of torch.distributed."""
+    """Implements `Engine`, which documents the methods, on all ranks of torch.distributed."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class ZeroEngine:
         self._copies: dict[nn.Module, FlatCopy] = {}
 
         module.to(device)
-        for parameter in module.parameters():  # before the fp32 values are kept, and rounded
+        for parameter in module.parameters():  # before the fp32 values are kept
             dist.broadcast(parameter.data, 0)
         self._weights: dict[str, Any] = {n: p for g in groups for n, p in g.parameters.items()}
         initial = {n: p.detach().to("cpu", copy=True).view(-1) for n, p in self._weights.items()}
@@ -104,8 +104,8 @@ class ZeroEngine:
         flats, masters = find_masters(self.stage, self._engine, self._weights, self.rank)
         self._adamw.create_state(flats)
         self._partitions = {name: self._partition(master) for name, master in masters.items()}
-        pieces = {n: (at.offset, at.length, at.start) for n, at in masters.items()}
-        self._layout = gather_layout(self._weights, pieces, device)
+        extents = {n: (at.offset, at.length, at.start) for n, at in masters.items()}
+        self._layout = gather_layout(self._weights, extents, device)
         check_layout(self._layout, {n: len(v) for n, v in initial.items()}, self.replicated)
         self._start_from(initial)
 
@@ -120,26 +120,26 @@ class ZeroEngine:
         )
 
     def _start_from(self, initial: Mapping[str, Tensor]) -> None:
-        """DeepSpeed's masters start from weights already rounded to low precision: they are held
-        against the fp32 ones, which shows that every piece was found, and then take those."""
+        """Sets the masters to the fp32 weights. DeepSpeed initialises them from weights that are
+        already rounded to low precision, and comparing the two shows that every partition was
+        found."""
         for name, partition in self._partitions.items():
             value = initial[name][partition.offset : partition.offset + len(partition.master)]
             rounded = value.to(DTYPES[self.precision]).float()
             assert partition.master.dtype == torch.float32, f"the master of {name} is not fp32"
-            assert torch.equal(partition.master.cpu(), rounded), (
-                f"{name}: its master lies elsewhere"
-            )
+            assert torch.equal(partition.master.cpu(), rounded), f"{name}: its master is elsewhere"
             partition.master.copy_(value)
         self.refresh()
 
-    def __call__(self, batch: Batch, masked_count: int) -> tuple[Tensor, dict[str, Tensor]]:
-        result: tuple[Tensor, dict[str, Tensor]] = self._engine(batch, masked_count)
+    def __call__(self, batch: Batch, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        result: tuple[Tensor, dict[str, Tensor]] = self._engine(batch, count)
         return result
 
     def backward(self, loss: Tensor) -> None:
         if self._micro_batches:
-            self._engine.step()  # between micro-batches it counts, and does nothing else
-        self._engine.backward(loss * self.ranks, scale_wrt_gas=False)  # it averages over ranks
+            self._engine.step()  # between micro-batches this only counts
+        # DeepSpeed averages over ranks, but the loss is to be summed.
+        self._engine.backward(loss * self.ranks, scale_wrt_gas=False)
         self._micro_batches += 1
 
     @torch.no_grad()
@@ -149,7 +149,7 @@ class ZeroEngine:
         )
         self._micro_batches = 0
         finite = True
-        if self.stage == 0 and self.precision == "fp32":  # DeepSpeed gives no norm, skips nothing
+        if self.stage == 0 and self.precision == "fp32":  # DeepSpeed has no norm and skips nothing
             gradients = [p.grad for p in self._weights.values() if p.grad is not None]
             self._grad_norm = get_total_norm(gradients)
             finite = bool(self._grad_norm.isfinite())
@@ -163,8 +163,8 @@ class ZeroEngine:
         return finite and bool(self._engine.was_step_applied())
 
     def _zero_idle_gradients(self, active: str) -> None:
-        """At stage 3 a parameter that was not run keeps the gradient of its last step, which would
-        enter the norm and so the clipping."""
+        """At stage 3 an unused parameter keeps the gradient of its last step, which would enter the
+        norm and thus the clipping."""
         from deepspeed.utils import safe_set_local_grad
 
         for group in self.groups:
@@ -194,7 +194,7 @@ class ZeroEngine:
                 torch._foreach_copy_(weights, masters)
 
     @torch.no_grad()
-    def publish(self, module: nn.Module, values: Mapping[str, tuple[int, Tensor]]) -> None:
+    def publish(self, module: nn.Module, values: Pieces) -> None:
         assert not any(p.requires_grad for p in module.parameters()), "the module is not frozen"
         if self.stage == 0:
             publish_whole(module, values)
@@ -205,12 +205,12 @@ class ZeroEngine:
                 self._copies[module] = self._lay_out(module, values)
             self._copies[module].publish(values)
 
-    def _lay_out(self, module: nn.Module, values: Mapping[str, tuple[int, Tensor]]) -> FlatCopy:
-        """Gives each parameter of the frozen module the place that an averaged one with the same
-        pieces on all ranks has in its flat buffer, whatever their names."""
+    def _lay_out(self, module: nn.Module, values: Pieces) -> FlatCopy:
+        """A flat copy in which each parameter of the frozen module has the place of an averaged one
+        with the same extents on all ranks, whatever its name."""
         free: dict[tuple[int, ...], deque[tuple[int, int]]] = defaultdict(deque)
         names = list(self._weights)
-        sizes = [len(group["params"][0]) for group in self._adamw.param_groups]  # of a partition
+        sizes = [len(group["params"][0]) for group in self._adamw.param_groups]  # per rank
         for index, group in enumerate(self.groups):
             for name in group.parameters if group.averaged else ():
                 pieces = self._layout[:, names.index(name)]  # [R, 3]
@@ -226,7 +226,7 @@ class ZeroEngine:
             if not layout[:, i, 1].any():
                 continue  # not published
             places = free[signature(layout[:, i])]
-            assert places, f"{name} is not laid out over the ranks as any averaged parameter is"
+            assert places, f"{name} is partitioned unlike every averaged parameter"
             index, start = places.popleft()
             copy.place(name, parameter, index, self.ranks * sizes[index], start, given.get(name))
         return copy
@@ -236,7 +236,7 @@ class ZeroEngine:
 
 
 def check_settings(ds_config: Mapping[str, Any], precision: str, device: torch.device) -> int:
-    """The ZeRO stage. Raises UserError for settings that cannot be right here."""
+    """The ZeRO stage. Raises UserError for settings that cannot work here."""
     stage = lookup(ds_config, "zero_optimization.stage")
     if stage not in (0, 1, 2, 3):
         raise UserError(
@@ -257,7 +257,7 @@ def check_settings(ds_config: Mapping[str, Any], precision: str, device: torch.d
 
 
 def lookup(config: Mapping[str, Any], path: str) -> Any:
-    """The value at a dotted path, None where there is none."""
+    """The value at a dotted path; None if there is none."""
     value: Any = config
     for key in path.split("."):
         value = value.get(key) if isinstance(value, Mapping) else None
@@ -265,14 +265,14 @@ def lookup(config: Mapping[str, Any], path: str) -> Any:
 
 
 def run_settings(precision: str, optim: Optim, accumulation: int) -> dict[str, Any]:
-    """What the run configuration owns, in DeepSpeed's words. The micro-batch is nominal: DeepSpeed
-    sees neither samples nor tokens."""
+    """What the run configuration owns, as DeepSpeed settings. The micro-batch size is nominal:
+    DeepSpeed sees neither samples nor tokens."""
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optim.clip,
-        "zero_allow_untested_optimizer": True,  # asked for by any subclass of AdamW
-        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own is compiled at run time
+        "zero_allow_untested_optimizer": True,  # required for any subclass of AdamW
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would be compiled at run time
         "steps_per_print": None,
     }
     if precision != "fp32":
@@ -283,35 +283,35 @@ def run_settings(precision: str, optim: Optim, accumulation: int) -> dict[str, A
 def create_deepspeed(
     module: nn.Module, optimizer: AdamW, config: dict[str, Any], device: torch.device
 ) -> Any:
-    """DeepSpeed's engine, quiet, without its compiled operators. Raises UserError for settings
-    that DeepSpeed does not know."""
+    """DeepSpeed's engine, without its log and its compiled operators. Raises UserError for settings
+    that DeepSpeed rejects."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even in a single process
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed needs it even in a single process
     import deepspeed
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
-    # On CPU this operator would be compiled at the start and guarded by a lock file that a killed
-    # process leaves behind; gloo does its work.
+    # On a CPU this operator would be compiled at the start, guarded by a lock file that a killed
+    # process leaves behind; gloo does the same work.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns of our AdamW, which tests hold right
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns about our AdamW
     warnings.filterwarnings("ignore", "`torch.distributed.", FutureWarning)  # of its old names
     deepspeed.init_distributed(dist_backend=dist.get_backend())
     try:
         DeepSpeedConfig(config)
     except (ValueError, DeepSpeedConfigError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        raise UserError(f"engine.config: DeepSpeed refuses it: {': '.join(lines[:3])}") from None
+        raise UserError(f"engine.config: rejected by DeepSpeed: {': '.join(lines[:3])}") from None
     engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config)[0]
     deepspeed.utils.logger.setLevel(logging.WARNING)
     return engine
 
 
-# ------------------------------------------------------------------------- where the masters lie
+# ------------------------------------------------------------------------- where the masters are
 
 
 @dataclass(frozen=True)
 class _Master:
-    """A piece of a parameter, [offset, offset + length) of it flattened, in a flat fp32 master."""
+    """Elements [offset, offset + length) of a flattened parameter, in a flat fp32 master."""
 
     flat: Tensor
     start: int  # in `flat`
@@ -319,16 +319,17 @@ class _Master:
     length: int
 
     def view(self, like_flat: Tensor) -> Tensor:
-        """The piece's elements of a tensor laid out as `flat` is."""
+        """The same elements of a tensor with the layout of `flat`."""
         return like_flat.detach().view(-1)[self.start : self.start + self.length]
 
 
 def find_masters(
     stage: int, engine: Any, weights: Mapping[str, nn.Parameter], rank: int
 ) -> tuple[list[Tensor], dict[str, _Master]]:
-    """Every flat fp32 master of this rank, and its pieces of the parameters by name.
+    """Every flat fp32 master of this rank, and where the parameters are in them, by name.
 
-    DeepSpeed keeps them elsewhere at each stage (in fp32 at stage 0 they are the parameters).
+    DeepSpeed keeps them in a different place at each stage; at stage 0 in fp32 they are the
+    parameters.
     """
     optimizer = engine.optimizer
     found: dict[str, _Master] = {}
@@ -349,13 +350,13 @@ def find_masters(
             index, start, size = optimizer.grad_position[optimizer.get_param_id(p)]
             offset = rank * size
             length = min(size, p.ds_numel - offset)  # type: ignore[attr-defined]
-            if length > 0:  # the last piece is padded, pieces after it are padding alone
+            if length > 0:  # the last part is padded, those after it are only padding
                 found[name] = _Master(flats[index], start, offset, length)
         return flats, found
     flats = [group["params"][0] for group in engine.basic_optimizer.param_groups]
     for name, p in weights.items():
         fragment = p._hp_mapping  # type: ignore[attr-defined]
-        if fragment is not None:  # this rank owns some of it
+        if fragment is not None:  # this rank owns a part of it
             high, low = fragment.hp_fragment_address, fragment.lp_fragment_address
             found[name] = _Master(
                 flats[fragment.param_group_index], high.start, low.start, high.numel
@@ -366,16 +367,14 @@ def find_masters(
 # ----------------------------------------------------------------------------- stage 3
 
 
-def publish_partitioned(
-    module: nn.Module, values: Mapping[str, tuple[int, Tensor]], rank: int
-) -> None:
-    """Stage 3: values go into this rank's piece of the frozen parameters, which is cut as that of
-    the trainable ones is; no communication but for the small parameters that stay gathered."""
+def publish_partitioned(module: nn.Module, values: Pieces, rank: int) -> None:
+    """Stage 3: writes into this rank's partition of the frozen parameters, which has the layout of
+    the trainable ones. Only the small parameters that stay gathered need communication."""
     pieces = []
     for name, (offset, value) in values.items():
         piece = module.get_parameter(name).ds_tensor.view(-1)  # type: ignore[attr-defined]
         assert offset == rank * len(piece) and len(value) <= len(piece), (
-            f"{name}: the frozen parameter is cut otherwise than the values given"
+            f"{name}: the frozen parameter is partitioned unlike the given values"
         )
         pieces.append(piece[: len(value)])
     if pieces:
@@ -384,9 +383,9 @@ def publish_partitioned(
 
 
 def gather_again(parameters: list[Any]) -> None:
-    """Stage 3, after pieces were written: copies of the old values are dropped, whole ones and
-    those of hierarchical partitioning, and persistent parameters, which stay whole between steps,
-    gathered anew."""
+    """Stage 3, after partitions were written: drops copies of the old values (whole parameters and
+    those of hierarchical partitioning) and gathers the persistent parameters, which stay whole
+    between steps, again."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     whole = [p for p in parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE]

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from d2v_ds import checkpoint
 from d2v_ds.checkpoint import write
 from d2v_ds.checkpoint.format import EMA_KINDS, FORMAT
+from d2v_ds.distributed.collectives import RankFailed
 from d2v_ds.engine import Partition
 from d2v_ds.errors import Superseded, UserError
 from d2v_ds.run.run_folder import Generation, RunFolder, claim_generation
@@ -132,7 +133,7 @@ def test_shared_adam_step_must_agree(run: RunFolder, generation: Generation) -> 
         n: Partition(0, s.master, s.exp_avg, s.exp_avg_sq, shared)
         for n, s in state.partitions.items()
     }
-    with pytest.raises(AssertionError, match="share one Adam step"):
+    with pytest.raises(AssertionError, match="share an Adam step"):
         opened.restore(partitions, state.ema, SHAPES)
 
 
@@ -145,23 +146,23 @@ def test_shared_adam_step_must_agree(run: RunFolder, generation: Generation) -> 
         (
             {"student.trunk.bias": (9,)},
             "checkpoint 7 was written with student.trunk.bias of shape [7], this run has [9]. "
-            "Resume needs an equal model; choose another run.dir.",
+            "Resuming needs the same model; choose another run.dir.",
         ),
         (
             {"student.new": (2,), "student.trunk.weight": (5, 6)},
             "checkpoint 7 was written with student.trunk.weight of shape [6, 5], this run has "
-            "[5, 6] (2 parameters differ in all). Resume needs an equal model; choose another "
+            "[5, 6] (2 parameters differ in total). Resuming needs the same model; choose another "
             "run.dir.",
         ),
         (
             {"student.new": (2,)},
             "checkpoint 7 was written without student.new, which this run has. "
-            "Resume needs an equal model; choose another run.dir.",
+            "Resuming needs the same model; choose another run.dir.",
         ),
         (
             {"student.scale": None},
-            "checkpoint 7 was written with student.scale, which this run has not. "
-            "Resume needs an equal model; choose another run.dir.",
+            "checkpoint 7 was written with student.scale, which this run lacks. "
+            "Resuming needs the same model; choose another run.dir.",
         ),
     ],
 )
@@ -189,7 +190,7 @@ def test_a_gap_is_never_published(run: RunFolder, generation: Generation) -> Non
         save(run, generation, 7, state)
     del state.ema["ema_compensation"]["teacher.trunk.bias"]
     averages["teacher.trunk.bias"] = (0, torch.zeros(7))
-    with pytest.raises(AssertionError, match="averages lack a part"):
+    with pytest.raises(AssertionError, match="an EMA lacks its compensation"):
         save(run, generation, 7, state)
     del averages["teacher.trunk.bias"]
     with pytest.raises(AssertionError, match=r"no rank owns teacher.trunk.bias"):
@@ -218,7 +219,7 @@ def test_a_failing_write_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("d2v_ds.checkpoint.write.save_file", full)
-    with pytest.raises(checkpoint.RankFailed, match=r"rank 0: OSError: .*No space left"):
+    with pytest.raises(RankFailed, match=r"rank 0: OSError: .*No space left"):
         save(run, generation, 7, pieces.whole(0))
     after = pieces.tree(run.root)
     after.pop("checkpoints")
@@ -288,7 +289,7 @@ def test_damaged_is_passed_over(
     assert pieces.values_of(restored(opened)) == pieces.values_of(older)
     named = "manifest.json" if file == "COMPLETE" and harm is flip_bit else file
     (warning,) = caplog.messages
-    assert "checkpoint 10 is passed over" in warning
+    assert "checkpoint 10 is skipped" in warning
     assert str(newer / named) in warning and reason in warning
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from d2v_ds import checkpoint
-from d2v_ds.checkpoint.format import EMA_KINDS, Kind
+from d2v_ds.checkpoint.format import EMA_KINDS
+from d2v_ds.engine import EmaKind
 from d2v_ds.run.run_folder import Generation, RunFolder, claim_generation
 from tests.helpers.toy import Plan, Trainer, build, whole
 
@@ -25,7 +26,7 @@ class Outcome:
     """Of one rank."""
 
     state: dict[str, tuple[int, dict[str, Tensor]]]  # at the checkpoint
-    ema: dict[Kind, dict[str, tuple[int, Tensor]]]
+    ema: dict[EmaKind, dict[str, tuple[int, Tensor]]]
     losses: list[float]  # of the steps after it
 
 

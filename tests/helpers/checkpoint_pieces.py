@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from d2v_ds.checkpoint import Saver
-from d2v_ds.checkpoint.format import EMA_KINDS, Kind, by_kind
+from d2v_ds.checkpoint.format import EMA_KINDS, by_kind
 from d2v_ds.checkpoint.write import build_manifest, publish, write_pieces
-from d2v_ds.engine import Partition
+from d2v_ds.engine import EmaKind, Partition
 from d2v_ds.run.run_folder import Generation, RunFolder
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -36,7 +36,7 @@ class Owned:
     """What one rank owns."""
 
     partitions: dict[str, Partition]
-    ema: dict[Kind, Pieces]
+    ema: dict[EmaKind, Pieces]
 
 
 def numel(name: str) -> int:
@@ -79,7 +79,7 @@ def empty() -> Owned:
 def cut(state: Owned, cuts: Cuts, rank: int) -> Owned:
     """Live views of one rank's part of a whole state; nothing of a parameter where it is empty."""
     partitions: dict[str, Partition] = {}
-    ema: dict[Kind, Pieces] = {kind: {} for kind in EMA_KINDS}
+    ema: dict[EmaKind, Pieces] = {kind: {} for kind in EMA_KINDS}
     for name, partition in state.partitions.items():
         low, high = bounds(cuts, name, rank)
         if low < high:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from d2v_ds import checkpoint
+from d2v_ds.distributed.collectives import RankFailed
 from d2v_ds.run.run_folder import Generation, RunFolder
 from tests.helpers import checkpoint_pieces as pieces
 
@@ -120,7 +121,7 @@ def save_on_a_full_disk(
     for boundary in range(1000):
         try:
             saver.poll()
-        except checkpoint.RankFailed as error:
+        except RankFailed as error:
             saver.finish()  # nothing is left to be finished
             assert boundary > 0
             return str(error)
