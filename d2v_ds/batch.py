@@ -1,8 +1,10 @@
-"""Batch: what the loader hands to the model, every index computed on the CPU.
+"""Batch: the input of the model, with all indices computed on the CPU by the loader.
 
-B samples, M masked views a sample, T tokens, K visible tokens of a view, N masked tokens in the
-batch. Row b * M + m of a [B * M, ...] tensor is view m of sample b. All counts are known on the
-host, so no boolean mask is ever turned into indices on the device.
+All counts are known on the host, so no boolean mask is turned into indices on the device. Row
+b * M + m of a [B * M, ...] tensor is view m of sample b.
+
+B samples, M masked views per sample, T tokens, K visible tokens per view, N masked tokens in the
+batch, S raw audio samples.
 """
 
 from __future__ import annotations
@@ -20,36 +22,60 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
+    """One micro-batch."""
+
     modality: str
-    index: int  # of this micro-batch among all of its step: seeds dropout and noise
-    inputs: Tensor  # what the front end takes: waveforms [B, S], images [B, 3, h, w], ids [B, T];
-    # zeros after the end of a waveform, padding ids after that of a text
-    valid: Tensor | None  # [B, T] bool: token t exists in sample b; None: all of them do
-    seen: Tensor  # [B * M, T] bool: exists and is not masked
-    visible: Tensor | None  # [B * M, K] int64: positions of the seen tokens, ascending; rows with
-    # fewer than K are filled with T, one past the end. None: masked tokens are not taken out but
-    # replaced, and all T stay in place
-    ragged: bool  # some row of `visible` is filled
-    masked: Tensor  # [N] int64: positions in the flattened [B * M * T] that are to be predicted
-    keys: tuple[str, ...] = ()  # of the samples, for messages
-    views: int = 1  # M
-    corrupted: Tensor | None = None  # [B * M, T] ids that the student reads in place of `inputs`,
-    # where masked tokens are replaced before the front end
-    shown: Tensor | None = None  # [B, T] bool: what of `inputs` the teacher sees; None: all
-    padded: bool = False  # as in fairseq, attention alone knows of padding: convolutions and
-    # statistics take it for tokens
+
+    index: int
+    """Number of the micro-batch within its step, over all ranks. Seeds dropout and noise."""
+
+    inputs: Tensor
+    """Input of the front end: waveforms [B, S], images [B, 3, h, w] or ids [B, T]. Shorter
+    waveforms end in zeros, shorter texts in padding ids."""
+
+    valid: Tensor | None
+    """[B, T] bool: token t exists in sample b. None: all tokens exist."""
+
+    seen: Tensor
+    """[B * M, T] bool: the token exists and is not masked."""
+
+    visible: Tensor | None
+    """[B * M, K] int64: positions of the seen tokens, ascending. Rows with fewer than K are filled
+    with T, one past the end. None: masked tokens are replaced instead of removed."""
+
+    ragged: bool
+    """Some rows of `visible` are filled."""
+
+    masked: Tensor
+    """[N] int64: indices into the flattened [B * M * T] of the tokens to predict."""
+
+    keys: tuple[str, ...] = ()
+    """Keys of the samples, for messages."""
+
+    views: int = 1
+    """M."""
+
+    corrupted: Tensor | None = None
+    """[B * M, T] ids that the student reads instead of `inputs`, for a modality that replaces
+    masked tokens before the front end."""
+
+    shown: Tensor | None = None
+    """[B, T] bool: the part of `inputs` that the teacher sees. None: all of it."""
+
+    padded: bool = False
+    """As in fairseq, only attention ignores padding; convolutions and statistics include it."""
 
     def exists(self) -> Tensor | None:
-        """[B, T, 1] bool for what must not see padding; None when there is nothing to hide."""
+        """[B, T, 1] bool, False for padding that must be hidden; None if nothing is hidden."""
         return None if self.valid is None or self.padded else self.valid[:, :, None]
 
     def exists_views(self) -> Tensor | None:
-        """`exists` for every view, [B * M, T, 1]."""
+        """`exists` per view, [B * M, T, 1]."""
         exists = self.exists()
         return None if exists is None else exists.repeat_interleave(self.views, dim=0)
 
     def attended(self) -> Tensor | None:
-        """Which of the student's tokens exist, [B * M, K] bool; None: all of them."""
+        """[B * M, K] bool: the student's tokens that exist; None if all do."""
         T = self.seen.shape[1]
         if self.visible is None:
             return None if self.valid is None else self.valid.repeat_interleave(self.views, dim=0)
@@ -61,11 +87,12 @@ class Batch:
         return exists
 
     def to(self, device: torch.device) -> Batch:
-        """Every tensor on `device`."""
+        """The batch with every tensor on `device`."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def own(self) -> Batch:
-        """Every tensor in memory of its own; page-locked where a GPU will fetch it."""
+        """The batch with every tensor copied to memory of its own, page-locked if there is a
+        GPU."""
         return self._each(Tensor.pin_memory if torch.cuda.is_available() else Tensor.clone)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -82,13 +109,26 @@ class StepBatch:
     """One optimizer step of one rank."""
 
     modality: str
+
     micro_batches: list[Batch]
-    count: int  # what the step's loss is divided by: masked tokens of all micro-batches and ranks
-    samples: int  # samples in all micro-batches of all ranks
-    units: float  # seconds of audio, images or tokens in all of them
-    cursor: dict[str, Any]  # where the loader stands after this step: what a checkpoint keeps
-    source: str = ""  # of the mixture (loader/mixture.py)
-    bad: int = 0  # samples of this rank's micro-batches that others stand in for
+
+    count: int
+    """Masked tokens in all micro-batches of all ranks. The step's loss is divided by it."""
+
+    samples: int
+    """Samples in all micro-batches of all ranks."""
+
+    units: float
+    """Seconds of audio, images or tokens in all micro-batches of all ranks."""
+
+    cursor: dict[str, Any]
+    """State of the loader after this step, which a checkpoint stores."""
+
+    source: str = ""
+    """The source in the mixture (loader/mixture.py)."""
+
+    bad: int = 0
+    """Samples of this rank's micro-batches that were replaced because they are bad."""
 
 
 def mask_indices(
@@ -97,12 +137,12 @@ def mask_indices(
     removed: bool = True,
     valid: npt.NDArray[np.bool_] | None = None,
 ) -> dict[str, Any]:
-    """The fields of a Batch that follow from the masks: valid, seen, visible, ragged, masked, and
+    """The fields of a Batch that follow from the masks: valid, seen, visible, ragged, masked and
     padded.
 
-    masks: one [M, T_b] array a sample, True where masked; T is the largest T_b. removed: the
-    encoder does without masked tokens. valid [B, T]: given, the masks are of one length and take
-    in the padding, which this tells from tokens (Batch.padded).
+    masks: one array [M, T_b] per sample, True where masked; T is the largest T_b. removed: the
+    encoder's input omits masked tokens. valid [B, T]: if given, all masks have length T and include
+    padding, and the batch is `padded`; valid is False for padding.
     """
     B, M, T = len(masks), masks[0].shape[0], max(mask.shape[1] for mask in masks)
     exists = np.zeros((B, T), dtype=bool)

@@ -1,6 +1,7 @@
-"""Regression targets out of teacher layers, and the regression loss: all in fp32, no parameters.
+"""Regression targets from the teacher's layers, the regression loss and the class loss. All in
+fp32, without parameters.
 
-B samples, T tokens, N masked tokens, D width.
+B samples, M masked views per sample, R = B * M rows, T tokens, N masked tokens, D width.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ EPS = 1e-5
 
 
 def instance_norm(x: Tensor, valid: Tensor | None) -> Tensor:
-    """Zero mean and unit variance over the tokens, for each sample and channel.
+    """Normalises to zero mean and unit variance over the tokens, per sample and channel.
 
-    x [B, T, D] fp32; valid [B, T] or None when every token exists: padding enters neither the
-    statistics nor, being zeroed, the result. Biased variance, eps 1e-5 (F.instance_norm and
-    F.layer_norm of fairseq examples/data2vec/models/data2vec2.py).
+    x [B, T, D] fp32; valid [B, T], or None if every token exists. Padding does not enter the
+    statistics and is zero in the result. Biased variance, eps 1e-5 (F.instance_norm and
+    F.layer_norm in fairseq examples/data2vec/models/data2vec2.py).
     """
     if valid is None:
         variance, mean = torch.var_mean(x, dim=1, keepdim=True, correction=0)
@@ -34,7 +35,8 @@ def instance_norm(x: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def normalise(x: Tensor, kind: str, valid: Tensor | None) -> Tensor:
-    """x [B, T, D] fp32 by `kind`: instance (over tokens), layer (over channels) or none."""
+    """Normalises x [B, T, D] fp32 by `kind`: instance (over tokens), layer (over channels) or
+    none."""
     if kind == "instance":
         return instance_norm(x, valid)
     if kind == "layer":
@@ -45,9 +47,10 @@ def normalise(x: Tensor, kind: str, valid: Tensor | None) -> Tensor:
 def make_targets(
     layers: Sequence[Tensor], valid: Tensor | None, *, layer_norm: str, final_norm: str
 ) -> Tensor:
-    """Mean over the teacher's top layers, each normalised; then normalised again.
+    """The targets [B, T, D] in fp32: the mean over the teacher's top layers, each normalised by
+    layer_norm, then normalised by final_norm (Baevski et al. 2022, section 3.3).
 
-    layers: K tensors [B, T, D]; the result [B, T, D] is fp32 (Baevski et al. 2022, section 3.3).
+    layers: tensors [B, T, D]; valid [B, T], or None if every token exists.
     """
     total = normalise(layers[0].float(), layer_norm, valid)
     for layer in layers[1:]:
@@ -58,9 +61,9 @@ def make_targets(
 def regression_loss(
     prediction: Tensor, target: Tensor, *, beta: float, scale: float | None
 ) -> Tensor:
-    """Sum over masked tokens of scale * sum over channels of the error, fp32, a scalar.
+    """The error summed over channels and masked tokens, times scale: a scalar in fp32.
 
-    prediction, target [N, D]. beta 0: squared error; above: smooth L1 with that beta. scale None:
+    prediction, target [N, D]. beta 0: squared error; above 0: smooth L1 with this beta. scale None:
     1 / sqrt(D) (fairseq data2vec2.py, d2v_loss).
     """
     prediction, target = prediction.float(), target.float()
@@ -72,12 +75,13 @@ def regression_loss(
 
 
 def class_loss(prediction: Tensor, targets: Tensor, valid: Tensor | None, masked: Tensor) -> Tensor:
-    """Sum over views of their number of masked tokens times the error of the class token, whose
-    target is the mean of the sample's finished targets; 1 / sqrt(D), fp32, a scalar.
+    """The squared error of the class token's output against the mean of its sample's targets, times
+    1 / sqrt(D) and the number of masked tokens of the view, summed over views: a scalar in fp32.
 
-    prediction [R, D]; targets [B, T, D]; valid [B, T] or None; masked [R], tokens of each view.
-    Divided by the masked tokens of a whole step it is the mean over all views, however the step is
-    cut, where each has as many (fairseq data2vec2.py, cls_loss, weighs it otherwise).
+    prediction [R, D]; targets [B, T, D]; valid [B, T], or None if every token exists; masked [R],
+    the number of masked tokens per view. Divided by the masked tokens of the whole step, it is a
+    mean over all views, weighted by masked tokens, however the step is split into micro-batches
+    (fairseq data2vec2.py, cls_loss, has another weight).
     """
     if valid is None:
         mean = targets.mean(1)

@@ -1,10 +1,10 @@
 """Masks: pure functions of (shape, settings, generator) -> bool arrays, True where masked.
 
-A modality's collate calls one of them for each sample with that sample's own generator, and
-batch.mask_indices turns the result into indices. The counts that follow from the length alone have
-functions too (`block_count`, `uniform_count`), so that the loader knows them without drawing; span
-and BEiT masks have none, their counts are drawn. The originals are named beside each; they are in
-fairseq/data/data_utils.py where nothing else is said.
+A modality's collate calls one of them per sample, with the generator of that sample, and
+batch.mask_indices turns the result into indices. `block_count` and `uniform_count` give the number
+of masked tokens without drawing, so that the loader can plan with it. The number is random for span
+and BEiT masks. Each docstring names the original function, which is in fairseq/data/data_utils.py
+unless stated otherwise.
 
 M masked views, T tokens, [h, w] a grid of h * w patches.
 """
@@ -19,19 +19,20 @@ import numpy.typing as npt
 Mask = npt.NDArray[np.bool_]
 Tokens = npt.NDArray[np.int64]
 
-ATTEMPTS = 10  # of BEiT's generator to place one block
+ATTEMPTS = 10  # attempts to place one block in BEiT's generator
 
 
 # ------------------------------------------------------------------------------------------- spans
 
 
 def span_mask(T: int, *, prob: float, length: int, views: int, rng: np.random.Generator) -> Mask:
-    """Spans of data2vec 1.0 speech -> [M, T]; the count varies from view to view.
+    """Spans of data2vec 1.0 speech -> [M, T]; the number of masked tokens varies between views.
 
-    floor(prob * T / length + u) spans, at least one, whose starts are drawn without replacement
-    from [0, T - length), so that the last token is never masked (fairseq compute_mask_indices). Its
-    trimming of a batch to the smallest count is not done. A span is at most T - 1 long, so one
-    token at least stays visible, and T = 1 is not masked at all.
+    Draws floor(prob * T / length + u) spans, at least one. Their starts are drawn without
+    replacement from [0, T - length), so that the last token is never masked (fairseq
+    compute_mask_indices). Unlike fairseq, does not trim the masks of a batch to the smallest
+    number. Spans are at most T - 1 long, so that at least one token stays visible; T = 1 is not
+    masked.
     """
     if T == 1:
         return np.zeros((views, 1), dtype=bool)
@@ -43,10 +44,11 @@ def span_mask(T: int, *, prob: float, length: int, views: int, rng: np.random.Ge
 def token_span_mask(
     T: int, *, prob: float, length: int, views: int, rng: np.random.Generator
 ) -> Mask:
-    """Spans of data2vec 1.0 text -> [M, T]; the count varies from view to view and may be 0.
+    """Spans of data2vec 1.0 text -> [M, T]; the number of masked tokens varies between views and
+    may be 0.
 
-    floor(prob * T / length + u) spans, whose starts are drawn without replacement from [0, T); what
-    goes beyond the end is cut (fairseq data/mask_tokens_dataset.py).
+    Draws floor(prob * T / length + u) spans. Their starts are drawn without replacement from
+    [0, T), and spans are cut at the end (fairseq data/mask_tokens_dataset.py).
     """
     counts = _span_counts(T, prob, length, views, rng)
     return _spread(_starts(counts, T, rng), T, length)
@@ -59,7 +61,7 @@ def _span_counts(
 
 
 def _starts(counts: npt.NDArray[np.int64], among: int, rng: np.random.Generator) -> Mask:
-    """counts[m] distinct places of `among` in row m (all, where there are not enough)."""
+    """Marks counts[m] distinct positions of `among` in row m, or all if there are not enough."""
     ranks = rng.random((len(counts), among)).argsort(axis=1).argsort(axis=1)
     return np.asarray(ranks < counts[:, None])
 
@@ -77,8 +79,8 @@ def _spread(starts: Mask, T: int, length: int) -> Mask:
 
 
 def block_count(T: int, *, prob: float, inverse: bool) -> int:
-    """Masked tokens in each view of block_mask_1d, and of block_mask_2d with T = h * w."""
-    # In floating point as the references do it, so that counts agree to the token.
+    """Masked tokens per view of block_mask_1d, and of block_mask_2d with T = h * w."""
+    # In floating point as in the originals, so that the counts are equal.
     return T - int(T * (1 - prob)) if inverse else int(T * prob)
 
 
@@ -92,11 +94,11 @@ def block_mask_1d(
     views: int,
     rng: np.random.Generator,
 ) -> Mask:
-    """Blocks of data2vec 2.0 speech -> [M, T], in every view exactly block_count tokens.
+    """Blocks of data2vec 2.0 speech -> [M, T], with exactly block_count masked tokens per view.
 
-    Blocks of `length` around floor(T * (prob + adjust) / length) centres drawn with replacement,
-    pushed in from the edges, then repaired to the exact count with single tokens. inverse: the same
-    for what stays visible (fairseq compute_block_mask_1d).
+    Draws floor(T * (prob + adjust) / length) centres with replacement, masks blocks of `length`
+    around them, clipped at the edges, and then masks or unmasks single tokens up to the exact
+    count. inverse: draws the visible tokens in this way (fairseq compute_block_mask_1d).
     """
     share = 1 - prob if inverse else prob
     centres = rng.integers(T, size=(views, int(T * ((share + adjust) / length)), 1))
@@ -117,10 +119,11 @@ def block_mask_2d(
     views: int,
     rng: np.random.Generator,
 ) -> Mask:
-    """Squares of data2vec 2.0 vision -> [M, h * w], in every view exactly block_count patches.
+    """Squares of data2vec 2.0 vision -> [M, h * w], with exactly block_count masked patches per
+    view.
 
-    As block_mask_1d with floor(h * w * (prob + adjust) / length^2) squares of length x length; the
-    released recipes use inverse=True (fairseq compute_block_mask_2d).
+    Like block_mask_1d, with floor(h * w * (prob + adjust) / length^2) squares of length x length.
+    The released recipes use inverse=True (fairseq compute_block_mask_2d).
     """
     h, w = grid
     T = h * w
@@ -139,12 +142,12 @@ def _around(length: int) -> npt.NDArray[np.int64]:
 
 
 def _repair(mask: Mask, count: int, rng: np.random.Generator) -> Mask:
-    """Random single tokens masked or unmasked until every row of [M, T] has `count`."""
+    """Masks or unmasks random single tokens so that every row of mask [M, T] has `count`."""
     T = mask.shape[1]
     repaired = np.zeros_like(mask)
     if count:
-        # Masked tokens outrank the others, chance decides among equals: the top `count` are a
-        # random part of the masked ones, or all of them and a random part of the rest.
+        # Masked tokens rank above the others, and equals are ranked at random. The top `count` are
+        # a random subset of the masked tokens, or all of them and a random subset of the others.
         score = mask + rng.random(mask.shape)
         np.put_along_axis(
             repaired, score.argpartition(T - count, axis=1)[:, T - count :], True, axis=1
@@ -162,11 +165,12 @@ def beit_mask(
     views: int,
     rng: np.random.Generator,
 ) -> Mask:
-    """BEiT's blocks of data2vec 1.0 vision -> [M, h * w]; up to `target` patches in each view.
+    """BEiT's blocks of data2vec 1.0 vision -> [M, h * w], with up to `target` masked patches per
+    view.
 
-    Blocks of an area uniform in [min_area, what is left to mask (at most max_area)] and an aspect
-    ratio log-uniform in [aspect, 1 / aspect], until the target is met or ten attempts at one block
-    fail; so the count varies (data2vec_vision beit/masking_generator.py).
+    Draws blocks with an area uniform in [min_area, patches left to mask (at most max_area)] and an
+    aspect ratio log-uniform in [aspect, 1 / aspect], until the target is reached or ten attempts to
+    place a block fail. The number therefore varies (data2vec_vision beit/masking_generator.py).
     """
     mask = np.zeros((views, *grid), dtype=bool)
     for view in mask:
@@ -182,9 +186,9 @@ def beit_mask(
 def _add_beit_block(
     mask: Mask, min_area: int, max_area: int, aspect: float, rng: np.random.Generator
 ) -> int:
-    """Masks one more block in mask [h, w]; returns the patches added, 0 where none fits."""
+    """Masks one more block in mask [h, w]. Returns the number of added patches, 0 if none fits."""
     for _ in range(ATTEMPTS):
-        # When less than min_area is left, the area lies between the two: as in the original.
+        # If less than min_area is left, the area is between the two, as in the original.
         area = min_area + (max_area - min_area) * rng.random()
         ratio = math.exp((2 * rng.random() - 1) * math.log(aspect))
         h, w = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -204,14 +208,15 @@ def _add_beit_block(
 
 
 def uniform_count(T: int, *, prob: float) -> int:
-    """Masked tokens in each view of uniform_mask."""
+    """Masked tokens per view of uniform_mask."""
     return T - int(T * (1 - prob))
 
 
 def uniform_mask(T: int, *, prob: float, views: int, rng: np.random.Generator) -> Mask:
-    """Single tokens of data2vec 2.0 text -> [M, T], in every view exactly uniform_count of them.
+    """Single tokens of data2vec 2.0 text -> [M, T], with exactly uniform_count masked tokens per
+    view.
 
-    int(T * (1 - prob)) random tokens stay visible (random_masking of fairseq
+    int(T * (1 - prob)) random tokens stay visible (random_masking in fairseq
     examples/data2vec/models/modalities/base.py).
     """
     return _repair(np.zeros((views, T), dtype=bool), uniform_count(T, prob=prob), rng)
@@ -227,11 +232,12 @@ def corrupt_tokens(
     keep_prob: float,
     rng: np.random.Generator,
 ) -> Tokens:
-    """What the student of data2vec 1.0 text reads in place of `tokens`; both and `mask` [..., T].
+    """The ids that the student of data2vec 1.0 text reads instead of `tokens`. tokens, mask and the
+    result [..., T].
 
-    Of the masked tokens a share random_prob becomes a random id of `vocabulary`, a share keep_prob
-    stays, the others become mask_id: BERT's 80/10/10 with 0.1 and 0.1, the released recipe with 0
-    and 0 (fairseq data/mask_tokens_dataset.py).
+    A share random_prob of the masked tokens becomes a random id of `vocabulary`, a share keep_prob
+    is unchanged, and the others become mask_id. 0.1 and 0.1 give BERT's 80/10/10; the released
+    recipe has 0 and 0 (fairseq data/mask_tokens_dataset.py).
     """
     chance = rng.random(tokens.shape)
     corrupted = np.where(mask & (chance >= random_prob + keep_prob), mask_id, tokens)

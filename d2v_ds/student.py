@@ -1,13 +1,15 @@
-"""The student: encoder (front ends -> trunk) and one predictor a modality.
+"""The student: an encoder (front ends -> trunk) and one predictor per modality.
 
-    2.0: tokens [B, T, D] --positions, views, masked ones out--> [R, K, D] --context, trunk-->
-         [R, K, D] --ConvDecoder: masked slots filled with noise--> predictions [N, D]
-    1.0: tokens [B, T, D] --views, masked ones replaced, positions--> [R, T, D] --context, trunk-->
-         [R, T, D] --Head--> predictions [N, D]
+    2.0: tokens [B, T, D] --positions, views, masked tokens removed--> [R, K, D]
+         --context, trunk--> [R, K, D]
+         --ConvDecoder, masked slots filled with noise--> predictions [N, D]
+    1.0: tokens [B, T, D] --views, masked tokens replaced, positions--> [R, T, D]
+         --context, trunk--> [R, T, D]
+         --Head--> predictions [N, D]
 
-B samples, M masked views a sample, R = B * M rows, T tokens, K visible tokens, N masked tokens,
-E extra tokens of a row, D width, H heads. Methods call submodules and never read a parameter
-themselves: under ZeRO 3 a parameter is whole only inside its owner's forward.
+B samples, M masked views per sample, R = B * M rows, T tokens, K visible tokens, N masked tokens,
+E extra tokens per row, D width, H heads. Methods call submodules and never read their parameters:
+under ZeRO 3 a parameter is complete only inside the forward of its own module.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ Encoded = tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]
 
 
 class Context(nn.Module):
-    """What tokens pass before the shared trunk: norm, dropout and, in the larger 2.0 models, blocks
-    of the modality's own ("prenet")."""
+    """The part of a front end directly before the shared trunk: norm, dropout and, in the larger
+    2.0 models, blocks of the modality's own (the prenet)."""
 
     def __init__(
         self,
@@ -51,16 +53,16 @@ class Context(nn.Module):
 
 
 class MaskToken(nn.Module):
-    """The learned vector that stands for masked tokens in data2vec 1.0."""
+    """The learned vector that replaces masked tokens in data2vec 1.0."""
 
     def __init__(self, dim: int, init: Callable[[Tensor], object]) -> None:
         super().__init__()
-        # Two dimensions: it is not exempt from weight decay in the published models.
+        # Two dimensions, because the published models do not exempt it from weight decay.
         self.embedding = nn.Parameter(torch.zeros(1, dim))
         init(self.embedding)
 
     def forward(self, x: Tensor, seen: Tensor) -> Tensor:
-        """x [R, T, D], seen [R, T] -> x with the token where nothing is seen."""
+        """x [R, T, D], seen [R, T] -> x with the mask token where seen is False."""
         return torch.where(seen[:, :, None], x, self.embedding.to(x.dtype))
 
 
@@ -70,7 +72,7 @@ class ExtraTokens(nn.Module):
     def __init__(self, number: int, dim: int, init: Callable[[Tensor], object]) -> None:
         super().__init__()
         self.number = number
-        # One dimension, so that weight decay spares them, as it does in BEiT and other ViTs.
+        # One dimension, so that they are exempt from weight decay, as in BEiT and other ViTs.
         self.embedding = nn.Parameter(torch.zeros(number * dim))
         init(self.embedding)
 
@@ -81,7 +83,8 @@ class ExtraTokens(nn.Module):
 
 
 class FrontEnd(nn.Module):
-    """The parts of one modality before the trunk. A teacher's copy lacks those it shares."""
+    """The parts of one modality before the trunk. The teacher's copy lacks the parts that it shares
+    with the student."""
 
     def __init__(
         self,
@@ -96,20 +99,22 @@ class FrontEnd(nn.Module):
         zero_padding: bool = False,
     ) -> None:
         super().__init__()
-        # inputs -> tokens [B, T, D], with absolute positions where the modality has them
+        # inputs -> tokens [B, T, D], including absolute positions if the modality has them
         self.features: nn.Module | None = features
         # tokens [R, T, D], zero where unseen, and exists [R, T, 1] -> addend [R, T, D]
         self.positions = positions
-        self.bias = bias  # positions [R, K] -> attention bias [R, H, K, K], or with extra tokens
+        # positions [R, K] -> attention bias [R, H, K, K], or [R, H, E + K, E + K]
+        self.bias = bias
         self.extra = extra
         self.mask_token = mask_token
         self.context: nn.Module | None = context
-        self.dropout = nn.Dropout(dropout)  # of the student's tokens, the same for all its views
-        self.zero_padding = zero_padding  # even if padding is then taken for tokens
+        self.dropout = nn.Dropout(dropout)  # of the student's tokens, the same for all views
+        self.zero_padding = zero_padding  # also if Batch.padded, where padding counts as tokens
 
 
 class Encoder(nn.Module):
-    """Front ends and the trunk: what the teacher is a copy of, and what is exported."""
+    """Front ends and the trunk. The teacher is a copy of it, and it is the part that is used after
+    pre-training."""
 
     def __init__(self, model: TransformerConfig, front_ends: Mapping[str, FrontEnd]) -> None:
         super().__init__()
@@ -122,7 +127,7 @@ class Encoder(nn.Module):
         return front_end
 
     def features(self, batch: Batch) -> Tensor:
-        """Tokens [B, T, D] of the whole inputs."""
+        """Tokens [B, T, D] of the unmasked inputs."""
         features = self.front_end(batch.modality).features
         assert features is not None, "only a teacher shares features"
         return features(batch.inputs)  # type: ignore[no-any-return]
@@ -130,11 +135,12 @@ class Encoder(nn.Module):
     def whole(
         self, batch: Batch, tokens: Tensor, *, shared: FrontEnd | None = None, collect: int = 0
     ) -> Encoded:
-        """Unmasked tokens [B, T, D] through context and trunk: the trunk's output [B, T, D], that
-        of the extra tokens [B, E, D] and, of the top `collect` blocks, (FFN output, block output).
+        """Runs context and trunk on unmasked tokens [B, T, D]. Returns the trunk's output
+        [B, T, D], its output for the extra tokens [B, E, D] or None, and (FFN output, block output)
+        of each of the top `collect` blocks.
 
-        Padding is neither attended to nor seen by convolutions. shared: where the parts come from
-        that a teacher lacks.
+        Attention and convolutions ignore padding. shared: the student's front end, which provides
+        the parts that a teacher lacks.
         """
         own = self.front_end(batch.modality)
         lender = shared or own
@@ -149,11 +155,12 @@ class Encoder(nn.Module):
         return self.attend(own, lender, x, everywhere, valid, collect)
 
     def views(self, batch: Batch, tokens: Tensor) -> Encoded:
-        """What the student sees in the masked views: tokens [B, T, D] -> [R, K, D], and as `whole`;
-        rows with fewer than K visible tokens carry meaningless values in their last slots."""
+        """Runs context and trunk on the masked views of tokens [B, T, D]. Returns the same as
+        `whole`, with [R, K, D] in place of [B, T, D]. In rows with fewer than K visible tokens the
+        last slots are meaningless."""
         front_end = self.front_end(batch.modality)
         x = front_end.dropout(tokens)
-        if len(x) != len(batch.seen):  # else they are those of corrupted inputs, view by view
+        if len(x) != len(batch.seen):  # tokens of corrupted inputs are already one row per view
             x = x.repeat_interleave(batch.views, dim=0)  # [R, T, D]
         exists = batch.exists_views()
         if batch.visible is None:
@@ -166,7 +173,7 @@ class Encoder(nn.Module):
             slots = torch.arange(x.shape[1], device=x.device)[None]
         else:
             if front_end.positions is not None:
-                # Positions come from the sequence with masked tokens zeroed, else they would leak.
+                # Masked tokens are zeroed, because convolutional positions would leak them.
                 x = x + front_end.positions(x * batch.seen[:, :, None], exists)
             slots = batch.visible.clamp(max=x.shape[1] - 1) if batch.ragged else batch.visible
             x = x.gather(1, slots[:, :, None].expand(-1, -1, x.shape[2]))
@@ -181,14 +188,14 @@ class Encoder(nn.Module):
         exists: Tensor | None,
         collect: int,
     ) -> Encoded:
-        """x [R, K, D], whose tokens stand at positions [R or 1, K], those that exist [R, K] ->
-        the results of `whole`."""
+        """x [R, K, D], the positions of its tokens [R or 1, K], exists [R, K] or None -> the
+        results of `whole`. lender: the front end that provides the parts missing in `own`."""
         context, extra, bias = (
             own.context or lender.context,
             own.extra or lender.extra,
             own.bias or lender.bias,
         )
-        assert context is not None, "a context is the teacher's own or the student's"
+        assert context is not None, "neither the teacher nor the student has a context"
         K = x.shape[1]
         x = x if extra is None else extra(x)
         E = x.shape[1] - K
@@ -200,7 +207,7 @@ class Encoder(nn.Module):
 
 
 def without_padding(x: Tensor, valid: Tensor | None, exists: Tensor | None) -> Tensor:
-    """x [R, T, D] with zeros where valid [R, T] or exists [R, T, 1] says that there is nothing."""
+    """x [R, T, D] with padding set to zero. valid [R, T] has precedence over exists [R, T, 1]."""
     if valid is not None:
         exists = valid[:, :, None]
     return x if exists is None else x * exists
@@ -209,10 +216,10 @@ def without_padding(x: Tensor, valid: Tensor | None, exists: Tensor | None) -> T
 def attention_bias(
     bias: Tensor | None, exists: Tensor | None, extra: int, like: Tensor
 ) -> Tensor | None:
-    """Additive attention bias [R or 1, H or 1, E + K or 1, E + K], or None where none is needed.
+    """Additive attention bias [R or 1, H or 1, E + K or 1, E + K], or None if none is needed.
 
-    bias [R, H, K, K], to which extra tokens add zeros, or [R, H, E + K, E + K]; exists [R, K] False
-    for padding; like [R, E + K, D].
+    bias [R, H, K, K], which is extended with zeros for extra tokens, or [R, H, E + K, E + K];
+    exists [R, K] False for padding; extra: E; like [R, E + K, D].
     """
     if bias is not None:
         missing = like.shape[1] - bias.shape[-1]
@@ -234,19 +241,38 @@ class DecoderConfig:
     examples/data2vec/models/modalities/modules.py, D2vDecoderConfig)."""
 
     dim: int = 384
+    """Width of the convolutions."""
+
     depth: int = 4
+    """The number of convolutions."""
+
     kernel: int = 7
+    """Kernel size of the convolutions, in tokens; for images, along both axes."""
+
     groups: int = 16
-    dropout: float = 0.1  # of the encoder's output, before the masked slots are filled
+    """Groups of the convolutions, which must divide dim and model.dim."""
+
+    dropout: float = 0.1
+    """Dropout of the encoder's output, before the masked slots are filled."""
+
     residual: bool = True
-    projection: int = 1  # linear layers after the convolutions
-    noise: float = 0.01  # standard deviation of what fills the masked slots
-    zero_last: bool = False  # begin with predictions of zero: keeps small, short runs from collapse
+    """Add a convolution's input to its output if both have the same width."""
+
+    projection: int = 1
+    """The number of linear layers after the convolutions."""
+
+    noise: float = 0.01
+    """Standard deviation of the noise that fills the masked slots."""
+
+    zero_last: bool = False
+    """Initialise the last layer with zeros, so that training starts from predictions of zero. This
+    keeps small, short runs from collapsing."""
 
 
 class ConvDecoder(nn.Module):
-    """Visible tokens back in place, noise in the masked slots, grouped convolutions over all of
-    them, linear layers on the masked ones. grid: patches of an image, for convolutions over it."""
+    """Puts visible tokens back at their positions, fills masked slots with noise, and applies
+    grouped convolutions to all tokens and linear layers to the masked ones. grid: rows and columns
+    of an image's patches, for 2-D convolutions."""
 
     def __init__(
         self,
@@ -269,10 +295,11 @@ class ConvDecoder(nn.Module):
         self.proj = regressor(config.dim, dim, config.projection, init, config.zero_last)
 
     def fill(self, batch: Batch, x: Tensor) -> Tensor:
-        """Encoder output [R, K, D] -> [R, T, D]: noise where masked, zeros where nothing is."""
-        assert batch.visible is not None, "a ConvDecoder fills in what was taken out"
+        """Encoder output [R, K, D] -> [R, T, D], with noise at masked tokens and zeros at
+        padding."""
+        assert batch.visible is not None, "a ConvDecoder needs a batch with masked tokens removed"
         (R, T), (N,), D = batch.seen.shape, batch.masked.shape, x.shape[-1]
-        # Slots past a row's last visible token go to position T, which is cut off.
+        # Slots after a row's last visible token are written to position T, which is cut off.
         full = x.new_zeros(R, T + 1, D)
         masked = batch.masked + batch.masked // T  # [N] in the flattened [R * (T + 1)]
         full.view(-1, D).index_copy_(0, masked, mask_noise(N, D, self.config.noise, x))
@@ -285,10 +312,10 @@ class ConvDecoder(nn.Module):
         if exists is not None:
             exists = exists.transpose(1, 2)  # [R, 1, T]
         if self.grid is not None:
-            assert exists is None, "images have no padding"
+            assert exists is None, "a batch of images has padding"
             x = x.reshape(*x.shape[:2], *self.grid)  # [R, D, h, w]
         for conv in self.convs:
-            y = conv(x)[(..., *(slice(n) for n in x.shape[2:]))]  # an even kernel gives one more
+            y = conv(x)[(..., *(slice(n) for n in x.shape[2:]))]  # even kernels add one position
             y = F.gelu(F.layer_norm(y.movedim(1, -1), y.shape[1:2]).movedim(-1, 1))
             if exists is not None:
                 y = y * exists
@@ -298,7 +325,7 @@ class ConvDecoder(nn.Module):
 
 
 class Head(nn.Module):
-    """data2vec 1.0's predictor: linear layers on the encoder's output at the masked tokens."""
+    """The predictor of data2vec 1.0: linear layers on the encoder's output at masked tokens."""
 
     def __init__(
         self, dim: int, layers: int, init: Callable[[nn.Module], None] | None, zero_last: bool
@@ -318,8 +345,8 @@ def regressor(
     init: Callable[[nn.Module], None] | None,
     zero_last: bool,
 ) -> nn.Module:
-    """`layers` linear layers from `width` to `dim` with GELU between them and twice the width
-    inside; init: None for torch's default. zero_last: the last one begins at zero."""
+    """`layers` linear layers from `width` to `dim`, with GELU between them and a hidden width of
+    2 * width. init: None for torch's default. zero_last: initialises the last layer with zeros."""
     widths = [width, *[2 * width] * (layers - 1), dim]
     linears = [nn.Linear(a, b) for a, b in pairwise(widths)]
     for linear in linears:
@@ -333,12 +360,12 @@ def regressor(
 
 
 def mask_noise(N: int, D: int, std: float, like: Tensor) -> Tensor:
-    """What fills the masked slots: fresh N(0, std^2) every time, [N, D], not learned."""
+    """The content of masked slots: noise from N(0, std^2), [N, D], drawn at every call."""
     return torch.randn(N, D, dtype=like.dtype, device=like.device) * std
 
 
 class Student(nn.Module):
-    """The encoder and one predictor a modality."""
+    """The encoder and one predictor per modality."""
 
     def __init__(
         self,
@@ -351,11 +378,11 @@ class Student(nn.Module):
         self.predictors = nn.ModuleDict(predictors)
 
     def predict(self, batch: Batch, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens [B, T, D] of the whole input -> predictions [N, D] at the masked positions, and
-        the encoder's output for the extra tokens, [R, E, D]."""
+        """Tokens [B, T, D] of the unmasked input -> predictions [N, D] for the masked tokens, and
+        the encoder's output for the extra tokens, [R, E, D] or None."""
         front_end = self.encoder.front_end(batch.modality)
         if batch.corrupted is not None:
-            assert front_end.features is not None, "the student has all of its front end"
+            assert front_end.features is not None, "only a teacher shares features"
             tokens = front_end.features(batch.corrupted)  # [R, T, D]
         x, extra, _ = self.encoder.views(batch, tokens)
         return self.predictors[batch.modality](batch, x), extra

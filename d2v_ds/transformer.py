@@ -1,11 +1,12 @@
 """The trunk: a stack of blocks on tokens, plain single-device torch.
 
-Tokens and an additive attention bias go in; the last block's output comes out, with what the
-regression targets need of the top layers. Post-norm blocks (data2vec 2.0, and 1.0 for speech and
-text; fairseq examples/data2vec/models) and pre-norm blocks with LayerScale, drop path and no bias
-of the keys (1.0 for vision; data2vec_vision beit/modeling_finetune.py) are one class.
+    tokens [R, T, D], attention bias --Trunk--> output [R, T, D], outputs of the top layers
 
-R rows (samples, or views of samples), T tokens of a row, D width, H heads, L layers.
+One class covers post-norm blocks (data2vec 2.0, and 1.0 for speech and text; fairseq
+examples/data2vec/models) and pre-norm blocks with LayerScale, drop path and keys without a bias
+(1.0 for vision; data2vec_vision beit/modeling_finetune.py).
+
+R rows (samples, or views of samples), T tokens per row, D width, H heads, L layers.
 """
 
 from __future__ import annotations
@@ -22,23 +23,56 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """`model.*`: the sizes of the trunk."""
+    """The trunk that all modalities share."""
 
     dim: int = 768
+    """Width of a token. heads must divide it."""
+
     depth: int = 12
+    """The number of blocks."""
+
     heads: int = 12
+    """Attention heads per block."""
+
     mlp_ratio: float = 4.0
-    norm: Literal["post", "pre"] = "post"  # after each residual sum, or before each branch
+    """Hidden width of the feed-forward network (FFN), as a multiple of dim."""
+
+    norm: Literal["post", "pre"] = "post"
+    """post: LayerNorm after each residual sum; pre: before each branch, and once after the last
+    block."""
+
     norm_eps: float = 1e-5
-    qkv_bias: Literal["all", "qv"] = "all"  # qv: none for the keys, as in BEiT
-    layer_scale: float = 0.0  # initial factor of each branch, learned by channel; 0: none
-    dropout: float = 0.1  # of the attention's output and of the FFN's
+    """Epsilon of LayerNorm in the blocks and directly before them."""
+
+    qkv_bias: Literal["all", "qv"] = "all"
+    """all: queries, keys and values have a bias; qv: keys have none, as in BEiT."""
+
+    layer_scale: float = 0.0
+    """Initial value of a learned factor per channel and branch (LayerScale); 0: no such factor."""
+
+    dropout: float = 0.1
+    """Dropout of the outputs of attention and FFN."""
+
     attention_dropout: float = 0.1
+    """Dropout of the attention weights."""
+
     activation_dropout: float = 0.0
-    drop_path: float = 0.0  # of a branch, by row: 0 in the first block, rising to this in the last
+    """Dropout inside the FFN, after its activation."""
+
+    drop_path: float = 0.0
+    """Probability that a row skips a branch (stochastic depth) in the last block; it rises linearly
+    from 0 in the first block."""
+
     layer_drop: float = 0.0
+    """Probability that a micro-batch skips a block (LayerDrop)."""
+
     init: Literal["bert", "beit"] = "bert"
-    checkpoint_activations: bool = False  # a block's inner ones are made again in the backward pass
+    """bert: weights from N(0, 0.02); beit: the same truncated at one standard deviation, with the
+    last layer of each branch scaled down with depth."""
+
+    checkpoint_activations: bool = False
+    """Recompute the activations inside each block in the backward pass, which saves memory and
+    costs time."""
 
     def __post_init__(self) -> None:
         if self.dim % self.heads:
@@ -51,14 +85,14 @@ class TransformerConfig:
             "layer_drop",
         ):
             if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} does not lie in [0, 1)")
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
         if self.layer_scale < 0:
             raise ValueError(f"layer_scale={self.layer_scale} must be 0 (off) or more")
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection (rows of `qkv`: all queries, keys,
-    values; heads within each)."""
+    """Multi-head self-attention with one fused projection. Rows of `qkv`: all queries, then all
+    keys, then all values, each by head."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -84,6 +118,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """Linear layer, GELU, dropout, linear layer."""
+
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         hidden = int(config.dim * config.mlp_ratio)
@@ -97,8 +133,8 @@ class FeedForward(nn.Module):
 
 
 class Branch(nn.Module):
-    """What happens to a branch's output before it is added to the residual: dropout, LayerScale
-    (Touvron et al. 2021), drop path (stochastic depth, Huang et al. 2016: whole rows)."""
+    """Dropout, LayerScale (Touvron et al. 2021) and drop path (stochastic depth by row, Huang et
+    al. 2016) of a branch's output, before it is added to the residual."""
 
     def __init__(self, config: TransformerConfig, drop_path: float) -> None:
         super().__init__()
@@ -134,8 +170,8 @@ class Block(nn.Module):
         self.branch2 = Branch(config, drop_path)
 
     def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[R, T, D] -> the block's output and its FFN's output before dropout, residual and norm
-        (the layer's contribution to the targets), both [R, T, D]."""
+        """x [R, T, D], bias broadcastable to [R, H, T, T] or None -> (the block's output, the FFN's
+        output before dropout, residual and norm), both [R, T, D]."""
         if self.post:
             x = self.norm1(x + self.branch1(self.attention(x, bias)))
             ffn = self.ffn(x)
@@ -146,12 +182,12 @@ class Block(nn.Module):
 
 
 class Trunk(nn.Module):
-    """`depth` blocks; pre-norm ones are followed by a norm. In training a block is dropped with
+    """`depth` blocks, and a norm after pre-norm blocks. During training a block is dropped with
     probability `layer_drop`.
 
-    A dropped block runs and its result is not used: a block skipped under ZeRO 3 would leave last
-    step's gradient partitions in place (wrong updates), and with one path the draw may differ
-    between micro-batches and needs no agreement between ranks.
+    A dropped block still runs, and its result is discarded. Under ZeRO 3 a skipped block would keep
+    the gradient partitions of the previous step, which makes wrong updates. Because every block
+    always runs, the draw may differ between micro-batches and between ranks.
     """
 
     def __init__(
@@ -178,9 +214,9 @@ class Trunk(nn.Module):
     def forward(
         self, x: Tensor, bias: Tensor | None, *, collect: int = 0
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """x [R, T, D], bias broadcastable to [R, H, T, T] -> the last block's output, normed after
-        pre-norm blocks, [R, T, D] and, of each of the top `collect` blocks, (FFN output, block
-        output), lowest first."""
+        """x [R, T, D], bias broadcastable to [R, H, T, T] or None -> the last block's output
+        [R, T, D], normalised if blocks are pre-norm, and (FFN output, block output) of each of the
+        top `collect` blocks, lowest first."""
         first = len(self.blocks) - collect
         layers: list[tuple[Tensor, Tensor]] = []
         for i, block in enumerate(self.blocks):
@@ -201,8 +237,9 @@ class Trunk(nn.Module):
 
 
 def alibi_slopes(heads: int) -> list[float]:
-    """One slope a head, geometric for a power of two; else the next lower power's slopes, then
-    every second of the next higher's (Press et al. 2022; fairseq get_alibi)."""
+    """One slope per head: a geometric series if `heads` is a power of two, otherwise the series of
+    the next lower power, then every second slope of the next higher one (Press et al. 2022; fairseq
+    get_alibi)."""
 
     def geometric(n: int) -> list[float]:
         return [2.0 ** (-8.0 * (i + 1) / n) for i in range(n)]
@@ -212,12 +249,12 @@ def alibi_slopes(heads: int) -> list[float]:
 
 
 class Alibi(nn.Module):
-    """Symmetric linear attention bias with one learned, non-negative scale a head, shared by all
+    """Symmetric linear attention bias with one learned, non-negative scale per head, shared by all
     layers (fairseq examples/data2vec/models/modalities/base.py)."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
-        # Not a buffer, for a bf16 engine would round it; forward takes it to the device, once.
+        # Not a buffer, because a bf16 engine would round it. forward moves it to the device once.
         self._slopes = torch.tensor(alibi_slopes(heads))  # [H]
         self.scale = nn.Parameter(torch.ones(heads))
 
@@ -232,9 +269,9 @@ class Alibi(nn.Module):
 
 
 class RelativeBias(nn.Module):
-    """A learned attention bias for each head and each offset between two patches of a grid, shared
-    by all layers, with three more for a class token in front: from it, to it, to itself (BEiT, Bao
-    et al. 2022; data2vec_vision RelativePositionBias)."""
+    """Learned attention bias per head and offset between two patches of a grid, shared by all
+    layers. A class token in front has three more: from it, to it, and to itself (BEiT, Bao et al.
+    2022; data2vec_vision RelativePositionBias)."""
 
     def __init__(self, grid: tuple[int, int], heads: int) -> None:
         super().__init__()
@@ -243,7 +280,7 @@ class RelativeBias(nn.Module):
         self.table = nn.Parameter(torch.zeros((2 * h - 1) * (2 * w - 1) + 3, heads))
 
     def forward(self, positions: Tensor) -> Tensor:
-        """Patch positions [R, T] int64, row by row -> bias [R, H, 1 + T, 1 + T]."""
+        """Patch positions [R, T] int64, in row-major order -> bias [R, H, 1 + T, 1 + T]."""
         h, w = self.grid
         row, column = positions // w, positions % w
         rows = row[:, :, None] - row[:, None, :] + h - 1  # [R, T, T], from 0
@@ -259,8 +296,8 @@ class RelativeBias(nn.Module):
 
 
 def bert_init(module: nn.Module) -> None:
-    """Linear and Embedding weights N(0, 0.02), biases and the padding's row 0 (fairseq
-    init_bert_params); for nn.Module.apply."""
+    """Draws Linear and Embedding weights from N(0, 0.02) and zeroes biases and the padding row
+    (fairseq init_bert_params). For nn.Module.apply."""
     if isinstance(module, nn.Linear | nn.Embedding):
         nn.init.normal_(module.weight, std=0.02)
     if isinstance(module, nn.Linear) and module.bias is not None:
@@ -271,12 +308,13 @@ def bert_init(module: nn.Module) -> None:
 
 
 def beit_normal(tensor: Tensor) -> None:
-    """N(0, 0.02) cut at one standard deviation (data2vec_vision beit/modeling_cyclical.py)."""
+    """Fills a tensor from N(0, 0.02), truncated at one standard deviation (data2vec_vision
+    beit/modeling_cyclical.py)."""
     nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
 
 
 def beit_init(module: nn.Module) -> None:
-    """Linear and Conv2d weights by `beit_normal`, biases 0; for nn.Module.apply."""
+    """Draws Linear and Conv2d weights by `beit_normal` and zeroes biases. For nn.Module.apply."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         beit_normal(module.weight)
         if module.bias is not None:
@@ -284,7 +322,7 @@ def beit_init(module: nn.Module) -> None:
 
 
 def scale_by_depth(blocks: nn.ModuleList) -> None:
-    """The last weights of both branches of block n, from 1, by 1 / sqrt(2 n), as BEiT does."""
+    """Scales the last layer of both branches of block n (from 1) by 1 / sqrt(2 n), as BEiT does."""
     with torch.no_grad():
         for i, block in enumerate(blocks):
             assert isinstance(block, Block)

@@ -1,6 +1,6 @@
-"""The registry of modalities: one line each.
+"""The registry of modalities, one line each.
 
-A modality is imported when it is first needed, so that commands which only list names start fast.
+A modality is imported when it is first needed, so that commands that only list names start fast.
 Code outside the package adds its own: REGISTRY["sensor"] = "my_package.sensor:Sensor".
 """
 
@@ -25,7 +25,7 @@ REGISTRY: dict[str, str] = {
 
 
 def modality_class(name: str) -> type[Modality]:
-    """The class behind a name. Raises UserError for an unknown name."""
+    """The class of a modality. Raises UserError for an unknown name."""
     if name not in REGISTRY:
         raise UserError(f"modality.{name}: no such modality{suggestion(name, REGISTRY)}")
     module, _, attribute = REGISTRY[name].partition(":")
@@ -34,7 +34,8 @@ def modality_class(name: str) -> type[Modality]:
 
 
 def create_modalities(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Modality]:
-    """The modalities that `modality.*` of a configuration names. Raises UserError."""
+    """The modalities of a configuration, built from its `modality.*`. Raises UserError for an
+    unknown modality or setting, or if there is none."""
     modalities = {}
     for name, raw in settings.items():
         kind = modality_class(name)
@@ -45,7 +46,8 @@ def create_modalities(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, Mo
 
 
 def sample_formats(name: str = "") -> list[SampleFormat]:
-    """What tars of a modality look like; "": of every registered one. Raises UserError."""
+    """The format of samples in tars of a modality, or of every registered modality if name is "".
+    Raises UserError for an unknown name."""
     from d2v_ds.data.headers import SampleFormat
 
     kinds = [modality_class(each) for each in ([name] if name else REGISTRY)]

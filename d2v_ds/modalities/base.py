@@ -1,8 +1,8 @@
-"""The contract of a modality: one file each, known to everything else through the registry alone.
+"""The contract of a modality. Each has one file, and other code finds it only in the registry.
 
     tar members --decode--> example --collate--> Batch --front_end, trunk, predictor--> predictions
     headers of tar members --header_readers--> lengths in the index of third-party tars
-    tar members --check_sample--> what `d2v-shards verify` reports
+    tar members --check_sample--> the report of `d2v-shards verify`
 
 B samples, M masked views per sample, T tokens, K visible tokens, N masked tokens, D width.
 """
@@ -36,7 +36,8 @@ class HeadConfig:
     """The number of linear layers."""
 
     zero_last: bool = False
-    """Initialise the last layer with zeros, so that training starts from predictions of zero."""
+    """Initialise the last layer with zeros, so that training starts from predictions of zero. This
+    keeps small, short runs from collapsing."""
 
 
 @dataclass(frozen=True)
@@ -44,37 +45,37 @@ class ModalityConfig:
     """Settings that every modality has."""
 
     views: int = 8
-    """Masked views of each sample; the teacher runs once for all of them."""
+    """Masked views per sample. The teacher runs once for all of them."""
 
     masked: Literal["removed", "replaced"] = "removed"
-    """removed: masked tokens are left out of the encoder's input (data2vec 2.0); replaced: a mask
-    token takes their place (1.0)."""
+    """removed: the encoder's input omits masked tokens (data2vec 2.0); replaced: a mask token
+    replaces them (1.0)."""
 
     shared: tuple[str, ...] = ()
     """Parts of the front end that the teacher shares with the student instead of averaging them:
     features, positions, context."""
 
     extra_tokens: int = 0
-    """Learned tokens in front of the others, without positions; the last one is the class token."""
+    """Learned tokens in front of the others, without positions. The last one is the class token."""
 
     cls_weight: float = 0.0
-    """Weight of the class loss, relative to the loss of one view's masked tokens: the output of the
-    last extra token regresses the mean of its sample's targets (data2vec 2.0 for vision; for audio
-    the utterance-level loss of EAT, Chen et al. 2024). 0: no class loss."""
+    """Weight of the class loss relative to the loss of one view's masked tokens. In the class loss
+    the output of the class token regresses the mean of its sample's targets (data2vec 2.0 for
+    vision; the utterance-level loss of EAT for audio, Chen et al. 2024). 0: no class loss."""
 
     cls_views: int | None = 1
-    """The number of views that the class loss is multiplied by: that which fairseq's published run
-    summed over on each GPU. null: the views of the micro-batch, as fairseq does, so that the
-    micro-batch changes the objective."""
+    """Factor of the class loss, a number of views. fairseq multiplies by the views of a GPU's
+    micro-batch; the recipes use the number of the published run. null: the views of the
+    micro-batch, as in fairseq, so that the micro-batch changes the objective."""
 
     prenet_depth: int = 0
-    """Blocks of the modality's own in front of the shared trunk."""
+    """The number of blocks of this modality's own in front of the shared trunk (the prenet)."""
 
     prenet_dropout: float = 0.0
-    """Dropout in front of those blocks, after the norm."""
+    """Dropout in front of the prenet, after the norm."""
 
     prenet_layer_drop: float = 0.0
-    """LayerDrop of those blocks."""
+    """LayerDrop of the prenet."""
 
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
@@ -110,10 +111,12 @@ class ModalityConfig:
 
 
 class Modality(ABC):
-    """Built from its own typed settings: `Speech(SpeechConfig(...))`.
+    """Reads samples of one kind and provides the parts of the model that are specific to it. An
+    instance is built from its settings: `Speech(SpeechConfig(...))`.
 
-    A subclass that lacks a method or an attribute without a default fails when the class is
-    defined, naming what is missing. An intermediate class is declared with `abstract=True`.
+    A subclass that lacks a method, or an attribute without a default, raises TypeError when the
+    class is defined. The message names all that is missing. An intermediate class is declared with
+    `abstract=True`.
     """
 
     name: ClassVar[str]
@@ -126,24 +129,24 @@ class Modality(ABC):
     """The unit of lengths in a shard set's index: "frames", "pixels", "tokens"."""
 
     keys: ClassVar[tuple[str, ...]]
-    """Extensions of the tar members that hold a sample, without the dot; a sample has one of
+    """Extensions of the tar members that hold a sample, without the dot. A sample has one of
     them."""
 
     Config: ClassVar[type[ModalityConfig]]
     """The type of `modality.NAME.*`."""
 
     header_readers: ClassVar[Mapping[str, HeaderReader]] = {}
-    """{extension: how to read a sample's length from the member's header}, in order of preference;
-    what third-party tars can be indexed by."""
+    """{extension: reader of a sample's length from the member's header}, in order of preference.
+    Third-party tars are indexed by them."""
 
     packed_keys: ClassVar[Mapping[str, str]] = {}
-    """{key: extension of the member that holds many samples of it, a row each}."""
+    """{key: extension of the member that holds many samples of it, one per row}."""
 
     converter: ClassVar[str] = ""
     """The d2v-shards command that converts corpora of this modality; "": none."""
 
     baseline_name: ClassVar[str] = ""
-    """What `baseline` returns, for tables."""
+    """The name of what `baseline` returns, for tables."""
 
     config: Any
 
@@ -178,8 +181,8 @@ class Modality(ABC):
     @classmethod
     @abstractmethod
     def check_sample(cls, members: Mapping[str, bytes], about: Mapping[str, Any]) -> int:
-        """Decodes a sample of a shard set completely and returns its length; about: the set's
-        index.json. Raises ValueError with the reason if it is unusable."""
+        """Decodes a sample of a shard set completely and returns its length. about: the set's
+        index.json. Raises ValueError with the reason if the sample is unusable."""
 
     # ---------------------------------------------------------------------------- planning a step
 
@@ -189,31 +192,32 @@ class Modality(ABC):
 
     @abstractmethod
     def cost(self, length: int) -> float:
-        """What a sample of this length adds to batch.size, after cropping, in `batch_unit`."""
+        """The amount, in `batch_unit`, that a sample of this length counts towards batch.size after
+        cropping."""
 
     @abstractmethod
     def masked_tokens(self, length: int) -> int | None:
         """The number of masked tokens over all M views of a sample of this length (before
-        cropping). None if it does not follow from the length; then for every length."""
+        cropping). None, for every length, if the number does not follow from the length."""
 
     # ------------------------------------------------------------------------------ making a batch
 
     @abstractmethod
     def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Any:
-        """One example from a sample's members: decoded, cropped and augmented; without a generator
-        the whole example, unaugmented. Raises ValueError if it cannot be decoded."""
+        """One example from a sample's members: decoded, cropped and augmented. Without a generator,
+        the whole example without augmentation. Raises ValueError if it cannot be decoded."""
 
     @abstractmethod
     def fit(self, example: Any, length: int) -> Any:
-        """The example at the size that `decode` gives for a sample of this length: cut or repeated,
-        or the same object if it already has that size."""
+        """The example, cut or repeated to the size that `decode` gives for a sample of this length;
+        the same object if it already has that size."""
 
     @abstractmethod
     def collate(
         self, examples: Sequence[Any], rngs: Sequence[np.random.Generator], index: int
     ) -> Batch:
-        """Pads the examples into micro-batch number `index` and draws the masks of each from its
-        own generator."""
+        """Pads the examples into micro-batch number `index`. Each example has its own generator,
+        which draws its masks."""
 
     @abstractmethod
     def unmasked(self, examples: Sequence[Any]) -> Batch:
@@ -221,8 +225,8 @@ class Modality(ABC):
 
     @abstractmethod
     def largest(self) -> Any:
-        """An example of the largest size that `decode` gives, without content, to measure memory
-        with."""
+        """An example of the largest size that `decode` gives, without content, for memory
+        estimates."""
 
     # ------------------------------------------------------------------------------------ the model
 
@@ -235,31 +239,33 @@ class Modality(ABC):
         """forward(batch, encoder output [B * M, K, D]) -> predictions [N, D]."""
 
     def class_weight(self, views: int) -> float:
-        """The weight of the class loss in a micro-batch of so many views; 0 without one."""
+        """The weight of the class loss in a micro-batch with this number of views; 0 if there is no
+        class loss."""
         weight: float = self.config.cls_weight * (self.config.cls_views or views)
         return weight
 
     def warnings(self) -> list[str]:
-        """Settings that are allowed but were seen to fail; printed before training."""
+        """Messages about settings that are allowed but are known to fail; printed before
+        training."""
         return []
 
     # ------------------------------------------------------------------------------- for inspection
 
     @abstractmethod
     def baseline(self, example: Any) -> npt.NDArray[np.float32]:
-        """Plain features of one example, which a probe's accuracy is compared with."""
+        """Plain features of one example, as a baseline for the accuracy of probes."""
 
     @abstractmethod
     def picture(self, batch: Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        """The first view of a batch: an image [across, up], and what is masked: [T] along its width
-        or [t, u] along both axes."""
+        """The first view of a batch as an image [across, up], and its mask: [T] along the width or
+        [t, u] along both axes."""
 
 
 REQUIRED = ("name", "batch_unit", "length_unit", "keys", "Config")
 
 
 def check_json(members: Mapping[str, bytes]) -> None:
-    """Raises ValueError unless a sample's .json, if it has one, holds an object."""
+    """Raises ValueError if a sample has a .json that is not an object."""
     if not isinstance(json.loads(members.get("json", b"{}")), dict):
         raise ValueError("json: is not an object")
 
@@ -267,5 +273,5 @@ def check_json(members: Mapping[str, bytes]) -> None:
 def extra_tokens(
     config: ModalityConfig, dim: int, init: Callable[[Tensor], object] = nn.init.zeros_
 ) -> ExtraTokens | None:
-    """The extra tokens that a front end begins its rows with; None if there are none."""
+    """The extra tokens of a front end; None if the settings have none."""
     return ExtraTokens(config.extra_tokens, dim, init) if config.extra_tokens else None

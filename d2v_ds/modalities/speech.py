@@ -1,8 +1,10 @@
 """Speech: 16 kHz waveforms, seven strided convolutions, convolutional and ALiBi positions.
 
-B samples, M masked views a sample, R rows (B or B * M), S raw audio samples, T tokens (frames of
-20 ms), C channels of the convolutions, D width. data2vec 2.0: fairseq
-examples/data2vec/models/modalities/audio.py; 1.0, without ALiBi: data2vec_audio.py there.
+data2vec 2.0: fairseq examples/data2vec/models/modalities/audio.py; 1.0, without ALiBi: fairseq
+examples/data2vec/models/data2vec_audio.py.
+
+B samples, M masked views per sample, R rows (B or B * M), S raw audio samples, T tokens (frames of
+20 ms), C channels of the convolutions, D width.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ from d2v_ds.transformer import Alibi, TransformerConfig
 
 Waveform = npt.NDArray[np.float32]
 
-LONG = 4  # crops: of longer recordings only the crop is decoded
+LONG = 4  # only the crop is decoded of recordings that are longer than this many crops
 CONTAINERS = ("flac", "wav", "mp3", "ogg", "opus")  # extensions of recordings in a set
-SILENCE = 1e-9  # mean square of samples in [-1, 1]: one step of 16 bits
+SILENCE = 1e-9  # mean square of samples in [-1, 1]: one quantisation step of 16-bit audio
 
-# (channels, kernel, stride): 50 frames a second, receptive field 400 samples (wav2vec 2.0)
+# (channels, kernel, stride): 50 frames per second, receptive field 400 samples (wav2vec 2.0)
 PUBLISHED_CONVS = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
 
 
@@ -41,41 +43,70 @@ class PositionsConfig:
     """Convolutional relative positions (fairseq conv_pos_*, pos_conv_depth)."""
 
     depth: int = 5
+    """The number of convolutions."""
+
     kernel: int = 19
+    """Kernel size of each convolution, in tokens."""
+
     groups: int = 16
+    """Groups of each convolution, which must divide model.dim."""
 
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """2.0: blocks, exactly floor(prob * T) of T frames (fairseq compute_block_mask_1d). 1.0: spans,
-    whose number varies (compute_mask_indices)."""
+    """Masks of data2vec 2.0 (fairseq compute_block_mask_1d) or 1.0 (compute_mask_indices)."""
 
     kind: Literal["blocks", "spans"] = "blocks"
+    """blocks (2.0): blocks at random positions that cover exactly the share prob of the tokens;
+    spans (1.0): spans from random starts, whose number of tokens varies; adjust and inverse are
+    not used."""
+
     prob: float = 0.5
+    """The share of tokens to mask, between 0 and 1."""
+
     length: int = 5
-    adjust: float = 0.05  # of blocks: more of them are drawn, for they overlap
-    inverse: bool = False  # of blocks: they are what stays visible
+    """Length of a block or span in tokens; for images, the side of a square in patches."""
+
+    adjust: float = 0.05
+    """Added to the share when blocks are drawn, because blocks overlap. Does not change the number
+    of masked tokens."""
+
+    inverse: bool = False
+    """Draw the visible tokens in blocks instead of the masked ones."""
 
     def __post_init__(self) -> None:
         if not 0 < self.prob < 1:
-            raise ValueError(f"prob={self.prob} does not lie between 0 and 1")
+            raise ValueError(f"prob={self.prob} must be between 0 and 1")
         if self.length < 1:
             raise ValueError(f"length={self.length} must be at least 1")
 
 
 @dataclass(frozen=True)
 class SpeechConfig(ModalityConfig):
-    """`modality.speech.*`."""
+    """Speech: waveforms to frames of 20 ms."""
 
     views: int = 8
     shared: tuple[str, ...] = ("features",)
-    sample_rate: int = 16_000
-    crop_seconds: float = 20.0  # longer utterances are cropped, at random
-    min_seconds: float = 2.0  # shorter ones are left out
-    convs: tuple[tuple[int, int, int], ...] = PUBLISHED_CONVS  # (channels, kernel, stride)
-    positions: PositionsConfig = field(default_factory=PositionsConfig)
-    alibi: bool = True
     prenet_dropout: float = 0.1
+
+    sample_rate: int = 16_000
+    """Sample rate in Hz. Recordings with another rate are bad samples."""
+
+    crop_seconds: float = 20.0
+    """Longer recordings are cropped to this length at a random position."""
+
+    min_seconds: float = 2.0
+    """Shorter recordings are left out."""
+
+    convs: tuple[tuple[int, int, int], ...] = PUBLISHED_CONVS
+    """Convolutions of the feature extractor, as (channels, kernel, stride). The default makes 50
+    tokens per second."""
+
+    positions: PositionsConfig = field(default_factory=PositionsConfig)
+
+    alibi: bool = True
+    """Add an ALiBi bias to the attention (data2vec 2.0)."""
+
     mask: MaskConfig = field(default_factory=MaskConfig)
 
     def __post_init__(self) -> None:
@@ -93,7 +124,7 @@ class SpeechConfig(ModalityConfig):
 
 
 def frames(samples: int, convs: Sequence[tuple[int, int, int]]) -> int:
-    """Frames that the convolutions make of so many samples: T of S."""
+    """The number of frames T that the convolutions make of S samples."""
     for _, kernel, stride in convs:
         samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
     return samples
@@ -102,8 +133,9 @@ def frames(samples: int, convs: Sequence[tuple[int, int, int]]) -> int:
 def normalised(
     pcm: npt.NDArray[Any], start: int = 0, kept: int | None = None, audible: bool = False
 ) -> Waveform:
-    """`kept` samples (None: all) from `start` on of audio [S], int16 or float32 in [-1, 1], with
-    the mean and the variance of all of it taken out. audible: raises ValueError for silence."""
+    """Normalises audio [S], int16 or float32 in [-1, 1], to zero mean and unit variance over all S
+    samples, and returns `kept` samples of it from `start` on (None: all). audible: raise ValueError
+    if the audio is silent."""
     unit = audio.INT16_SCALE if pcm.dtype == np.int16 else 1.0
     waveform = torch.from_numpy(pcm.astype(np.float32))
     eps = 1e-5 * unit**2
@@ -116,8 +148,8 @@ def normalised(
 
 
 class ConvFeatures(nn.Module):
-    """Waveforms [B, S] -> tokens [B, T, D]: convolutions, each with LayerNorm over channels and
-    GELU, then LayerNorm and a linear layer (wav2vec 2.0's extractor)."""
+    """Waveforms [B, S] -> tokens [B, T, D]. Convolutions, each with LayerNorm over channels and
+    GELU, then LayerNorm and a linear layer (the feature extractor of wav2vec 2.0)."""
 
     def __init__(self, convs: Sequence[tuple[int, int, int]], dim: int) -> None:
         super().__init__()
@@ -137,13 +169,13 @@ class ConvFeatures(nn.Module):
         x = waveforms[:, None].to(self.proj.weight.dtype)  # [B, 1, S]
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = norm(conv(x).transpose(1, 2)).transpose(1, 2)
-            # GELU's backward is many times slower where its input and gradient lie differently.
+            # GELU's backward is many times slower if its input and gradient differ in layout.
             x = F.gelu(x.contiguous())  # [B, C, T]
         return self.proj(self.norm(x.transpose(1, 2)))  # type: ignore[no-any-return]
 
 
 class ConvPositions(nn.Module):
-    """Relative positions: grouped convolutions with LayerNorm (no affine) and GELU."""
+    """Relative positions: grouped convolutions, each with LayerNorm (no affine) and GELU."""
 
     def __init__(self, config: PositionsConfig, dim: int) -> None:
         super().__init__()
@@ -153,11 +185,11 @@ class ConvPositions(nn.Module):
         )
 
     def forward(self, x: Tensor, exists: Tensor | None) -> Tensor:
-        """Tokens [R, T, D], zero where they must not be seen; exists [R, T, 1] False for padding,
-        which every layer sees as the zeros beyond the end -> addend [R, T, D]."""
+        """Tokens [R, T, D], zero where hidden; exists [R, T, 1] False for padding -> addend
+        [R, T, D]. Every layer sees padding as zeros, like positions beyond the end."""
         T = x.shape[1]
         for conv in self.convs:
-            x = conv(x.transpose(1, 2))[..., :T].transpose(1, 2)  # an even kernel gives one more
+            x = conv(x.transpose(1, 2))[..., :T].transpose(1, 2)  # even kernels add one position
             x = F.gelu(F.layer_norm(x, x.shape[-1:]))
             if exists is not None:
                 x = x * exists
@@ -165,7 +197,7 @@ class ConvPositions(nn.Module):
 
 
 class Speech(Modality):
-    """Speech."""
+    """Speech recordings."""
 
     name: ClassVar[str] = "speech"
     batch_unit: ClassVar[str] = "s"
@@ -215,16 +247,17 @@ class Speech(Modality):
         if reach < crop:
             return []
         return [
-            f"modality.speech.positions: {positions.depth} layers of kernel {positions.kernel} see "
-            f"{reach} frames, the whole crop of {crop}; such runs were seen to collapse. Raise "
-            "modality.speech.crop_seconds or lower depth or kernel"
+            f"modality.speech.positions: {positions.depth} convolutions with kernel "
+            f"{positions.kernel} see {reach} frames, the whole crop of {crop}. Such runs are known "
+            "to collapse. Raise modality.speech.crop_seconds, or lower depth or kernel."
         ]
 
     def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Waveform:
-        """The waveform [S]: zero mean and unit variance over the utterance, then cropped.
+        """The waveform [S], normalised to zero mean and unit variance over the recording, then
+        cropped.
 
-        What is longer than LONG crops is a recording of many utterances: of it only the crop is
-        decoded, and has zero mean and unit variance itself.
+        A recording longer than LONG crops holds many utterances. Only its crop is decoded, and the
+        crop itself is normalised.
         """
         data = next(sample[key] for key in self.keys if key in sample)
         with audio.Recording(data) as recording:
@@ -238,7 +271,9 @@ class Speech(Modality):
             return normalised(recording.pcm())
         kept = self.crop(found.frames)
         if not kept:
-            raise ValueError(f"is {found.frames} samples long, too short")
+            raise ValueError(
+                f"is {found.frames} samples long, too short: at least {self.min_samples} are needed"
+            )
         start = int(rng.integers(found.frames - kept + 1))
         if found.frames > LONG * self.max_samples:
             return normalised(recording.pcm(start, kept), audible=True)
@@ -266,7 +301,7 @@ class Speech(Modality):
         )
 
     def mask(self, T: int, rng: np.random.Generator) -> Mask:
-        """The masks of one sample's views [M, T]."""
+        """The masks of one sample's views, [M, T]."""
         mask = self.config.mask
         if mask.kind == "spans":
             return span_mask(T, prob=mask.prob, length=mask.length, views=self.views, rng=rng)
@@ -293,7 +328,7 @@ class Speech(Modality):
         return np.zeros(self.max_samples, dtype=np.float32)
 
     def baseline(self, example: Waveform) -> npt.NDArray[np.float32]:
-        """Mean log-mel spectrum [bands], its level removed: the strongest of the plain means."""
+        """Mean log-mel spectrum [bands] without its level, the strongest of the plain baselines."""
         mel = np.asarray(audio.log_mel(example, self.config.sample_rate), dtype=np.float32)
         mean: npt.NDArray[np.float32] = (mel - mel.mean()).mean(0)
         return mean
@@ -315,7 +350,7 @@ class Speech(Modality):
                 dropout=config.prenet_dropout,
                 layer_drop=config.prenet_layer_drop,
             ),
-            zero_padding=config.masked == "replaced",  # fairseq's 1.0 does, its 2.0 does not
+            zero_padding=config.masked == "replaced",  # as fairseq: its 1.0 does, its 2.0 does not
         )
 
     def predictor(self, model: TransformerConfig) -> nn.Module:
@@ -325,21 +360,21 @@ class Speech(Modality):
         return ConvDecoder(config.decoder, model.dim)
 
     def picture(self, batch: Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        """Of the first view of the first sample: log-mel frames [T_mel, bands] and mask [T]."""
+        """Log-mel frames [T_mel, bands] of the first sample, and the mask [T] of its first view."""
         T = int(batch.seen[0].numel() if batch.valid is None else batch.valid[0].sum())
         samples = self.samples(T)
         mel = audio.log_mel(batch.inputs[0, :samples].cpu().numpy(), self.config.sample_rate)
         return np.asarray(mel, dtype=np.float32), ~batch.seen[0, :T].cpu().numpy()
 
     def samples(self, T: int) -> int:
-        """Audio samples that T frames cover."""
+        """The number of audio samples that T frames cover."""
         for _, kernel, stride in reversed(self.config.convs):
             T = (T - 1) * stride + kernel
         return T
 
 
 def pad(waveforms: Sequence[Waveform]) -> Tensor:
-    """One tensor [B, S], zeros after the end of shorter ones."""
+    """Stacks waveforms into [B, S], with zeros after the end of shorter ones."""
     inputs = torch.empty(len(waveforms), max(map(len, waveforms)))
     for row, waveform in zip(inputs.numpy(), waveforms, strict=True):
         row[: len(waveform)] = waveform

@@ -1,11 +1,13 @@
-"""Text: blocks of token ids, learned positions, no special treatment of words.
+"""Text: blocks of token ids, with learned positions. Masks ignore word boundaries.
 
-B samples, M masked views a sample, R = B * M rows, T tokens, V ids of the vocabulary, D width.
-data2vec 2.0: fairseq examples/data2vec/models/modalities/text.py; 1.0: data2vec_text.py there.
+data2vec 2.0: fairseq examples/data2vec/models/modalities/text.py; 1.0: fairseq
+examples/data2vec/models/data2vec_text.py.
 
-A sample is ids as the tokenizer gave them, specials and all, so that reading it is one copy and
-needs no tokenizer: those of a packed block as they lie in the shard (fields u16, u32), or a
-labelled text's as a one-dimensional .npy array of uint16 or uint32.
+A sample is the tokenizer's ids, including special ones, so that reading it is one copy and needs no
+tokenizer. Ids of a packed block have the fields u16 or u32; a labelled text is a one-dimensional
+.npy array of uint16 or uint32.
+
+B samples, M masked views per sample, R = B * M rows, T tokens, V ids in the vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -36,73 +38,104 @@ from d2v_ds.modalities.base import Modality, ModalityConfig, check_json, extra_t
 from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head
 from d2v_ds.transformer import TransformerConfig, bert_init
 
-BERT_STD = 0.02  # of embeddings, by bert_init
+BERT_STD = 0.02  # initial standard deviation of embeddings in bert_init
 RAW_IDS = {"u16": "<u2", "u32": "<u4"}  # field -> type
 
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """2.0: single tokens, an exact number (fairseq random_masking). 1.0: spans, whose number
-    varies, some of whose tokens may become random ones or stay (MaskTokensDataset)."""
+    """Masks of data2vec 2.0 (fairseq random_masking) or 1.0 (MaskTokensDataset)."""
 
     kind: Literal["uniform", "spans"] = "uniform"
+    """uniform (2.0): single tokens, exactly the share prob of them; length is not used. spans
+    (1.0): spans from random starts, whose number of tokens varies."""
+
     prob: float = 0.48
-    length: int = 1  # of spans
-    random_prob: float = 0.0  # of spans: share of masked tokens that becomes a random one
-    keep_prob: float = 0.0  # of spans: share of masked tokens that stays as it is
+    """The share of tokens to mask, between 0 and 1."""
+
+    length: int = 1
+    """Length of a block or span in tokens; for images, the side of a square in patches."""
+
+    random_prob: float = 0.0
+    """With masked=replaced, the share of masked tokens that the student reads as a random token."""
+
+    keep_prob: float = 0.0
+    """With masked=replaced, the share of masked tokens that the student reads unchanged."""
 
     def __post_init__(self) -> None:
         if not 0 < self.prob < 1:
-            raise ValueError(f"prob={self.prob} does not lie between 0 and 1")
+            raise ValueError(f"prob={self.prob} must be between 0 and 1")
         if self.length < 1:
             raise ValueError(f"length={self.length} must be at least 1")
         if min(self.random_prob, self.keep_prob) < 0 or self.random_prob + self.keep_prob > 1:
             raise ValueError(
-                f"random_prob={self.random_prob} and keep_prob={self.keep_prob} must be shares "
-                "whose sum is at most 1"
+                f"random_prob={self.random_prob} and keep_prob={self.keep_prob} must be 0 or more, "
+                "and their sum at most 1"
             )
 
 
 @dataclass(frozen=True)
 class TextConfig(ModalityConfig):
-    """`modality.text.*`."""
+    """Text: blocks of token ids."""
 
     views: int = 8
     shared: tuple[str, ...] = ("features",)
-    vocab_size: int = 50_265  # ids, specials with them
+
+    vocab_size: int = 50_265
+    """The number of token ids, including special ones."""
+
     pad_id: int = 1
+    """The id of padding."""
+
     mask_id: int = 50_264
-    specials: int = 4  # ids below this are never drawn as random tokens
+    """The id of the mask token."""
+
+    specials: int = 4
+    """Ids below this are special and are never drawn as random tokens."""
+
     max_tokens: int = 512
-    # Initial standard deviation of the learned positions; as published, that of the tokens'. Places
-    # predict themselves, which short runs learn first, and then nothing else: they begin with less.
+    """Longer blocks are cropped to this number of tokens at a random position."""
+
     position_std: float = BERT_STD
-    dropout: float = 0.1  # of the student's embeddings
+    """Initial standard deviation of the learned positions. The default, that of the tokens, is as
+    published. Positions are easy to predict, and short runs that learn them first learn little
+    else; a smaller value avoids that."""
+
+    dropout: float = 0.1
+    """Dropout of the student's embeddings."""
+
     mask: MaskConfig = field(default_factory=MaskConfig)
-    text_teacher: Literal["whole", "masked"] = "whole"  # masked: as fairseq's 1.0, it reads the
-    # masked tokens alone, padding in place of the others
+
+    text_teacher: Literal["whole", "masked"] = "whole"
+    """whole: the teacher reads the whole text; masked: it reads only the masked tokens, and padding
+    in place of the others, as fairseq's 1.0 does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("pad_id", "mask_id"):
             if not 0 <= getattr(self, name) < self.vocab_size:
                 raise ValueError(
-                    f"{name}={getattr(self, name)} is no id of vocab_size={self.vocab_size}"
+                    f"{name}={getattr(self, name)} must be in [0, vocab_size={self.vocab_size})"
                 )
         if not 0 <= self.specials < self.vocab_size:
-            raise ValueError(f"specials={self.specials} leaves no id of {self.vocab_size}")
+            raise ValueError(f"specials={self.specials} must be in [0, {self.vocab_size})")
         if self.position_std < 0:
             raise ValueError(f"position_std={self.position_std} must be 0 or more")
         if self.max_tokens < 2:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 2")
         if self.masked == "replaced" and self.views > 1 and self.text_teacher == "masked":
             raise ValueError(f"text_teacher=masked takes views=1, got {self.views}")
+        if self.text_teacher == "masked" and self.cls_weight > 0:
+            raise ValueError(
+                f"text_teacher=masked takes cls_weight=0, got {self.cls_weight}: the class loss "
+                "needs targets of the whole text"
+            )
 
 
 class TokenFeatures(nn.Module):
-    """Ids [B, T] -> tokens [B, T, D]: embedding plus learned position, LayerNorm.
+    """Ids [B, T] -> tokens [B, T, D]: embedding plus learned position, then LayerNorm.
 
-    Positions count tokens that are not padding, from pad_id + 1 on, as fairseq's make_positions.
+    Positions count the tokens that are not padding, from pad_id + 1 on (fairseq make_positions).
     """
 
     def __init__(self, config: TextConfig, dim: int, norm_eps: float) -> None:
@@ -123,7 +156,7 @@ class TokenFeatures(nn.Module):
 
 
 class Text(Modality):
-    """Text."""
+    """Token ids."""
 
     name: ClassVar[str] = "text"
     batch_unit: ClassVar[str] = "tokens"
@@ -158,8 +191,8 @@ class Text(Modality):
         return self.views * uniform_count(self.crop(length), prob=mask.prob)
 
     def check_set(self, about: Mapping[str, Any]) -> None:
-        """Raises UserError when the ids of a shard set, of which `about` is the index.json, are not
-        those of these settings. Sets that do not tell their tokenizer are taken as they are."""
+        """Raises UserError if the tokenizer of a shard set does not fit these settings. about: the
+        set's index.json. Sets without a tokenizer in their index are accepted."""
         tokenizer = about.get("tokenizer", {})
         wrong = [
             name
@@ -175,7 +208,7 @@ class Text(Modality):
             )
 
     def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Tokens:
-        """Ids [T], a random piece of at most max_tokens; with no rng, the first. Raises
+        """Ids [T], a random piece of at most max_tokens; without rng, the first. Raises
         ValueError."""
         ids = read_ids(sample)
         if ids.max(initial=0) >= self.config.vocab_size:
@@ -197,7 +230,7 @@ class Text(Modality):
     ) -> Batch:
         config, longest = self.config, max(map(len, examples))
         masks = [self.mask(len(e), rng) for e, rng in zip(examples, rngs, strict=True)]
-        replaced: list[Tokens] = []  # of each view
+        replaced: list[Tokens] = []  # one per view
         if config.masked == "replaced":
             for example, mask, rng in zip(examples, masks, rngs, strict=True):
                 replaced += list(self.corrupt(example, mask, rng))
@@ -221,14 +254,14 @@ class Text(Modality):
         )
 
     def mask(self, T: int, rng: np.random.Generator) -> Mask:
-        """The masks of one block's views [M, T]."""
+        """The masks of one block's views, [M, T]."""
         mask = self.config.mask
         if mask.kind == "uniform":
             return uniform_mask(T, prob=mask.prob, views=self.views, rng=rng)
         return token_span_mask(T, prob=mask.prob, length=mask.length, views=self.views, rng=rng)
 
     def corrupt(self, ids: Tokens, mask: Mask, rng: np.random.Generator) -> Tokens:
-        """What the student reads of ids [T] in each view: [M, T]."""
+        """The ids that the student reads in each view of ids [T]: [M, T]."""
         config = self.config
         return corrupt_tokens(
             np.broadcast_to(ids, mask.shape),
@@ -254,7 +287,7 @@ class Text(Modality):
         return np.full(self.config.max_tokens, self.config.vocab_size - 1, dtype=np.int64)
 
     def baseline(self, example: Tokens) -> npt.NDArray[np.float32]:
-        """Share of each id among the block's tokens [V]."""
+        """The share of each id among the block's tokens, [V]."""
         counts = np.bincount(example, minlength=self.config.vocab_size)
         return (counts / len(example)).astype(np.float32)
 
@@ -263,7 +296,7 @@ class Text(Modality):
         return FrontEnd(
             features=TokenFeatures(config, model.dim, model.norm_eps),
             extra=extra_tokens(config, model.dim),
-            # The embeddings have a norm of their own; one more comes with prenet blocks.
+            # The embeddings have their own norm; prenet blocks add another one.
             context=Context(
                 model,
                 depth=config.prenet_depth,
@@ -272,7 +305,7 @@ class Text(Modality):
                 norm=config.prenet_depth > 0,
             ),
             dropout=config.dropout,
-            zero_padding=config.masked == "replaced",  # fairseq's 1.0 does, its 2.0 does not
+            zero_padding=config.masked == "replaced",  # as fairseq: its 1.0 does, its 2.0 does not
         )
 
     def predictor(self, model: TransformerConfig) -> nn.Module:
@@ -282,8 +315,8 @@ class Text(Modality):
         return ConvDecoder(config.decoder, model.dim, init=bert_init)
 
     def picture(self, batch: Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        """The first block's ids as columns of one shade each [T, rows], and the first view's
-        mask [T]."""
+        """The first block with one column of constant shade per id, [T, rows], and the mask [T] of
+        its first view."""
         T = int(batch.seen[0].numel() if batch.valid is None else batch.valid[0].sum())
         ids = batch.inputs[0, :T].cpu().numpy().astype(np.float32)
         return np.repeat(ids[:, None], PICTURE_ROWS, axis=1), ~batch.seen[0, :T].cpu().numpy()
@@ -293,7 +326,7 @@ PICTURE_ROWS = 16
 
 
 def read_ids(sample: Mapping[str, bytes]) -> npt.NDArray[Any]:
-    """Ids [T] of a sample's members. Raises ValueError."""
+    """The ids [T] of a sample. Raises ValueError with the reason if they cannot be read."""
     for key, kind in RAW_IDS.items():
         if key in sample:
             return np.frombuffer(sample[key], np.dtype(kind))
@@ -313,7 +346,7 @@ def read_ids(sample: Mapping[str, bytes]) -> npt.NDArray[Any]:
 
 
 def pad(blocks: Sequence[Tokens], pad_id: int) -> Tensor:
-    """One tensor [B, T], padding after the end of shorter ones."""
+    """Stacks blocks into [B, T], with padding after the end of shorter ones."""
     inputs = torch.full((len(blocks), max(map(len, blocks))), pad_id, dtype=torch.int64)
     for row, block in zip(inputs, blocks, strict=True):
         row[: len(block)] = torch.from_numpy(np.ascontiguousarray(block))

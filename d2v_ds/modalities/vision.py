@@ -1,9 +1,11 @@
-"""Vision: images cut into square patches, with fixed sine-cosine positions (2.0) or a learned
-relative position bias (1.0), and a class token.
+"""Vision: images as square patches, with fixed sine-cosine positions (2.0) or a learned relative
+position bias (1.0), and a class token.
 
-B samples, M masked views a sample, h x w a grid of T = h * w patches, p pixels of a patch's side, D
-width. data2vec 2.0: fairseq examples/data2vec/models/modalities/images.py; 1.0: data2vec_vision
+data2vec 2.0: fairseq examples/data2vec/models/modalities/images.py; 1.0: data2vec_vision
 beit/modeling_cyclical.py.
+
+B samples, M masked views per sample, h x w a grid of T = h * w patches, p side of a patch in
+pixels, D width.
 """
 
 from __future__ import annotations
@@ -31,21 +33,38 @@ CHANNELS = 3
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """2.0: inverse blocks, of an exact number (fairseq compute_block_mask_2d). 1.0: BEiT's blocks,
-    up to a number (beit/masking_generator.py)."""
+    """Masks of data2vec 2.0 (fairseq compute_block_mask_2d) or 1.0 (beit/masking_generator.py)."""
 
     kind: Literal["blocks", "beit"] = "blocks"
-    prob: float = 0.8  # blocks: share that is masked
-    length: int = 3  # blocks: side of the squares, in patches
-    adjust: float = 0.07  # blocks: more of them are drawn, for they overlap
-    inverse: bool = True  # blocks: the squares are what stays visible
-    patches: int = 120  # beit: to be masked
-    min_patches: int = 16  # beit: of one block
-    max_patches: int | None = None  # beit: of one block; null: all that are to be masked
+    """blocks (2.0): squares at random positions that cover exactly the share prob of the patches;
+    beit (1.0): BEiT's rectangles, which cover at most mask.patches; prob, length, adjust and
+    inverse are not used."""
+
+    prob: float = 0.8
+    """The share of tokens to mask, between 0 and 1."""
+
+    length: int = 3
+    """Length of a block or span in tokens; for images, the side of a square in patches."""
+
+    adjust: float = 0.07
+    """Added to the share when blocks are drawn, because blocks overlap. Does not change the number
+    of masked tokens."""
+
+    inverse: bool = True
+    """Draw the visible tokens in blocks instead of the masked ones."""
+
+    patches: int = 120
+    """beit: the number of patches to mask, at most."""
+
+    min_patches: int = 16
+    """beit: the smallest area of a rectangle, in patches."""
+
+    max_patches: int | None = None
+    """beit: the largest area of a rectangle, in patches; null: the number that is left to mask."""
 
     def __post_init__(self) -> None:
         if not 0 < self.prob < 1:
-            raise ValueError(f"prob={self.prob} does not lie between 0 and 1")
+            raise ValueError(f"prob={self.prob} must be between 0 and 1")
         for name in ("length", "patches", "min_patches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
@@ -53,15 +72,27 @@ class MaskConfig:
 
 @dataclass(frozen=True)
 class VisionConfig(ModalityConfig):
-    """`modality.vision.*`."""
+    """Vision: images to square patches."""
 
     views: int = 16
-    image_size: int = 224
-    patch_size: int = 16
-    positions: Literal["sincos", "relative"] = "sincos"
     extra_tokens: int = 1
-    crop_scale: tuple[float, float] = (0.2, 1.0)  # share of the area that a training crop takes
-    jitter: float = 0.0  # of brightness, contrast and saturation
+
+    image_size: int = 224
+    """Side of a crop in pixels, a multiple of patch_size."""
+
+    patch_size: int = 16
+    """Side of a patch in pixels."""
+
+    positions: Literal["sincos", "relative"] = "sincos"
+    """sincos: fixed sine-cosine positions (data2vec 2.0); relative: a learned attention bias per
+    offset between patches (1.0)."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Range of the share of an image's area that a training crop covers."""
+
+    jitter: float = 0.0
+    """Strength of random changes of brightness, contrast and saturation, in [0, 1]; 0: none."""
+
     mask: MaskConfig = field(default_factory=MaskConfig)
 
     def __post_init__(self) -> None:
@@ -74,20 +105,24 @@ class VisionConfig(ModalityConfig):
         if self.mask.kind == "beit" and self.mask.patches >= T:
             raise ValueError(f"mask.patches={self.mask.patches} is not below the {T} patches")
         if self.positions == "relative" and self.extra_tokens != 1:
-            raise ValueError("positions=relative takes extra_tokens=1, the class token")
+            raise ValueError(
+                f"positions=relative takes extra_tokens=1, the class token, got {self.extra_tokens}"
+            )
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale={self.crop_scale} must rise within (0, 1]")
         if not 0 <= self.jitter <= 1:
-            raise ValueError(f"jitter={self.jitter} does not lie in [0, 1]")
+            raise ValueError(f"jitter={self.jitter} must be in [0, 1]")
 
     @property
     def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches, (h, w)."""
         side = self.image_size // self.patch_size
         return side, side
 
 
 class PatchFeatures(nn.Module):
-    """Images [B, 3, H, W] -> tokens [B, T, D], patches row by row, plus fixed positions."""
+    """Images [B, 3, h * p, w * p] -> tokens [B, T, D], patches in row-major order, plus fixed
+    positions."""
 
     def __init__(self, config: VisionConfig, dim: int) -> None:
         super().__init__()
@@ -95,7 +130,7 @@ class PatchFeatures(nn.Module):
         self.proj = nn.Conv2d(CHANNELS, dim, p, p)
         self.positions: Tensor | None
         if config.positions == "sincos":
-            # Xavier-uniform over the flattened kernel, as MAE
+            # Xavier-uniform over the flattened kernel, as in MAE
             nn.init.xavier_uniform_(self.proj.weight.view(dim, -1))
             self.register_buffer("positions", sincos_2d(config.grid, dim))
         else:
@@ -103,15 +138,16 @@ class PatchFeatures(nn.Module):
             self.positions = None
 
     def forward(self, pixels: Tensor) -> Tensor:
-        if pixels.dtype == torch.uint8:  # as they are decoded; others are normalised already
+        if pixels.dtype == torch.uint8:  # as decoded; other types are already normalised
             pixels = images.normalise(pixels)
         x: Tensor = self.proj(pixels.to(self.proj.weight.dtype)).flatten(2).transpose(1, 2)
         return x if self.positions is None else x + self.positions.to(x.dtype)
 
 
 def sincos_2d(grid: tuple[int, int], dim: int) -> Tensor:
-    """Fixed positions [T, D]: half of the channels for the column, half for the row, each sines
-    then cosines of geometric frequencies (MAE, He et al. 2022; fairseq get_2d_sincos_pos_embed)."""
+    """Fixed positions [T, D]: half of the channels encode the column and half the row, each as
+    sines, then cosines, of a geometric series of frequencies (MAE, He et al. 2022; fairseq
+    get_2d_sincos_pos_embed)."""
     row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     frequency = 1.0 / 10_000 ** (np.arange(dim // 4) / (dim // 4))
     halves = []
@@ -149,7 +185,7 @@ class Vision(Modality):
         return w * h
 
     def crop(self, length: int) -> int:
-        """Any image becomes one of image_size; lengths are pixels."""
+        """Every image is resized to image_size; lengths are in pixels."""
         return self.config.image_size**2
 
     def cost(self, length: int) -> float:
@@ -162,13 +198,13 @@ class Vision(Modality):
         return self.views * block_count(h * w, prob=mask.prob, inverse=mask.inverse)
 
     def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Pixels:
-        """Pixels uint8 [3, H, W] of a random crop, flipped half the time; with no rng, of the
-        centre."""
+        """Pixels uint8 [3, H, W] of a random crop, flipped with probability 1/2; without rng, of
+        the central crop."""
         config = self.config
         data = next(sample[key] for key in self.keys if key in sample)
         if rng is None:
             return images.centre_crop(images.open_image(data), config.image_size)
-        # BEiT's order has the flip before the crop, which comes to the same
+        # BEiT flips before the crop; the distribution is the same.
         if config.jitter > 0:
             image = images.jitter(images.decode(data), config.jitter, rng)
         else:
@@ -193,7 +229,7 @@ class Vision(Modality):
         )
 
     def mask(self, rng: np.random.Generator) -> Mask:
-        """The masks of one image's views [M, T]."""
+        """The masks of one image's views, [M, T]."""
         mask, grid = self.config.mask, self.config.grid
         if mask.kind == "beit":
             return beit_mask(
@@ -229,7 +265,7 @@ class Vision(Modality):
         return np.zeros((3, side, side), dtype=np.uint8)
 
     def baseline(self, example: Pixels) -> npt.NDArray[np.float32]:
-        """All pixels, as a nearest-neighbour search on raw images sees them."""
+        """All pixels as one vector."""
         return example.reshape(-1).astype(np.float32)
 
     def front_end(self, model: TransformerConfig) -> FrontEnd:
@@ -245,7 +281,7 @@ class Vision(Modality):
                 depth=config.prenet_depth,
                 dropout=config.prenet_dropout,
                 layer_drop=config.prenet_layer_drop,
-                norm=model.norm == "post",  # pre-norm blocks begin with one
+                norm=model.norm == "post",  # pre-norm blocks begin with a norm
             ),
         )
 
@@ -253,11 +289,11 @@ class Vision(Modality):
         config = self.config
         if config.masked == "replaced":
             return Head(model.dim, config.head.layers, beit_init, config.head.zero_last)
-        # torch's initialisation of the last layer, as fairseq's reset_parameters
+        # The last layer has torch's initialisation, as in fairseq's reset_parameters.
         return ConvDecoder(config.decoder, model.dim, grid=config.grid)
 
     def picture(self, batch: Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        """The first image in grey [across, up] and which of its patches the first view masks."""
+        """The first image in grey [across, up], and the patches that its first view masks."""
         grey = batch.inputs[0].cpu().numpy().mean(0, dtype=np.float32) / 255
         masked = ~batch.seen[0].cpu().numpy().reshape(self.config.grid)
         return np.ascontiguousarray(grey[::-1].T), np.ascontiguousarray(masked[::-1].T)
