@@ -1,4 +1,4 @@
-"""Small exchanges between ranks, over a CPU backend; without a process group, one rank alone."""
+"""Small exchanges between ranks, on the host; without a process group there is one rank."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def barrier() -> None:
 
 
 def sums_right(device: torch.device, seconds: float = 30.0) -> bool:
-    """Whether an all-reduce over all ranks gives what it should, in time. All ranks together."""
+    """Whether an all-reduce over all ranks is correct and finishes in time. All ranks together."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return True
     ranks = dist.get_world_size()
@@ -94,16 +94,17 @@ def sums_right(device: torch.device, seconds: float = 30.0) -> bool:
 
 
 class RankSums:
-    """Adds numbers up over the ranks, on the host, while the ranks do other things. Made, and begun
-    each time, by all ranks together; of one rank, nothing is sent."""
+    """Sums numbers over the ranks, on the host, in the background. Constructed, and begun each
+    time, by all ranks together. With a single rank nothing is communicated."""
 
     def __init__(self, world: int) -> None:
         self._group: Any = None
         if world > 1:
-            self._group = dist.new_group(backend="gloo")  # never waits for a GPU, or for others
+            self._group = dist.new_group(backend="gloo")  # never waits for a GPU
 
     def begin(self, *numbers: float) -> Callable[[], list[float]]:
-        """The sums, when called; whole numbers below 2**53 are exact."""
+        """Begins to sum; the result, when called, waits for the sums. Integers below 2**53 are
+        exact."""
         if self._group is None:
             return lambda: list(numbers)
         totals = torch.tensor(numbers, dtype=torch.float64)

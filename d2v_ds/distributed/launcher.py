@@ -1,4 +1,4 @@
-"""The launcher: N ranks on this machine where neither srun nor torchrun started them."""
+"""The launcher: N ranks on this machine, if neither srun nor torchrun started them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ def launch(
     failing_grace: float = 3.0,
     stopping_grace: float = 30.0,
 ) -> int:
-    """Runs `command arguments` as ranks 0 .. ranks - 1 on this machine and waits; its exit code.
+    """Runs `command arguments` as ranks 0 .. ranks - 1 on this machine and waits; returns the exit
+    code.
 
-    Rank 0 writes to this process's output; of the others the last lines of the first that failed
-    are shown. SIGTERM, SIGUSR2 and SIGINT are passed on. When a rank fails the others have
-    `failing_grace` seconds to end by themselves, or `stopping_grace` after a stop signal, since
-    they may be saving; then all are killed, with the processes that they started, and the exit
-    code is that of the first failing rank. None outlives this process.
+    Rank 0 writes to this process's output; of the other ranks, the last lines of the first one that
+    failed are shown. SIGTERM, SIGUSR2 and SIGINT are forwarded. If a rank fails, the others have
+    `failing_grace` seconds to end, or `stopping_grace` after a stop signal, since they may be
+    saving. Then all are killed with the processes that they started, and the exit code is that of
+    the first failing rank. No rank outlives this process.
     """
     port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
@@ -51,7 +52,7 @@ def launch(
                 processes.append(
                     start_rank(rank, ranks, port, [*command, *arguments], errors[rank])
                 )
-                if stopping:  # it came before this rank could be told
+                if stopping:  # it arrived before this rank was started
                     processes[-1].send_signal(stopping[-1])
             failed = wait_for(processes, lambda: stopping_grace if stopping else failing_grace)
         finally:
@@ -65,11 +66,11 @@ def launch(
             tail = path.read_bytes()[-4000:].decode(errors="replace").rstrip()
             print(f"rank {failed} failed:\n{tail}", file=sys.stderr)
     code: int = processes[failed].returncode
-    return code if code > 0 else 128 - code  # as a shell says that a signal ended it
+    return code if code > 0 else 128 - code  # as a shell reports a signal
 
 
 def free_port() -> int:
-    """A port of this machine that nothing listens on now."""
+    """A free port of this machine."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
@@ -79,8 +80,8 @@ def free_port() -> int:
 def start_rank(
     rank: int, ranks: int, port: int, command: Sequence[str], errors: Path | None
 ) -> subprocess.Popen[bytes]:
-    """One rank in a session of its own, so that a terminal's Ctrl-C reaches it once, through the
-    launcher; errors: where its standard error goes, None for this process's own output."""
+    """Starts one rank in a session of its own, so that Ctrl-C reaches it only once, through the
+    launcher. errors: the file for its standard error; None for this process's own output."""
     environment = {
         **os.environ,
         "RANK": str(rank),
@@ -107,15 +108,15 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Linux: this process is killed as soon as the one that started it ends, however it ends."""
+    """Linux: this process is killed as soon as its parent ends, however the parent ends."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def wait_for(
     processes: Sequence[subprocess.Popen[bytes]], grace: Callable[[], float]
 ) -> int | None:
-    """The first process that failed, None when all ended well. After a failure the others have
-    `grace()` seconds to end."""
+    """Waits for all processes; returns the index of the first that failed, None if none did. After
+    a failure the others have `grace()` seconds to end."""
     failed, since = None, 0.0
     while True:
         codes = [process.poll() for process in processes]
@@ -129,7 +130,7 @@ def wait_for(
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:
-    """Kills a rank and whatever it started."""
+    """Kills a rank and the processes that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

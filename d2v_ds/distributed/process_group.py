@@ -13,8 +13,8 @@ from d2v_ds.distributed.world import World
 
 
 def init(world: World, device: torch.device) -> None:
-    """The process group of all ranks: gloo for tensors on the host, NCCL for those on a GPU. A
-    single process needs neither a launcher nor a network."""
+    """Joins the process group of all ranks: gloo for tensors on the host, NCCL for tensors on a
+    GPU. A single process needs neither a launcher nor a network."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # DeepSpeed and other libraries read these
@@ -26,7 +26,7 @@ def init(world: World, device: torch.device) -> None:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
         return
     os.environ.update(MASTER_ADDR=world.address, MASTER_PORT=str(world.port))
-    store = PrefixStore("ranks", meet(world)) if world.key else None  # None: the launcher's
+    store = PrefixStore("ranks", meet(world)) if world.key else None  # None: the launcher's own
     dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size)
 
 

@@ -1,7 +1,7 @@
 """How the ranks of a Slurm step find rank 0: no two steps ever share a store.
 
-rank 0: opens a store on any free port, answers on the first free of PORTS well-known ports
-others: ask those ports until one answers with this step's key --> the store
+rank 0: opens a store on a free port, and answers on the first free one of PORTS known ports
+others: ask these ports until one answers with this step's key --> the store
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch._C._distributed_c10d import Store, TCPStore
 from d2v_ds.distributed.world import World, port_of
 from d2v_ds.errors import UserError
 
-MEETING = timedelta(seconds=300)  # within which all ranks must have started
-PORTS = 8  # tried in turn: something else may listen on the first
+MEETING = timedelta(seconds=300)  # within which all ranks must start
+PORTS = 8  # tried in turn, since another program may use the first
 
 
 def meet(world: World) -> Store:
     """The store of this step's ranks; no two steps ever share one.
 
-    Rank 0 opens it on a port that the system picks, and tells the port and the step's key to
-    whoever asks on the first free of PORTS ports that all ranks know. Raises UserError when none of
-    them is free, RuntimeError when rank 0 is not found.
+    Rank 0 opens it on a port that the system chooses, and sends the port and the step's key to
+    whoever connects to the first free one of PORTS ports that all ranks know. Raises UserError if
+    none of these is free, RuntimeError if rank 0 is not found.
     """
     ports = [world.port, *(port_of(world.key, attempt) for attempt in range(1, PORTS))]
     if world.rank == 0:
@@ -54,17 +54,17 @@ def _first_free(world: World, ports: Sequence[int]) -> socket.socket:
 
 
 def _greet(listener: socket.socket, greeting: bytes) -> None:
-    """Tells everyone who asks; those of other jobs go on to the next port."""
+    """Sends the greeting to everyone who connects; ranks of other jobs try the next port."""
     while True:
         with contextlib.suppress(OSError), listener.accept()[0] as asker:
             asker.sendall(greeting)
 
 
 def _ask(world: World, port: int) -> int | None:
-    """The port of our store, if our rank 0 answers on `port`."""
+    """The port of the store, if this step's rank 0 answers on `port`."""
     try:
         with socket.create_connection((world.address, port), timeout=5) as asked:
             name, key, store_port = asked.makefile("rb").readline(200).decode().split()
-    except (OSError, ValueError):  # nobody, or somebody who says something else, or nothing
+    except (OSError, ValueError):  # nobody, or another program
         return None
     return int(store_port) if (name, key) == ("d2v_ds", world.key) else None

@@ -16,12 +16,12 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 class StopFlag:
     """Whether the run should stop after this step: a signal to any rank, or a file STOP in the run
-    folder. A context manager: signals only set the flag inside, and do what they did before again
-    afterwards. Entered by all ranks together, after `init`."""
+    folder. A context manager, inside which signals only set the flag; entered by all ranks
+    together, after the process group exists."""
 
     def __init__(self, run_dir: Path | None = None) -> None:
-        self.reason = ""  # on this rank: the signal's name, or the file
-        logs = os.environ.get("D2V_JOB_LOGS")  # of a batch script, which asks there
+        self.reason = ""  # on this rank: the name of the signal or the file
+        logs = os.environ.get("D2V_JOB_LOGS")  # where a batch script asks to stop
         self._files = [Path(run_dir, "STOP")] if run_dir else []
         self._files += [Path(logs, "stop")] if logs else []
         self._before: dict[signal.Signals, Any] = {}
@@ -29,7 +29,7 @@ class StopFlag:
 
     def __enter__(self) -> StopFlag:
         if dist.is_initialized() and dist.get_world_size() > 1:
-            self._group = dist.new_group(backend="gloo")  # never waits for a GPU, or for others
+            self._group = dist.new_group(backend="gloo")  # never waits for a GPU
         self._before = {number: signal.signal(number, self._set) for number in STOP_SIGNALS}
         return self
 
@@ -41,9 +41,9 @@ class StopFlag:
         self.reason = signal.Signals(number).name
 
     def agreed(self) -> bool:
-        """True on all ranks as soon as one of them was told to stop. All ranks call it together."""
+        """True on all ranks once any of them was asked to stop. All ranks call it together."""
         on_rank_0 = not dist.is_initialized() or dist.get_rank() == 0
-        if on_rank_0 and not self.reason:  # one rank asks the file system
+        if on_rank_0 and not self.reason:  # one rank polls the file system
             self.reason = next((str(file) for file in self._files if file.exists()), "")
         if self._group is None:
             return bool(self.reason)

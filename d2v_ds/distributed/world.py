@@ -1,4 +1,4 @@
-"""Who this process is among those of the run, as its launcher says.
+"""Which rank this process is, according to its launcher.
 
 environment (srun, torchrun, launcher.py, or nothing) -> World
 """
@@ -16,24 +16,24 @@ from d2v_ds.seeding import stable_hash
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run."""
+    """This process among all ranks of the run."""
 
     rank: int = 0
     local_rank: int = 0  # on this machine: the GPU to take
     size: int = 1
     address: str = ""  # host and port where rank 0 listens; empty for a single process
     port: int = 0
-    key: str = ""  # of a step that srun started: what its ranks know each other by
+    key: str = ""  # of a step that srun started: identifies its ranks to each other
 
     @staticmethod
     def from_environment(environ: Mapping[str, str] | None = None) -> World:
-        """From torchrun's variables (`launch` and deepspeed set the same), else from srun's, else
-        alone. Raises UserError for variables that do not make sense together."""
+        """From torchrun's variables (which deepspeed and the launcher set too), else from srun's, else
+        a single process. Raises UserError for inconsistent variables."""
         env = os.environ if environ is None else environ
         if "RANK" in env and "WORLD_SIZE" in env:
             rank, local_rank, size = "RANK", "LOCAL_RANK", "WORLD_SIZE"
             address, port, key = "127.0.0.1", 29500, ""
-        elif "SLURM_STEP_NUM_TASKS" in env:  # set by srun alone: a batch script is one process
+        elif "SLURM_STEP_NUM_TASKS" in env:  # only srun sets it: a batch script is one process
             rank, local_rank, size = "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"
             address = first_host(env.get("SLURM_STEP_NODELIST", "127.0.0.1"))
             names = ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_STEP_ID")
@@ -50,7 +50,7 @@ class World:
             key=key,
         )
         if not 0 <= world.rank < world.size:
-            raise UserError(f"{rank}={world.rank} does not lie in 0 .. {size}={world.size} - 1")
+            raise UserError(f"{rank}={world.rank} is not in 0 .. {size}={world.size} - 1")
         return world
 
 
@@ -68,13 +68,13 @@ def first_host(nodelist: str) -> str:
 
 
 def port_of(key: str, attempt: int = 0) -> int:
-    """A port for the holder of `key`, below those that systems hand out by themselves."""
+    """A port that follows from `key`, below the ephemeral ports."""
     return 20000 + stable_hash(key, attempt) % 10000
 
 
 def cores_of_rank() -> int:
-    """Cores that this rank has for itself: what srun gave, else its share of this machine's."""
+    """The cores of this rank: those that srun assigned, else its share of this machine's."""
     cores = len(os.sched_getaffinity(0))
-    if "SLURM_STEP_NUM_TASKS" in os.environ:  # where srun binds nobody, all see all cores
+    if "SLURM_STEP_NUM_TASKS" in os.environ:  # without binding, every rank sees all cores
         return min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, code, host, settings of the environment with secrets masked."""
+"""What a run ran on: versions, code, host, and environment variables with secrets masked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH)", re.IGNORECASE)
 
 
 def describe(nodes: Sequence[str] = ()) -> dict[str, Any]:
-    """For environment.json; reads, never raises for what is missing. nodes: by rank."""
+    """The content of environment.json; what cannot be determined is None. nodes: by rank."""
     return {
         "command": sys.argv,
         "nodes": list(nodes),
@@ -45,19 +45,19 @@ def describe(nodes: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def node_name() -> str:
-    """This machine, as Slurm calls it where Slurm runs."""
+    """The name of this machine: Slurm's, under Slurm."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def code_files() -> list[Path]:
-    """The modules and data of this package, in a fixed order."""
+    """The modules and data files of the package, in a fixed order."""
     return sorted(
         path for path in PACKAGE.rglob("*") if path.is_file() and "__pycache__" not in path.parts
     )
 
 
 def code_hash() -> str:
-    """The same on two machines exactly when they run the same code."""
+    """A hash that two machines share exactly if they run the same code."""
     digest = hashlib.sha256()
     for path in code_files():
         digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes() + b"\0")
@@ -65,7 +65,7 @@ def code_hash() -> str:
 
 
 def keep_code(folder: Path) -> Path:
-    """A copy of the package in folder/HASH.tar.gz, unless it is there."""
+    """Stores a copy of the package in folder/HASH.tar.gz, unless it exists."""
     path = folder / f"{code_hash()}.tar.gz"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -85,7 +85,7 @@ def version(package: str) -> str | None:
 
 
 def git_revision(folder: Path) -> str | None:
-    """Commit of the code, with "+changes" when the work tree differs; None outside a checkout."""
+    """The commit of the code, with "+changes" if the work tree differs; None outside a checkout."""
     try:
         commit = _git(folder, "rev-parse", "HEAD")
         return commit + ("+changes" if _git(folder, "status", "--porcelain") else "")

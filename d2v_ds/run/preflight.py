@@ -1,7 +1,8 @@
-"""What can be checked about a run before it trains.
+"""What can be checked before training.
 
-`check`: of settings, before torch is imported; most mistakes answer in a moment. `examine` on every
-rank, then `unfit` on all that they found: whether the ranks fit together, and which node does not.
+`check` examines the settings without importing torch, so that most mistakes are reported at once.
+`examine` runs on every rank, then `unfit` compares all findings: whether the ranks can train
+together, and which node cannot take part.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from d2v_ds.loader.find_set import find_set, require_tars, stream_tars
 from d2v_ds.run.environment import code_hash, node_name
 from d2v_ds.run.run_folder import RunFolder
 
-MIN_FREE = 200e6  # bytes of the run's disk: logs and curves; a checkpoint looks for itself
+MIN_FREE = 200e6  # bytes on the run's disk, for logs and metrics; checkpoints check for themselves
 
 
 def check(config: Config, ranks: int) -> None:
-    """Raises UserError for settings, shard sets, ranks and run folders that do not fit together."""
+    """Raises UserError if settings, shard sets, ranks and run folder do not fit together."""
     require_divisible(config.batch.micro_batches, ranks)
     load_engine_config(config.engine.config)
     if config.engine.config == "local" and ranks > 1:
@@ -41,19 +42,19 @@ def check(config: Config, ranks: int) -> None:
         require_shards(config, name, ranks)
     run = RunFolder(config.run_dir)
     if run.stop.exists():
-        raise UserError(f"{run.stop} asks this run to stop; remove it to go on")
+        raise UserError(f"{run.stop}: asks this run to stop; remove it to resume")
     if run.root.exists() and not run.root.is_dir():
         raise UserError(f"run.dir: {run.root} is a file, not a folder")
 
 
 def require_shards(config: Config, modality: str, ranks: int) -> None:
-    """Raises UserError unless sound shard sets of the modality are named."""
+    """Raises UserError unless data.shards names sound shard sets for the modality."""
     sources = {s: path for s, path in config.sources.items() if modality_of(s) == modality}
     setting = "data.shards" if len(config.modality) == 1 else f"data.shards.{modality}"
     if not all(sources.values()) or not config.sources:
         raise UserError(
             f"{setting}: must name a shard set, for example {setting}=/data/{modality}; "
-            "`d2v-shards --help` tells how to make one"
+            "`d2v-shards --help` explains how to make one"
         )
     if not sources:
         raise UserError(f"{setting}: must be given (has: {', '.join(sorted(config.sources))})")
@@ -68,7 +69,7 @@ def require_shards(config: Config, modality: str, ranks: int) -> None:
 
 
 class UnfitNodes(RuntimeError):
-    """Nodes that this run should go without."""
+    """Nodes that cannot take part in this run."""
 
     def __init__(self, reasons: dict[str, str]) -> None:
         super().__init__("; ".join(f"node {node}: {reason}" for node, reason in reasons.items()))
@@ -77,18 +78,18 @@ class UnfitNodes(RuntimeError):
 
 @dataclass(frozen=True)
 class Finding:
-    """Of one rank."""
+    """What one rank found."""
 
     node: str
     code: str
     config: str
     sees_run: bool
-    free: int  # bytes, where the run folder lies
+    free: int  # bytes on the run folder's disk
     right_sum: bool
 
 
 def leave_token(run: RunFolder) -> Path:
-    """A file in the run folder that every rank must see; rank 0 removes it afterwards."""
+    """Creates a file in the run folder that every rank must see; rank 0 removes it afterwards."""
     run.root.mkdir(parents=True, exist_ok=True)
     token = run.root / f".preflight.{node_name()}.{os.getpid()}"
     token.touch()
@@ -96,7 +97,7 @@ def leave_token(run: RunFolder) -> Path:
 
 
 def examine(config: Config, token: Path, right_sum: bool) -> Finding:
-    """What this rank finds. right_sum: whether a sum over all ranks was right."""
+    """What this rank finds. right_sum: whether an all-reduce over all ranks was correct."""
     sees_run = token.exists()
     return Finding(
         node=node_name(),
@@ -109,10 +110,10 @@ def examine(config: Config, token: Path, right_sum: bool) -> Finding:
 
 
 def unfit(findings: Sequence[Finding]) -> dict[str, str]:
-    """{node: what is wrong with it}; empty when all is well.
+    """{node: why it cannot take part}; empty if all nodes can.
 
-    Raises UserError for what no other node would mend: a full disk, sums that are wrong everywhere,
-    code or settings of which no version is more common than the others.
+    Raises UserError for problems that other nodes would not solve: a full disk, all-reduces that
+    are wrong everywhere, or code or settings that differ without a majority.
     """
     reasons: dict[str, str] = {}
     for finding in findings:
@@ -120,24 +121,26 @@ def unfit(findings: Sequence[Finding]) -> dict[str, str]:
             reasons[finding.node] = "does not see the run folder"
     seeing = [f for f in findings if f.sees_run]
     if seeing and (free := min(f.free for f in seeing)) < MIN_FREE:
-        raise UserError(f"run.dir: {free / 1e6:.0f} MB are free on its disk; free some space")
-    for key, what in (("code", "other code"), ("config", "other settings")):
+        raise UserError(f"run.dir: its disk has {free / 1e6:.0f} MB free; free some space")
+    for key, what in (("code", "code"), ("config", "settings")):
         counts = Counter(getattr(finding, key) for finding in findings).most_common()
         if len(counts) > 1 and counts[0][1] == counts[1][1]:
             groups = {
                 value: {f.node for f in findings if getattr(f, key) == value} for value, _ in counts
             }
             shown = " / ".join(", ".join(sorted(nodes)) for nodes in groups.values())
-            raise UserError(f"the ranks have {what}: {shown}; start all from the same files")
+            raise UserError(
+                f"the ranks have different {what}: {shown}; start all from the same files"
+            )
         for finding in findings:
             if getattr(finding, key) != counts[0][0]:
-                reasons.setdefault(finding.node, f"has {what} than most")
+                reasons.setdefault(finding.node, f"has different {what} than most ranks")
     wrong = [finding.node for finding in findings if not finding.right_sum]
     if len(wrong) == len(findings) > 1:
         raise UserError(
-            "an all-reduce over the ranks is wrong, or does not end, on every node; look at the "
-            "network (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME; NCCL_DEBUG=INFO says more)"
+            "an all-reduce over the ranks is wrong or does not finish on every node; check the "
+            "network (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME; NCCL_DEBUG=INFO logs more)"
         )
     for node in wrong:
-        reasons.setdefault(node, "its all-reduce over the ranks is wrong, or does not end")
+        reasons.setdefault(node, "its all-reduce over the ranks is wrong or does not finish")
     return reasons

@@ -3,17 +3,18 @@
     RUN/
       config.yaml  environment.json        what runs, and on what
       code/HASH.tar.gz                     the code of each start, by its hash in environment.json
-      logs/JOB.RESTART/rank00000.txt       one folder a start, one log a rank
+      logs/JOB.RESTART/rank00000.txt       one folder per start, one log per rank
       metrics.jsonl  tb/                   curves
       checkpoints/00000600/                see checkpoint/__init__.py
-      heartbeat/rank00000.json             what each rank is at, every few seconds
+      heartbeat/rank00000.json             what each rank is doing, every few seconds
       bad_samples/rank00000.jsonl          samples that could not be used
       GENERATION                           the start that owns the folder now
-      STOP  STOPPED  DONE                  asked to stop; stopped well; finished
+      STOP  STOPPED  DONE                  a request to stop; stopped and saved; finished
 
-Every start of a run claims the folder and gets a generation, one number higher than the last. A
-process that was cut off and replaced still holds the lower number, and is refused; what it holds
-open is taken from under it. Imports no torch: a login node reads a run in no time.
+Every start of a run claims the folder and gets a generation number, one higher than the last. A
+process that was cut off and replaced still has the lower number: it can publish nothing, and the
+files that it holds open are replaced by copies. Imports no torch, so that a login node reads a run
+quickly.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ class Generation:
     """One start of a run."""
 
     number: int  # 1 for the first start of the run
-    job: str  # the Slurm job; `local` without Slurm
+    job: str  # the Slurm job, or `local`
     restart: int  # how often this job was requeued
-    process: str  # HOST:PID of rank 0: tells apart two starts that claimed at the same moment
+    process: str  # HOST:PID of rank 0: distinguishes two starts that claimed simultaneously
 
     def __str__(self) -> str:
         return f"generation {self.number} (job {self.job}, restart {self.restart}, {self.process})"
@@ -47,7 +48,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The paths of one run. Creates nothing by itself."""
+    """The paths of one run; creates nothing."""
 
     root: Path
 
@@ -96,7 +97,7 @@ class RunFolder:
         return self.root / "DONE"
 
     def logs(self, generation: Generation) -> Path:
-        """Whatever one start of the run leaves: logs, stacks, what the batch script found."""
+        """What one start leaves: logs, stack traces, what the batch script found."""
         return self.root / "logs" / f"{generation.job}.{generation.restart}"
 
     def log(self, generation: Generation, rank: int) -> Path:
@@ -104,7 +105,7 @@ class RunFolder:
         return self.logs(generation) / f"rank{rank:05d}.txt"
 
     def bad_samples(self, rank: int) -> Path:
-        """Samples that one rank could not use."""
+        """The bad samples of one rank."""
         return self.root / "bad_samples" / f"rank{rank:05d}.jsonl"
 
     def checkpoint(self, step: int) -> Path:
@@ -121,15 +122,15 @@ class RunFolder:
 def claim_generation(run: RunFolder, job: str, restart: int | None = None) -> Generation:
     """Makes this start the owner of the run folder; rank 0 calls it once, before anything is read.
 
-    restart: Slurm's count of requeues; None: one more than the last start by the same job had.
-    Raises Superseded when a later restart of the same job was here already.
+    restart: Slurm's restart count; None: one more than that of the job's last start. Raises
+    Superseded if a later restart of the same job has already claimed the folder.
     """
     last = read_generation(run)
     last_restart = last.restart if last and last.job == job else -1
     if restart is None:
         restart = last_restart + 1
     if restart < last_restart:
-        raise Superseded(f"{run.root} is owned by {last}: restart {restart} comes too late")
+        raise Superseded(f"{run.root} is owned by {last}: restart {restart} is too late")
     process = f"{socket.gethostname()}:{os.getpid()}"
     generation = Generation(last.number + 1 if last else 1, job, restart, process)
     run.root.mkdir(parents=True, exist_ok=True)
@@ -139,8 +140,8 @@ def claim_generation(run: RunFolder, job: str, restart: int | None = None) -> Ge
 
 
 def _take_over(run: RunFolder) -> None:
-    """Replaces the curves' files by copies: a start that was cut off and replaced may still hold
-    them open, and what it writes then goes nowhere."""
+    """Replaces metrics and event files by copies: an older start may still hold the originals open,
+    and what it writes then is lost with them."""
     for path in (run.metrics, *run.tensorboard.glob("events.*")):
         if path.exists():
             aside = path.with_name(f".{os.getpid()}.tmp")

@@ -1,6 +1,8 @@
-"""What a run is doing, read from its folder alone: from a login node, while it trains or after.
+"""What a run is doing, read from its folder: from a login node, while it trains or afterwards.
 
-metrics.jsonl, checkpoints/, heartbeat/, GENERATION, DONE, STOPPED --> a few lines
+    metrics.jsonl, checkpoints/, heartbeat/, GENERATION, DONE, STOPPED --> a few lines
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -8,13 +10,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from d2v_ds.config.decoding import load_yaml
 from d2v_ds.errors import UserError
 from d2v_ds.files import write_atomically
+from d2v_ds.run.heartbeat import Heartbeat, duration, heartbeats
 from d2v_ds.run.run_folder import (
     Generation,
     RunFolder,
@@ -22,50 +24,18 @@ from d2v_ds.run.run_folder import (
     refuse_superseded,
 )
 
-SILENT = 60.0  # seconds without a heartbeat after which a rank is called silent
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """What the watchdog of a rank writes every few seconds."""
-
-    rank: int
-    host: str
-    step: int
-    phase: str  # starting, data, training, saving, ended
-    since: float  # when the phase began, seconds since 1970
-    time: float  # when this was written: old when the process has stopped, whatever its phase
-    busy_seconds: float = 0.0  # a step: waiting for data and in forward, where no rank waits for
-    # another
-    wait_seconds: float = 0.0  # a step: of these, waiting for data
-
-
-def beat(run: RunFolder, heartbeat: Heartbeat) -> None:
-    """Writes one rank's heartbeat."""
-    path = run.heartbeat / f"rank{heartbeat.rank:05d}.json"
-    aside = path.with_suffix(".tmp")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside.write_text(json.dumps(asdict(heartbeat)))
-    aside.replace(path)
-
-
-def heartbeats(run: RunFolder) -> list[Heartbeat]:
-    """The last of every rank, by rank."""
-    return [
-        Heartbeat(**json.loads(path.read_text()))
-        for path in sorted(run.heartbeat.glob("rank*.json"))
-    ]
+SILENT = 60.0  # seconds without a heartbeat after which a rank is reported as silent
 
 
 def last_row(path: Path) -> dict[str, Any] | None:
-    """The last whole line of metrics.jsonl, without reading the rest."""
+    """The last complete line of metrics.jsonl, without reading the whole file."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 65_536))
             lines = file.read().split(b"\n")
     except FileNotFoundError:
         return None
-    for line in reversed(lines[:-1]):  # what follows the last newline is not whole
+    for line in reversed(lines[:-1]):  # what follows the last newline is incomplete
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -76,8 +46,8 @@ def last_row(path: Path) -> dict[str, Any] | None:
 
 
 def finish(run: RunFolder, generation: Generation, step: int, *, done: bool, reason: str) -> None:
-    """Writes DONE or STOPPED: how the run ended, and removes the other. Raises Superseded when a
-    newer start owns the run folder."""
+    """Writes DONE or STOPPED, which say how the run ended, and removes the other one. Raises
+    Superseded if a newer start owns the run folder."""
     refuse_superseded(run, generation)
     marker, other = (run.done, run.stopped) if done else (run.stopped, run.done)
     write_atomically(
@@ -86,17 +56,11 @@ def finish(run: RunFolder, generation: Generation, step: int, *, done: bool, rea
     other.unlink(missing_ok=True)
 
 
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
-
-
 def describe(root: Path) -> str:
-    """The lines that `d2v-ds status RUN` prints. Raises UserError where no run is."""
+    """The lines that `d2v-ds status RUN` prints. Raises UserError if `root` is not a run folder."""
     run = RunFolder(root)
     if not run.config.is_file():
-        raise UserError(f"{root}: no run there (no config.yaml); give the run's folder (run.dir)")
+        raise UserError(f"{root}: not a run folder (no config.yaml); give the value of run.dir")
     config = load_yaml(run.config)
     steps = int(config["run"]["steps"])
     row, beats, now = last_row(run.metrics), heartbeats(run), time.time()
@@ -104,7 +68,7 @@ def describe(root: Path) -> str:
     lines = [f"run          {root}", f"state        {_state(run, beats, now)}"]
     lines.append(f"step         {step} of {steps}")
     if row and row.get("step_s") and step < steps:
-        lines.append(f"time left    {duration((steps - step) * row['step_s'])} at its last pace")
+        lines.append(f"time left    {duration((steps - step) * row['step_s'])} at the latest speed")
     if len(config["modality"]) > 1:
         lines.append(f"modalities   {_by_modality(config['modality'], row or {})}")
     saved = run.steps()
@@ -120,14 +84,14 @@ def describe(root: Path) -> str:
     if len(beats) > 1:
         slow = max(beats, key=lambda b: b.busy_seconds)
         lines.append(
-            f"slowest rank {slow.rank} on {slow.host}: {slow.busy_seconds:.3f} s a step before it "
-            f"meets the others, {slow.wait_seconds:.3f} s of it waiting for data"
+            f"slowest rank {slow.rank} on {slow.host}: {slow.busy_seconds:.3f} s per step before "
+            f"it waits for other ranks, {slow.wait_seconds:.3f} s of it waiting for data"
         )
     return "\n".join(lines)
 
 
 def _by_modality(names: Iterable[str], row: Mapping[str, Any]) -> str:
-    """Each modality with its loss in the last row, where it has one."""
+    """Each modality with its loss in the last row, if it has one."""
     losses = {name: row.get(f"loss/{name}") for name in names}
     return ", ".join(
         f"{name} (loss {loss:.3f})" if loss is not None else name for name, loss in losses.items()

@@ -1,13 +1,13 @@
-"""A thread of every rank that tells whether the rank's training goes on, and what it hangs in.
+"""A thread of every rank that reports whether the rank makes progress, and where it hangs.
 
-    mark(phase, step), by the training --> heartbeat/rankNNNNN.json, every few seconds
-    no mark for D2V_HANG_SECONDS on any rank --> logs/JOB.RESTART/hung, which names it
-        --> every rank's stacks in logs/JOB.RESTART/stacks-rankNNNNN.txt --> exit code 5
-    a newer start of the run --> exit code 1, before anything more is written
+    mark(phase, step), called by training --> heartbeat/rankNNNNN.json, every few seconds
+    no mark for D2V_HANG_SECONDS on any rank --> logs/JOB.RESTART/hung, which names the rank
+        --> every rank's stack traces in logs/JOB.RESTART/stacks-rankNNNNN.txt --> exit code 5
+    a newer start of the run --> exit code 1, before anything else is written
 
-The batch script asks for the stacks as well, by writing `hung` itself, when a rank falls silent
-altogether (a stopped process, a lost node). Without D2V_HANG_SECONDS nothing is ever ended: a
-person may sit in a debugger.
+The batch script also asks for stack traces, by writing `hung` itself, if a rank stops sending
+heartbeats (a stopped process, a lost node). Without D2V_HANG_SECONDS no process is ever ended,
+since a person may be using a debugger.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from typing import IO
 from d2v_ds.errors import Superseded
 from d2v_ds.exit_codes import FAILURE, HUNG
 from d2v_ds.run.environment import node_name
+from d2v_ds.run.heartbeat import Heartbeat, beat, duration, heartbeats
 from d2v_ds.run.run_folder import Generation, RunFolder, refuse_superseded
-from d2v_ds.run.status import Heartbeat, beat, duration, heartbeats
 
 log = logging.getLogger("d2v_ds")
 
 INTERVAL = 5.0  # seconds between heartbeats, at most
-PATIENT = "waiting for shards"  # the one phase that may last: see staging.py
-SILENT_BEATS = 4  # beats missed in a row after which a rank is called silent
+PATIENT = "waiting for shards"  # the phase without a time limit: other nodes copy their shards
+SILENT_BEATS = 4  # consecutive heartbeats missed after which a rank is reported as silent
 
 
 class Watchdog:
-    """Watches the thread that calls `mark`. A context manager; `start` begins the watch.
+    """Watches the thread that calls `mark`. A context manager; `start` begins watching.
 
-    limit: seconds without a mark that count as hanging; None: those of D2V_HANG_SECONDS, if any.
+    limit: seconds without a mark that count as hanging; None: D2V_HANG_SECONDS, if it is set.
     """
 
     def __init__(self, rank: int, ranks: int, limit: float | None = None) -> None:
@@ -64,7 +64,7 @@ class Watchdog:
             self._stacks_path.unlink()
 
     def start(self, run: RunFolder, generation: Generation) -> None:
-        """From here on this rank's heartbeats and stacks go to the run folder."""
+        """Begins to write this rank's heartbeats and stack traces into the run folder."""
         self.run, self.generation = run, generation
         logs = run.logs(generation)
         logs.mkdir(parents=True, exist_ok=True)
@@ -77,14 +77,15 @@ class Watchdog:
         self._thread.start()
 
     def mark(self, phase: str, step: int) -> None:
-        """The training goes on: it begins with `phase`, and has taken `step` steps. Cheap."""
-        urgent = "saving" in (phase, self._beat.phase)  # others ask the file whether we save
+        """Training made progress: it enters `phase` and has taken `step` steps. Cheap."""
+        # Others read from the file whether this rank is saving.
+        urgent = "saving" in (phase, self._beat.phase)
         self._beat = dataclasses.replace(self._beat, phase=phase, step=step, since=time.time())
         if urgent:
             self._wake.set()
 
     def pace(self, busy_seconds: float, wait_seconds: float) -> None:
-        """What a step took on this rank, for `d2v-ds status`."""
+        """The time of a step on this rank, for `d2v-ds status`."""
         self._beat = dataclasses.replace(
             self._beat, busy_seconds=busy_seconds, wait_seconds=wait_seconds
         )
@@ -92,7 +93,7 @@ class Watchdog:
     # ------------------------------------------------------------------------- in the thread
 
     def _watch(self) -> None:
-        armed = 0.0  # the mark for which faulthandler's own thread, which needs no GIL, waits
+        armed = 0.0  # the mark that faulthandler's own thread, which needs no GIL, waits for
         while not self._closed:
             since = self._beat.since
             if self.limit and since != armed:
@@ -103,7 +104,7 @@ class Watchdog:
                 self._look()
             except Superseded as error:
                 self._leave(FAILURE, str(error))
-            except OSError as error:  # a file system that stumbles is no reason to end a run
+            except OSError as error:  # a temporary file-system error is no reason to end a run
                 log.warning("heartbeat: %s", error)
             self._wake.wait(self.interval)
             self._wake.clear()
@@ -120,8 +121,8 @@ class Watchdog:
         if not self._dumped:
             self._dumped = now
             faulthandler.dump_traceback(self._stacks, all_threads=True)
-            log.error("stacks of all threads are in %s", self._stacks_path)
-        elif now - self._dumped > SILENT_BEATS * self.interval:  # the others have dumped theirs
+            log.error("stack traces of all threads are in %s", self._stacks_path)
+        elif now - self._dumped > SILENT_BEATS * self.interval:  # the others have written theirs
             self._leave(HUNG)
 
     def _hangs(self, now: float) -> bool:
@@ -133,7 +134,7 @@ class Watchdog:
         beat(self.run, dataclasses.replace(self._beat, time=time.time()))
 
     def _accuse(self, text: str) -> None:
-        """Says who hangs; the first rank to find out says it for all."""
+        """Records which rank hangs; the first rank to find out does so for all."""
         try:
             with self._hung.open("x") as file:
                 file.write(text + "\n")
@@ -142,7 +143,7 @@ class Watchdog:
         self._say(text)
 
     def _leave(self, code: int, text: str = "") -> None:
-        """Ends the process at once, whatever its main thread is stuck in."""
+        """Ends the process immediately, whatever its main thread is doing."""
         if text:
             self._say(text)
         for handler in log.handlers:
@@ -155,19 +156,19 @@ class Watchdog:
 
 
 def verdict(beats: list[Heartbeat], ranks: int, now: float, interval: float) -> str:
-    """One line: which rank hangs, where, since when."""
+    """One line: which rank hangs, where, and since when."""
     missing = sorted(set(range(ranks)) - {b.rank for b in beats})
     if missing:
-        return f"hanging: no heartbeat ever came from rank {', '.join(map(str, missing))}"
+        return f"hanging: no heartbeat was ever received from rank {', '.join(map(str, missing))}"
     silent = [b for b in beats if now - b.time > SILENT_BEATS * interval]
     if silent:
         return "hanging: " + "; ".join(
-            f"rank {b.rank} on {b.host} is silent for {duration(now - b.time)}, its last word was "
+            f"rank {b.rank} on {b.host} has been silent for {duration(now - b.time)}, last in "
             f"{b.phase!r} after step {b.step}"
             for b in silent
         )
     first = min(beats, key=lambda b: (b.step, b.since))
     return (
-        f"hanging: rank {first.rank} on {first.host} is in {first.phase!r} after step {first.step} "
-        f"for {duration(now - first.since)}, longer than any other"
+        f"hanging: rank {first.rank} on {first.host} has been in {first.phase!r} after step "
+        f"{first.step} for {duration(now - first.since)}, longer than any other rank"
     )

@@ -69,7 +69,7 @@ def test_world_of_srun() -> None:
     ("env", "message"),
     [
         ({"RANK": "x", "WORLD_SIZE": "2"}, r"RANK: expected a whole number .*'x'"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK=2 does not lie in 0 \.\. WORLD_SIZE=2 - 1"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK=2 is not in 0 \.\. WORLD_SIZE=2 - 1"),
         ({"SLURM_STEP_NUM_TASKS": "2"}, r"SLURM_PROCID: expected a whole number .*''"),
     ],
 )

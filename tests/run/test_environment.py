@@ -36,7 +36,9 @@ def test_the_code_is_kept_once_and_can_be_run(tmp_path: Path) -> None:
     assert environment.keep_code(tmp_path / "code") == path and path.stat().st_mtime_ns == before
     with tarfile.open(path) as tar:
         tar.extractall(tmp_path / "out", filter="data")
-    code = "from d2v_ds.run import environment; print(environment.code_hash(), environment.__file__)"
+    code = (
+        "from d2v_ds.run import environment; print(environment.code_hash(), environment.__file__)"
+    )
     run = [sys.executable, "-c", code]
     done = subprocess.run(run, cwd=tmp_path / "out", capture_output=True, text=True, check=True)
     hash, file = done.stdout.split()

@@ -38,9 +38,9 @@ def test_ranks_that_fit_together() -> None:
     ("changed", "reason"),
     [
         ({"sees_run": False, "free": 0}, "does not see the run folder"),
-        ({"code": "old"}, "has other code than most"),
-        ({"config": "old"}, "has other settings than most"),
-        ({"right_sum": False}, "its all-reduce over the ranks is wrong, or does not end"),
+        ({"code": "old"}, "has different code than most ranks"),
+        ({"config": "old"}, "has different settings than most ranks"),
+        ({"right_sum": False}, "its all-reduce over the ranks is wrong or does not finish"),
     ],
 )
 def test_the_node_that_differs_is_named(changed: dict[str, Any], reason: str) -> None:
@@ -50,8 +50,8 @@ def test_the_node_that_differs_is_named(changed: dict[str, Any], reason: str) ->
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"code": "old"}, r"the ranks have other code: a / b; start all from the same files"),
-        ({"free": 10**6}, r"run\.dir: 1 MB are free on its disk"),
+        ({"code": "old"}, r"the ranks have different code: a / b; start all from the same files"),
+        ({"free": 10**6}, r"run\.dir: its disk has 1 MB free"),
     ],
 )
 def test_what_no_other_node_would_mend(changed: dict[str, Any], message: str) -> None:
@@ -60,7 +60,7 @@ def test_what_no_other_node_would_mend(changed: dict[str, Any], message: str) ->
 
 
 def test_sums_that_are_wrong_everywhere_are_no_nodes_fault() -> None:
-    with pytest.raises(UserError, match="on every node; look at the network"):
+    with pytest.raises(UserError, match="on every node; check the network"):
         unfit([finding("a", right_sum=False), finding("b", right_sum=False)])
 
 
@@ -95,9 +95,9 @@ def test_all_ranks_learn_the_nodes(run_ranks: RunRanks, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ranks", "how", "answer"),
     [
-        (3, "other settings", "unfit: node node1: has other settings than most"),
-        (2, "other settings", "error: the ranks have other settings: node0 / node1; start all"),
-        (2, "wrong sums", "unfit: node node1: its all-reduce over the ranks is wrong, or does"),
+        (3, "other settings", "unfit: node node1: has different settings than most ranks"),
+        (2, "other settings", "error: the ranks have different settings: node0 / node1; start all"),
+        (2, "wrong sums", "unfit: node node1: its all-reduce over the ranks is wrong or does"),
     ],
 )
 def test_all_ranks_raise_alike(
@@ -130,8 +130,8 @@ def test_a_token_lies_in_the_run_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "workers", "words"),
     [
-        ("1", 2, "each rank has 1 core(s) for itself and 2 loader workers; ask for --cpus-per-"),
-        ("1", 1, "ask for --cpus-per-task=2, or set data.workers=0"),
+        ("1", 2, "each rank has 1 core(s) and 2 loader workers; request --cpus-per-"),
+        ("1", 1, "request --cpus-per-task=2, or set data.workers=0"),
         ("1", 0, ""),
     ],
 )

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from d2v_ds.run.heartbeat import Heartbeat, heartbeats
 from d2v_ds.run.run_folder import RunFolder, claim_generation
-from d2v_ds.run.status import Heartbeat, describe, heartbeats
+from d2v_ds.run.status import describe
 from d2v_ds.run.watchdog import HUNG, verdict
 
 RANK = """
@@ -92,7 +93,7 @@ def test_a_hanging_rank_is_named_all_stacks_are_written_and_all_end(
     outputs = [rank.communicate(timeout=30)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [HUNG, HUNG]
     hung = (logs(run) / "hung").read_text()
-    assert hung.startswith("hanging: rank 1 on node1 is in 'data' after step 7 for 0:00:01")
+    assert hung.startswith("hanging: rank 1 on node1 has been in 'data' after step 7 for 0:00:01")
     assert sum(hung.strip() in output for output in outputs) == 1, "one rank says it for all"
     assert "stuck_in_the_data_loader" in (logs(run) / "stacks-rank00001.txt").read_text()
     assert "<module>" in (logs(run) / "stacks-rank00000.txt").read_text()
@@ -104,7 +105,7 @@ def test_a_stopped_process_is_named_by_the_others(run: RunFolder, start: Start) 
     ranks[1].send_signal(signal.SIGSTOP)
     ranks[0].communicate(timeout=30)
     assert ranks[0].returncode == HUNG
-    assert "hanging: rank 1 on node1 is silent for" in (logs(run) / "hung").read_text()
+    assert "hanging: rank 1 on node1 has been silent for" in (logs(run) / "hung").read_text()
     assert (logs(run) / "stacks-rank00000.txt").stat().st_size
 
 
@@ -154,15 +155,15 @@ def beat(rank: int, step: int, phase: str, since: float, time: float = 100.0) ->
     [
         (
             [beat(0, 5, "training", 11.0), beat(1, 5, "data", 10.0), beat(2, 5, "training", 11.1)],
-            "rank 1 on node1 is in 'data' after step 5 for 0:01:30, longer than any other",
+            "rank 1 on node1 has been in 'data' after step 5 for 0:01:30, longer than any other",
         ),
         (
             [beat(0, 5, "training", 11.0), beat(2, 4, "saving", 12.0)],
-            "no heartbeat ever came from rank 1",
+            "no heartbeat was ever received from rank 1",
         ),
         (
             [beat(0, 5, "data", 1.0), beat(1, 5, "data", 1.0), beat(2, 4, "data", 1.0, time=40.0)],
-            "rank 2 on node2 is silent for 0:01:00, its last word was 'data' after step 4",
+            "rank 2 on node2 has been silent for 0:01:00, last in 'data' after step 4",
         ),
         (
             [beat(0, 5, "data", 1.0), beat(1, 4, "data", 9.0), beat(2, 5, "data", 1.0)],
