@@ -1,4 +1,4 @@
-"""Types of command-line values for both commands; argparse turns their errors into one line."""
+"""Types of command-line values for both commands. argparse prints their errors as one line."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from d2v_ds.files import parse_size
 
 
 def positive(text: str) -> int:
+    """A whole number of at least 1."""
     try:
         value = int(text)
     except ValueError:
@@ -18,7 +19,7 @@ def positive(text: str) -> int:
 
 
 def size(text: str) -> int:
-    """Bytes, as files.parse_size reads them."""
+    """Bytes, in the notation of files.parse_size."""
     try:
         return parse_size(text)
     except ValueError as error:

@@ -1,7 +1,6 @@
-"""The command `d2v-ds`: parses and calls, nothing else.
+"""The command `d2v-ds`: parses the command line and calls the rest of the package.
 
-Whatever needs torch is imported by the command that needs it, and a training's mistakes are looked
-for before that. Exit codes: 0 finished or stopped well, 1 failure, 2 bad input, 3 a health rule.
+A command imports torch only if it needs it, and `train` looks for mistakes before that.
 """
 
 from __future__ import annotations
@@ -11,137 +10,248 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from d2v_ds import __version__, recipes
+from d2v_ds import __version__, exit_codes, recipes
 from d2v_ds.arguments import positive, size
 from d2v_ds.errors import UserError
 
-BAD_INPUT = 2
+DESCRIPTION = """\
+Pre-trains data2vec 1.0 and 2.0 on speech, images and text with DeepSpeed ZeRO.
+Settings are given as key.path=value; `d2v-ds settings` describes all of them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; the exit code."""
+    """Runs one command and returns its exit code."""
     arguments = parse(argv)
     try:
         code: int = arguments.command(arguments)
         return code
     except UserError as error:
         print(f"d2v-ds: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except BrokenPipeError:  # the reader of our output has gone
-        return 0
+        return exit_codes.BAD_INPUT
+    except BrokenPipeError:  # the reader of the output has closed it, as in `... | head`
+        return exit_codes.FINISHED
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """As argparse does, but settings and options may stand in any order."""
+    """Parses the command line; unlike argparse, accepts settings and options in any order."""
     top = parser()
     arguments, rest = top.parse_known_args(argv)
     settings = [word for word in rest if "=" in word and not word.startswith("-")]
     if settings != rest or (settings and not hasattr(arguments, "overrides")):
-        top.parse_args(argv)  # says what is wrong and exits with code 2
+        top.parse_args(argv)  # reports the error and exits
     if settings:
         arguments.overrides += settings
     return arguments
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="d2v-ds", description=__doc__.splitlines()[0])
+    top = argparse.ArgumentParser(
+        prog="d2v-ds",
+        description=DESCRIPTION,
+        epilog=exit_codes.table(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     top.add_argument("--version", action="version", version=__version__)
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    commands = top.add_subparsers(required=True, metavar="COMMAND", title="commands")
 
-    def add(name: str, function: object, text: str) -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
+    def add(
+        name: str, function: Callable[[argparse.Namespace], int], text: str, details: str = ""
+    ) -> argparse.ArgumentParser:
+        description = f"{text[0].upper()}{text[1:]}. {details}"
+        command = commands.add_parser(name, help=text, description=description)
         command.set_defaults(command=function)
         return command
 
-    add("recipes", list_recipes, "the named runs, a line each")
-
-    show = add("show", show_run, "resolved configuration, parameters, memory and batch split")
-    add_run(show)
-    show.add_argument("--ranks", type=positive, default=8, metavar="N", help="default: 8")
-    show.add_argument(
-        "--gpu-memory",
-        type=size,
-        metavar="SIZE",
-        help="of one GPU, as 80GiB: adds the smallest ZeRO stage and largest micro-batch that fit",
+    add("recipes", list_recipes, "list the recipes")
+    add_settings(
+        add(
+            "settings",
+            show_settings,
+            "describe the settings",
+            "Prints the type or the allowed values, the default and the meaning of each setting. "
+            "Without PATH, prints all settings.",
+        )
     )
-
-    show.add_argument(
-        "--measure",
-        action="store_true",
-        help="run the longest micro-batch on this machine instead of foretelling its memory",
+    add_show(
+        add(
+            "show",
+            show_run,
+            "show what a run would be, without data or a GPU",
+            "Prints the resolved configuration, the parameters by part, the memory per rank for "
+            "each ZeRO stage, and the split of the batch.",
+        )
     )
-
-    train = add("train", train_run, "pre-train; goes on by itself where the run folder says so")
-    add_run(train)
-    train.add_argument(
-        "--nproc",
-        type=positive,
-        metavar="N",
-        help="ranks to start on this machine when no launcher did; default: one a GPU, or one",
+    add_train(
+        add(
+            "train",
+            train_run,
+            "pre-train, or resume a run",
+            "Resumes automatically if the run folder has a checkpoint. To stop a run: Ctrl-C, "
+            "SIGTERM, SIGUSR2, or a file STOP in the run folder.",
+        )
     )
-    train.add_argument("--new", action="store_true", help="refuse a folder that has checkpoints")
-    train.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="a setting that may differ from the checkpoint's; may be repeated",
+    status = add(
+        "status",
+        show_status,
+        "show the state of a run",
+        "Reads the run folder, also while the run trains: the step, the time left, the last "
+        "checkpoint, restarts and the slowest rank.",
     )
-
-    train.add_argument(
-        "--check", action="store_true", help="look for mistakes, print the run's folder, and end"
-    )
-
-    status = add("status", show_status, "step, time left, last checkpoint, restarts, slowest rank")
-    status.add_argument("run", type=Path, metavar="RUN", help="the run's folder")
-
-    evaluate = add("evaluate", evaluate_run, "probes of the encoder on labelled shard sets")
-    evaluate.add_argument("probe", choices=["knn"], help="knn: nearest neighbours, no training")
-    evaluate.add_argument("run", type=Path, metavar="RUN", help="the run's folder, or a checkpoint")
-    evaluate.add_argument("--gallery", required=True, metavar="SET", help="labelled shard set")
-    evaluate.add_argument(
-        "--test", required=True, nargs="+", metavar="SET", help="labelled shard sets to score"
-    )
-    evaluate.add_argument("--label", default="label", metavar="COLUMN", help="default: label")
-    evaluate.add_argument("--weights", choices=["student", "teacher"], default="student")
-    evaluate.add_argument(
-        "--layer", type=positive, metavar="N", help="block, from 1; default: the middle one"
-    )
-    evaluate.add_argument(
-        "--modality", metavar="NAME", help="of a run with several; default: its only one"
-    )
-    evaluate.add_argument(
-        "--compare",
-        action="store_true",
-        help="beside it the untrained encoder and plain features of the input",
+    status.add_argument("run", type=Path, metavar="RUN", help="the run folder")
+    add_evaluate(
+        add(
+            "evaluate",
+            evaluate_run,
+            "probe a frozen encoder on labelled shard sets",
+            "Prints a table and, as the last line, a JSON summary.",
+        )
     )
     return top
 
 
-def add_run(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", metavar="RECIPE|FILE", help="a recipe, or a YAML file")
-    command.add_argument(
-        "overrides", nargs="*", metavar="key.path=value", help="settings to change"
+def add_settings(command: argparse.ArgumentParser) -> None:
+    shown = command.add_mutually_exclusive_group()
+    shown.add_argument(
+        "path",
+        nargs="?",
+        default="",
+        metavar="PATH",
+        help="a section or setting: optim, optim.lr, modality.speech.mask",
     )
+    shown.add_argument(
+        "--markdown", action="store_true", help="print the content of docs/configuration.md"
+    )
+
+
+def add_run(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "source", metavar="RECIPE|FILE", help="the name of a recipe, or a YAML file"
+    )
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="settings to change; the value is read as YAML",
+    )
+
+
+def add_show(command: argparse.ArgumentParser) -> None:
+    add_run(command)
+    command.add_argument(
+        "--ranks", type=positive, default=8, metavar="N", help="the number of ranks (default: 8)"
+    )
+    command.add_argument(
+        "--gpu-memory",
+        type=size,
+        metavar="SIZE",
+        help="memory per GPU, for example 80GiB; adds the smallest ZeRO stage and the largest "
+        "micro-batch that fit",
+    )
+    command.add_argument(
+        "--measure",
+        action="store_true",
+        help="run the longest micro-batch on this machine instead of estimating its memory",
+    )
+
+
+def add_train(command: argparse.ArgumentParser) -> None:
+    add_run(command)
+    command.add_argument(
+        "--nproc",
+        type=positive,
+        metavar="N",
+        help="ranks to start on this machine if no launcher has started them (default: one per "
+        "GPU, or one on the CPU)",
+    )
+    command.add_argument(
+        "--new", action="store_true", help="refuse to resume a run folder that has checkpoints"
+    )
+    command.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="KEY",
+        help="a setting or section that may differ from the checkpoint's; may be repeated",
+    )
+    command.add_argument(
+        "--check",
+        action="store_true",
+        help="only look for mistakes, and print the path of the run folder",
+    )
+
+
+def add_evaluate(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "probe", choices=["knn"], help="knn: nearest neighbours by cosine, without training"
+    )
+    command.add_argument("run", type=Path, metavar="RUN", help="a run folder or a checkpoint")
+    command.add_argument(
+        "--gallery", required=True, metavar="SET", help="labelled shard set of the neighbours"
+    )
+    command.add_argument(
+        "--test", required=True, nargs="+", metavar="SET", help="labelled shard sets to score"
+    )
+    command.add_argument(
+        "--label",
+        default="label",
+        metavar="COLUMN",
+        help="the column with the label (default: label)",
+    )
+    command.add_argument(
+        "--weights",
+        choices=["student", "teacher"],
+        default="student",
+        help="the encoder to probe (default: student)",
+    )
+    command.add_argument(
+        "--layer",
+        type=positive,
+        metavar="N",
+        help="the block whose output is probed, from 1 (default: the middle one)",
+    )
+    command.add_argument(
+        "--modality",
+        metavar="NAME",
+        help="the modality to probe; needed if the run has several",
+    )
+    command.add_argument(
+        "--compare",
+        action="store_true",
+        help="also probe the untrained encoder and plain features of the input",
+    )
+
+
+# ------------------------------------------------------------------------------------ the commands
 
 
 def list_recipes(arguments: argparse.Namespace) -> int:
     for name in recipes.RECIPES:
         print(f"{name:<16}{recipes.summary(name)}")
-    return 0
+    return exit_codes.FINISHED
+
+
+def show_settings(arguments: argparse.Namespace) -> int:
+    from d2v_ds.config import reference
+
+    if arguments.markdown:
+        print(reference.as_markdown(), end="")
+    else:
+        print(reference.as_text(arguments.path))
+    return exit_codes.FINISHED
 
 
 def show_run(arguments: argparse.Namespace) -> int:
     config = recipes.load(arguments.source, arguments.overrides)
-    if arguments.measure:  # torch's profiler, which counts a CPU's memory, else says when it starts
+    if arguments.measure:
+        # torch's profiler, which measures the memory of a CPU, would log its start.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from d2v_ds import show
 
     print(show.describe(config, arguments.ranks, arguments.gpu_memory, measure=arguments.measure))
-    return 0
+    return exit_codes.FINISHED
 
 
 def train_run(arguments: argparse.Namespace) -> int:
@@ -150,12 +260,12 @@ def train_run(arguments: argparse.Namespace) -> int:
     config = recipes.load(arguments.source, arguments.overrides)
     ranks = launched_ranks()
     if ranks is not None and arguments.nproc is not None and not arguments.check:
-        raise UserError(f"--nproc: a launcher has already started {ranks} ranks; leave it away")
+        raise UserError(f"--nproc: a launcher has already started {ranks} ranks. Omit --nproc.")
     ranks = arguments.nproc or ranks or gpus() or 1
     preflight.check(config, ranks)
     if arguments.check:
         print(config.run_dir)
-        return 0
+        return exit_codes.FINISHED
     if launched_ranks() is None and ranks > 1:
         from d2v_ds.distributed.launcher import launch
 
@@ -182,8 +292,8 @@ def train_arguments(arguments: argparse.Namespace) -> list[str]:
 
 
 def launched_ranks() -> int | None:
-    """How many ranks a launcher started; None without one. As distributed.World reads it, which
-    needs torch."""
+    """The number of ranks that a launcher started; None without a launcher. The same as
+    World.from_environment, which needs torch."""
     for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
         if os.environ.get(name, "").isdecimal():
             return int(os.environ[name])
@@ -191,7 +301,7 @@ def launched_ranks() -> int | None:
 
 
 def gpus() -> int:
-    """GPUs of this machine, without importing torch; 0 where there is no driver."""
+    """The number of GPUs of this machine, without importing torch; 0 if there is no driver."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         return len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
@@ -206,7 +316,7 @@ def show_status(arguments: argparse.Namespace) -> int:
     from d2v_ds.run import status
 
     print(status.describe(arguments.run))
-    return 0
+    return exit_codes.FINISHED
 
 
 def evaluate_run(arguments: argparse.Namespace) -> int:
@@ -224,4 +334,4 @@ def evaluate_run(arguments: argparse.Namespace) -> int:
     )
     print(table)
     print(json.dumps(summary))
-    return 0
+    return exit_codes.FINISHED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# As the original code runs, where the default here is corrected.
+# The settings with which the original code runs, where this project corrects the default.
 FAIRSEQ: dict[str, Any] = {
     "optim.decay_all": True,
     "optim.adam_eps": "fairseq",
@@ -16,8 +16,8 @@ FAIRSEQ: dict[str, Any] = {
 
 
 def apply_compat(raw: dict[str, Any], *, over: bool) -> None:
-    """Writes what raw["compat"] stands for into the settings `raw`, for the modalities that it
-    has; over: in place of what they say, else where they say nothing."""
+    """If raw["compat"] is fairseq, writes FAIRSEQ into the settings `raw`, limited to the
+    modalities that they have. over: replace given settings; otherwise only fill in missing ones."""
     if raw.get("compat") != "fairseq":
         return
     for path, value in FAIRSEQ.items():
@@ -25,7 +25,7 @@ def apply_compat(raw: dict[str, Any], *, over: bool) -> None:
         if sections[0] == "modality" and sections[1] not in raw.get("modality", {}):
             continue
         if path.endswith("text_teacher") and masked_of(raw, "text") != "replaced":
-            continue  # it is 1.0's
+            continue  # a setting of data2vec 1.0
         section = raw
         for name in sections:
             section = section.setdefault(name, {})
@@ -34,4 +34,5 @@ def apply_compat(raw: dict[str, Any], *, over: bool) -> None:
 
 
 def masked_of(raw: dict[str, Any], modality: str) -> str:
+    """The setting `masked` of a modality: removed or replaced."""
     return str(raw["modality"][modality].get("masked", "removed"))

@@ -2,7 +2,7 @@
 
     YAML file or mapping --apply_overrides--> mapping --decode(dataclass)--> instance --dump_yaml-->
 
-Knows nothing of what the settings mean. Every error is a UserError that begins with the path of
+Independent of the meaning of the settings. Every error is a UserError that begins with the path of
 the setting.
 """
 
@@ -24,10 +24,8 @@ T = TypeVar("T")
 
 
 def decode(kind: type[T], raw: Any, path: str = "") -> T:
-    """`raw` (mappings, lists, numbers, strings) as an instance of the dataclass `kind`.
-
-    Every error is a UserError that begins with the path of the setting.
-    """
+    """`raw` (mappings, lists, numbers, strings) as an instance of the dataclass `kind`. path: the
+    path of `raw` in the configuration. Raises UserError."""
     value: T = _decode(kind, raw, path)
     return value
 
@@ -81,14 +79,14 @@ def _decode_dataclass(kind: type, raw: Any, path: str) -> Any:
         return kind(**values)
     except UserError:
         raise
-    except ValueError as error:  # a __post_init__ of a section
+    except ValueError as error:  # raised by __post_init__ of a section
         raise UserError(f"{path}: {error}" if path else str(error)) from None
 
 
 def _decode_union(options: tuple[Any, ...], raw: Any, path: str) -> Any:
     if raw is None and type(None) in options:
         return None
-    told: UserError | None = None  # of the options tried: one that has the form of `raw`
+    reported: UserError | None = None  # preferably of the option that has the form of `raw`
     for option in options:
         if option is type(None):
             continue
@@ -96,10 +94,10 @@ def _decode_union(options: tuple[Any, ...], raw: Any, path: str) -> Any:
         try:
             return _decode(option, raw, path)
         except UserError as error:
-            if told is None or (origin is dict) == isinstance(raw, Mapping):
-                told = error
-    assert told is not None, f"{path}: a union of nothing"
-    raise told
+            if reported is None or (origin is dict) == isinstance(raw, Mapping):
+                reported = error
+    assert reported is not None, f"{path}: a union without options"
+    raise reported
 
 
 def _decode_tuple(arguments: tuple[Any, ...], raw: Any, path: str) -> Any:
@@ -135,7 +133,8 @@ def _decode_scalar(kind: Any, raw: Any, path: str) -> Any:
 
 
 def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """`raw` with each `key.path=value` set; values are read as YAML: 1e-3, true, [1, 2], a word."""
+    """Sets each `key.path=value` in `raw` and returns it. Values are read as YAML: 1e-3, true,
+    [1, 2], a word. Raises UserError."""
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key:
@@ -156,7 +155,7 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError naming the file."""
+    """The mapping in a YAML file. Raises UserError that names the file."""
     try:
         raw = yaml.safe_load(path.read_text())
     except FileNotFoundError:
@@ -169,17 +168,18 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Plain mappings and lists, as YAML and JSON take them."""
+    """A configuration as plain mappings and lists, for YAML and JSON."""
     result: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return result
 
 
 def dump_yaml(config: Any) -> str:
+    """A configuration as YAML, in the order of its fields."""
     return yaml.safe_dump(to_dict(config), sort_keys=False, width=100)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Paths at which two nested mappings differ."""
+    """The paths at which two nested mappings differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in [*old, *(k for k in new if k not in old)]:
@@ -193,6 +193,7 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 def value_at(raw: Any, path: str) -> Any:
+    """The value at a dotted path of nested mappings; None if there is none."""
     for key in path.split("."):
         if not isinstance(raw, dict) or key not in raw:
             return None

@@ -12,7 +12,8 @@ from d2v_ds.files import resource
 
 
 def engine_config_file(name: str) -> Path | None:
-    """The JSON file behind engine.config; None for the local engine. Raises UserError."""
+    """The JSON file behind engine.config, a name or a path; None for the local engine. Raises
+    UserError if there is no such file."""
     if name == "local":
         return None
     folder = resource("ds_configs")
@@ -28,6 +29,7 @@ def engine_config_file(name: str) -> Path | None:
     return path
 
 
+# DeepSpeed's keys that follow from settings of the run, and these settings.
 OWNED_BY_RUN = {
     "train_batch_size": "batch.size and batch.micro_batches",
     "train_micro_batch_size_per_gpu": "batch.size and batch.micro_batches",
@@ -42,7 +44,8 @@ OWNED_BY_RUN = {
 
 
 def load_engine_config(name: str) -> dict[str, Any]:
-    """The DeepSpeed settings behind engine.config, of ZeRO and communication. Raises UserError."""
+    """The DeepSpeed settings behind engine.config: ZeRO and communication. Empty for the local
+    engine. Raises UserError if the file is unusable or sets a key of OWNED_BY_RUN."""
     path = engine_config_file(name)
     if path is None:
         return {}
@@ -56,6 +59,6 @@ def load_engine_config(name: str) -> dict[str, Any]:
         if key in raw:
             raise UserError(
                 f"{path} sets {key}, but the run configuration owns it ({owner}). "
-                "Remove it from the JSON."
+                "Remove it from the file."
             )
     return raw

@@ -1,4 +1,4 @@
-"""What may change when a run resumes."""
+"""The settings that may change when a run resumes."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ MAY_CHANGE = (
 def refuse_changes(
     old: dict[str, Any], new: dict[str, Any], allowed: tuple[str, ...] = ()
 ) -> list[str]:
-    """Keys that differ between a checkpoint's configuration and this run's and are allowed by name.
+    """Compares the configuration of a checkpoint with that of this run. Returns the settings that
+    differ and are named in `allowed`, by path or by section.
 
-    Raises UserError listing every other difference outside MAY_CHANGE.
+    Raises UserError if other settings outside MAY_CHANGE differ.
     """
     changed = [
         key
@@ -33,7 +34,7 @@ def refuse_changes(
             f"{key} was {value_at(old, key)!r}, is {value_at(new, key)!r}" for key in refused[:5]
         ) + ("; ..." if len(refused) > 5 else "")
         raise UserError(
-            f"cannot resume with a changed configuration: {shown}. Set it back, choose another "
-            f"run.dir, or pass --allow {refused[0]}"
+            f"cannot resume with a changed configuration: {shown}. Restore the old value, choose "
+            f"another run.dir, or pass --allow {refused[0]}"
         )
     return named

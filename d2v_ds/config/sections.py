@@ -1,8 +1,8 @@
-"""The sections of a run's configuration: frozen dataclasses, a docstring under each setting.
+"""The sections of a run's configuration: frozen dataclasses with a docstring under each setting.
 
-`d2v-ds settings` prints these docstrings, and docs/configuration.md is generated from them. The
-types behind `model.*` and `modality.NAME.*` live with their modules (transformer.py,
-modalities/NAME.py), so these two stay plain mappings here. Imports no torch.
+`d2v-ds settings` prints these docstrings, and docs/configuration.md is generated from them.
+`model.*` and `modality.NAME.*` are plain mappings here, because their types are in modules that
+need torch (transformer.py, modalities/NAME.py). Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ class Run:
     """The run as a whole."""
 
     dir: str = ""
-    """The run folder; empty: runs/NAME. Running again with the same folder resumes."""
+    """The run folder; empty: runs/NAME. Training again with the same folder resumes."""
 
     name: str = ""
-    """A name for people; a recipe's name by default."""
+    """The name of the run; empty: the recipe's name."""
 
     seed: int = 0
     """Seeds the weights, the order of the data, crops, masks, dropout and noise."""
 
     steps: int = 1000
-    """Optimizer steps, which is also the length of the learning-rate schedule."""
+    """Optimizer steps, also the length of the learning-rate schedule."""
 
     threads: int = 0
-    """torch threads per rank; 0: the number of cores that the rank has."""
+    """torch threads per rank; 0: as many as the rank has cores."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Which shard sets a run reads, and how.
+    """The shard sets that a run reads.
 
-    A source is a modality, or MODALITY/CORPUS where a modality has several corpora: speech/libri.
+    A source is a modality, or MODALITY/CORPUS if a modality has several corpora: speech/libri.
     """
 
     shards: str | dict[str, str] = ""
@@ -48,14 +48,14 @@ class Data:
     third-party tars, or a URL pattern of tars to stream."""
 
     weights: dict[str, float] = field(default_factory=dict)
-    """{source: its share of the steps}, in any unit; empty: equal shares."""
+    """{source: share of the steps}, in any unit; empty: equal shares."""
 
     workers: int = 2
-    """Loader processes per rank, divided among the sources, at least one for each; 0: decode in the
-    training process."""
+    """Loader processes per rank, divided among the sources with at least one for each; 0: decode in
+    the training process."""
 
     max_bad: float = 0.001
-    """The share of unusable samples above which a run ends."""
+    """The share of bad samples above which the run ends."""
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,15 @@ class BatchSize:
 
     size: float | dict[str, float] = 60.0
     """The size of a whole optimizer step in the modality's unit: seconds of audio, images or
-    tokens. With several modalities {modality: size}."""
+    tokens. With several modalities, {modality: size}."""
 
     micro_batches: int = 1
-    """The number of micro-batches that a step is cut into; the number of ranks must divide it."""
+    """The number of micro-batches per step. The number of ranks must divide it."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """How the teacher's top layers become the regression target (Baevski et al. 2022, section
+    """The regression target, an average over the teacher's top blocks (Baevski et al. 2022, section
     3.3)."""
 
     top_k: int = 8
@@ -86,7 +86,7 @@ class Target:
     """Normalisation of the average."""
 
     source: Literal["ffn", "block"] = "ffn"
-    """What a block contributes: its FFN output before the residual connection, or its output."""
+    """ffn: average the FFN outputs before the residual connection; block: the blocks' outputs."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Optim:
     """Added to the denominator of Adam's update."""
 
     weight_decay: float = 0.01
-    """Decoupled weight decay; biases, norms and scales are exempt (decay_all)."""
+    """Decoupled weight decay. Biases, norms and scales are exempt unless decay_all is set."""
 
     clip: float = 0.0
     """The gradient norm above which gradients are scaled down; 0: no clipping."""
@@ -126,25 +126,27 @@ class Optim:
     """Steps of linear warm-up."""
 
     schedule: Literal["cosine", "tri_stage", "constant", "cosine_beit"] = "cosine"
-    """The learning-rate schedule after the warm-up."""
+    """The learning rate after the warm-up. cosine: half a cosine from lr to lr_end; tri_stage: lr,
+    then exponential decay to 1 % of it over the last 7 % of the steps; constant: lr; cosine_beit:
+    cosine, with a warm-up that is one step shorter, as in BEiT."""
 
     lr_end: float = 0.0
     """The final learning rate of both cosine schedules."""
 
     decay_all: bool = False
-    """Apply weight decay to biases, norms and scales as well, as fairseq does in effect."""
+    """Apply weight decay to biases, norms and scales as well, which fairseq does in effect."""
 
     adam_eps: Literal["torch", "fairseq"] = "torch"
-    """torch adds eps after the bias correction of the second moment, fairseq before it."""
+    """torch: add eps after the bias correction of the second moment; fairseq: before it."""
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What trains the model: plain torch on one process, or DeepSpeed ZeRO."""
+    """The training engine: plain torch in one process, or DeepSpeed ZeRO."""
 
     config: str = "zero2"
-    """local, the name of a file in ds_configs (zero0 .. zero3, offload ...), or the path of a JSON
-    file with ZeRO and communication settings."""
+    """local (plain torch), the name of a file in ds_configs (zero0 .. zero3, offload ...), or the
+    path of a JSON file with ZeRO and communication settings."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU, fp32 on a CPU. fp16 needs a GPU."""
@@ -152,13 +154,13 @@ class EngineSettings:
 
 @dataclass(frozen=True)
 class Log:
-    """What a run reports."""
+    """Metrics and pictures."""
 
     every: int = 10
     """Steps between rows of metrics."""
 
     pictures_every: int = 500
-    """Steps between pictures."""
+    """Steps between pictures in TensorBoard."""
 
     progress: bool = True
     """Show a progress bar on a terminal."""
@@ -175,7 +177,7 @@ class Save:
     """The number of newest checkpoints to keep."""
 
     keep_every: int = 0
-    """Checkpoints at multiples of this step are kept permanently; 0: none. A multiple of
+    """Checkpoints at multiples of this step are kept permanently; 0: none. Must be a multiple of
     save.every."""
 
 
@@ -184,8 +186,8 @@ class Config:
     """The configuration of a run."""
 
     compat: Literal["none", "fairseq"] = "none"
-    """fairseq: reproduce the original code where this project corrects it; docs/differences.md
-    lists the settings it changes."""
+    """fairseq: reproduce the original code where this project corrects it. docs/differences.md
+    lists the settings that it changes."""
 
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
@@ -204,11 +206,12 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
+        """The run folder."""
         return Path(self.run.dir or f"runs/{self.run.name or 'run'}")
 
     @property
     def sources(self) -> dict[str, str]:
-        """{source: its shard set}, in the order in which ranks open them."""
+        """{source: shard set}, in the order in which ranks open them."""
         shards = self.data.shards
         return shards if isinstance(shards, dict) else dict.fromkeys(self.modality, shards)
 

@@ -1,5 +1,5 @@
-"""Checks across settings, which no single type can make. All raise UserError with the setting's
-path."""
+"""Checks of values and across settings, beyond their types. All raise UserError with the path of
+the setting."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
 
 def modality_of(source: str) -> str:
-    """The modality of a source: speech of speech/libri."""
+    """The modality of a source: speech for speech/libri."""
     return source.partition("/")[0]
 
 
 def validate(config: Config) -> None:
-    """What no single field can tell. Raises UserError with the path of the setting."""
+    """Checks a configuration, except model.* and modality.*, which have checks of their own. Raises
+    UserError with the path of the setting."""
 
     def require(condition: bool, path: str, message: str) -> None:
         if not condition:
@@ -33,7 +34,7 @@ def validate(config: Config) -> None:
     require(
         0 <= config.data.max_bad <= 1,
         "data.max_bad",
-        f"must lie in [0, 1], got {config.data.max_bad}",
+        f"must be in [0, 1], got {config.data.max_bad}",
     )
     require(
         config.batch.micro_batches >= 1,
@@ -44,23 +45,27 @@ def validate(config: Config) -> None:
     require(
         0 <= optim.lr_end <= optim.lr,
         "optim.lr_end",
-        f"{optim.lr_end} does not lie in 0 .. optim.lr={optim.lr}",
+        f"must be in [0, optim.lr={optim.lr}], got {optim.lr_end}",
     )
     require(optim.clip >= 0, "optim.clip", f"must be 0 (off) or more, got {optim.clip}")
     require(
         all(0 <= beta < 1 for beta in optim.betas),
         "optim.betas",
-        f"each in [0, 1), got {optim.betas}",
+        f"both must be in [0, 1), got {list(optim.betas)}",
     )
     require(
         0 <= optim.warmup_steps <= run.steps,
         "optim.warmup_steps",
-        f"{optim.warmup_steps} does not lie in 0 .. run.steps={run.steps}; change one of them",
+        f"must be in [0, run.steps={run.steps}], got {optim.warmup_steps}. Change one of them.",
     )
     for key in ("decay", "decay_end"):
         value = getattr(teacher, key)
-        require(0 <= value <= 1, f"teacher.{key}", f"must lie in [0, 1], got {value}")
-    require(teacher.anneal_steps >= 0, "teacher.anneal_steps", f"got {teacher.anneal_steps}")
+        require(0 <= value <= 1, f"teacher.{key}", f"must be in [0, 1], got {value}")
+    require(
+        teacher.anneal_steps >= 0,
+        "teacher.anneal_steps",
+        f"must be 0 or more, got {teacher.anneal_steps}",
+    )
     require(
         config.target.top_k >= 1, "target.top_k", f"must be at least 1, got {config.target.top_k}"
     )
@@ -77,7 +82,8 @@ def validate(config: Config) -> None:
 
 
 def validate_sources(config: Config) -> None:
-    """Whether what is given by source or by modality is of the run's. Raises UserError."""
+    """Checks that settings given per source or per modality name sources and modalities of the
+    run."""
     names, size = sorted(config.modality), config.batch.size
     sizes = {f".{name}": s for name, s in size.items()} if isinstance(size, dict) else {"": size}
     sources = config.data.shards if isinstance(config.data.shards, dict) else {}
@@ -93,7 +99,8 @@ def validate_sources(config: Config) -> None:
 
 
 def require_one_each(config: Config) -> None:
-    """Raises UserError unless each of several modalities has its own batch size and shard set."""
+    """Raises UserError if a run has several modalities and not a batch size and a shard set for
+    each."""
     names, shards, size = sorted(config.modality), config.data.shards, config.batch.size
     several = f"{len(names)} modalities; give one each for {', '.join(names)}, for example"
     if isinstance(shards, str) and shards and len(names) > 1:
@@ -106,8 +113,9 @@ def require_one_each(config: Config) -> None:
 
 
 def validate_weights(config: Config) -> None:
+    """Checks that data.weights is empty or has a positive weight for every source."""
     weights, given = config.data.weights, [modality_of(source) for source in config.sources]
-    # Of a modality without a shard set more is told before the run begins.
+    # Preflight reports modalities without a shard set, so their weights are accepted here.
     sources = [*config.sources, *(name for name in config.modality if name not in given)]
     for source, weight in weights.items():
         if source not in sources:
@@ -125,7 +133,7 @@ def validate_weights(config: Config) -> None:
 
 
 def require_divisible(micro_batches: int, ranks: int) -> None:
-    """Raises UserError when the micro-batches of a step cannot be shared evenly."""
+    """Raises UserError if the number of ranks does not divide the micro-batches of a step."""
     if micro_batches % ranks == 0:
         return
     first = max(1, micro_batches // ranks)
