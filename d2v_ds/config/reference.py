@@ -18,7 +18,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, Union
 
@@ -69,9 +69,12 @@ def read(defaults: Any, path: str) -> Section:
         elif dataclasses.is_dataclass(value):
             nested[name] = partial(read, value, where)
         else:
-            mapping = dict in map(typing.get_origin, [hints[name], *typing.get_args(hints[name])])
             settings[name] = Setting(
-                where, type_text(hints[name]), default_text(value), texts.get(name, ""), mapping
+                where,
+                type_text(hints[name]),
+                default_text(value),
+                texts.get(name, ""),
+                takes_mapping(hints[name]),
             )
     return Section(path, one_line(kind.__doc__ or ""), settings, nested)
 
@@ -94,7 +97,6 @@ def read_modalities() -> Section:
 LAZY = {"model": read_model, "modality": read_modalities}
 
 
-@cache
 def docstrings(kind: type) -> dict[str, str]:
     """{field: the docstring under it}, including inherited fields."""
     found = {}
@@ -127,6 +129,10 @@ def type_text(kind: Any) -> str:
         str: "string",
         type(None): "null",
     }[kind]
+
+
+def takes_mapping(kind: Any) -> bool:
+    return any(typing.get_origin(one) is dict for one in (kind, *typing.get_args(kind)))
 
 
 def plural(text: str) -> str:
