@@ -9,7 +9,7 @@
 #
 #   slurm/pipeline.sh \
 #     --array=0-7 convert speech /corpora/librispeech /shards/librispeech \
-#     then --nodes=4 pretrain speech_base data.shards=/shards/librispeech \
+#     then --nodes=1 pretrain speech_base data.shards=/shards/librispeech \
 #     then --gpus=1 d2v-ds evaluate knn runs/speech_base --gallery /shards/a --test /shards/b
 set -euo pipefail
 
