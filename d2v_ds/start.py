@@ -136,8 +136,11 @@ def start(
 
     torch.manual_seed(config.run.seed)  # the same weights on every rank
     task = task_class.create(config).train()
+    averages = task.averages()
     mixture = create_mixture(config, task.modalities, world, state, watchdog)
     shapes = {name: tuple(p.shape) for name, p in task.named_parameters()}  # ZeRO 3 hides them
+    lost = [n for n, p in task.named_parameters() if not p.requires_grad and n not in averages]
+    assert not lost, f"neither trained nor averaged, so not in checkpoints: {lost}"
     engine, ema = create_engine_and_ema(
         task,
         settings=config.engine,

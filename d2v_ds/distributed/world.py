@@ -27,7 +27,7 @@ class World:
 
     @staticmethod
     def from_environment(environ: Mapping[str, str] | None = None) -> World:
-        """From torchrun's variables (which deepspeed and the launcher set too), else from srun's, else
+        """From torchrun's variables (deepspeed and the launcher set them too), else srun's, else
         a single process. Raises UserError for inconsistent variables."""
         env = os.environ if environ is None else environ
         if "RANK" in env and "WORLD_SIZE" in env:
