@@ -163,12 +163,12 @@ def test_show_tells_parameters_memory_and_batches_by_modality() -> None:
     }
     names = ("shared", "speech", "vision", "text")
     assert sum(counts[name] for name in names) == counts["student"] == 165_019_916
-    assert "a step of vision of 256 images is cut into 16 micro-batches of at most 16 im" in text
-    assert "shared out as speech 22.5%, vision 21.1%, text 56.3%" in text
-    assert "8 ranks makes 2 of them" in text
+    assert "a step of vision (256 images) is split into 16 micro-batches of at most 16 im" in text
+    assert "shares of the steps: speech 22.5%, vision 21.1%, text 56.3%" in text
+    assert "on 8 ranks, each rank computes 2 micro-batches per step" in text
     config = recipes.load("joint_tiny", SMALL)
-    assert "smallest stage for all modalities: engine.config=zero" in show.describe(config, 1, GB)
-    assert "the run fits at no stage, for not all of its mod" in show.describe(config, 1, MB)
+    assert "that fits all modalities: engine.config=zero" in show.describe(config, 1, GB)
+    assert "the run fits at no ZeRO stage, because not all" in show.describe(config, 1, MB)
 
 
 @pytest.mark.parametrize(

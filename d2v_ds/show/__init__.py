@@ -1,7 +1,7 @@
-"""What a run will be, computed without a GPU and without data.
+"""`d2v-ds show`: parameters, memory and batch split of a run, without data or a GPU.
 
 Config --task on the meta device--> parameters by part, memory by ZeRO stage, batch split
-and the memory of a GPU --> the stage and the micro-batch that fit it
+the same + the memory of a GPU --> the ZeRO stage and the micro-batch that fit
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from d2v_ds.show.memory import (
 from d2v_ds.transformer import Trunk
 
 GIB = 2**30
-LONGEST = 2**40  # a length beyond any crop
-FREE = 0.1  # of a GPU's memory: what its driver, communication and fragmentation take
+LONGEST = 2**40  # longer than any crop
+FREE = 0.1  # share of a GPU's memory reserved for driver, communication and fragmentation
 
 
 def describe(
     config: Config, ranks: int, gpu_memory: int | None = None, *, measure: bool = False
 ) -> str:
-    """The text that `d2v-ds show` prints; gpu_memory: bytes of one GPU, to tell what fits. measure:
-    run the longest micro-batch of each modality here instead of foretelling its memory. Raises
-    UserError."""
+    """The text that `d2v-ds show` prints. gpu_memory: bytes per GPU; adds the ZeRO stages and
+    micro-batches that fit. measure: run the longest micro-batch of each modality on this machine
+    instead of estimating its memory. Raises UserError."""
     config = Pretrain.resolve(config)
     with torch.device("meta"):
         task = Pretrain.create(config)
@@ -62,8 +62,8 @@ def describe(
 
 
 def parameters(task: Pretrain) -> list[str]:
-    """Counts by part of the model, and where there are several modalities by theirs; fixed
-    positions are counted in, as the original code does."""
+    """Parameter counts by part of the model and, if a run has several modalities, by modality.
+    Fixed positions are included, as in the original code."""
     counts: Counter[str] = Counter()
     own: Counter[str] = Counter()
     for name, parameter in [*task.student.named_parameters(), *task.student.named_buffers()]:
@@ -84,9 +84,10 @@ def parameters(task: Pretrain) -> list[str]:
 
 
 def memory(task: Pretrain, ranks: int) -> list[str]:
+    """Memory per rank by ZeRO stage and precision."""
     P, A = sizes(task)
     lines = [
-        f"GiB on each of {ranks} ranks, without activations",
+        f"GiB per rank on {counted(ranks, 'rank')}, without activations",
         f"  {'':<8}" + "".join(f"{f'ZeRO {stage}':>10}" for stage in range(4)),
     ]
     for name, width in (("bf16", 2), ("fp32", 4)):
@@ -95,37 +96,46 @@ def memory(task: Pretrain, ranks: int) -> list[str]:
     return lines
 
 
+def counted(number: int, noun: str, plural: str = "s") -> str:
+    """1 rank, 2 ranks."""
+    return f"{number} {noun}{'' if number == 1 else plural}"
+
+
 def batch_split(config: Config, modalities: Mapping[str, Modality], ranks: int) -> list[str]:
+    """How a step is split into micro-batches, and steps are divided among the sources."""
     number = config.batch.micro_batches
     divisors = [str(n) for n in range(1, number + 1) if number % n == 0]
+    allowed = " or ".join(filter(None, [", ".join(divisors[:-1]), divisors[-1]]))
     lines = []
     for name, modality in modalities.items():
         size, unit = config.batch_size(name), modality.batch_unit
         of = "" if len(modalities) == 1 else f" of {name}"
         lines.append(
-            f"a step{of} of {size:g} {unit} is cut into {number} micro-batches of at most "
-            f"{size / number:g} {unit}, on {', '.join(divisors)} ranks alike"
+            f"a step{of} ({size:g} {unit}) is split into "
+            f"{counted(number, 'micro-batch', 'es')} of at most {size / number:g} {unit}"
         )
     if len(config.sources) > 1:
         shares = zip(config.sources, shares_of(config).of, strict=True)
         shown = ", ".join(f"{source} {float(share):.1%}" for source, share in shares)
-        lines.append(f"each step is of one source, shared out as {shown}")
+        lines.append(f"each step reads one source; shares of the steps: {shown}")
+    lines.append(f"runs on {allowed} rank{'' if number == 1 else 's'}, with the same batches")
     if number % ranks == 0:
-        lines.append(f"each of {ranks} ranks makes {number // ranks} of them, one after the other")
+        each = counted(number // ranks, "micro-batch", "es")
+        lines.append(f"on {counted(ranks, 'rank')}, each rank computes {each} per step")
     return lines
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The longest micro-batch of a modality, as it ran here."""
+    """Measurements of the longest micro-batch of a modality on this machine."""
 
     bytes: int  # of activations
     line: str
 
 
 def measure_longest(config: Config) -> dict[str, Measured]:
-    """Forward and backward of each modality's longest micro-batch, in the run's precision, on the
-    GPU where there is one. Raises UserError."""
+    """Runs forward and backward of each modality's longest micro-batch in the run's precision, on
+    the GPU if there is one. Raises UserError if the precision is not available."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(config.engine.precision, device)
     torch.manual_seed(config.run.seed)
@@ -137,14 +147,14 @@ def measure_longest(config: Config) -> dict[str, Measured]:
         measured[name] = Measured(
             size,
             f"{name}: measured on this machine's {device.type} in {precision}: a micro-batch of "
-            f"{samples * modality.cost(LONGEST):g} {modality.batch_unit} takes {seconds:.2f} s and "
-            f"{size / GIB:.3f} GiB of activations",
+            f"{samples * modality.cost(LONGEST):g} {modality.batch_unit} takes {size / GIB:.3f} "
+            f"GiB of activations and {seconds:.2f} s",
         )
     return measured
 
 
 def micro_batch_samples(config: Config, modality: Modality) -> int:
-    """How many of a modality's largest samples make a micro-batch."""
+    """The number of a modality's largest samples in a micro-batch."""
     limit = config.batch_size(modality.name) / config.batch.micro_batches
     return max(1, int(limit / modality.cost(LONGEST) + 1e-6))
 
@@ -156,12 +166,16 @@ def fit(
     gpu_memory: int,
     measured: Mapping[str, Measured],
 ) -> list[str]:
-    """The smallest ZeRO stage for the configured micro-batch, the largest micro-batch of each."""
+    """The smallest ZeRO stage that fits the configured micro-batch, and the largest micro-batch of
+    each stage, by modality."""
     P, A = sizes(task)
     width = 4 if config.engine.precision == "fp32" else 2
     states = [state_bytes(P, A, stage, ranks, width) for stage in range(4)]
     room = [int(gpu_memory * (1 - FREE)) - of_stage for of_stage in states]
-    lines = [f"in {gpu_memory / GIB:g} GiB, {FREE:.0%} of it kept free, on each of {ranks} ranks"]
+    lines = [
+        f"with {gpu_memory / GIB:g} GiB per GPU, {FREE:.0%} of it kept free, on "
+        f"{counted(ranks, 'rank')}"
+    ]
     stages = []
     for name, modality in task.modalities.items():
         cost, unit = modality.cost(LONGEST), modality.batch_unit
@@ -174,30 +188,32 @@ def fit(
         stages.append(stage)
         lines += [
             f"{name}: activations of {samples * cost:g} {unit} take "
-            f"{needs[0][samples] / GIB:.2f} GiB, {needs[1][samples] / GIB:.2f} with "
+            f"{needs[0][samples] / GIB:.2f} GiB, or {needs[1][samples] / GIB:.2f} GiB with "
             "model.checkpoint_activations=true",
-            "  it fits at no stage: use more ranks, or lower batch.size / batch.micro_batches"
+            "  fits at no ZeRO stage: use more ranks, raise batch.micro_batches or lower batch.size"
             if stage is None
-            else f"  smallest stage for it: engine.config=zero{stage}",
-            f"  {'largest micro-batch, ' + unit:<28}{'without':>12}{'with':>12}",
+            else f"  smallest ZeRO stage that fits: engine.config=zero{stage}",
+            f"  {f'largest micro-batch ({unit})':<28}{'plain':>14}{'checkpointed':>14}",
         ]
         for stage in range(4):
             cells = (most_samples(need, room[stage]) * cost for need in needs)
-            lines.append(f"  {f'ZeRO {stage}':<28}" + "".join(f"{cell:>12,.0f}" for cell in cells))
-    if len(stages) > 1:  # the largest need over the modalities is that of the run
+            lines.append(f"  {f'ZeRO {stage}':<28}" + "".join(f"{cell:>14,.0f}" for cell in cells))
+    if len(stages) > 1:
         fitting = [stage for stage in stages if stage is not None]
         lines.append(
-            f"smallest stage for all modalities: engine.config=zero{max(fitting)}"
+            f"smallest ZeRO stage that fits all modalities: engine.config=zero{max(fitting)}"
             if len(fitting) == len(stages)
-            else "the run fits at no stage, for not all of its modalities do"
+            else "the run fits at no ZeRO stage, because not all of its modalities do"
         )
-    return [*lines, f"a checkpoint takes {checkpoint_bytes(P, A) / 1e9:.3g} GB of disk"]
+    return [*lines, f"a checkpoint takes {checkpoint_bytes(P, A) / 1e9:.3g} GB on disk"]
 
 
 def activations(
     task: Pretrain, modality: str, width: int, samples: int, again: bool
 ) -> dict[int, int]:
-    """{samples in a micro-batch: bytes of activations}, for `samples` and some more numbers."""
+    """{samples in a micro-batch: bytes of activations}, for `samples` and a few other numbers.
+    width: bytes per weight, 4 for fp32, 2 for bf16 and fp16; again: with activation
+    checkpointing."""
     for module in task.modules():
         if isinstance(module, Trunk):
             module.checkpoint_activations = again
@@ -210,12 +226,15 @@ def activations(
 
 
 def most_samples(needed: Mapping[int, int], room: int) -> int:
-    """How many samples fit. Bytes grow with the samples, first slower, for some need is constant,
-    so that a straight line between two numbers asks for too much and never for too little."""
+    """The number of samples that fit into `room` bytes. needed: as `activations` returns it.
+
+    Memory grows more slowly for few samples, because a part of it is constant. A straight line
+    between two numbers therefore never estimates too little.
+    """
     numbers = list(needed)
     if needed[1] > room:
         return 0
-    low, high = numbers[-2:]  # beyond the last, as between these
+    low, high = numbers[-2:]  # beyond the last number, the slope between the last two
     for a, b in pairwise(numbers):
         if needed[b] > room:
             low, high = a, b

@@ -1,12 +1,13 @@
-"""What a rank's memory must hold, computed without a GPU and without data.
+"""The memory that a rank needs, computed without data or a GPU.
 
     sizes --formula--> state_bytes: weights, gradients, optimizer, teacher, by ZeRO stage
     task, examples --forward and backward on the meta device--> activation_bytes of a micro-batch
     the same on a CPU or GPU --> measured_activations
 
-On the meta device the model itself runs on tensors without content, so that what is counted is what
-it allocates, whatever the modality. P trained parameters, A those that the teacher averages, N
-ranks.
+On the meta device the model runs on tensors without content, so that its own allocations are
+counted, for any modality.
+
+P trained parameters, A parameters that the teacher averages.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from d2v_ds.pretrain import Pretrain
 
 
 def sizes(task: Pretrain) -> tuple[int, int]:
-    """P and A."""
+    """(P, A) of a task."""
     return (
         sum(p.numel() for p in task.student.parameters()),
         sum(p.numel() for p in task.teacher.parameters()),
@@ -37,13 +38,13 @@ def sizes(task: Pretrain) -> tuple[int, int]:
 
 
 def state_bytes(P: int, A: int, stage: int, ranks: int, width: int) -> int:
-    """Bytes of weights, gradients, optimizer and teacher on one rank; activations come on top.
+    """Bytes of weights, gradients, optimizer and teacher per rank, without activations.
 
-    width: of the low-precision weights, 2 or 4 bytes. Sharded over ranks are the fp32 states (from
-    stage 1), the gradients (from 2), and the weights and the teacher's copy (at 3).
+    width: bytes per weight, 2 or 4. ZeRO partitions the fp32 states over the ranks from stage 1,
+    the gradients from stage 2, and the weights and the teacher's copy at stage 3.
     """
-    masters = 0 if stage == 0 and width == 4 else 4 * P  # stage 0 in fp32 trains the weights
-    states = masters + 8 * P + 8 * A  # an average has a compensation
+    masters = 0 if stage == 0 and width == 4 else 4 * P  # stage 0 in fp32 has no separate masters
+    states = masters + 8 * P + 8 * A  # two moments; the average and its compensation
     gradients, weights = width * P, width * (P + A)
     return (
         states // (ranks if stage >= 1 else 1)
@@ -53,17 +54,19 @@ def state_bytes(P: int, A: int, stage: int, ranks: int, width: int) -> int:
 
 
 def checkpoint_bytes(P: int, A: int) -> int:
-    """On the disk, over all ranks: master and two moments, average and compensation, in fp32."""
+    """Bytes of a checkpoint over all ranks: masters, two moments, averages and compensations, in
+    fp32."""
     return 12 * P + 8 * A
 
 
 def activation_bytes(task: Pretrain, batch: Batch, dtype: torch.dtype, *, fused: bool) -> int:
-    """The most that forward and backward of `batch` hold at any time beside weights and gradients.
+    """The peak memory of forward and backward of `batch`, without weights and gradients.
 
-    The task goes to the meta device, in `dtype`. fused: attention as kernels of a GPU do
-    it, without the weights of all pairs of tokens; else as a CPU does where its bias is learned.
+    Moves the task to the meta device, in `dtype`. fused: attention as fused GPU kernels compute it,
+    without storing the weights of all pairs of tokens; otherwise as a CPU computes it with a
+    learned bias.
     """
-    task.to("meta", dtype)  # buffers may lie elsewhere still
+    task.to("meta", dtype)  # buffers may still be on another device
     batch = batch.to(torch.device("meta"))
     with torch.enable_grad(), fused_attention(fused), PeakMemory(task, batch) as memory:
         run_once(task, batch)
@@ -72,9 +75,9 @@ def activation_bytes(task: Pretrain, batch: Batch, dtype: torch.dtype, *, fused:
 
 
 def measured_activations(task: Pretrain, batch: Batch) -> tuple[int, float]:
-    """What activation_bytes foretells, as the allocator of the task's device hands it out, and the
-    seconds that forward and backward take. A first pass is not counted: libraries make their own
-    buffers in it."""
+    """(Bytes that activation_bytes estimates, measured by the allocator of the task's device;
+    seconds of forward and backward). The first pass is not measured, because libraries allocate
+    their own buffers in it."""
     device = next(task.parameters()).device
     batch = batch.to(device)
     run_once(task, batch)
@@ -101,8 +104,8 @@ def measured_activations(task: Pretrain, batch: Batch) -> tuple[int, float]:
 
 
 def run_once(task: nn.Module, batch: Batch) -> None:
-    """Forward and backward of one micro-batch; gradients go as soon as they are made, for others
-    count them."""
+    """Runs forward and backward of one micro-batch. Frees every gradient at once, because
+    state_bytes counts gradients."""
 
     def drop(p: Tensor) -> None:
         p.grad = None
@@ -116,20 +119,21 @@ def run_once(task: nn.Module, batch: Batch) -> None:
 
 
 def largest_batch(task: Pretrain, modality: str, samples: int) -> Batch:
-    """`samples` examples of the largest size that the modality has."""
+    """A micro-batch of `samples` examples of the modality's largest size."""
     kind = task.modalities[modality]
     rngs = [np.random.default_rng(i) for i in range(samples)]
     return kind.collate([kind.largest()] * samples, rngs, 0)
 
 
 class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of what operations allocate, and their most at any time."""
+    """Counts the bytes that operations allocate, and their peak. given: modules and batches whose
+    memory is not counted."""
 
     def __init__(self, *given: nn.Module | Batch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._alive: set[int] = set()
-        self._given = [t.untyped_storage() for t in tensors_of(given)]  # kept, so never counted
+        self._given = [t.untyped_storage() for t in tensors_of(given)]  # keeps them alive
         self._alive.update(storage._cdata for storage in self._given)
 
     def __torch_dispatch__(
@@ -159,6 +163,7 @@ class PeakMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def tensors_of(given: Iterable[nn.Module | Batch]) -> Iterable[Tensor]:
+    """All tensors of modules and batches."""
     for one in given:
         if isinstance(one, nn.Module):
             yield from one.parameters()
@@ -169,8 +174,8 @@ def tensors_of(given: Iterable[nn.Module | Batch]) -> Iterable[Tensor]:
 
 @contextmanager
 def fused_attention(on: bool) -> Iterator[None]:
-    """On the meta device, where attention is else made of plain operations: with the memory of a
-    fused kernel. A mode of torch would not reach what the backward pass computes again."""
+    """On the meta device, computes attention with the memory of a fused kernel instead of plain
+    operations. A torch function mode would not reach the recomputation in the backward pass."""
     plain = F.scaled_dot_product_attention
     if on:
         F.scaled_dot_product_attention = attention  # type: ignore[assignment]
@@ -183,7 +188,8 @@ def fused_attention(on: bool) -> Iterator[None]:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor | None, dropout_p: float
 ) -> Tensor:
-    """q, k, v [R, H, T, D / H] -> the same; the kernel that takes a learned bias [R, H, T, T]."""
+    """q, k, v [R, H, T, D / H], attn_mask broadcastable to [R, H, T, T] or None -> [R, H, T, D / H]
+    by the fused kernel that supports a learned bias."""
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*q.shape[:3], k.shape[2])
     keep = torch.is_grad_enabled()
