@@ -15,6 +15,7 @@ B samples, M masked views a sample, T tokens, N masked tokens, D width.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import shlex
 import subprocess
@@ -30,8 +31,10 @@ import torch
 from d2v_ds.config import Config
 from d2v_ds.config.decoding import decode
 from d2v_ds.data.shard_format import open_set
-from d2v_ds.evaluate import load_weights, open_newest, read_labelled
+from d2v_ds.encoder import load_weights, open_newest
+from d2v_ds.evaluate import read_labelled
 from d2v_ds.modalities.base import Modality
+from d2v_ds.modalities.text import Text
 from d2v_ds.pretrain import Pretrain, at_masked
 from shards import samples
 
@@ -184,8 +187,8 @@ def order_accuracy(run: Path, paragraphs: Path) -> Accuracies:
     found = open_newest(run)
     task = Pretrain.create(decode(Config, found.state["config"])).eval()
     load_weights(task, found)
-    modality = task.modalities["text"]
-    modality.views = VIEWS
+    config = dataclasses.replace(task.modalities["text"].config, views=VIEWS)
+    modality = Text(config)
     examples = read_labelled(open_set(paragraphs, "text"), modality, "label").examples
     real = [ids[:LENGTH] for ids in examples if len(ids) >= LENGTH]
     rng = np.random.default_rng(0)

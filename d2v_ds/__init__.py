@@ -1,3 +1,70 @@
-"""Pre-training of data2vec for speech, images and text with DeepSpeed ZeRO."""
+"""Pre-training of data2vec for speech, images and text with DeepSpeed ZeRO.
+
+    import d2v_ds
+
+    config = d2v_ds.load_config("speech_base", ["optim.lr=3e-4"])     # a recipe, or a YAML file
+    shards = d2v_ds.open_shards("/data/librispeech", "speech")        # what d2v-shards made
+    for item in d2v_ds.webdataset("/data/librispeech", "speech"):     # its decoded samples
+        ...
+    encoder = d2v_ds.load_encoder("runs/speech_base")                 # a plain torch module
+
+Importing d2v_ds imports neither torch nor DeepSpeed; functions import what they need when they are
+called. Bad input raises UserError, whose message says what to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from d2v_ds import recipes
+from d2v_ds.config import Config
+from d2v_ds.data.shard_format import ShardSet
+from d2v_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from d2v_ds.encoder import PretrainedEncoder
+    from d2v_ds.modalities.base import Modality
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Config",
+    "ShardSet",
+    "UserError",
+    "__version__",
+    "load_config",
+    "load_encoder",
+    "open_shards",
+    "recipes",
+    "webdataset",
+]
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a recipe (`d2v-ds recipes` lists them) or a YAML file, with overrides
+    `key.path=value`. Raises UserError."""
+    return recipes.load(source, list(overrides))
+
+
+def open_shards(where: str | Path, modality: str = "") -> ShardSet:
+    """A shard set: a folder, a URL prefix, or a folder of third-party tars, which is indexed when
+    it is first opened. modality: what it must hold; "": anything. Raises UserError."""
+    from d2v_ds.loader.find_set import find_set
+
+    return find_set(where, modality)
+
+
+def load_encoder(
+    path: str | Path, *, weights: Literal["student", "teacher"] = "student", modality: str = ""
+) -> PretrainedEncoder:
+    """The encoder of a run folder or a checkpoint as a plain torch module.
+
+    Called with a list of examples it returns the features of every block, [B, T, D] each, and
+    which tokens exist. weights: the student's or the teacher's. modality: of a run with several.
+    Raises UserError.
+    """
+    from d2v_ds import encoder
+
+    return encoder.load_encoder(path, weights=weights, modality=modality)

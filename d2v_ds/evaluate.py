@@ -1,8 +1,8 @@
-"""Probes of frozen encoders on labelled shards: how much of the labels their features tell.
+"""Probes of frozen encoders on labelled shards: how well their features predict the labels.
 
     shard set --whole samples--> encoder block, mean over tokens --> features [n, D] --> kNN
 
-B samples, T tokens, D width, n recordings or images of a set.
+B samples, T tokens, D width, n samples of a set.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,25 +19,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2v_ds.checkpoint import Checkpoint, newest_verified, open_checkpoint
 from d2v_ds.config import Config
 from d2v_ds.config.decoding import decode
 from d2v_ds.data.shard_format import ShardSet
+from d2v_ds.encoder import (
+    PretrainedEncoder,
+    Weights,
+    encoder_of,
+    load_weights,
+    only_modality,
+    open_newest,
+)
 from d2v_ds.errors import UserError
 from d2v_ds.loader.find_set import find_set
 from d2v_ds.loader.reading import read_samples
 from d2v_ds.modalities.base import Modality
 from d2v_ds.pretrain import Pretrain
-from d2v_ds.run.run_folder import RunFolder
 
 Features = npt.NDArray[np.float32]
-Weights = Literal["student", "teacher"]
 
-TOGETHER = 16  # examples in one forward
+BATCH = 16  # examples in one forward pass
 NEIGHBOURS = 10
-TEMPERATURE = (
-    0.07  # votes weigh exp(similarity / temperature), as in DINO's kNN (Caron et al. 2021)
-)
+TEMPERATURE = 0.07  # votes are weighted by exp(similarity / temperature), as in DINO's kNN (Caron et al. 2021)
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Labelled:
 
 
 def read_labelled(shards: ShardSet, modality: Modality, column: str) -> Labelled:
-    """A whole shard set, decoded without crop or augmentation. Raises UserError when a sample has
-    no `column` in its .json."""
+    """A whole shard set, decoded without crop or augmentation. Raises UserError if the .json of a
+    sample has no `column`."""
     modality.check_set(shards.about)
     examples, labels = [], []
     for key, sample in read_samples(shards, (*modality.keys, "json")):
@@ -60,7 +63,7 @@ def read_labelled(shards: ShardSet, modality: Modality, column: str) -> Labelled
             raise UserError(
                 f"{shards.root}, sample {key!r}: its .json has no {column!r} "
                 f"(has: {', '.join(sorted(meta)) or 'nothing'}); convert with that column in the "
-                "manifest or name another with --label"
+                "manifest, or name another one with --label"
             )
         examples.append(modality.decode(sample, None))
         labels.append(str(meta[column]))
@@ -68,22 +71,19 @@ def read_labelled(shards: ShardSet, modality: Modality, column: str) -> Labelled
 
 
 @torch.no_grad()
-def embed(
-    task: Pretrain, modality: Modality, examples: list[Any], layer: int, weights: Weights
-) -> Features:
-    """Mean over tokens of the output of block `layer` (from 1) -> [n, D].
+def embed(encoder: PretrainedEncoder, examples: list[Any], layer: int) -> Features:
+    """The mean over tokens of the output of block `layer` (from 1) -> [n, D].
 
-    Examples of like size go through together; padding reaches no token that exists.
+    Examples of similar size are encoded together; padding does not influence the result.
     """
-    device = next(task.parameters()).device
-    task.eval()
+    encoder.eval()
     rows: dict[int, Tensor] = {}
     by_size = sorted(range(len(examples)), key=lambda i: int(np.size(examples[i])))
-    for start in range(0, len(by_size), TOGETHER):
-        group = by_size[start : start + TOGETHER]
-        batch = modality.unmasked([examples[i] for i in group]).to(device)
-        block = task.blocks(batch, weights)[layer - 1].float()  # [B, T, D]
-        exists = batch.valid if batch.valid is not None else block.new_ones(block.shape[:2])
+    for start in range(0, len(by_size), BATCH):
+        group = by_size[start : start + BATCH]
+        blocks, valid = encoder([examples[i] for i in group])
+        block = blocks[layer - 1].float()  # [B, T, D]
+        exists = valid if valid is not None else block.new_ones(block.shape[:2])
         weight = exists[:, :, None].float()
         mean = (block * weight).sum(1) / weight.sum(1)
         rows.update(zip(group, mean.cpu(), strict=True))
@@ -93,8 +93,8 @@ def embed(
 def knn_accuracy(
     gallery: Features, gallery_labels: list[str], queries: Features, query_labels: list[str]
 ) -> float:
-    """Share of queries whose label the nearest gallery rows vote for: cosine similarity of
-    features that are standardised with the gallery's statistics."""
+    """The share of queries whose label gets most votes from the nearest gallery rows, by cosine
+    similarity of features standardised with the gallery's statistics."""
     classes = sorted(set(gallery_labels))
     mean, std = gallery.mean(0), gallery.std(0) + 1e-6
     rows, points = (
@@ -121,16 +121,19 @@ def run_knn(
 ) -> tuple[str, dict[str, Any]]:
     """kNN accuracy of the encoder in a run folder or checkpoint: a table, and the same as JSON.
 
-    layer: block counted from 1, None the middle one. compare: beside it the same network as it was
-    before training, and the modality's plain features. Raises UserError.
+    layer: the block, counted from 1; None: the middle one. compare: also score the encoder before
+    training and the modality's plain features. Raises UserError.
     """
     found = open_newest(path)
     config = decode(Config, found.state["config"])
-    name = only_modality(config, modality)
+    name = only_modality(config, modality or "")
     torch.manual_seed(config.run.seed)  # the untrained encoder is the one that training began with
     task = Pretrain.create(config)
     kind = task.modalities[name]
-    depth = len(task.student.encoder.trunk.blocks)
+    initial = encoder_of(task, name, "student") if compare else None
+    load_weights(task, found)
+    trained = encoder_of(task, name, weights, step=found.step)
+    depth = trained.depth
     block = (depth + 1) // 2 if layer is None else layer
     if block > depth:
         raise UserError(f"--layer: the encoder has {depth} blocks, got {block}")
@@ -143,14 +146,9 @@ def run_knn(
             for features, labelled in zip(queries, sets[1:], strict=True)
         }
 
-    def encode(examples: list[Any]) -> Features:
-        return embed(task, kind, examples, block, weights)
-
-    untrained = score(encode) if compare else {}
-    load_weights(task, found)
-    table = {f"trained {weights}": score(encode)}
-    if compare:
-        table["untrained encoder"] = untrained
+    table = {f"trained {weights}": score(lambda examples: embed(trained, examples, block))}
+    if initial:
+        table["untrained encoder"] = score(lambda examples: embed(initial, examples, block))
         table[kind.baseline_name] = score(
             lambda examples: np.stack([kind.baseline(example) for example in examples])
         )
@@ -177,36 +175,8 @@ def chance(labels: list[str]) -> float:
     return max(map(labels.count, labels)) / len(labels)
 
 
-def open_newest(path: Path) -> Checkpoint:
-    """The checkpoint in `path`: a run folder's newest, or one checkpoint's own folder."""
-    if (path / "manifest.json").is_file():
-        return open_checkpoint(path)
-    found = newest_verified(RunFolder(path))
-    if found is None:
-        raise UserError(f"{path}: neither a checkpoint nor a run folder that has one")
-    return found
-
-
-def only_modality(config: Config, wanted: str | None) -> str:
-    names = sorted(config.modality)
-    if wanted is None and len(names) == 1:
-        return names[0]
-    if wanted not in names:
-        given = "several to choose from" if wanted is None else f"no {wanted!r} in this run"
-        raise UserError(f"--modality: {given} (has: {', '.join(names)})")
-    return wanted
-
-
-@torch.no_grad()
-def load_weights(task: Pretrain, found: Checkpoint) -> None:
-    """Student and teacher as the checkpoint has them, in fp32."""
-    values = {**found.tensors("master"), **found.tensors("ema")}
-    for name, parameter in task.named_parameters():
-        parameter.copy_(values[name])
-
-
 def format_table(title: str, table: dict[str, dict[str, float]], tests: list[Labelled]) -> str:
-    """Rows of percentages under the test sets' names and sizes."""
+    """Rows of percentages below the names and sizes of the test sets."""
     heads = [f"{test.name} ({len(test.labels)})" for test in tests]
     width = max(len(name) for name in table) + 2
     lines = [title, " " * width + "  ".join(f"{head:>14}" for head in heads)]

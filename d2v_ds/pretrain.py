@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -97,18 +96,6 @@ class Pretrain(Task):
             layer_norm=self.target.layer_norm,
             final_norm=self.target.final_norm,
         )
-
-    @torch.no_grad()
-    def blocks(self, batch: Batch, weights: Literal["student", "teacher"]) -> list[Tensor]:
-        """The output of every block for the unmasked batch, [B, T, D] each: features for probes."""
-        encoder = self.student.encoder
-        tokens = encoder.features(batch)
-        depth = len(encoder.trunk.blocks)
-        if weights == "teacher":
-            layers = self.teacher.layers(encoder, batch, tokens, depth)
-        else:
-            _, _, layers = encoder.whole(batch, tokens, collect=depth)
-        return [block for _, block in layers]
 
     def part(self, name: str) -> str:
         """The modality whose front end or predictor a parameter is in; "" for the trunk."""

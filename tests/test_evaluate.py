@@ -12,6 +12,7 @@ import torch
 
 from d2v_ds import recipes
 from d2v_ds.data.shard_format import open_set
+from d2v_ds.encoder import Weights, encoder_of
 from d2v_ds.errors import UserError
 from d2v_ds.evaluate import (
     NEIGHBOURS,
@@ -72,12 +73,12 @@ def task() -> Pretrain:
 
 
 @pytest.mark.parametrize("weights", ["student", "teacher"])
-def test_features_do_not_depend_on_what_stands_beside(task: Pretrain, weights: str) -> None:
+def test_features_do_not_depend_on_the_rest_of_the_batch(task: Pretrain, weights: Weights) -> None:
     rng = np.random.default_rng(0)
-    modality = task.modalities["speech"]
+    encoder = encoder_of(task, "speech", weights)
     examples = [rng.standard_normal(n).astype(np.float32) for n in rng.integers(2500, 9000, 20)]
-    together = embed(task, modality, examples, 2, weights)  # type: ignore[arg-type]
-    alone = [embed(task, modality, [e], 2, weights)[0] for e in examples]  # type: ignore[arg-type]
+    together = embed(encoder, examples, 2)
+    alone = [embed(encoder, [e], 2)[0] for e in examples]
     np.testing.assert_allclose(together, np.stack(alone), rtol=1e-4, atol=1e-5)
 
 
@@ -92,8 +93,8 @@ def test_missing_labels_are_named(tmp_path: Path, task: Pretrain) -> None:
 
 
 def test_a_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="neither a checkpoint nor a run folder that has one"):
+    with pytest.raises(UserError, match="neither a checkpoint nor a run folder with a checkpoint"):
         run_knn(tmp_path, gallery="a", tests=["b"])
     (tmp_path / "config.yaml").write_text(json.dumps({}))
-    with pytest.raises(UserError, match="neither a checkpoint nor a run folder that has one"):
+    with pytest.raises(UserError, match="neither a checkpoint nor a run folder with a checkpoint"):
         run_knn(tmp_path, gallery="a", tests=["b"])

@@ -231,14 +231,3 @@ def test_batches_travel(variant: str) -> None:
         assert value is other or (value == other).all()
     B, R = len(batch.inputs), len(batch.seen)
     assert R == B * batch.views
-
-
-@pytest.mark.parametrize("variant", variants.VARIANTS)
-def test_probes_get_features_of_every_block(variant: str) -> None:
-    task = variants.build(variant).eval()
-    modality = variants.modality_of(task)
-    [sample] = variants.examples(task, 30)
-    T = variants.tokens_of(modality, sample)
-    for weights in ("student", "teacher"):
-        blocks = task.blocks(modality.unmasked([sample]), weights)  # type: ignore[arg-type]
-        assert [tuple(block.shape) for block in blocks] == [(1, T, 32)] * 3

@@ -1,0 +1,118 @@
+"""A trained encoder as a plain module: the same numbers as inside the task, from a run folder and a
+checkpoint, student and teacher, with batches of unequal length."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from d2v_ds.encoder import PretrainedEncoder, Weights, encoder_of, load_encoder
+from d2v_ds.errors import UserError
+from tests.helpers import joint_sets, variants
+from tests.helpers.runs import Run
+
+WEIGHTS: tuple[Weights, ...] = ("student", "teacher")
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("variant", variants.VARIANTS)
+def test_it_gives_what_the_task_computes(variant: str, weights: Weights) -> None:
+    task = variants.build(variant).eval()
+    with torch.no_grad():  # else teacher and student are equal
+        for parameter in task.teacher.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    modality = variants.modality_of(task)
+    examples = variants.examples(task, 30, 40)
+    batch = modality.unmasked(examples)
+    student = task.student.encoder
+    with torch.no_grad():
+        tokens = student.features(batch)
+        if weights == "teacher":
+            layers = task.teacher.layers(student, batch, tokens, len(student.trunk.blocks))
+        else:
+            _, _, layers = student.whole(batch, tokens, collect=len(student.trunk.blocks))
+        found = encoder_of(task, modality.name, weights)(examples)
+    assert len(found.blocks) == len(layers) == 3
+    for ours, (_, expected) in zip(found.blocks, layers, strict=True):
+        assert torch.equal(ours, expected)
+    lengths = [variants.tokens_of(modality, example) for example in examples]
+    if found.valid is not None:
+        assert found.valid.sum(1).tolist() == lengths
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    root = tmp_path_factory.mktemp("run")
+    sets = joint_sets.write_all(root / "sets")
+    run = Run(root / "run", "joint_tiny", *joint_sets.SMALL, joint_sets.shards_setting(sets))
+    settings = ["run.steps=6", "optim.warmup_steps=1", "save.every=3", "engine.config=local"]
+    done = run.train(*settings, nproc=1)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def features(encoder: PretrainedEncoder) -> torch.Tensor:
+    rng = np.random.default_rng(0)
+    with torch.no_grad():
+        return encoder([rng.integers(4, 60, n) for n in (20, 33)]).blocks[-1]
+
+
+def test_a_run_and_its_checkpoints_load(run: Run) -> None:
+    newest = load_encoder(run.folder.root, modality="text")
+    assert newest.step == 6 and newest.weights == "student" and not newest.training
+    assert torch.equal(
+        features(newest), features(load_encoder(run.folder.checkpoint(6), modality="text"))
+    )
+    older = load_encoder(run.folder.checkpoint(3), modality="text")
+    assert older.step == 3 and not torch.equal(features(older), features(newest))
+    teacher = load_encoder(run.folder.root, weights="teacher", modality="text")
+    assert not torch.equal(features(teacher), features(newest))
+
+
+def test_padding_does_not_influence_features(run: Run) -> None:
+    encoder = load_encoder(run.folder.root, modality="speech")
+    rng = np.random.default_rng(0)
+    waveforms = [rng.standard_normal(n).astype(np.float32) for n in (4000, 9000, 6100)]
+    with torch.no_grad():
+        blocks, valid = encoder(waveforms)
+        assert valid is not None
+        for i, waveform in enumerate(waveforms):
+            alone = encoder([waveform]).blocks
+            T = alone[0].shape[1]
+            assert int(valid[i].sum()) == T
+            for padded, single in zip(blocks, alone, strict=True):
+                torch.testing.assert_close(padded[i, :T], single[0], rtol=1e-4, atol=1e-5)
+
+
+def test_it_can_be_fine_tuned_and_its_task_stays(run: Run) -> None:
+    encoder = load_encoder(run.folder.root, modality="text").train()
+    optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
+    before = features(encoder.eval())
+    encoder.train()([np.arange(4, 24)]).blocks[-1].square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(features(encoder.eval()), before)
+
+
+def test_mistakes_are_one_line(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"this run has several; name one \(has: speech, text, vis"):
+        load_encoder(run.folder.root)
+    with pytest.raises(UserError, match="no 'smell' in this run"):
+        load_encoder(run.folder.root, modality="smell")
+    with pytest.raises(UserError, match="neither a checkpoint nor a run folder"):
+        load_encoder(tmp_path)
+
+
+def test_it_needs_no_deepspeed(run: Run) -> None:
+    code = (
+        "import sys, d2v_ds; assert 'torch' not in sys.modules; "
+        f"encoder = d2v_ds.load_encoder({str(run.folder.root)!r}, modality='text'); "
+        "assert isinstance(encoder, __import__('torch').nn.Module); "
+        "assert 'deepspeed' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
