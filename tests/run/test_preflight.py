@@ -1,0 +1,65 @@
+"""What is checked before training: one clear line for each mistake, and no torch for most."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from d2v_ds import recipes
+from d2v_ds.config import Config
+from d2v_ds.errors import UserError
+from d2v_ds.run.preflight import check
+from tests.helpers import joint_sets
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return joint_sets.write_images(tmp_path_factory.mktemp("sets") / "vision", 8)
+
+
+def config(shards: Path, root: Path, *settings: str) -> Config:
+    return recipes.load("vision_tiny", [f"data.shards={shards}", f"run.dir={root}", *settings])
+
+
+def test_a_sound_run_passes(shards: Path, tmp_path: Path) -> None:
+    run = config(shards, tmp_path / "run")
+    for ranks in (1, 2, run.batch.micro_batches):
+        check(run, ranks)
+    assert not (tmp_path / "run").exists(), "checking creates nothing"
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "message"),
+    [
+        ([], 3, r"batch\.micro_batches: 4 is not divisible by 3 ranks"),
+        (["engine.config=local"], 2, r"engine\.config: local runs on one rank, this run has 2"),
+        (["engine.config=zero7"], 1, r"engine\.config: 'zero7' is neither a JSON file"),
+        (["data.shards="], 1, r"data\.shards: must name a shard set"),
+        (["data.shards=/nowhere"], 1, "/nowhere: no such shard set"),
+        (["data.shards=https://h/{0..1}.tar"], 4, "2 tars without an index for 4 ranks"),
+        (["modality.vision=null"], 1, "modality: "),
+    ],
+)
+def test_mistakes_are_named(
+    shards: Path, tmp_path: Path, settings: list[str], ranks: int, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        check(config(shards, tmp_path / "run", *settings), ranks)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_set_of_another_modality(shards: Path, tmp_path: Path) -> None:
+    text = recipes.load("text_tiny", [f"data.shards={shards}", f"run.dir={tmp_path}"])
+    with pytest.raises(UserError, match="holds vision, this run reads text"):
+        check(text, 1)
+
+
+def test_run_folders_that_cannot_be_used(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"run\.dir: .*file is a file, not a folder"):
+        check(config(shards, tmp_path / "file"), 1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/STOP").touch()
+    with pytest.raises(UserError, match=r"STOP: asks this run to stop; remove it to resume"):
+        check(config(shards, tmp_path / "run"), 1)
