@@ -3,11 +3,11 @@
     their state dict --to_ours(rules)--> a Student's state dict --to_theirs(rules)--> theirs
 
 FAIRSEQ has the pre-training models of fairseq and data2vec_vision, HUGGING_FACE the encoders of
-transformers (which has data2vec 1.0 alone), both by (modality, "1.0" or "2.0").
+transformers (data2vec 1.0 only), both by (modality, "1.0" or "2.0").
 
 A rule pairs name templates: {i} and {j} stand for numbers, {i+1} for one that counts from one, {p}
-for weight or bias, {rest} for anything. Tensors that they keep apart and we do not (queries, keys,
-values) are joined along their first dimension. D width, H heads.
+for weight or bias, {rest} for anything. Tensors that they store separately and we do not (queries,
+keys, values) are joined along their first dimension. D width, H heads.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rule:
-    """theirs: one name, or several whose tensors are joined. ours empty: we have nothing of the
-    kind, and it is left out; theirs empty: they have not. Shapes are given where they differ; in
-    them 0 stands for D and -1 for what is left."""
+    """A pair of templates. theirs: one name, or several whose tensors are joined; empty if they
+    lack the tensor. ours: empty if we lack it, so that theirs is dropped. The shapes are given if
+    they differ; in them 0 stands for D and -1 for what remains."""
 
     theirs: str | tuple[str, ...]
     ours: str
     theirs_shape: tuple[int, ...] = ()
     ours_shape: tuple[int, ...] = ()
-    zeros: bool = False  # left out on the way to us, all zeros of theirs_shape on the way back
+    zeros: bool = False  # dropped on the way to us, zeros of theirs_shape on the way back
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -38,8 +38,8 @@ class Rule:
 
 
 def to_ours(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
-    """Their tensors under our names and in our shapes. Raises KeyError for an unknown name, or for
-    one part of several when another is missing."""
+    """Their tensors with our names and shapes. Raises KeyError for an unknown name, or if one of
+    several tensors that are joined is missing."""
     parts: dict[str, tuple[Rule, dict[int, Tensor]]] = {}
     for theirs, tensor in state.items():
         rule, part, values = match(theirs, rules, side="theirs")
@@ -49,7 +49,7 @@ def to_ours(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Ten
     for ours, (rule, found) in parts.items():
         missing = [name for n, name in enumerate(rule.names) if n not in found]
         if missing:
-            raise KeyError(f"{ours}: without {', '.join(missing)}")
+            raise KeyError(f"{ours}: {', '.join(missing)} is missing")
         pieces = [found[n] for n in sorted(found)]
         tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         result[ours] = shaped(tensor, rule.ours_shape, tensor.shape[-1] if tensor.dim() else 1)
@@ -57,8 +57,8 @@ def to_ours(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Ten
 
 
 def to_theirs(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
-    """The tensors of a whole student or encoder under their names and in their shapes. Raises
-    KeyError for an unknown name."""
+    """The tensors of a whole student or encoder with their names and shapes. Raises KeyError for an
+    unknown name."""
     width = len(state[NORM])
     result: dict[str, Tensor] = {}
     for ours, tensor in state.items():
@@ -72,7 +72,7 @@ def to_theirs(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, T
     return result
 
 
-NORM = "encoder.trunk.blocks.0.norm1.weight"  # in every model of ours; as long as it is wide
+NORM = "encoder.trunk.blocks.0.norm1.weight"  # in every model of ours; its length is D
 
 
 def shaped(tensor: Tensor, shape: tuple[int, ...], width: int) -> Tensor:
@@ -84,8 +84,8 @@ def left_out(theirs: str = "", ours: str = "") -> Rule:
 
 
 def match(name: str, rules: Sequence[Rule], *, side: str) -> tuple[Rule, int, dict[str, str]]:
-    """The rule whose template on one side fits a name, which of its parts, and what the letters
-    stand for, counted from zero. Raises KeyError when there is none."""
+    """The rule whose template on one side matches a name, which of its parts, and the values of the
+    letters, counted from zero. Raises KeyError if there is none."""
     for rule in rules:
         for part, template in enumerate(rule.names if side == "theirs" else (rule.ours,)):
             if template and (found := re.fullmatch(pattern(template), name)):
@@ -136,7 +136,7 @@ def blocks_v2(theirs: str, ours: str) -> list[Rule]:
 
 
 def common_v2(theirs: str, modality: str) -> list[Rule]:
-    """What every modality has, fairseq's under modality_encoders.AUDIO, IMAGE or TEXT."""
+    """The part that all modalities have; fairseq's is modality_encoders.AUDIO, IMAGE or TEXT."""
     theirs, ours = f"modality_encoders.{theirs}", f"encoder.front_ends.{modality}"
     prenet = f"{ours}.context.prenet.blocks.{{i}}"
     return [

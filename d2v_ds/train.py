@@ -44,7 +44,7 @@ def train(
     new: bool = False,
     allow: tuple[str, ...] = (),
 ) -> int:
-    """Trains until run.steps or until told to stop; returns the exit code.
+    """Trains until run.steps or until asked to stop; returns the exit code.
 
     Resumes from the newest sound checkpoint in the run folder. new: refuse a folder that has one.
     allow: settings that may differ from the checkpoint's. Raises UserError, on every rank alike.
@@ -103,7 +103,9 @@ def run_steps(t: Training, stop: StopFlag) -> int:
         t.save()
     t.finish_saving()
     done = state.step >= config.run.steps
-    reason = f"all {config.run.steps} steps" if done else stop.reason or "another rank was told to"
+    reason = (
+        f"all {config.run.steps} steps" if done else stop.reason or "another rank was asked to stop"
+    )
     on_rank_0(lambda: status.finish(t.run, t.generation, state.step, done=done, reason=reason))
     log.info("%s at step %d: %s", "finished" if done else "stopped", state.step, reason)
     return FINISHED

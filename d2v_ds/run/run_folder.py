@@ -1,4 +1,4 @@
-"""The run folder: where everything of a run lies, and which process may write checkpoints into it.
+"""The run folder: where everything of a run is stored, and which process may write to it.
 
     RUN/
       config.yaml  environment.json        what runs, and on what
