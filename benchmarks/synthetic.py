@@ -149,7 +149,7 @@ def make_text(root: Path, lines: list[str]) -> tuple[Path, Path, ShardSet]:
             head, size = len(buffer.getvalue()) - packed[start : start + ROWS].nbytes, 2 * BLOCK
             rows = len(packed[start : start + ROWS])
             places = [(f"{member}/{r}", head + r * size, size, BLOCK) for r in range(rows)]
-            shard.add_table(f"{member:06d}.npy", buffer.getvalue(), places)
+            shard.add_packed(f"{member:06d}.npy", buffer.getvalue(), places)
         entry = shard.finish()
     blocks = finish_set(root / "blocks", "text", "tokens", "u16", [entry])
     return root / "model.model", root / "text.tar", blocks

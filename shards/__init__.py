@@ -1,1 +1,1 @@
-"""Converters from corpora to shard sets: one file a corpus family, and the writer."""
+"""The command d2v-shards: converters from corpora to shard sets, one package per corpus family."""

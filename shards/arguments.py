@@ -1,4 +1,5 @@
-"""What the values of options mean: types for argparse, which turns their errors into one line."""
+"""Options that several commands share, and types of option values, whose errors argparse turns into
+one line."""
 
 from __future__ import annotations
 
@@ -6,9 +7,10 @@ import argparse
 import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TypeVar
 
-from d2v_ds.arguments import size as size
+from d2v_ds.arguments import size
 from d2v_ds.errors import UserError
 
 Number = TypeVar("Number", int, float)
@@ -31,21 +33,23 @@ def number(kind: type[Number], low: float, high: float) -> Callable[[str], Numbe
 def task(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     if not found or int(found[1]) >= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text}: expected I/N with I from 0 to N - 1, as in 0/8")
+        raise argparse.ArgumentTypeError(
+            f"{text}: expected I/N with I from 0 to N - 1, for example 0/8"
+        )
     return int(found[1]), int(found[2])
 
 
 def task_of_slurm(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """(i, n) of the array job that this process is a task of, (0, 1) elsewhere. Raises UserError
-    for an array with gaps, whose tasks would leave shards out."""
+    """(i, n) if this process is task i of a Slurm array job with n tasks, otherwise (0, 1). Raises
+    UserError for an array with gaps, whose tasks would skip shards."""
     if "SLURM_ARRAY_TASK_ID" not in environment:
         return 0, 1
     names = ("ID", "MIN", "MAX", "COUNT")
     own, first, last, count = (int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in names)
     if last - first + 1 != count:
         raise UserError(
-            f"SLURM_ARRAY_TASK_COUNT={count}: the array must count without gaps, as in "
-            "--array=0-7; or say which part is this with --task I/N"
+            f"SLURM_ARRAY_TASK_COUNT={count}: the task ids of the array must have no gaps. Use for "
+            "example --array=0-7, or set --task I/N"
         )
     return own - first, count
 
@@ -56,18 +60,107 @@ def share(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a share such as 1% or 0.01")
+        raise argparse.ArgumentTypeError(f"{text}: expected a share, for example 1% or 0.01")
     return value
 
 
 def splits(text: str) -> dict[str, float]:
-    """`train=98,valid=1,test=1` -> the share of each, summing to 1."""
+    """`train=98,valid=1,test=1` -> {name: share}; the shares sum to 1."""
     pairs = re.findall(r"([\w-]+)=(\d+(?:\.\d+)?)%?(?:,|$)", text)
     weights = {name: float(weight) for name, weight in pairs}
     total = sum(weights.values())
     whole = ",".join("=".join(pair) for pair in pairs) == text.replace("%", "")
     if not whole or len(weights) != len(pairs) or not total or 0 in weights.values():
         raise argparse.ArgumentTypeError(
-            f"{text}: expected names with their shares, as in train=98,valid=1,test=1"
+            f"{text}: expected NAME=SHARE,..., for example train=98,valid=1,test=1"
         )
     return {name: weight / total for name, weight in weights.items()}
+
+
+# ------------------------------------------------------------------------------------------ options
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """Which samples, in which order, into which sets."""
+    group = parser.add_argument_group("sets")
+    group.add_argument(
+        "--split",
+        type=splits,
+        metavar="NAME=SHARE,...",
+        help="write several sets OUT/NAME, for example train=98,valid=1,test=1. The hash of the "
+        "key decides, so that samples keep their split when the corpus grows",
+    )
+    group.add_argument(
+        "--split-by",
+        default="",
+        metavar="COLUMN",
+        help="split by the hash of this column instead, for example so that no speaker is in two "
+        "sets",
+    )
+    group.add_argument(
+        "--only",
+        type=Path,
+        metavar="FILE",
+        help="convert only the keys or paths listed in FILE, one per line",
+    )
+    group.add_argument(
+        "--except",
+        type=Path,
+        metavar="FILE",
+        dest="leave_out",
+        help="leave out the keys or paths listed in FILE, one per line",
+    )
+    group.add_argument(
+        "--shard-size",
+        type=size,
+        default="256MB",
+        metavar="SIZE",
+        help="approximate upper limit for the inputs of a shard (%(default)s)",
+    )
+    group.add_argument(
+        "--seed",
+        type=number(int, 0, 2**63),
+        default=0,
+        metavar="N",
+        help="random seed for the order of the samples (%(default)s)",
+    )
+
+
+def add_running(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("running")
+    group.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="estimate the shards, their size and the time; write nothing",
+    )
+    add_max_bad(group)
+    group.add_argument(
+        "--task",
+        type=task,
+        metavar="I/N",
+        help="run task I of an array job of N tasks (from 0): every N-th shard, starting with "
+        "shard I; run merge when all tasks have finished (default: from SLURM_ARRAY_TASK_ID)",
+    )
+    add_jobs(group)
+
+
+def add_max_bad(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--max-bad",
+        type=share,
+        default="1%",
+        metavar="SHARE",
+        help="stop if a larger share of the inputs cannot be used (%(default)s)",
+    )
+
+
+def add_jobs(parser: argparse._ActionsContainer) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    parser.add_argument(
+        "-j",
+        "--jobs",
+        type=number(int, 1, 4096),
+        default=cores,
+        metavar="N",
+        help="number of processes (default: one per core)",
+    )

@@ -1,17 +1,17 @@
-"""What every converter shares: plan -> shard jobs over processes -> a finished set.
+"""Runs a conversion plan: one job per shard, over processes -> a finished set.
 
-    Plan (shards/plan.py) -> one job a shard -> reports -> index.json
+    ConversionPlan (shards/plan.py) -> jobs -> reports -> index.json
 
-The plan is a pure function of the inputs and the options, and the content of a shard of its row of
-the plan alone. So any number of processes gives the same bytes, and a conversion that was killed
-goes on with the shards that lack a report. While it is under way OUT holds
+The plan is a pure function of the inputs and the options, and a shard depends only on its part of
+the plan. So any number of processes gives the same bytes, and a killed conversion resumes with the
+shards that have no report. Until the conversion has finished, OUT holds
 
-    plan.json               hash and options of the plan, and what index.json will say of the set
+    plan.json               hash and options of the plan, and the entries of index.json
     NAME-000000.tar, .idx   finished shards
-    NAME-000000.json        report of a finished shard: its entry and the inputs it left out
+    NAME-000000.json        report of a finished shard: its entry, and the inputs that are left out
 
-and at its end index.json and quarantine.jsonl take the place of plan.json and the reports. An array
-job gives every n-th shard to each of n tasks, which meet in OUT alone; `merge` is their end.
+At the end, index.json and quarantine.jsonl replace plan.json and the reports. In an array job of n
+tasks, each task converts every n-th shard; the tasks share only OUT, and `merge` finishes the set.
 """
 
 from __future__ import annotations
@@ -29,19 +29,17 @@ from tqdm import tqdm
 from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE, ShardEntry, ShardSet, open_set, set_json
 from d2v_ds.errors import UserError
 from d2v_ds.files import remove_stale, write_atomically
-from shards.family import Converted, Converter, Corpus, Input, Rejected, Sample, Table
-from shards.plan import CONVERTER, Choice, Plan, Samples
-from shards.workers import Workers
+from shards.family import Converter, PackedMember, Rejected
+from shards.plan import CONVERTER, ConversionPlan, Samples
+from shards.workers import WorkerPool
 from shards.writer import ShardWriter
-
-__all__ = ["Choice", "Converted", "Converter", "Corpus", "Input", "Plan", "Sample", "Table"]
 
 QUARANTINE_FILE = "quarantine.jsonl"
 
 
 @dataclass(frozen=True)
 class Report:
-    """Of a finished shard."""
+    """Report of a finished shard."""
 
     entry: ShardEntry
     rejected: tuple[Rejected, ...]
@@ -53,18 +51,18 @@ class Report:
 
 
 def convert(
-    plan: Plan,
+    plan: ConversionPlan,
     converter: Converter,
     out: Path,
-    workers: Workers,
+    pool: WorkerPool,
     max_bad: float,
     task: tuple[int, int] = (0, 1),
 ) -> ShardSet | None:
-    """Runs the plan, or what is left of it, into the folder `out`; returns the finished set.
+    """Runs the plan in the folder `out`, or resumes it; returns the finished set.
 
-    max_bad: the share of the inputs that may be left out. task (i, n): of the plan every n-th shard
-    from the i-th on; the set is then finished by `merge`, and the result is None. Raises UserError
-    when max_bad is passed, and when `out` holds anything but this conversion.
+    max_bad: share of the inputs that may be left out. task (i, n): convert only every n-th shard,
+    starting with shard i, and return None; `merge` finishes the set. Raises UserError if max_bad is
+    exceeded, and if `out` holds anything but this conversion.
     """
     about = _about(plan, converter)
     finished = _enter(out, about)
@@ -88,7 +86,7 @@ def convert(
     bar = tqdm(total=inputs, unit=" files", disable=None, desc=str(out))
     bar.update(sum(plan.inputs_of(i) for i in reports))
     with bar:
-        for report in workers.run(convert_shard, work, len(pending)):
+        for report in pool.run(convert_shard, work, len(pending)):
             i = int(report.entry.name.rpartition("-")[2])
             reports[i] = report
             bar.update(plan.inputs_of(i))
@@ -105,9 +103,9 @@ def convert(
 
 
 def merge(out: Path, max_bad: float) -> ShardSet:
-    """Finishes the conversion in `out` when its tasks have made every shard; returns the set.
+    """Finishes the conversion in `out` after its tasks have written every shard; returns the set.
 
-    Raises UserError when shards are missing, when max_bad is passed, and when `out` holds no
+    Raises UserError if shards are missing, if max_bad is exceeded, and if `out` holds no
     conversion.
     """
     try:
@@ -115,14 +113,16 @@ def merge(out: Path, max_bad: float) -> ShardSet:
     except FileNotFoundError:
         if (out / INDEX_FILE).exists():
             return open_set(out)
-        raise UserError(f"{out}: holds no conversion to merge; give the OUT of its tasks") from None
+        raise UserError(
+            f"{out}: contains no conversion to merge; give the OUT of its tasks"
+        ) from None
     names = [_name(about["modality"], i) for i in range(about["shards"])]
     found = [(name, _read_report(out, name)) for name in names]
     missing = [name for name, report in found if not report]
     if missing:
         raise UserError(
             f"{out}: {len(missing)} of {len(names)} shards are missing, the first {missing[0]}; "
-            "run the tasks again, each goes on where it was"
+            "run the unfinished tasks again, they resume"
         )
     return _finish(out, about, [report for _, report in found if report], max_bad)
 
@@ -138,8 +138,8 @@ def convert_shard(job: tuple[Converter, Path, str, Samples]) -> Report:
             rejected.extend(made.rejected)
             unwanted.extend(made.unwanted)
             found += made.found
-            if isinstance(made, Table):
-                writer.add_table(made.name, made.payload, made.rows)
+            if isinstance(made, PackedMember):
+                writer.add_packed(made.name, made.payload, made.rows)
             elif made.members:
                 writer.add(made.key, made.members, made.length)
         entry = writer.finish() if writer.samples else ShardEntry(name, 0, 0, 0, "")
@@ -149,7 +149,7 @@ def convert_shard(job: tuple[Converter, Path, str, Samples]) -> Report:
 
 
 def describe(shards: ShardSet) -> str:
-    """A line about a finished set."""
+    """One line about a finished set."""
     if shards.sample_rate:
         length = f"{shards.length / shards.sample_rate / 3600:.3f} hours"
     else:
@@ -170,7 +170,7 @@ def _report_file(out: Path, name: str) -> Path:
 
 
 def _read_report(out: Path, name: str) -> Report | None:
-    """None where the shard is not finished."""
+    """None if the shard is not finished."""
     try:
         raw = json.loads(_report_file(out, name).read_bytes())
         rejected, unwanted = (
@@ -186,8 +186,8 @@ def _read_report(out: Path, name: str) -> Report | None:
     return report if whole else None
 
 
-def _about(plan: Plan, converter: Converter) -> dict[str, Any]:
-    """plan.json."""
+def _about(plan: ConversionPlan, converter: Converter) -> dict[str, Any]:
+    """The content of plan.json."""
     return {
         "plan": plan.hash(),
         "options": plan.options,
@@ -203,9 +203,9 @@ def _about(plan: Plan, converter: Converter) -> dict[str, Any]:
 
 
 def _enter(out: Path, about: dict[str, Any]) -> ShardSet | None:
-    """Makes `out` ready for this plan; the set when it is finished already. Raises UserError."""
+    """Prepares `out` for this plan; returns the set if it is already finished. Raises UserError."""
     if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; name a folder for the shards")
+        raise UserError(f"{out}: is a file; OUT must be a folder")
     out.mkdir(parents=True, exist_ok=True)
     for file in (INDEX_FILE, PLAN_FILE):
         if not (out / file).exists():
@@ -220,13 +220,13 @@ def _enter(out: Path, about: dict[str, Any]) -> ShardSet | None:
             return open_set(out)
         remove_stale(out)
         return None
-    foreign = sorted(name for name in os.listdir(out) if not name.endswith(".tmp"))
-    if PLAN_FILE in foreign:  # another task was quicker
+    others = sorted(name for name in os.listdir(out) if not name.endswith(".tmp"))
+    if PLAN_FILE in others:  # another task was faster
         return _enter(out, about)
-    if foreign:
+    if others:
         raise UserError(
-            f"{out}: is not empty (it has {foreign[0]}) and holds no conversion; "
-            "name a new or empty folder"
+            f"{out}: is not empty (it contains {others[0]}) and is not a conversion; use a new or "
+            "empty folder"
         )
     write_atomically(out / PLAN_FILE, json.dumps(about).encode())
     return None
@@ -235,13 +235,13 @@ def _enter(out: Path, about: dict[str, Any]) -> ShardSet | None:
 def _other_plan(out: Path, file: str, held: dict[str, Any], wanted: dict[str, Any]) -> str:
     what = "a finished shard set" if file == INDEX_FILE else "an unfinished conversion"
     changed = [
-        f"--{key} was {held.get(key)}, is {wanted.get(key)}"
+        f"--{key} was {held.get(key)}, now {wanted.get(key)}"
         for key in sorted({*held, *wanted})
         if held.get(key) != wanted.get(key)
     ]
     return (
-        f"{out}: holds {what} of other inputs or options "
-        f"({'; '.join(changed) or 'the inputs differ'}); name another folder or delete this one"
+        f"{out}: contains {what} with other inputs or options "
+        f"({'; '.join(changed) or 'the inputs differ'}); use another folder or delete this one"
     )
 
 
@@ -250,28 +250,27 @@ def _too_many_bad(
 ) -> str:
     path, reason = rejected[0]
     return (
-        f"{len(rejected)} of {inputs} inputs cannot be used, more than --max-bad {max_bad:.3%}; "
-        f"the first: {path}: {reason}{where}. "
-        "Repair or remove them, or raise --max-bad"
+        f"{len(rejected)} of {inputs} inputs cannot be used, more than --max-bad {max_bad:.3%} "
+        f"allows. The first: {path}: {reason}{where}. Repair or remove them, or increase --max-bad"
     )
 
 
 def _rejected(about: dict[str, Any], reports: Sequence[Report]) -> list[Rejected]:
-    """By the plan already, then by the shards."""
+    """Rejected inputs of the plan, then of the shards."""
     return [*about["rejected"], *(item for report in reports for item in report.rejected)]
 
 
 def _finish(
     out: Path, about: dict[str, Any], reports: Sequence[Report], max_bad: float
 ) -> ShardSet:
-    """Writes index.json; about: what plan.json says."""
+    """Writes index.json and quarantine.jsonl. about: the content of plan.json."""
     rejected = _rejected(about, reports)
     inputs = about["inputs"] + sum(report.found for report in reports)
     left_out = rejected + [item for report in reports for item in report.unwanted]
     lines = [json.dumps({"path": path, "reason": reason}) + "\n" for path, reason in left_out]
     write_atomically(out / QUARANTINE_FILE, "".join(lines).encode())
     if len(rejected) > max_bad * inputs:
-        where = f"; all are in {out / QUARANTINE_FILE}"
+        where = f" (all are listed in {out / QUARANTINE_FILE})"
         raise UserError(_too_many_bad(rejected, inputs, max_bad, where))
     result = ShardSet(
         root=out,
@@ -282,7 +281,7 @@ def _finish(
         shards=tuple(report.entry for report in reports if report.entry.samples),
     )
     if not result.shards:
-        raise UserError(f"{out}: not one input can be used; see {out / QUARANTINE_FILE}")
+        raise UserError(f"{out}: none of the inputs can be used; see {out / QUARANTINE_FILE}")
     origin = {
         **about["about"],
         "converter": CONVERTER,
@@ -297,7 +296,7 @@ def _finish(
 
 
 def _clean(out: Path) -> None:
-    """Removes what only an unfinished conversion needs."""
+    """Removes the files that only an unfinished conversion needs."""
     (out / PLAN_FILE).unlink(missing_ok=True)
     remove_stale(out, all_hosts=True)
     for report in out.glob("*-" + "[0-9]" * 6 + ".json"):

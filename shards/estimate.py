@@ -1,6 +1,6 @@
-"""What a conversion would give: inputs, shards, bytes and time, from converting a few samples.
+"""Estimates the inputs, shards, bytes and time of a conversion by converting a few samples.
 
-Plan of each set -> a few samples converted, nothing written -> lines
+plan of each set -> a few samples converted, nothing written -> lines
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ import time
 from collections.abc import Iterator, Mapping
 
 from d2v_ds.files import format_size
-from shards.family import Converter, Sample, Table
-from shards.plan import Plan
+from shards.family import Converter, PackedMember, Sample
+from shards.plan import ConversionPlan
 
-SAMPLES = 32  # converted, of all sets together
-SECONDS = 10.0  # at most spent on it, about
-TAR = 1024  # bytes of header and padding of a member, about
+SAMPLES = 32  # to convert, over all sets
+SECONDS = 10.0  # time limit, about
+TAR = 1024  # bytes of header and padding per member, about
 
 
-def estimate(plans: Mapping[str, Plan], converter: Converter, jobs: int) -> Iterator[str]:
-    """A line for each set, then one for the time."""
+def estimate(plans: Mapping[str, ConversionPlan], converter: Converter, jobs: int) -> Iterator[str]:
+    """One line per set, then one for the time."""
     few = max(1, SAMPLES // len(plans))
     given = made = bad = 0
-    _convert(converter, next(iter(plans.values())).samples[0])  # imports and tables, made once
+    _convert(converter, next(iter(plans.values())).samples[0])  # warms up imports and caches
     start = time.perf_counter()
     for plan in plans.values():
         for sample in _spread(plan, few):
@@ -34,28 +34,29 @@ def estimate(plans: Mapping[str, Plan], converter: Converter, jobs: int) -> Iter
     for name, plan in plans.items():
         total += plan.bytes
         yield (
-            f"{name or 'set'}: {plan.inputs:,} inputs of {format_size(plan.bytes)} -> "
-            f"{plan.shards:,} shard{'' if plan.shards == 1 else 's'}, together about "
+            f"{name or 'set'}: {plan.inputs:,} inputs, {format_size(plan.bytes)} -> "
+            f"{plan.shards:,} shard{'' if plan.shards == 1 else 's'}, about "
             f"{format_size(plan.bytes * made / max(1, given))}"
         )
     hours = seconds * total / max(1, given) / 3600
     yield (
-        f"about {_duration(hours)} of one core, {_duration(hours / jobs)} on {jobs}; measured on "
-        f"{format_size(given)}" + (f", of which {bad} inputs cannot be used" if bad else "")
+        f"about {_duration(hours)} on one core, {_duration(hours / jobs)} with --jobs {jobs}; "
+        f"measured on {format_size(given)} of input"
+        + (f" ({bad} inputs cannot be used)" if bad else "")
     )
 
 
-def _spread(plan: Plan, few: int) -> Iterator[Sample]:
+def _spread(plan: ConversionPlan, few: int) -> Iterator[Sample]:
     number = len(plan.samples)
     return map(plan.samples.__getitem__, sorted({number * i // few for i in range(few)}))
 
 
 def _convert(converter: Converter, sample: Sample) -> tuple[int, int]:
-    """(bytes of the members, inputs that were left out)."""
+    """(bytes of the members, number of rejected inputs)."""
     size = bad = 0
     for made in converter.convert([sample]):
         bad += len(made.rejected)
-        payloads = [made.payload] if isinstance(made, Table) else made.members
+        payloads = [made.payload] if isinstance(made, PackedMember) else made.members
         size += sum(len(payload) + TAR for payload in payloads if payload is not None)
     return size, bad
 

@@ -1,25 +1,26 @@
-"""The contract of a family of corpora: what it hands over, and what it makes of that.
+"""What a corpus family hands over to the conversion, and what its converter makes of it.
 
-SOURCE --the family's read--> Corpus(samples, converter)
-the samples of a shard --Converter.convert--> Converted, Table --core--> members of its tar
+SOURCE --Layout (shards/layout.py)--> Corpus(samples, converter) --shards/plan.py--> plan
+samples of a shard --Converter.convert--> Converted, PackedMember --shards/core.py--> its tar
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
-Rejected = tuple[str, str]  # name of an input, reason
+Content = TypeVar("Content")  # bytes of a recording or image, str of a document
+Rejected = tuple[str, str]  # (name of an input, reason), a line of quarantine.jsonl
 
 
 class Input(NamedTuple):
     """A file, or a part of one."""
 
-    path: str  # relative to the corpus
-    bytes: tuple[int, int] | None = None  # (first, number) of the file: a member of a tar, say
-    part: tuple[float, float] | None = None  # (from, to) of what is stored there: seconds, rows
+    path: str  # relative to the root of the layout
+    bytes: tuple[int, int] | None = None  # (offset, size) within the file: a member of a tar
+    part: tuple[float, float] | None = None  # (start, end): seconds of a recording, rows of a table
 
     def __str__(self) -> str:
         """Its name in quarantine.jsonl."""
@@ -33,40 +34,52 @@ class Input(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What one sample of a set is made from; or several, where the converter divides it."""
+    """The inputs of one sample of a set, or of several samples if the converter divides them."""
 
     key: str
     inputs: tuple[Input, ...]
-    columns: dict[str, Any]  # what the corpus says about it
-    size: int  # of the inputs, bytes
+    columns: dict[str, Any]  # metadata from the corpus
+    size: int  # of the inputs, in bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Item(Generic[Content]):
+    """One recording, image or document, as a layout reads it from the inputs of a sample."""
+
+    key: str  # of the sample in the set; text numbers its documents itself
+    name: str  # in quarantine.jsonl
+    content: Content
+    columns: Mapping[str, Any]  # metadata
+    part: tuple[float, float] | None = None  # (start, end) in seconds, of a recording
 
 
 @dataclass(frozen=True)
 class Converted:
-    """One sample of a set, or none of it but what was left out."""
+    """One sample of a set, or only a report of inputs that are left out."""
 
     key: str
     members: tuple[bytes | None, ...]  # payloads in the order of the converter's fields; (): none
     length: int
     rejected: tuple[Rejected, ...] = ()
-    unwanted: tuple[Rejected, ...] = ()  # left out because an option says so; --max-bad ignores it
-    found: int = 0  # inputs beyond the planned ones: documents in a file, rows of a table
+    unwanted: tuple[Rejected, ...] = ()  # left out because of an option; --max-bad ignores them
+    found: int = 0  # inputs beyond those in the plan: documents of a file, rows of a table
 
 
 @dataclass(frozen=True)
-class Table:
+class PackedMember:
     """A member of the tar that holds many samples of one field: blocks of text."""
 
     name: str  # of the member, with its extension
     payload: bytes
-    rows: tuple[tuple[str, int, int, int], ...]  # (key, first byte in the payload, bytes, length)
+    rows: tuple[tuple[str, int, int, int], ...]  # (key, offset in the payload, bytes, length)
     rejected: tuple[Rejected, ...] = ()
     unwanted: tuple[Rejected, ...] = ()
     found: int = 0
 
 
 class Converter(Protocol):
-    """Of one corpus family; it travels to the worker processes, so it holds settings only."""
+    """Converts the samples of one corpus. Holds only settings, because it is pickled for the worker
+    processes."""
 
     @property
     def modality(self) -> str: ...
@@ -74,33 +87,32 @@ class Converter(Protocol):
     def length_unit(self) -> str: ...
     @property
     def fields(self) -> tuple[str, ...]:
-        """Of the index, sorted."""
+        """Fields of the index, sorted."""
 
     @property
     def sample_rate(self) -> int:
-        """0 where there is no such thing."""
+        """In Hz; 0 if the modality has no sample rate."""
 
     @property
     def about(self) -> dict[str, Any]:
-        """What index.json says besides: of the tokenizer, say."""
+        """Further entries of index.json, for example on the tokenizer."""
 
     @property
     def files(self) -> dict[str, Path]:
-        """Files that are copied into the set, by their names there."""
+        """Files that are copied into the set, by their names in the set."""
 
-    def convert(self, samples: Iterable[Sample]) -> Iterator[Converted | Table]:
-        """What a shard is made of, all samples of it. Inputs that cannot be used are in `rejected`;
-        it never raises for them, and every input is used or rejected."""
+    def convert(self, samples: Iterable[Sample]) -> Iterator[Converted | PackedMember]:
+        """Converts all samples of a shard. Every input is used or reported in `rejected` or
+        `unwanted`; unusable inputs never raise."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a family of corpora hands over."""
+    """What a corpus family hands over."""
 
-    samples: Iterable[Sample]  # in an order that depends on the corpus alone
+    samples: Iterable[Sample]  # in an order that depends only on the corpus
     converter: Converter
-    options: dict[str, Any]  # that decide on the content, by their name on the command line
-    arrange: Callable[[list[Sample]], list[Sample]] | None = None  # joins those of a split, say
-    rejected: list[Rejected] = field(
-        default_factory=list
-    )  # what no sample can be made of; grows while `samples` are read
+    options: dict[str, Any]  # that determine the content, by their names on the command line
+    arrange: Callable[[list[Sample]], list[Sample]] | None = None  # rearranges a split: --join
+    rejected: list[Rejected] = field(default_factory=list)
+    """Inputs that give no sample; grows while `samples` is iterated."""

@@ -1,6 +1,6 @@
-"""d2v-shards index: makes a shard set of tars that others made, over processes.
+"""d2v-shards index: makes a shard set of third-party tars by writing an index.
 
-tars -> d2v_ds/foreign.py, a job each -> an index beside them, or in a folder of its own
+tars -> d2v_ds/data/tar_index.py, one job per tar -> an index next to the tars or in OUT
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Job = tuple[Path, SampleFormat, str]
 def index(
     source: Path, out: Path | None, modality: str, checksums: bool, processes: int
 ) -> ShardSet:
-    """Of the tars right in a folder, or of one. Raises UserError."""
+    """Indexes a tar, or the tars in a folder. Raises UserError."""
     tars = sorted(source.glob("*.tar")) if source.is_dir() else [source]
     if not tars or not tars[0].is_file():
-        raise UserError(f"{source}: is no tar and no folder with tars in it")
+        raise UserError(f"{source}: is neither a tar nor a folder that contains .tar files")
 
     def run(work: Callable[[Job], IndexedTar], jobs: list[Job]) -> Iterator[IndexedTar]:
         yield from bar(run_jobs(work, jobs, processes))

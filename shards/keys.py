@@ -1,4 +1,4 @@
-"""Keys of samples: what a path or a name becomes, so that every WebDataset reader takes it."""
+"""Keys of samples: paths and names in a form that every WebDataset reader accepts."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import hashlib
 import os
 import re
 
-MAX_KEY = 88  # bytes: with `@0000` and its extension a key still fits the 100 of a tar header
+MAX_KEY = 88  # bytes; a tar header holds 100, including `@0000` and the extension
 KEY_HASH = 12  # hex digits
-PLAIN = re.compile(
-    r"(?!__)[A-Za-z0-9_-]+(?:/[A-Za-z0-9_-]+)*"
-)  # what is a key as it is, as most are
+PLAIN = re.compile(r"(?!__)[A-Za-z0-9_-]+(?:/[A-Za-z0-9_-]+)*")  # most paths; they stay unchanged
 
 
 def make_key(text: str, apart: str = "") -> str:
     """A WebDataset key from a path without its extension: letters, digits, `_`, `-` and `/`.
 
-    webdataset cuts a name at the first dot and skips names that begin with two underscores. Keys
-    that are too long for a tar header, or are to be told `apart`, end in a hash.
+    webdataset cuts a name at the first dot and skips names that begin with two underscores. A key
+    that is too long for a tar header ends in a hash. apart: is added to the hash of a key that
+    would not be unique otherwise.
     """
     if not apart and len(text) <= MAX_KEY and PLAIN.fullmatch(text):
         return text
@@ -31,5 +30,5 @@ def make_key(text: str, apart: str = "") -> str:
 
 
 def part_key(key: str, part: int) -> str:
-    """Of one of several samples that an input gives: `@` is in no key that make_key makes."""
+    """The key of one of several samples from an input. make_key never returns an `@`."""
     return f"{key}@{part:04d}"

@@ -1,25 +1,25 @@
-"""Parquet files, a row group at a time: the one place that knows pyarrow, which is optional."""
+"""Parquet files, one row group at a time. The only module that uses pyarrow, which is optional."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from d2v_ds.errors import UserError
+from shards.family import Input
 
-if TYPE_CHECKING:
-    from shards.family import Input
-
-TOGETHER = 64  # rows that are decoded at a time
+EXTENSION = ".parquet"
+BATCH = 64  # rows that are decoded at a time
 
 
 def open_table(path: Path) -> Any:
-    """A pyarrow ParquetFile. Raises ValueError when it is none, UserError without pyarrow."""
+    """A pyarrow ParquetFile. Raises ValueError if the file is not Parquet, UserError if pyarrow is
+    not installed."""
     try:
         import pyarrow.parquet
     except ImportError:
-        raise UserError(f"{path}: reading Parquet takes `pip install pyarrow`") from None
+        raise UserError(f"{path}: Parquet needs pyarrow; run `pip install pyarrow`") from None
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
@@ -27,9 +27,8 @@ def open_table(path: Path) -> Any:
 
 
 def row_groups(root: Path, file: str) -> Iterator[tuple[Input, int]]:
-    """Each as an input, with its bytes; a file that cannot be read as one: reading it says why."""
-    from shards.family import Input
-
+    """Each row group as an input, with its size in bytes. A damaged file is one input; the
+    conversion reports the reason."""
     try:
         meta = open_table(root / file).metadata
     except UserError:
@@ -45,7 +44,7 @@ def row_groups(root: Path, file: str) -> Iterator[tuple[Input, int]]:
 
 
 def rows(table: Any, part: Input, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number in the file, row) of an input that `row_groups` gave. Raises ValueError."""
+    """(row number in the file, row) of an input from `row_groups`. Raises ValueError."""
     import pyarrow
 
     first = 0
@@ -54,7 +53,7 @@ def rows(table: Any, part: Input, columns: Sequence[str]) -> Iterator[tuple[int,
             at = first
             first += table.metadata.row_group(i).num_rows
             if part.part is None or at == part.part[0]:
-                for batch in table.iter_batches(TOGETHER, row_groups=[i], columns=list(columns)):
+                for batch in table.iter_batches(BATCH, row_groups=[i], columns=list(columns)):
                     for row in batch.to_pylist():
                         yield at, row
                         at += 1

@@ -1,9 +1,9 @@
 """Which sample goes into which shard of which split: a pure function of the inputs and options.
 
-    Corpus (samples as a layout reads them) -> chosen -> split -> arranged -> Plan of each split
+    Corpus (samples of a layout) -> chosen -> split -> arranged -> ConversionPlan of each split
 
-Corpora have millions of inputs, so the samples of a plan stay encoded, a line of JSON each, until
-the shard that they belong to is made: about twice the length of a path for each.
+Corpora have millions of inputs. The samples of a plan therefore stay encoded, as one line of JSON
+each, until their shard is written. A sample takes about twice the length of its path.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from d2v_ds.errors import UserError, suggestion
-from shards.family import Corpus, Input, Sample
+from d2v_ds.files import sha256
+from shards.family import Corpus, Input, Rejected, Sample
 from shards.keys import make_key
 
-CONVERTER = 2  # raised when the same inputs and options begin to give other bytes
-MIN_SHARD = 4_000_000  # bytes; smaller corpora are not cut up for the sake of parallelism
+CONVERTER = 2  # raise it if the same inputs and options give other bytes than before
+MIN_SHARD = 4_000_000  # bytes; smaller shards are not worth a process
 SHARDS_AT_LEAST = 16
 ENCODER = json.JSONEncoder(ensure_ascii=False)
 DECODER = json.JSONDecoder()
@@ -31,14 +32,14 @@ DECODER = json.JSONDecoder()
 
 @dataclass(frozen=True)
 class Choice:
-    """What of a corpus is taken, and how it is cut into sets; the options of every family."""
+    """The options of every family: which part of a corpus is converted, into which sets."""
 
     seed: int = 0
     shard_size: int = 256_000_000
-    only: Path | None = None  # lists of keys or paths
+    only: Path | None = None  # file with one key or path per line
     leave_out: Path | None = None
     splits: Mapping[str, float] | None = None
-    split_by: str = ""  # a column; "": the key
+    split_by: str = ""  # a column; "": split by the key
 
     @property
     def options(self) -> dict[str, Any]:
@@ -53,13 +54,13 @@ class Choice:
 
 
 class Samples:
-    """Many of them in little memory; they come out as they went in, and in that order."""
+    """Many samples in little memory, in their order."""
 
     def __init__(self, samples: Iterable[Sample] = ()) -> None:
         self._blob = bytearray()
         self._ends = array("Q")
         self.sizes = array("Q")
-        self.inputs = array("I")  # their number, for each sample
+        self.inputs = array("I")  # number of inputs per sample
         for sample in samples:
             self.append(sample)
 
@@ -78,10 +79,10 @@ class Samples:
         self.sizes.append(size)
         self.inputs.append(inputs)
 
-    def taken(self, places: Iterable[int], keys: Mapping[int, str]) -> Samples:
-        """Those at these places, some with another key; the others are not decoded."""
+    def selected(self, numbers: Iterable[int], keys: Mapping[int, str]) -> Samples:
+        """Samples by number. Those in `keys` get a new key, the others stay encoded."""
         result = Samples()
-        for i in places:
+        for i in numbers:
             if i in keys:
                 result.append(replace(self[i], key=keys[i]))
             else:
@@ -93,7 +94,7 @@ class Samples:
 
     def key(self, i: int) -> str:
         row = self.row(i).decode("utf-8", "surrogateescape")
-        key: str = DECODER.raw_decode(row, 1)[0]  # the first in the list, and no more
+        key: str = DECODER.raw_decode(row, 1)[0]  # decodes only the first element of the list
         return key
 
     def __iter__(self) -> Iterator[Sample]:
@@ -107,20 +108,20 @@ class Samples:
 def _input(raw: Any) -> Input:
     if isinstance(raw, str):
         return Input(raw)
-    path, stretch, part = raw
-    return Input(path, tuple(stretch) if stretch else None, tuple(part) if part else None)
+    path, byte_range, part = raw
+    return Input(path, tuple(byte_range) if byte_range else None, tuple(part) if part else None)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Which sample of a set goes where."""
+class ConversionPlan:
+    """Which sample goes into which shard of a set."""
 
     options: dict[str, Any]
     samples: Samples
-    order: Any  # int64 [n] array, of samples
-    bounds: array[int]  # of the shards in `order`, one more than there are
-    keys: dict[int, str]  # by sample, of those that would share one with another
-    rejected: tuple[tuple[str, str], ...] = ()  # inputs that no sample can be made of, reasons
+    order: Any  # int64 [n] array of sample numbers
+    bounds: array[int]  # shard i holds order[bounds[i] : bounds[i + 1]]
+    keys: dict[int, str]  # {sample number: key} of samples whose own key is not unique
+    rejected: tuple[Rejected, ...] = ()  # inputs that give no sample
 
     @property
     def shards(self) -> int:
@@ -135,8 +136,8 @@ class Plan:
         return sum(self.samples.sizes)
 
     def shard(self, i: int) -> Samples:
-        """Still encoded, so that it travels to a worker at little cost."""
-        return self.samples.taken(self._row_of(i), self.keys)
+        """Encoded, which is cheap to send to a worker."""
+        return self.samples.selected(self._row_of(i), self.keys)
 
     def inputs_of(self, i: int) -> int:
         return sum(self.samples.inputs[j] for j in self._row_of(i))
@@ -154,8 +155,8 @@ class Plan:
         return map(int, self.order[self.bounds[i] : self.bounds[i + 1]])
 
 
-def make_plans(corpus: Corpus, choice: Choice) -> dict[str, Plan]:
-    """The plan of each split by its name, or of the one set by the name "". Raises UserError."""
+def make_plans(corpus: Corpus, choice: Choice) -> dict[str, ConversionPlan]:
+    """{name of the split: plan}; without splits, the name is "". Raises UserError."""
     chosen = _chosen(corpus.samples, choice)
     names = list(choice.splits) if choice.splits else [""]
     sets = {name: Samples() for name in names}
@@ -164,13 +165,13 @@ def make_plans(corpus: Corpus, choice: Choice) -> dict[str, Plan]:
         if choice.splits:
             name = split_of(_split_value(sample, choice.split_by), choice.splits)
         sets[name].append(sample)
-    plans: dict[str, Plan] = {}
+    plans: dict[str, ConversionPlan] = {}
     for name, samples in sets.items():
         if not len(samples):
             raise UserError(
-                f"--split: no input falls into {name!r}; give it a larger share"
+                f"--split: no input falls into {name!r}; increase its share"
                 if name
-                else "nothing of the corpus is chosen (--only, --except)"
+                else "no input is selected; check SOURCE, --only and --except"
             )
         if corpus.arrange:
             samples = Samples(corpus.arrange(list(samples)))
@@ -178,18 +179,21 @@ def make_plans(corpus: Corpus, choice: Choice) -> dict[str, Plan]:
         if name:
             options["split"] = {name: options["split"]}
         plans[name] = make_plan(samples, options, choice.shard_size, choice.seed)
-    first = names[0]  # which an input would have been in nobody can tell
+    first = names[0]  # rejected inputs have no key to split by
     plans[first] = replace(plans[first], rejected=tuple(corpus.rejected))
     return plans
 
 
-def make_plan(samples: Samples, options: dict[str, Any], shard_size: int, seed: int) -> Plan:
-    """Scattered samples, cut into shards of about `shard_size` bytes of input; smaller ones where
-    that many would leave processes without work. Does not depend on the number of processes."""
-    places = array("Q")
+def make_plan(
+    samples: Samples, options: dict[str, Any], shard_size: int, seed: int
+) -> ConversionPlan:
+    """Shuffles the samples and cuts them into shards of about `shard_size` bytes of input, or of
+    less if there would be fewer than SHARDS_AT_LEAST. Does not depend on the number of
+    processes."""
+    sort_keys = array("Q")
     for i in range(len(samples)):
-        places.append(place(samples.key(i), seed))
-    order = np.argsort(np.frombuffer(places, np.uint64), kind="stable")
+        sort_keys.append(sort_key(samples.key(i), seed))
+    order = np.argsort(np.frombuffer(sort_keys, np.uint64), kind="stable")
     limit = min(shard_size, max(MIN_SHARD, sum(samples.sizes) // SHARDS_AT_LEAST))
     bounds, filled = array("Q", [0]), 0
     for at, j in enumerate(order):
@@ -198,50 +202,50 @@ def make_plan(samples: Samples, options: dict[str, Any], shard_size: int, seed: 
             filled = 0
         filled += samples.sizes[j]
     bounds.append(len(order))
-    return Plan(options, samples, order, bounds, _apart(samples, places, order))
+    return ConversionPlan(options, samples, order, bounds, _unique(samples, sort_keys, order))
 
 
-def place(key: str, seed: int) -> int:
-    """Where a sample stands in an order that looks random and depends on the seed and the keys
-    alone, so that a corpus sorted by speaker or class gives mixed shards. A hash, for no
-    generator's sequence is promised to stay."""
+def sort_key(key: str, seed: int) -> int:
+    """Defines an order that looks random, so that a corpus sorted by speaker or class gives mixed
+    shards. A hash of seed and key, because the sequences of random generators may change between
+    versions."""
     text = f"{seed}/{key}".encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
-def _apart(samples: Samples, places: array[int], order: Any) -> dict[int, str]:
-    """Keys that several samples share (a.b.wav and a_b.wav; a.wav and a.flac) get a hash. Such
-    samples are neighbours in the order, so no table of all keys is needed."""
+def _unique(samples: Samples, sort_keys: array[int], order: Any) -> dict[int, str]:
+    """Adds a hash to keys that several samples have (a.b.wav and a_b.wav; a.wav and a.flac). Such
+    samples are neighbours in the order, so a table of all keys is not needed."""
     keys: dict[int, str] = {}
     used: set[str] = set()
-    sorted_places = np.frombuffer(places, np.uint64)[order]
-    for at in np.flatnonzero(sorted_places[1:] == sorted_places[:-1]):
+    ordered = np.frombuffer(sort_keys, np.uint64)[order]
+    for at in np.flatnonzero(ordered[1:] == ordered[:-1]):
         for j in map(int, order[at : at + 2]):
-            if j in keys:  # the middle one of three
+            if j in keys:  # the second of three equal keys
                 continue
             sample = samples[j]
             names = "\0".join(map(str, sample.inputs))
             key = make_key(sample.key, apart=names)
-            if key in used:  # the same input twice
+            if key in used:  # the same input is listed twice
                 key = make_key(sample.key, apart=f"{names}\0{j}")
             used.add(key)
             keys[j] = key
     return keys
 
 
-# ---------------------------------------------------------------------------------- what is chosen
+# ---------------------------------------------------------------------------------------- selection
 
 
 def split_of(value: str, shares: Mapping[str, float]) -> str:
-    """The split that a key (or a speaker ...) belongs to: by its hash alone, so it stays there when
-    the corpus grows."""
+    """The split that a key (or a speaker ...) belongs to. It depends only on the hash of the value,
+    so a sample keeps its split when the corpus grows."""
     digest = hashlib.blake2b(value.encode("utf-8", "surrogateescape"), digest_size=8).digest()
     point, passed = int.from_bytes(digest, "little") / 2**64, 0.0
     for name, share in shares.items():
         passed += share
         if point < passed:
             return name
-    return name  # the shares sum to 1 but for rounding
+    return name  # the shares sum to 1, except for rounding
 
 
 def _split_value(sample: Sample, column: str) -> str:
@@ -270,8 +274,8 @@ def _chosen(samples: Iterable[Sample], choice: Choice) -> Iterator[Sample]:
     if missing:
         files = " and ".join(str(file) for file in (choice.only, choice.leave_out) if file)
         raise UserError(
-            f"{files}: {len(missing)} of the names in it are neither key nor path of an input, "
-            f"the first {min(missing)!r}"
+            f"{files}: {len(missing)} names are neither a key nor a path of the corpus, the first "
+            f"{min(missing)!r}"
         )
 
 
@@ -285,6 +289,6 @@ def _read_list(path: Path) -> frozenset[str]:
 
 def _digest_of(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+        return sha256(path)[:12]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -1,6 +1,8 @@
-"""Describes a shard set: counts, hours, a histogram of lengths, how often each label occurs.
+"""Describes a shard set: counts, hours, a histogram of lengths, and label counts.
 
-set -> indexes and json members -> tables -> text or Markdown (a data card)
+    set -> indexes and json members -> tables -> text or Markdown (a data card)
+
+Needs no modality class, so it also describes sets of modalities that are not installed.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from d2v_ds.errors import UserError
 from shards.core import QUARANTINE_FILE
 
 BINS = 10
+COUNTS = {"inputs": "inputs", "quarantined": "left out"}  # of index.json, and their titles
 MAX_VALUES = 50  # a column with more distinct values is not listed
-OWN = ("paths", "duration", "start")  # of the json members, other than what the corpus says
+OWN = ("paths", "duration", "start")  # columns that the converter adds
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Table:
 
 
 def describe(path: Path) -> list[Table]:
-    """Raises UserError when there is no set."""
+    """Raises UserError if there is no set."""
     shards = open_set(path)
     about = json.loads((shards.root / INDEX_FILE).read_bytes())
     lengths = array("I")
@@ -57,12 +60,12 @@ def describe(path: Path) -> list[Table]:
         _histogram(shards, ordered),
         *(_values(column, counts) for column, counts in columns.items() if counts),
         *_left_out(shards.root),
-        *([Table("Converted with", _options(about))] if about["options"] else ()),
+        *_options(about),
     ]
 
 
 def _rows(tar: Path, index: ShardIndex) -> Iterator[dict[str, Any]]:
-    """What lies beside each sample: its json, and its cls as label."""
+    """Columns of each sample: its json member, and its cls member as label."""
     width = len(index.fields)
     wanted = [(name, index.fields.index(name)) for name in ("json", "cls") if name in index.fields]
     if not wanted:
@@ -80,7 +83,7 @@ def _rows(tar: Path, index: ShardIndex) -> Iterator[dict[str, Any]]:
                     row |= json.loads(data) if name == "json" else {"label": data.decode().strip()}
                 except (ValueError, TypeError) as error:
                     raise UserError(
-                        f"{tar}: sample {index.key(i)!r}: its {name} is damaged ({error}); "
+                        f"{tar}, sample {index.key(i)!r}: its .{name} is damaged ({error}); "
                         f"run `d2v-shards verify {tar.parent}`"
                     ) from None
             yield row
@@ -93,8 +96,7 @@ def _summary(shards: ShardSet, about: dict[str, Any]) -> Table:
         ("samples", f"{shards.samples:,}"),
         ("shards", f"{len(shards.shards):,}"),
         ("bytes", f"{size:,}"),
-        ("inputs", f"{about['inputs']:,}"),
-        ("left out", f"{about['quarantined']:,}"),
+        *((title, f"{about[name]:,}") for name, title in COUNTS.items() if name in about),
     ]
     if shards.sample_rate:
         rows.append(("hours", f"{shards.length / shards.sample_rate / 3600:.3f}"))
@@ -104,12 +106,14 @@ def _summary(shards: ShardSet, about: dict[str, Any]) -> Table:
     return Table("Shard set", rows)
 
 
-def _options(about: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(f"--{name}", str(value)) for name, value in about["options"].items()]
+def _options(about: dict[str, Any]) -> Iterator[Table]:
+    rows = [(f"--{name}", str(value)) for name, value in about.get("options", {}).items()]
+    if rows:
+        yield Table("Converted with", rows)
 
 
 def _histogram(shards: ShardSet, lengths: NDArray[np.uint32]) -> Table:
-    """Ten equal bins from the shortest to the longest."""
+    """BINS equal bins from the shortest to the longest."""
     scale, unit = (shards.sample_rate, "s") if shards.sample_rate else (1, shards.length_unit)
     low, high = int(lengths[0]), int(lengths[-1])
     bins = (lengths.astype(np.int64) - low) * BINS // max(1, high - low)
@@ -136,7 +140,7 @@ def _values(column: str, counts: Counter[str]) -> Table:
 
 
 def _left_out(root: Path) -> Iterator[Table]:
-    """Reasons, alike but for numbers, and how often each."""
+    """The number of inputs per reason; numbers in a reason are replaced by N."""
     if not (root / QUARANTINE_FILE).exists():
         return
     counts: Counter[str] = Counter()

@@ -1,9 +1,9 @@
-"""Checks a shard set against its index, member by member: structure, checksums, real decoding.
+"""Checks a shard set against its index, member by member: structure, checksums, full decoding.
 
-    set -> one job a shard over processes -> problems, one line each
+    set -> one job per shard, over processes -> problems, one line each
 
-webdataset ends a shard in silence at the first damaged header; here the whole tar is walked, past
-damage too, and held against the index, and each sample is decoded.
+webdataset stops silently at the first damaged header. Here the whole tar is scanned, also after
+damage, and compared with the index, and every sample is decoded.
 """
 
 from __future__ import annotations
@@ -32,53 +32,54 @@ from d2v_ds.data.shard_format import (
 )
 from d2v_ds.data.tar_scan import BLOCK, DamagedTar, Member, members, next_header, samples
 from d2v_ds.errors import UserError
+from d2v_ds.files import sha256
 from d2v_ds.modalities import REGISTRY, modality_class
 from d2v_ds.modalities.base import Modality
 from shards.workers import run_jobs
 
-MAX_LINES = 20  # of problems, a shard
-NOTE = "note: "  # begins a line about what need not be wrong
+MAX_LINES = 20  # problems that are reported per shard
+NOTE = "note: "  # prefix of a line that does not report a problem
 
 
 @dataclass
 class Checked:
-    """One shard."""
+    """The result of one shard."""
 
     name: str
     problems: list[str] = field(default_factory=list)
     keys: bytes = b""  # uint64 hash of each sample's key
-    contents: bytes = b""  # and of its payload
+    contents: bytes = b""  # uint64 hash of each sample's payload
 
 
 def verify(path: Path, processes: int) -> Iterator[str]:
-    """Problems of a set, a line each; and notes, for corpora do hold things twice. Raises UserError
-    when there is no set at all."""
+    """Problems of a set, one line each. Duplicate contents are only notes, because corpora do
+    contain duplicates. Raises UserError if there is no set."""
     shards = open_set(path, check_tars=False)
     about = json.loads((path / INDEX_FILE).read_bytes())
     if about["samples"] != shards.samples or about["length"] != shards.length:
-        yield f"{INDEX_FILE}: its shards do not add up to its samples and length"
+        yield f"{INDEX_FILE}: samples and length are not the sums over its shards"
     checked: dict[str, Checked] = {}
     modality = modality_class(shards.modality) if shards.modality in REGISTRY else None
     if modality is None:
         yield (
-            f"{NOTE}modality {shards.modality!r} is not installed here: samples are not decoded, "
-            "structure and checksums are checked"
+            f"{NOTE}modality {shards.modality!r} is not installed: structure and checksums are "
+            "checked, samples are not decoded"
         )
     jobs = [(shards, shard, about, modality) for shard in shards.shards]
     for one in run_jobs(verify_shard, jobs, processes):
         yield from (f"{one.name}: {problem}" for problem in one.problems)
         checked[one.name] = one
     order = [checked[shard.name] for shard in shards.shards]
-    yield from _repeated(shards, order, "keys", "its key")
-    yield from (NOTE + line for line in _repeated(shards, order, "contents", "its content"))
+    yield from _repeated(shards, order, "keys", "key")
+    yield from (NOTE + line for line in _repeated(shards, order, "contents", "content"))
 
 
 def verify_shard(
     job: tuple[ShardSet, ShardEntry, Mapping[str, Any], type[Modality] | None],
 ) -> Checked:
-    """modality: None if it is not installed here, so that samples cannot be decoded."""
+    """modality: None if it is not installed; then samples are not decoded."""
     shards, shard, about, modality = job
-    packed = modality.packed_keys if modality else {}
+    packed = modality.packed_keys if modality else None
     result = Checked(shard.name)
     problems = result.problems
     try:
@@ -87,18 +88,18 @@ def verify_shard(
         problems.append(str(error))
         return result
     keys = [index.key(i) for i in range(index.count)]
-    told = (shard.samples, shard.bytes, shard.length, shards.fields)
-    if (index.count, index.bytes, sum(index.lengths), index.fields) != told:
-        problems.append("its index and index.json disagree on samples, bytes, length or fields")
+    expected = (shard.samples, shard.bytes, shard.length, shards.fields)
+    if (index.count, index.bytes, sum(index.lengths), index.fields) != expected:
+        problems.append("its index and index.json differ in samples, bytes, length or fields")
     tar = shards.tar(shard)
     try:
         file = tar.open("rb")
     except OSError as error:
         problems.append(f"{tar.name}: {error.strerror}")
         return result
-    indexed = bool(about.get("indexed"))  # not written by d2v-shards
+    indexed = bool(about.get("indexed"))  # third-party tars
     with file:
-        problems += _check_file(file, shard, indexed)
+        problems += _check_file(tar, shard, indexed)
         problems += _check_structure(file, index, keys, packed, indexed)
         contents = np.zeros(index.count, np.uint64)
         for i, key in enumerate(keys):
@@ -116,19 +117,12 @@ def _hash(data: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
-def _check_file(file: BinaryIO, shard: ShardEntry, indexed: bool) -> Iterator[str]:
-    size = file.seek(0, 2)
+def _check_file(tar: Path, shard: ShardEntry, indexed: bool) -> Iterator[str]:
+    size = tar.stat().st_size
     if size != shard.bytes:
         yield f"has {size} bytes, index.json says {shard.bytes}"
-        return
-    if indexed:  # no more is known
-        return
-    file.seek(0)
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    if digest.hexdigest() != shard.sha256:
-        yield "its sha256 is not the one in index.json"
+    elif not indexed and sha256(tar) != shard.sha256:
+        yield "its sha256 differs from index.json"
 
 
 # ---------------------------------------------------------------------------------------- structure
@@ -138,11 +132,12 @@ def _check_structure(
     file: BinaryIO,
     index: ShardIndex,
     keys: Sequence[str],
-    packed: Mapping[str, str],
+    packed: Mapping[str, str] | None,
     indexed: bool,
 ) -> Iterator[str]:
-    """The members of the tar must be those of the index, those of a sample side by side; of tars
-    that others made the index may leave some out."""
+    """The members of the tar must be those of the index, and the members of a sample must be
+    adjacent. The index of third-party tars may omit members. packed: as Modality.packed_keys, None
+    if they are unknown."""
     found: list[Member] = []
     damage: list[DamagedTar] = []
     _walk(file, found, damage)
@@ -150,22 +145,22 @@ def _check_structure(
     headers = {offset - BLOCK: i for i, offset in enumerate(index.offsets) if offset}
     for error in damage:
         cell = headers.get(error.position)
-        yield str(error) if cell is None else f"at {_name(index, keys, packed, cell)[0]}: {error}"
-    told = {error.position for error in damage}
+        if cell is None:
+            yield str(error)
+        else:
+            yield f"at {_member_name(index, keys, packed or {}, cell)[0]}: {error}"
+    damaged = {error.position for error in damage}
     used = set()
     for i, offset in enumerate(index.offsets):
-        if not offset or offset - BLOCK in told:  # the sample has no such member
+        if not offset or offset - BLOCK in damaged:  # the sample has no such member
             continue
-        name, row = _name(index, keys, packed, i)
         at = bisect_right(starts, offset) - 1
         member = found[at] if at >= 0 else Member("nothing", 0, 0)
-        inside = member.offset <= offset <= offset + index.sizes[i] <= member.offset + member.size
-        whole = (member.offset, member.size) == (offset, index.sizes[i])
-        same = member.name == name or _cut(member.name) == _cut(name)
-        if not (inside and same and (row or whole)):
+        if not _is_in(index, keys, packed, i, member):
+            name, _ = _member_name(index, keys, packed or {}, i)
             yield (
-                f"the index says that {name}, {index.sizes[i]} bytes, lies at byte {offset}; there "
-                f"lies {member.name}, {member.size} bytes at byte {member.offset}"
+                f"the index expects {name} ({index.sizes[i]} bytes) at byte {offset}, but the tar "
+                f"has {member.name} ({member.size} bytes) at byte {member.offset}"
             )
         used.add(at)
     if not indexed:
@@ -173,11 +168,11 @@ def _check_structure(
             yield f"{found[at].name} at byte {found[at].offset - BLOCK} is not in the index"
     groups = Counter(key for key, _ in samples(found))
     for key in (key for key, number in groups.items() if number > 1):
-        yield f"the members of {key!r} do not lie together, or are there twice"
+        yield f"the members of {key!r} are not adjacent, or the key occurs twice"
 
 
 def _walk(file: BinaryIO, found: list[Member], damage: list[DamagedTar]) -> None:
-    """All members, those behind a damaged header too."""
+    """All members, also those after a damaged header."""
     start: int | None = 0
     while start is not None:
         try:
@@ -189,10 +184,28 @@ def _walk(file: BinaryIO, found: list[Member], damage: list[DamagedTar]) -> None
             start = next_header(file, error.position)
 
 
-def _name(
+def _is_in(
+    index: ShardIndex,
+    keys: Sequence[str],
+    packed: Mapping[str, str] | None,
+    i: int,
+    member: Member,
+) -> bool:
+    """Whether cell i of the index is this member, or a row of it."""
+    offset, size = index.offsets[i], index.sizes[i]
+    inside = member.offset <= offset <= offset + size <= member.offset + member.size
+    name, is_row = _member_name(index, keys, packed or {}, i)
+    if member.name == name or _cut(member.name) == _cut(name):
+        return inside and (is_row or (member.offset, member.size) == (offset, size))
+    # A field of an unknown modality may be packed.
+    row_of = keys[i // len(index.fields)].rpartition("/")[0]
+    return inside and packed is None and bool(row_of) and _cut(member.name)[0] == row_of
+
+
+def _member_name(
     index: ShardIndex, keys: Sequence[str], packed: Mapping[str, str], i: int
 ) -> tuple[str, bool]:
-    """(name of the member that cell i of the index lies in, whether it is a row of it)."""
+    """(name of the member that holds cell i of the index, whether the cell is a row of it)."""
     row, column = divmod(i, len(index.fields))
     key, extension = keys[row], index.fields[column]
     if extension in packed:
@@ -201,7 +214,7 @@ def _name(
 
 
 def _cut(name: str) -> tuple[str, str]:
-    """Key and field."""
+    """(key, field) of a member."""
     return next(
         ((key, next(iter(group))) for key, group in samples([Member(name, 0, 0)])), ("", "")
     )
@@ -217,11 +230,11 @@ def _check_sample(
     modality: type[Modality] | None,
     about: Mapping[str, Any],
 ) -> tuple[str, int]:
-    """(what is wrong with sample i, "" if nothing; a hash of its content)."""
+    """(the problem of sample i, or ""; a hash of its content)."""
     payloads, changed = read_members(file, index, i)
     content = _hash(b"".join(data for name, data in payloads.items() if name not in SIDE_FIELDS))
     if changed:
-        return f"the checksum of its .{changed[0]} is not the one in the index", content
+        return f"the checksum of its .{changed[0]} differs from the index", content
     if modality is None:
         return "", content
     try:
@@ -229,17 +242,17 @@ def _check_sample(
     except (ValueError, RecursionError) as error:
         return str(error), content
     if length != index.lengths[i]:
-        return f"is {length} long, the index says {index.lengths[i]}", content
+        return f"has length {length}, the index says {index.lengths[i]}", content
     return "", content
 
 
 def read_members(file: BinaryIO, index: ShardIndex, i: int) -> tuple[dict[str, bytes], list[str]]:
-    """Members of sample i by field, and the fields whose bytes have changed."""
+    """({field: payload} of sample i, fields whose checksum is wrong)."""
     payloads, changed = {}, []
     checksum = checksum_of(index.checksum)
     width = len(index.fields)
     for name, j in zip(index.fields, range(i * width, (i + 1) * width), strict=True):
-        if not index.offsets[j]:  # it has no such member
+        if not index.offsets[j]:  # the sample has no such member
             continue
         file.seek(index.offsets[j])
         payloads[name] = file.read(index.sizes[j])
@@ -249,21 +262,22 @@ def read_members(file: BinaryIO, index: ShardIndex, i: int) -> tuple[dict[str, b
 
 
 def _repeated(shards: ShardSet, checked: Sequence[Checked], kind: str, what: str) -> Iterator[str]:
-    """Samples that agree in a hash with one before them; hashes, for sets have many millions."""
+    """Samples whose key or content equals that of an earlier sample. Compares hashes, because sets
+    have millions of samples."""
     hashes = [np.frombuffer(getattr(one, kind), np.uint64) for one in checked]
     bounds = np.cumsum([0, *map(len, hashes)])
-    together: NDArray[np.uint64] = np.concatenate(hashes)
-    order = np.argsort(together, kind="stable")
-    twins = np.flatnonzero(together[order[1:]] == together[order[:-1]])
+    joined: NDArray[np.uint64] = np.concatenate(hashes)
+    order = np.argsort(joined, kind="stable")
+    twins = np.flatnonzero(joined[order[1:]] == joined[order[:-1]])
     for at in twins[:MAX_LINES]:
         first, again = (_locate(shards, bounds, int(order[at + i])) for i in (0, 1))
-        yield f"{again[0]}: sample {again[1]!r}: {what} is also that of {first[1]!r} in {first[0]}"
+        yield f"{again[0]}: sample {again[1]!r} has the same {what} as {first[1]!r} in {first[0]}"
     if len(twins) > MAX_LINES:
-        yield f"and {len(twins) - MAX_LINES} more samples of which {what} is that of another"
+        yield f"and {len(twins) - MAX_LINES} more samples with the {what} of another sample"
 
 
-def _locate(shards: ShardSet, bounds: NDArray[np.int64], position: int) -> tuple[str, str]:
-    """(shard, key) of a sample by its position in the set."""
-    at = int(np.searchsorted(bounds, position, side="right")) - 1
+def _locate(shards: ShardSet, bounds: NDArray[np.int64], sample_id: int) -> tuple[str, str]:
+    """(shard, key) of a sample by its number in the set."""
+    at = int(np.searchsorted(bounds, sample_id, side="right")) - 1
     shard = shards.shards[at]
-    return shard.name, read_index(shards.index(shard)).key(position - int(bounds[at]))
+    return shard.name, read_index(shards.index(shard)).key(sample_id - int(bounds[at]))

@@ -1,6 +1,7 @@
-"""Worker processes: jobs in -> results as they come, with every way to end thought of.
+"""Worker processes: jobs -> results in the order of completion.
 
-Nothing of a job depends on the process that does it, so any number of them gives the same results.
+A job does not depend on the process that runs it, so any number of processes gives the same
+results.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ Item = TypeVar("Item")
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
-AHEAD = 3  # jobs that wait for each process, so that none is idle
-MANY = 1_000  # items that are worth processes, which start for a fifth of a second
-EARLY = 8  # processes that start before it is known how many jobs there are
+AHEAD = 3  # queued jobs per process, so that no process is idle
+MANY = 1_000  # items from which processes are worth their start, which takes 0.2 s
+EARLY = 8  # processes that start before the number of jobs is known
 
 
-class Workers:
-    """Up to `processes` processes, which stay until this context ends.
+class WorkerPool:
+    """Up to `processes` processes, which live until the context ends.
 
-    Workers are started afresh (no fork: libraries hold locks and threads) and die with this
-    process, however it ends.
+    Processes are spawned, not forked, because libraries hold locks and threads. They die with this
+    process, even if it is killed.
     """
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
         self._pool: ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -46,7 +47,8 @@ class Workers:
             self._pool.shutdown(cancel_futures=True)
 
     def start_in_time(self, items: Iterable[Item], module: str) -> Iterator[Item]:
-        """The same items. Where there are many, processes start and import a module meanwhile."""
+        """Yields the same items. If there are many, processes start in the meantime and import a
+        module."""
         for number, item in enumerate(items, 1):
             if number == MANY and self.processes > 1:
                 with _worker_start():
@@ -57,8 +59,8 @@ class Workers:
     def run(
         self, work: Callable[[Job], Result], jobs: Iterable[Job], number: int
     ) -> Iterator[Result]:
-        """`work` of each of `number` jobs, in the order in which they end; in this process when one
-        is enough. Jobs are taken as they are needed, a few ahead."""
+        """Yields `work(job)` for `number` jobs in the order of completion. A single job, or a pool
+        of one process, runs in this process. Jobs are taken only a few ahead of time."""
         processes = min(self.processes, number)
         if processes <= 1:
             yield from map(work, jobs)
@@ -78,8 +80,8 @@ class Workers:
                     yield future.result()
         except BrokenProcessPool:
             raise ChildProcessError(
-                "a worker process died, perhaps for lack of memory; with fewer --jobs the same "
-                "command goes on from here"
+                "a worker process died, possibly because the machine ran out of memory. To resume, "
+                "run the same command with fewer --jobs"
             ) from None
 
     def _started(self) -> ProcessPoolExecutor:
@@ -99,15 +101,15 @@ def _import(module: str) -> None:
 def run_jobs(
     work: Callable[[Job], Result], jobs: Sequence[Job], processes: int
 ) -> Iterator[Result]:
-    """Workers.run, with workers for these jobs alone."""
-    with Workers(processes) as workers:
-        yield from workers.run(work, jobs, len(jobs))
+    """WorkerPool.run, with a pool for these jobs."""
+    with WorkerPool(processes) as pool:
+        yield from pool.run(work, jobs, len(jobs))
 
 
 @contextmanager
 def _worker_start() -> Iterator[None]:
-    """Processes that are started meanwhile use one thread in numpy's BLAS and in OpenMP, and take
-    no Ctrl-C until _enter_worker."""
+    """Processes that start in this context use one thread in BLAS and OpenMP, and ignore Ctrl-C
+    until _enter_worker."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update({name: "1" for name in names})
@@ -124,11 +126,11 @@ def _worker_start() -> Iterator[None]:
 
 
 def _enter_worker(parent: int) -> None:
-    """In a worker: Ctrl-C ends it without a traceback, and the parent's death kills it."""
+    """Runs in a worker. Ctrl-C ends the worker without a traceback, and it dies with its parent."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     if sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above
+        if os.getppid() != parent:  # the parent died before prctl
             os._exit(1)

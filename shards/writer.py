@@ -1,9 +1,9 @@
 """Writes one shard: samples in -> NAME.tar, NAME.idx and its entry for index.json.
 
-The tar is byte for byte what webdataset's TarWriter(mtime=0) writes, at a fraction of its cost, so
-the same samples give the same file. (Keys beyond ASCII stand in the header as UTF-8, where it would
-spend another 1 KB on each member.) It grows under a temporary name and appears, by rename, when
-all of it is on disk; its index appears after it.
+The tar is byte-identical to the output of webdataset's TarWriter(mtime=0), but faster to write, and
+the same samples give the same file. The only difference: non-ASCII keys are stored as UTF-8 in the
+header, for which webdataset adds 1 KB per member. The tar is written under a temporary name and
+renamed when all of it is on disk; the index follows.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from d2v_ds.files import temporary, write_atomically
 
 
 class ShardWriter:
-    """One shard, as a context manager: `add` its samples in order, then `finish`. Left without
-    `finish`, nothing of it stays."""
+    """A context manager for one shard: `add` its samples in order, then `finish`. Without `finish`,
+    all of it is removed."""
 
     def __init__(self, folder: Path, name: str, fields: Sequence[str]) -> None:
-        assert list(fields) == sorted(fields), "webdataset writes the members of a sample sorted"
+        assert list(fields) == sorted(fields), "webdataset sorts the members of a sample"
         self.folder, self.name, self.fields = folder, name, tuple(fields)
         self._temporary = temporary(folder / f"{name}.tar")
         self._file = self._temporary.open("wb")
         self._sha256 = hashlib.sha256()
-        self._position = 0
+        self._offset = 0
         self._keys: list[str] = []
         self._offsets, self._sizes = array("q"), array("I")
         self._checksums, self._lengths = array("I"), array("I")
@@ -56,8 +56,8 @@ class ShardWriter:
         return len(self._keys)
 
     def add(self, key: str, members: Sequence[bytes | None], length: int) -> None:
-        """One sample: the payload of each field, and its length in the modality's unit. A field
-        that it lacks (None) has no member, and offset and size 0 in the index."""
+        """Adds a sample: the payload of each field, and the length in the length unit of the
+        modality. A missing field (None) has no member, and offset and size 0 in the index."""
         assert len(members) == len(self.fields), f"{key}: {len(members)} members"
         assert any(payload is not None for payload in members), f"{key}: no member at all"
         for field, payload in zip(self.fields, members, strict=True):
@@ -68,12 +68,12 @@ class ShardWriter:
         self._keys.append(key)
         self._lengths.append(length)
 
-    def add_table(
+    def add_packed(
         self, name: str, payload: bytes, rows: Iterable[tuple[str, int, int, int]]
     ) -> None:
-        """One member that holds many samples of the only field: (key, first byte, bytes, length) of
-        each."""
-        assert len(self.fields) == 1, f"{name}: its rows are of one field, not {self.fields}"
+        """Adds a member that holds many samples of the only field. rows: (key, offset in the
+        payload, bytes, length)."""
+        assert len(self.fields) == 1, f"{name}: packed members need one field, not {self.fields}"
         at = self._member(name, payload)
         view = memoryview(payload)
         for key, first, size, length in rows:
@@ -85,9 +85,9 @@ class ShardWriter:
             self._lengths.append(length)
 
     def _member(self, name: str, payload: bytes) -> int:
-        """Where its payload lies."""
+        """Returns the offset of the payload."""
         self._write(header(name, len(payload)))
-        at = self._position
+        at = self._offset
         self._write(payload)
         self._write(bytes(-len(payload) % tarfile.BLOCKSIZE))
         return at
@@ -95,14 +95,14 @@ class ShardWriter:
     def finish(self) -> ShardEntry:
         """Publishes the tar, then its index."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
-        self._write(bytes(-self._position % tarfile.RECORDSIZE))
+        self._write(bytes(-self._offset % tarfile.RECORDSIZE))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         self._temporary.rename(self.folder / f"{self.name}.tar")
         index = index_bytes(
             self.fields,
-            self._position,
+            self._offset,
             self._keys,
             self._offsets,
             self._sizes,
@@ -113,7 +113,7 @@ class ShardWriter:
         return ShardEntry(
             self.name,
             len(self._keys),
-            self._position,
+            self._offset,
             sum(self._lengths),
             self._sha256.hexdigest(),
         )
@@ -121,11 +121,11 @@ class ShardWriter:
     def _write(self, data: bytes) -> None:
         self._file.write(data)
         self._sha256.update(data)
-        self._position += len(data)
+        self._offset += len(data)
 
 
 def header(name: str, size: int) -> bytes:
-    """As tarfile makes it with webdataset's defaults, in a twentieth of the time."""
+    """Equal to the header from tarfile with the defaults of webdataset, but 20 times as fast."""
     raw, digits = name.encode(), b"%011o" % size
     if len(raw) > NAME or len(digits) > DIGITS:
         return _any_header(name, size)
@@ -136,12 +136,12 @@ def header(name: str, size: int) -> bytes:
 def _any_header(name: str, size: int) -> bytes:
     member = tarfile.TarInfo(name)
     member.size, member.mode = size, 0o444
-    member.uname = member.gname = "bigdata"  # webdataset's defaults
+    member.uname = member.gname = "bigdata"  # defaults of webdataset
     return member.tobuf(tarfile.USTAR_FORMAT, "utf-8")
 
 
-# A header is the same for all members but for the name, the size, and the sum of all its bytes, in
-# which six digits of eight count as spaces.
+# The headers of all members differ only in the name, the size and the checksum. The checksum is the
+# sum of all bytes, in which its own 8 bytes count as spaces.
 NAME, DIGITS = 100, 11
 HEADER = _any_header("", 0)
 OWNER, TIME, REST = HEADER[NAME:124], HEADER[135:148], HEADER[154:]

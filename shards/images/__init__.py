@@ -1,4 +1,5 @@
-"""d2v-shards images: the options of the family, and the corpus that they describe."""
+"""d2v-shards images: the table of layouts and the options; converter.py makes the members of a
+sample."""
 
 from __future__ import annotations
 
@@ -6,67 +7,61 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from shards.arguments import number
+from shards.images.folder import Folder
+from shards.images.imagenet import ImageNet
+from shards.images.layout import ImageLayout, ImageOptions
+from shards.images.manifest import Manifest
+from shards.images.parquet import Parquet
+from shards.images.webdataset import WebDataset
+from shards.layout import open_source
 
 if TYPE_CHECKING:
-    from shards.family import Corpus
+    from shards.family import Corpus, Rejected
 
 DESCRIPTION = (
-    "Convert images to a shard set: jpg, png and webp go in byte for byte, other formats as png. "
-    "Interrupted or killed, the same command goes on."
+    "Converts images to a shard set. jpg, png and webp files are stored unchanged, other formats "
+    "as png. An interrupted conversion resumes if the same command is run again."
 )
-SOURCE = "a folder, a manifest, Parquet or tars; see --layout"
-LAYOUTS = ("folder", "imagenet", "manifest", "parquet", "webdataset")
+# The first layout that recognises SOURCE is used, so general ones stand at the end.
+LAYOUTS: list[type[ImageLayout]] = [ImageNet, WebDataset, Manifest, Parquet, Folder]
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--layout",
-        choices=("auto", *LAYOUTS),
-        default="auto",
-        help="folder: a tree, class = subfolder; imagenet: a tar of tars or a folder of tars, "
-        "class = tar; manifest: .csv, .tsv or .jsonl with path and label; parquet: as Hugging Face "
-        "stores images; webdataset: tars of KEY.jpg, KEY.cls, KEY.json, KEY.txt (%(default)s)",
-    )
     parser.add_argument(
         "--resize",
         type=number(int, 1, 65_536),
         default=None,
         metavar="N",
-        help="make the shorter side N pixels where it is longer, at quality 95; else nothing is "
-        "encoded again",
+        help="downsize larger images so that the shorter side is N pixels, with quality 95; other "
+        "images are not encoded again",
     )
     parser.add_argument(
         "--label-key",
         default="label",
         metavar="NAME",
-        help="the column that is the class, of manifests and Parquet (%(default)s)",
+        help="column of manifests and Parquet that holds the class (%(default)s)",
     )
     parser.add_argument(
         "--image-key",
         default="image",
         metavar="NAME",
-        help="the column of Parquet that is the image (%(default)s)",
+        help="column of Parquet that holds the image (%(default)s)",
     )
 
 
 def read(arguments: argparse.Namespace) -> Corpus:
-    """Raises UserError."""
+    """The corpus that the command line names. Raises UserError."""
     from shards.family import Corpus
-    from shards.images import layouts
     from shards.images.converter import ImageConverter
 
-    layout = arguments.layout
-    if layout == "auto":
-        layout = layouts.recognise(arguments.source)
-        print(f"{arguments.source}: layout {layout}")
-    found = layouts.open_layout(layout, arguments.source, arguments.image_key, arguments.label_key)
-    options: dict[str, Any] = {"layout": layout, "resize": arguments.resize}
-    if layout in ("manifest", "parquet"):
-        options["label-key"] = arguments.label_key
-    if layout == "parquet":
-        options["image-key"] = arguments.image_key
-    image_key = arguments.image_key if layout == "parquet" else ""
-    converter = ImageConverter(
-        found.root, found.classes, arguments.resize, image_key, arguments.label_key
+    layout = open_source(
+        LAYOUTS,
+        arguments.layout,
+        arguments.source,
+        ImageOptions(arguments.image_key, arguments.label_key),
     )
-    return Corpus(found.samples, converter, options, rejected=found.rejected)
+    options: dict[str, Any] = {"layout": layout.name, "resize": arguments.resize}
+    options |= {name.replace("_", "-"): getattr(layout.options, name) for name in layout.uses}
+    rejected: list[Rejected] = []
+    converter = ImageConverter(layout, arguments.resize)
+    return Corpus(layout.samples(rejected), converter, options, rejected=rejected)

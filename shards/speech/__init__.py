@@ -1,5 +1,8 @@
-"""Speech corpora -> samples of mono 16-bit FLAC. Options and the corpus; layouts.py reads folders
-and manifests, converter.py makes the members of a sample, joining.py makes long ones of short."""
+"""d2v-shards speech: recordings -> samples of mono 16-bit FLAC.
+
+The table of layouts and the options; converter.py makes the members of a sample, joining.py makes
+long samples of short recordings.
+"""
 
 from __future__ import annotations
 
@@ -9,81 +12,82 @@ from typing import TYPE_CHECKING
 
 from d2v_ds.errors import UserError
 from shards import arguments as types
+from shards.layout import open_source
+from shards.speech.commonvoice import CommonVoice
+from shards.speech.fairseq import Fairseq
+from shards.speech.folder import Folder
+from shards.speech.jsonl import JsonLines
+from shards.speech.layout import SpeechLayout
+from shards.speech.librispeech import LibriSpeech
+from shards.speech.manifest import Manifest
+from shards.speech.webdataset import WebDataset
 
 if TYPE_CHECKING:
-    from shards.family import Corpus
+    from shards.family import Corpus, Rejected
 
 DESCRIPTION = (
-    "Convert recordings (wav, flac, mp3, ogg, opus) to a shard set of mono 16-bit FLAC. "
-    "Interrupted or killed, the same command goes on."
+    "Converts recordings (wav, flac, mp3, ogg, opus) to a shard set of mono 16-bit FLAC. "
+    "An interrupted conversion resumes if the same command is run again."
 )
-SOURCE = (
-    "a folder tree, a LibriSpeech or Libri-Light tree, a Common Voice folder or TSV, a fairseq "
-    "manifest, a JSONL manifest, a TSV with a header line and a column `path`, or WebDataset tars"
-)
-LAYOUTS = (
-    "auto",
-    "folder",
-    "librispeech",
-    "commonvoice",
-    "fairseq",
-    "jsonl",
-    "manifest",
-    "webdataset",
-)
+# The first layout that recognises SOURCE is used, so general ones stand at the end.
+LAYOUTS: list[type[SpeechLayout]] = [
+    CommonVoice,
+    WebDataset,
+    LibriSpeech,
+    JsonLines,
+    Fairseq,
+    Manifest,
+    Folder,
+]
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
-        "--layout",
-        choices=LAYOUTS,
-        default="auto",
-        help="how SOURCE is laid out (%(default)s: recognised by what lies there)",
-    )
-    parser.add_argument(
         "--rate",
         type=types.number(int, 1000, 192_000),
         default=16000,
-        help="frames a second (%(default)s)",
+        metavar="HZ",
+        help="sample rate of the set (%(default)s)",
     )
     parser.add_argument(
         "--channel",
         type=channel,
         default="mix",
-        help="of recordings with several: mix, left, right or a number from 0 (%(default)s)",
+        help="channel of multichannel recordings: mix (the mean), left, right or a number from 0 "
+        "(%(default)s)",
     )
     parser.add_argument(
         "--max-seconds",
         type=types.number(float, 1, 86_400),
         metavar="S",
-        help="divide longer recordings evenly into samples of at most this",
+        help="divide longer recordings evenly into samples of at most S seconds",
     )
     parser.add_argument(
         "--min-seconds",
         type=types.number(float, 0, 3600),
         default=0.0,
         metavar="S",
-        help="leave shorter recordings out",
+        help="leave out recordings shorter than S seconds",
     )
     parser.add_argument(
         "--encode",
         choices=("flac", "keep"),
         default="flac",
-        help="flac: mono 16-bit FLAC throughout; keep: mono wav and flac of the right rate go "
-        "through untouched (%(default)s)",
+        help="flac: store everything as mono 16-bit FLAC; keep: store mono wav and flac files that "
+        "have the right rate unchanged (%(default)s)",
     )
     parser.add_argument(
         "--join",
         default="",
         metavar="COLUMN",
-        help="join recordings that agree in this column into longer samples, without gaps",
+        help="join recordings with equal values in this column into longer samples, without gaps",
     )
     parser.add_argument(
         "--join-seconds",
         type=types.number(float, 0.1, 3600),
         default=8.0,
         metavar="S",
-        help="of a joined sample (%(default)s)",
+        help="approximate duration of a joined sample (%(default)s)",
     )
 
 
@@ -96,19 +100,14 @@ def channel(text: str) -> str:
 def read(arguments: argparse.Namespace) -> Corpus:
     """The corpus that the command line names. Raises UserError."""
     from shards.family import Corpus
-    from shards.speech import joining, layouts
+    from shards.speech import joining
     from shards.speech.converter import SpeechConverter
 
     if arguments.join and arguments.max_seconds:
-        raise UserError("--join makes long samples and --max-seconds divides them; give one")
-    layout = arguments.layout
-    if layout == "auto":
-        layout = layouts.recognise(arguments.source)
-        print(f"{arguments.source}: layout {layout}")
-    rejected: list[tuple[str, str]] = []
-    root, samples = layouts.LAYOUTS[layout](arguments.source, rejected)
+        raise UserError("--join and --max-seconds exclude each other; use one of them")
+    layout = open_source(LAYOUTS, arguments.layout, arguments.source, None)
     converter = SpeechConverter(
-        root,
+        layout,
         arguments.rate,
         None if arguments.channel == "mix" else int(arguments.channel),
         arguments.max_seconds or 0.0,
@@ -122,9 +121,10 @@ def read(arguments: argparse.Namespace) -> Corpus:
         options |= {"join": arguments.join, "join-seconds": arguments.join_seconds}
         arrange = partial(
             joining.join,
-            root=root,
+            layout=layout,
             column=arguments.join,
             seconds=arguments.join_seconds,
             seed=arguments.seed,
         )
-    return Corpus(samples, converter, options, arrange, rejected)
+    rejected: list[Rejected] = []
+    return Corpus(layout.samples(rejected), converter, options, arrange, rejected)

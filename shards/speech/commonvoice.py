@@ -1,43 +1,56 @@
-"""Mozilla Common Voice: a folder of one language with clips/ and TSVs (validated.tsv, train.tsv and
-others) of columns client_id, path, sentence ... (https://github.com/common-voice/cv-dataset).
+"""Mozilla Common Voice: the folder of one language with clips/ and TSVs (validated.tsv, train.tsv,
+...) with columns client_id, path, sentence ... (https://github.com/common-voice/cv-dataset).
 
-SOURCE is the folder, then validated.tsv is read, or one of its TSVs.
+SOURCE is the folder, of which validated.tsv is converted, or one of its TSVs.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from d2v_ds.errors import UserError
-from shards.family import Input, Sample
+from shards.family import Input, Rejected, Sample
 from shards.keys import make_key
-from shards.speech.tables import rows
-from shards.walking import AUDIO, size_of
+from shards.speech.layout import AUDIO, SpeechLayout
+from shards.speech.tables import header, rows
+from shards.walking import size_of
 
 DEFAULT = "validated.tsv"
 CLIPS = "clips"
 KEPT = ("age", "gender", "accents", "locale")
 
 
-def read(source: Path, rejected: list[tuple[str, str]]) -> tuple[Path, Iterator[Sample]]:
-    table = source / DEFAULT if source.is_dir() else source
-    if not table.is_file():
-        raise UserError(f"{table}: no such file, which --layout commonvoice needs")
-    return table.parent, _samples(table, rejected)
+class CommonVoice(SpeechLayout):
+    name = "commonvoice"
+    help = f"Common Voice: the folder of one language (uses {DEFAULT}) or a TSV in it"
 
+    @classmethod
+    def recognises(cls, source: Path) -> bool:
+        if source.is_dir():
+            return (source / DEFAULT).is_file() and (source / CLIPS).is_dir()
+        return {"client_id", "path", "sentence"} <= set(header(source))
 
-def _samples(table: Path, rejected: list[tuple[str, str]]) -> Iterator[Sample]:
-    for number, row in rows(table, "path"):
-        name = row["path"]
-        if not name:
-            rejected.append((f"{table.name}, line {number}", "names no clip"))
-            continue
-        if not name.lower().endswith(AUDIO):
-            name += ".mp3"  # as in releases before version 5
-        path = f"{CLIPS}/{name}"
-        columns = {column: row[column] for column in KEPT if row.get(column)}
-        columns |= {"text": row.get("sentence", ""), "speaker": row.get("client_id", "")}
-        size = size_of(table.parent / path)
-        yield Sample(make_key(os.path.splitext(name)[0]), (Input(path),), columns, size)
+    @classmethod
+    def open(cls, source: Path, options: None) -> CommonVoice:
+        layout = super().open(source, options)
+        table = source / DEFAULT if source.is_dir() else source
+        if not table.is_file():
+            raise UserError(f"{table}: no such file; --layout {cls.name} needs it")
+        return replace(layout, source=table)
+
+    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+        for number, row in rows(self.source, "path"):
+            name = row["path"]
+            if not name:
+                rejected.append((f"{self.source.name}, line {number}", "names no clip"))
+                continue
+            if not name.lower().endswith(AUDIO):
+                name += ".mp3"  # releases before version 5 omit the extension
+            path = f"{CLIPS}/{name}"
+            columns = {column: row[column] for column in KEPT if row.get(column)}
+            columns |= {"text": row.get("sentence", ""), "speaker": row.get("client_id", "")}
+            size = size_of(self.root / path)
+            yield Sample(make_key(os.path.splitext(name)[0]), (Input(path),), columns, size)

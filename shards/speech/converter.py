@@ -1,10 +1,11 @@
-"""One recording, or several joined, -> the members of a sample.
+"""One recording, or several joined ones -> the members of a sample.
 
-    Sample (which files, which stretch of each) -> read, decode, resample -> KEY.flac, KEY.json
+    items (encoded recordings, or parts of them) -> decode, resample -> KEY.flac, KEY.json
 
-KEY.json holds the corpus' columns (label, speaker, text ...), "paths" of the original recordings
-and "duration" in seconds, as measured. A recording that is too long is divided evenly into samples
-KEY@0000, KEY@0001 ..., which have a "start" in seconds instead of a text that fits no part.
+KEY.json holds the columns of the corpus (label, speaker, text ...), the "paths" of the original
+recordings and the measured "duration" in seconds. A recording that is too long is divided evenly
+into samples KEY@0000, KEY@0001 ...; they have a "start" in seconds but no text, which would not
+match a part.
 
 S raw audio samples.
 """
@@ -23,36 +24,38 @@ from numpy.typing import NDArray
 
 from d2v_ds.data import audio
 from d2v_ds.data.ogg import ogg_problem
-from shards.family import Converted, Input, Rejected, Sample
+from shards.family import Converted, Item, Rejected, Sample
 from shards.keys import part_key
+from shards.layout import reason_of
+from shards.speech.layout import SpeechLayout
 
-TEXT_COLUMNS = ("text", "letters")  # say what is spoken from beginning to end
+TEXT_COLUMNS = ("text", "letters")  # transcripts of the whole recording
 Samples = NDArray[np.int16]  # [S]
 Members = tuple[bytes | None, ...]
 
 
 class TooShort(ValueError):
-    """Left out because that was asked for."""
+    """The recording is left out because of --min-seconds."""
 
 
 @dataclass(frozen=True)
 class Recording:
-    """What an input holds, before it is decoded."""
+    """An encoded recording, or a part of one."""
 
     data: bytes
     info: audio.Info
-    start: int  # first frame of the part that is meant, at the file's rate
+    start: int  # first frame of the part, at the rate of the file
     frames: int
 
 
 @dataclass(frozen=True)
 class SpeechConverter:
-    root: Path  # of the paths in the plan
+    layout: SpeechLayout
     sample_rate: int
-    channel: int | None = None  # None: their mean
-    max_seconds: float = 0.0  # 0: any length
+    channel: int | None = None  # None: the mean of all channels
+    max_seconds: float = 0.0  # 0: any duration
     min_seconds: float = 0.0
-    keep: bool = False  # whether wav and flac of the right rate go through
+    keep: bool = False  # store wav and flac of the right rate unchanged
 
     modality = "speech"
     length_unit = "frames"
@@ -70,37 +73,44 @@ class SpeechConverter:
         return {}
 
     def convert(self, samples: Iterable[Sample]) -> Iterator[Converted]:
-        """Recordings that cannot be used are left out of their sample and named."""
+        """Unusable recordings are left out and reported; a joined sample keeps the others."""
         for sample in samples:
-            if len(sample.inputs) == 1:
-                yield from self._convert_one(sample)
-            else:
-                yield self._convert_joined(sample)
+            rejected: list[Rejected] = []
+            items = self.layout.read(sample, rejected)
+            if len(sample.inputs) > 1:
+                yield self._joined(sample, items, rejected)
+                continue
+            found = 0
+            for item in items:
+                found += 1
+                yield from self._separate(item)
+            found += len(rejected)
+            if rejected or found > 1:
+                yield Converted("", (), 0, tuple(rejected), found=max(0, found - 1))
 
-    def _convert_one(self, sample: Sample) -> Iterator[Converted]:
-        (item,) = sample.inputs
+    def _separate(self, item: Item[bytes]) -> list[Converted]:
         try:
-            made = list(self._samples_of(sample, self._open(item)))
+            return list(self._samples_of(item, self._open(item)))
         except TooShort as error:
-            made = [Converted(sample.key, (), 0, unwanted=((str(item), str(error)),))]
+            return [Converted(item.key, (), 0, unwanted=((item.name, str(error)),))]
         except (ValueError, OSError) as error:
-            made = [Converted(sample.key, (), 0, ((str(item), _reason(error)),))]
-        yield from made
+            return [Converted(item.key, (), 0, ((item.name, reason_of(error)),))]
 
-    def _convert_joined(self, sample: Sample) -> Converted:
+    def _joined(
+        self, sample: Sample, items: Iterable[Item[bytes]], rejected: list[Rejected]
+    ) -> Converted:
         parts: list[Samples] = []
         used: list[str] = []
-        rejected: list[Rejected] = []
         unwanted: list[Rejected] = []
-        for item in sample.inputs:
+        for item in items:
             try:
                 recording = self._open(item)
                 parts.append(self._decode(recording, 0, self._length(recording)))
-                used.append(str(item))
+                used.append(item.name)
             except TooShort as error:
-                unwanted.append((str(item), str(error)))
+                unwanted.append((item.name, str(error)))
             except (ValueError, OSError) as error:
-                rejected.append((str(item), _reason(error)))
+                rejected.append((item.name, reason_of(error)))
         left_out = tuple(rejected), tuple(unwanted)
         if not parts:
             return Converted(sample.key, (), 0, *left_out)
@@ -109,25 +119,24 @@ class SpeechConverter:
         about = self._about(sample.columns, used, len(x))
         return Converted(sample.key, self._members(flac, about), len(x), *left_out)
 
-    def _samples_of(self, sample: Sample, recording: Recording) -> Iterator[Converted]:
-        """Of one recording: one sample, or the parts of a long one."""
+    def _samples_of(self, item: Item[bytes], recording: Recording) -> Iterator[Converted]:
+        """One sample, or the parts of a long recording."""
         length = self._length(recording)
-        paths = [str(item) for item in sample.inputs]
         limit = int(self.max_seconds * self.sample_rate) or length
         parts = -(-length // limit)
         if parts == 1:
             x = self._decode(recording, 0, length)
-            about = self._about(sample.columns, paths, length)
-            yield Converted(sample.key, self._encoded(recording, x, about), length)
+            about = self._about(item.columns, [item.name], length)
+            yield Converted(item.key, self._encoded(recording, x, about), length)
             return
-        columns = {k: v for k, v in sample.columns.items() if k not in TEXT_COLUMNS}
+        columns = {k: v for k, v in item.columns.items() if k not in TEXT_COLUMNS}
         for i in range(parts):
             start, stop = (length * j // parts for j in (i, i + 1))
             x = self._decode(recording, start, stop)
             columns["start"] = round(start / self.sample_rate, 4)
-            about = self._about(columns, paths, stop - start)
+            about = self._about(columns, [item.name], stop - start)
             members = self._members(audio.encode_flac(x, self.sample_rate), about)
-            yield Converted(part_key(sample.key, i), members, stop - start)
+            yield Converted(part_key(item.key, i), members, stop - start)
 
     def _about(self, columns: Mapping[str, Any], paths: list[str], length: int) -> bytes:
         about = {**columns, "paths": paths, "duration": round(length / self.sample_rate, 4)}
@@ -137,8 +146,8 @@ class SpeechConverter:
         return (flac, about, wav) if self.keep else (flac, about)
 
     def _encoded(self, recording: Recording, x: Samples, about: bytes) -> Members:
-        """Members of a whole recording; its own bytes where they hold just that, so that nothing is
-        encoded again."""
+        """Members of a whole recording. Its own bytes are stored if they need no conversion, which
+        avoids encoding them again."""
         data, info = recording.data, recording.info
         whole = recording.frames == info.frames
         fits = whole and (info.channels, info.rate) == (1, self.sample_rate)
@@ -150,9 +159,9 @@ class SpeechConverter:
 
     # ---------------------------------------------------------------------------------- reading
 
-    def _open(self, item: Input) -> Recording:
-        """Raises ValueError, OSError."""
-        data = read_bytes(self.root / item.path, item.bytes)
+    def _open(self, item: Item[bytes]) -> Recording:
+        """Raises ValueError, or TooShort, if the recording cannot be used."""
+        data = item.content
         if data[:4] == b"OggS" and (problem := ogg_problem(data)):
             raise ValueError(problem)
         info = audio.info(data)
@@ -171,38 +180,21 @@ class SpeechConverter:
         return Recording(data, info, start, frames)
 
     def _length(self, recording: Recording) -> int:
-        """At the set's rate."""
+        """In frames at the rate of the set."""
         return -(-recording.frames * self.sample_rate // recording.info.rate)
 
     def _decode(self, recording: Recording, start: int, stop: int) -> Samples:
-        """Frames start to stop at the set's rate, what they would be of the whole recording: those
-        around them are read too where resampling needs them. Decoded even if the file's own bytes
-        are taken: only that shows damage."""
+        """Frames start to stop at the rate of the set, equal to that range of the whole recording:
+        the frames around it are decoded too if resampling needs them. Also called when the file's
+        own bytes are stored, because decoding is what detects damage."""
         old, new = recording.info.rate, self.sample_rate
         divisor = math.gcd(old, new)
         old, new = old // divisor, new // divisor
         reach = audio.resampling_reach(old, new)
-        # The step, in which `old` frames become `new`, that has the first frame needed.
+        # The first step to decode; a step turns `old` frames into `new` ones.
         step = max(0, start // new - -(-reach // old))
         first = step * old
         last = min(recording.frames, -(-stop * old // new) + reach)
         x = audio.decode(recording.data, recording.start + first, last - first, self.channel)
         y = audio.to_int16(audio.resample(x, old, new))
         return y[start - step * new : stop - step * new]
-
-
-def read_bytes(path: Path, stretch: tuple[int, int] | None) -> bytes:
-    """A file, or so many bytes of it. Raises OSError, and ValueError if it ends early."""
-    if not stretch:
-        return path.read_bytes()
-    first, number = stretch
-    with path.open("rb") as file:
-        file.seek(first)
-        data = file.read(number)
-    if len(data) != number:
-        raise ValueError(f"ends {number - len(data)} bytes early")
-    return data
-
-
-def _reason(error: ValueError | OSError) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)

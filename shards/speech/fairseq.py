@@ -1,58 +1,77 @@
-"""fairseq's manifests: a first line with the root folder, then a line PATH<TAB>FRAMES each; beside
-train.tsv, line by line, train.wrd (words) and train.ltr (`H E L L O | Y O U |`) where there are any
-(https://github.com/facebookresearch/fairseq/tree/main/examples/wav2vec)."""
+"""Manifests of fairseq: the first line is the root folder, every other line is PATH<TAB>FRAMES.
+
+train.wrd (words) and train.ltr (`H E L L O | Y O U |`) next to train.tsv, if they exist, hold one
+line per recording (https://github.com/facebookresearch/fairseq/tree/main/examples/wav2vec).
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
 from d2v_ds.errors import UserError
-from shards.family import Input, Sample
+from shards.family import Input, Rejected, Sample
 from shards.keys import make_key
-from shards.speech.tables import lines_of
+from shards.speech.layout import SpeechLayout
+from shards.speech.tables import header, lines_of
 from shards.walking import size_of
 
 
-def read(source: Path, rejected: list[tuple[str, str]]) -> tuple[Path, Iterator[Sample]]:
-    if not source.is_file():
-        raise UserError(f"{source}: is no file, which --layout fairseq needs")
-    _, first = next(lines_of(source), (1, ""))
-    root = source.parent / first
-    if not first or not root.is_dir():
-        raise UserError(
-            f"{source}: its first line must be the folder of the recordings; there is no folder "
-            f"{first!r} here"
-        )
-    return root, _samples(source, root, rejected)
+class Fairseq(SpeechLayout):
+    name = "fairseq"
+    help = "fairseq manifest (.tsv), with .wrd or .ltr transcripts next to it"
+    takes = "file"
 
+    @classmethod
+    def recognises(cls, source: Path) -> bool:
+        first = header(source)
+        if len(first) != 1 or first[0] in ("", "path"):
+            return False
+        return first[0].startswith("/") or (source.parent / first[0]).is_dir()
 
-def _samples(manifest: Path, root: Path, rejected: list[tuple[str, str]]) -> Iterator[Sample]:
-    lines = lines_of(manifest)
-    next(lines)
-    labels = {
-        kind: manifest.with_suffix(f".{kind}")
-        for kind in ("wrd", "ltr")
-        if manifest.with_suffix(f".{kind}").is_file()
-    }
-    texts = [lines_of(path) for path in labels.values()]
-    for row in zip_longest(lines, *texts):
-        if None in row:
-            files = ", ".join(path.name for path in (manifest, *labels.values()))
-            raise UserError(f"{manifest.parent}: {files} have not the same number of recordings")
-        (number, line), *words = row
-        path, tab, frames = line.partition("\t")
-        if not path or (tab and not frames.strip().isdigit()):
-            rejected.append((f"{manifest.name}, line {number}", "is not PATH, TAB, FRAMES"))
-            continue
-        columns = {}
-        for kind, (_, text) in zip(labels, words, strict=True):
-            if kind == "wrd":
-                columns["text"] = text.strip()
-            else:
-                columns["letters"] = text.strip()
-                columns.setdefault("text", "".join(text.split()).replace("|", " ").strip())
-        size = size_of(root / path)
-        yield Sample(make_key(os.path.splitext(path)[0]), (Input(path),), columns, size)
+    @classmethod
+    def open(cls, source: Path, options: None) -> Fairseq:
+        layout = super().open(source, options)
+        _, first = next(lines_of(source), (1, ""))
+        root = source.parent / first
+        if not first or not root.is_dir():
+            raise UserError(
+                f"{source}: its first line must be the folder of the recordings; there is no "
+                f"folder {first!r} on this machine"
+            )
+        return replace(layout, root=root)
+
+    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+        lines = lines_of(self.source)
+        next(lines)
+        labels = {
+            kind: self.source.with_suffix(f".{kind}")
+            for kind in ("wrd", "ltr")
+            if self.source.with_suffix(f".{kind}").is_file()
+        }
+        texts = [lines_of(path) for path in labels.values()]
+        for row in zip_longest(lines, *texts):
+            if None in row:
+                files = ", ".join(path.name for path in (self.source, *labels.values()))
+                raise UserError(
+                    f"{self.source.parent}: {files} must have one line per recording, but their "
+                    "numbers of lines differ"
+                )
+            (number, line), *words = row
+            path, tab, frames = line.partition("\t")
+            if not path or (tab and not frames.strip().isdigit()):
+                where = f"{self.source.name}, line {number}"
+                rejected.append((where, "is not PATH, TAB, FRAMES"))
+                continue
+            columns = {}
+            for kind, (_, text) in zip(labels, words, strict=True):
+                if kind == "wrd":
+                    columns["text"] = text.strip()
+                else:
+                    columns["letters"] = text.strip()
+                    columns.setdefault("text", "".join(text.split()).replace("|", " ").strip())
+            size = size_of(self.root / path)
+            yield Sample(make_key(os.path.splitext(path)[0]), (Input(path),), columns, size)

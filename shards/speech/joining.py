@@ -1,26 +1,27 @@
-"""Short recordings -> long samples: those that agree in a column are joined end to end.
+"""Joins short recordings end to end, because a crop for pre-training is longer than a word.
 
-A crop for pre-training needs more than a word or a digit lasts.
+The recordings of a sample agree in one column, for example the speaker.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from pathlib import Path
 
 from d2v_ds.data import audio
 from d2v_ds.errors import UserError, suggestion
 from shards.family import Sample
 from shards.keys import make_key
-from shards.plan import place
-from shards.speech.converter import read_bytes
+from shards.layout import Layout
+from shards.plan import sort_key
+from shards.speech.layout import SpeechLayout
 
 
 def join(
-    samples: list[Sample], *, root: Path, column: str, seconds: float, seed: int
+    samples: list[Sample], *, layout: SpeechLayout, column: str, seconds: float, seed: int
 ) -> list[Sample]:
-    """Per value of the column, as many samples of even length as come nearest to `seconds`; the
-    other columns are dropped."""
+    """Joins the samples with equal values in the column to samples of equal duration, as close to
+    `seconds` as possible. Other columns are dropped. Raises UserError if a sample lacks the
+    column."""
     groups: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         if column not in sample.columns:
@@ -31,8 +32,8 @@ def join(
         groups[str(sample.columns[column])].append(sample)
     joined = []
     for value, members in sorted(groups.items()):
-        order = sorted(members, key=lambda sample: (place(sample.key, seed), sample.key))
-        durations = [_seconds(root, sample) for sample in order]
+        order = sorted(members, key=lambda sample: (sort_key(sample.key, seed), sample.key))
+        durations = [_seconds(layout, sample) for sample in order]
         total = sum(durations)
         parts: list[list[Sample]] = [[] for _ in range(max(1, round(total / seconds)))]
         passed = 0.0
@@ -52,13 +53,22 @@ def join(
     return joined
 
 
-def _seconds(root: Path, sample: Sample) -> float:
-    (item,) = sample.inputs
-    if item.part:
-        return item.part[1] - item.part[0]
+def _seconds(layout: SpeechLayout, sample: Sample) -> float:
+    """0 for an unreadable recording, because the conversion reports the reason."""
+    first = sample.inputs[0]
+    if first.part:
+        return first.part[1] - first.part[0]
+    is_file = first.bytes is None and type(layout).read is Layout.read
+    seconds = 0.0
     try:
-        path = root / item.path
-        info = audio.info(read_bytes(path, item.bytes) if item.bytes else path)
-    except (ValueError, OSError):  # converting it will say why
-        return 0.0
+        if is_file:  # reads only the header
+            return _duration(audio.info(layout.root / first.path))
+        for item in layout.read(sample, []):
+            seconds += _duration(audio.info(item.content))
+    except (ValueError, OSError):
+        pass
+    return seconds
+
+
+def _duration(info: audio.Info) -> float:
     return info.frames / info.rate

@@ -1,6 +1,8 @@
-"""JSON lines, an object each: `path` or `audio_filepath` relative to the manifest, and a part of it
-by `offset` and `duration` or by `start` and `end`, in seconds; `text` and any other keys go along
-(as in https://docs.nvidia.com/nemo-framework/user-guide/latest/nemotoolkit/asr/datasets.html)."""
+"""JSON lines: one object per recording, or per part of one.
+
+The path is `path` or `audio_filepath`, relative to the manifest. `offset` and `duration`, or
+`start` and `end`, select a part, in seconds. `text` and all other keys become columns (as in https://docs.nvidia.com/nemo-framework/user-guide/latest/nemotoolkit/asr/datasets.html).
+"""
 
 from __future__ import annotations
 
@@ -11,36 +13,41 @@ from pathlib import Path
 from typing import Any
 
 from d2v_ds.errors import UserError
-from shards.family import Input, Sample
+from shards.family import Input, Rejected, Sample
 from shards.keys import make_key
-from shards.walking import size_of
+from shards.speech.layout import SpeechLayout
+from shards.walking import extension_of, size_of
 
+EXTENSIONS = (".jsonl", ".ndjson", ".json")
 PATHS = ("path", "audio_filepath")
 TIMES = ("offset", "duration", "start", "end")
 
 
-def read(source: Path, rejected: list[tuple[str, str]]) -> tuple[Path, Iterator[Sample]]:
-    if not source.is_file():
-        raise UserError(f"{source}: is no file, which --layout jsonl needs")
-    return source.parent, _samples(source, rejected)
+class JsonLines(SpeechLayout):
+    name = "jsonl"
+    help = "JSON lines with `path` or `audio_filepath`, and optionally a part in seconds"
+    takes = "file"
 
+    @classmethod
+    def recognises(cls, source: Path) -> bool:
+        return source.is_file() and extension_of(source.name) in EXTENSIONS
 
-def _samples(manifest: Path, rejected: list[tuple[str, str]]) -> Iterator[Sample]:
-    number = 0
-    with manifest.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield _sample(manifest.parent, line)
-            except (ValueError, RecursionError) as error:
-                rejected.append((f"{manifest.name}, line {number}", str(error)))
-    if not number:
-        raise UserError(f"{manifest}: is empty")
+    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+        number = 0
+        with self.source.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    yield _sample(self.root, line)
+                except (ValueError, RecursionError) as error:
+                    rejected.append((f"{self.source.name}, line {number}", str(error)))
+        if not number:
+            raise UserError(f"{self.source}: is empty")
 
 
 def _sample(root: Path, line: bytes) -> Sample:
-    """Raises ValueError."""
+    """Raises ValueError if the line does not describe a recording."""
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:
@@ -61,11 +68,12 @@ def _sample(root: Path, line: bytes) -> Sample:
 
 
 def _part(row: dict[str, Any]) -> tuple[float, float] | None:
+    """(start, end) in seconds, None for the whole file. Raises ValueError."""
     times = {name: row[name] for name in TIMES if row.get(name) is not None}
     if not all(type(t) in (int, float) and 0 <= t < 1e9 for t in times.values()):
         raise ValueError(f"{', '.join(TIMES)} are seconds, 0 or more")
     start = times.get("offset", times.get("start"))
-    if start is None:  # a duration alone is that of the file
+    if start is None:  # `duration` without a start is the duration of the file
         return None
     end = times.get("end", start + times["duration"] if "duration" in times else None)
     if end is None or end <= start:

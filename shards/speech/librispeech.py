@@ -1,8 +1,8 @@
-"""LibriSpeech and Libri-Light trees.
+"""Trees of LibriSpeech and Libri-Light.
 
-SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-UTTERANCE.flac, beside them SPEAKER-CHAPTER.trans.txt
-with a line `SPEAKER-CHAPTER-UTTERANCE TEXT` each      (https://www.openslr.org/12)
-SIZE/SPEAKER/BOOK/NAME.flac, beside each NAME.json with "speaker"
+SPLIT/SPEAKER/CHAPTER/SPEAKER-CHAPTER-UTTERANCE.flac, with SPEAKER-CHAPTER.trans.txt in the same
+folder: one line `SPEAKER-CHAPTER-UTTERANCE TEXT` per recording (https://www.openslr.org/12)
+SIZE/SPEAKER/BOOK/NAME.flac, with NAME.json in the same folder, which has a key "speaker"
 (https://github.com/facebookresearch/libri-light/blob/main/data_preparation/README.md)
 """
 
@@ -14,55 +14,59 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from d2v_ds.errors import UserError
-from shards.family import Input, Sample
+from shards.family import Input, Rejected, Sample
 from shards.keys import make_key
-from shards.walking import AUDIO, folders, size_of
+from shards.speech.layout import AUDIO, SpeechLayout
+from shards.walking import extension_of, first_folder, folders, size_of
 
 TRANSCRIPTS = ".trans.txt"
-KEPT = ("speaker", "snr")  # of Libri-Light's JSON, which is long
+KEPT = ("speaker", "snr")  # of the JSON of Libri-Light, which is long
 
 
-def is_one(folder: Path, names: list[str]) -> bool:
-    """Whether the first folder with recordings looks like it."""
-    if any(name.endswith(TRANSCRIPTS) for name in names):
-        return True
-    stems = {os.path.splitext(n)[0] for n in names if n.lower().endswith(AUDIO)}
-    described = [name for name in names if name.endswith(".json") and name[:-5] in stems]
-    return bool(described) and "speaker" in _description(folder / described[0])
+class LibriSpeech(SpeechLayout):
+    name = "librispeech"
+    help = "LibriSpeech or Libri-Light tree, or a part of one"
+    takes = "folder"
 
+    @classmethod
+    def recognises(cls, source: Path) -> bool:
+        """By the first folder that contains recordings."""
+        if not source.is_dir():
+            return False
+        folder, names = first_folder(source, AUDIO)
+        if any(name.endswith(TRANSCRIPTS) for name in names):
+            return True
+        stems = {os.path.splitext(n)[0] for n in names if n.lower().endswith(AUDIO)}
+        described = [name for name in names if name.endswith(".json") and name[:-5] in stems]
+        return bool(described) and "speaker" in _description(folder / described[0])
 
-def read(source: Path, rejected: list[tuple[str, str]]) -> tuple[Path, Iterator[Sample]]:
-    if not source.is_dir():
-        raise UserError(f"{source}: is no folder, which --layout librispeech needs")
-    return source, _samples(source, rejected)
-
-
-def _samples(root: Path, rejected: list[tuple[str, str]]) -> Iterator[Sample]:
-    number = 0
-    for place, names in folders(root):
-        folder = Path(place)
-        texts = _transcripts(folder, names, root, rejected)
-        for name in names:
-            stem, extension = os.path.splitext(name)
-            if extension.lower() not in AUDIO:
-                continue
-            number += 1
-            path = os.path.relpath(folder / name, root)
-            columns = _columns(folder, stem, names)
-            if stem in texts:
-                columns["text"] = texts.pop(stem)
-            key = make_key(os.path.splitext(path)[0])
-            yield Sample(key, (Input(path),), columns, size_of(folder / name))
-        for stem in texts:
-            where = os.path.relpath(folder / stem, root)
-            rejected.append((where, "has a transcript and no recording"))
-    if not number:
-        raise UserError(f"{root}: has no recordings as LibriSpeech or Libri-Light lays them out")
+    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+        number = 0
+        for place, names in folders(self.root):
+            folder = Path(place)
+            texts = _transcripts(folder, names, self.root, rejected)
+            for name in names:
+                stem = os.path.splitext(name)[0]
+                if extension_of(name) not in AUDIO:
+                    continue
+                number += 1
+                path = os.path.relpath(folder / name, self.root)
+                columns = _columns(folder, stem, names)
+                if stem in texts:
+                    columns["text"] = texts.pop(stem)
+                key = make_key(os.path.splitext(path)[0])
+                yield Sample(key, (Input(path),), columns, size_of(folder / name))
+            for stem in texts:
+                where = os.path.relpath(folder / stem, self.root)
+                rejected.append((where, "has a transcript and no recording"))
+        if not number:
+            raise UserError(f"{self.root}: contains no {', '.join(AUDIO)} file")
 
 
 def _transcripts(
-    folder: Path, names: list[str], root: Path, rejected: list[tuple[str, str]]
+    folder: Path, names: list[str], root: Path, rejected: list[Rejected]
 ) -> dict[str, str]:
+    """{stem of a recording: text} of a folder."""
     texts: dict[str, str] = {}
     for name in names:
         if not name.endswith(TRANSCRIPTS):
@@ -91,8 +95,9 @@ def _columns(folder: Path, stem: str, names: list[str]) -> dict[str, object]:
 
 
 def _description(path: Path) -> dict[str, object]:
+    """The JSON of a recording; {} if it cannot be read, because it is optional."""
     try:
         about = json.loads(path.read_bytes())
-    except (OSError, ValueError):  # it is not needed
+    except (OSError, ValueError):
         return {}
     return about if isinstance(about, dict) else {}

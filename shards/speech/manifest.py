@@ -1,4 +1,5 @@
-"""TSV with a header line and a column `path`, relative to the manifest; other columns go along."""
+"""TSV with a header line and a column `path`, relative to the manifest. The other columns become
+columns of the samples."""
 
 from __future__ import annotations
 
@@ -7,26 +8,32 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from d2v_ds.errors import UserError
-from shards.family import Input, Sample
+from shards.family import Input, Rejected, Sample
 from shards.keys import make_key
+from shards.speech.layout import SpeechLayout
 from shards.speech.tables import rows
-from shards.walking import size_of
+from shards.walking import extension_of, size_of
 
 
-def read(source: Path, rejected: list[tuple[str, str]]) -> tuple[Path, Iterator[Sample]]:
-    if not source.is_file():
-        raise UserError(f"{source}: is no file, which --layout manifest needs")
-    return source.parent, _samples(source)
+class Manifest(SpeechLayout):
+    name = "manifest"
+    help = "TSV with a header line and a column `path`"
+    takes = "file"
 
+    @classmethod
+    def recognises(cls, source: Path) -> bool:
+        return source.is_file() and extension_of(source.name) == ".tsv"
 
-def _samples(manifest: Path) -> Iterator[Sample]:
-    seen: set[int] = set()  # hashes, for corpora are large
-    for number, row in rows(manifest, "path"):
-        path = row.pop("path")
-        if hash(path) in seen:
-            raise UserError(f"{manifest}, line {number}: lists {path} again; once is enough")
-        seen.add(hash(path))
-        key = make_key(os.path.splitext(path)[0])
-        yield Sample(key, (Input(path),), row, size_of(manifest.parent / path))
-    if not seen:
-        raise UserError(f"{manifest}: has a header line only, no recording")
+    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+        seen: set[int] = set()  # hashes instead of paths, to save memory
+        for number, row in rows(self.source, "path"):
+            path = row.pop("path")
+            if hash(path) in seen:
+                raise UserError(
+                    f"{self.source}, line {number}: {path} is listed twice; remove one of the lines"
+                )
+            seen.add(hash(path))
+            key = make_key(os.path.splitext(path)[0])
+            yield Sample(key, (Input(path),), row, size_of(self.root / path))
+        if not seen:
+            raise UserError(f"{self.source}: lists no recordings, it has only a header line")

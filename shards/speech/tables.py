@@ -1,4 +1,4 @@
-"""Tab-separated tables with a header line, a row at a time."""
+"""Tab-separated tables with a header line, one row at a time."""
 
 from __future__ import annotations
 
@@ -6,10 +6,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from d2v_ds.errors import UserError
+from shards.walking import extension_of
+
+LONGEST_HEADER = 1 << 16  # bytes
+
+
+def header(path: Path) -> list[str]:
+    """The cells of the first line; [] if the file is not a .tsv."""
+    if not path.is_file() or extension_of(path.name) != ".tsv":
+        return []
+    with path.open("rb") as file:
+        line = file.readline(LONGEST_HEADER).decode("utf-8-sig", "replace")
+    return line.rstrip("\r\n").split("\t")
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line without its end). Raises UserError where it is not UTF-8."""
+    """(line number from 1, line without its end). Raises UserError if the file is not UTF-8."""
     with path.open("rb") as file:
         for number, raw in enumerate(file, start=1):
             try:
@@ -20,26 +32,22 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def rows(path: Path, needed: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line number, row by column). Raises UserError at a row of another length than the header,
-    and for a header without the column `needed`."""
+    """(line number, row by column). Raises UserError if the header lacks the column `needed` or
+    names a column twice, and if a row and the header differ in length."""
     columns: list[str] = []
+    rule = f"the first line must name the columns, separated by TAB, and one of them `{needed}`"
     for number, line in lines_of(path):
         if not columns:
             columns = line.split("\t")
             if needed not in columns or len(set(columns)) != len(columns):
-                raise UserError(
-                    f"{path}: its first line must name the columns, separated by TAB, each once, "
-                    f"one of them `{needed}`; it is {line[:200]!r}"
-                )
+                raise UserError(f"{path}: {rule}, each only once; found {line[:200]!r}")
         elif line:
             cells = line.split("\t")
             if len(cells) != len(columns):
                 raise UserError(
-                    f"{path}, line {number}: {len(cells)} columns, the header has {len(columns)}"
+                    f"{path}, line {number}: {len(cells)} columns, but the header has "
+                    f"{len(columns)}"
                 )
             yield number, dict(zip(columns, cells, strict=True))
     if not columns:
-        raise UserError(
-            f"{path}: its first line must name the columns, separated by TAB, one of them "
-            f"`{needed}`; the file is empty"
-        )
+        raise UserError(f"{path}: {rule}; the file is empty")

@@ -1,4 +1,4 @@
-"""d2v-shards text: the options of the family, and the corpus that they describe."""
+"""d2v-shards text: the table of layouts and the options; packing.py makes samples of documents."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shards.arguments import number
-from shards.text import sources
+from shards.layout import AUTO, detect, open_source
+from shards.text.folder import Folder
+from shards.text.jsonl import JsonLines
+from shards.text.layout import TextLayout, TextOptions
+from shards.text.parquet import Parquet
+from shards.text.plain import PlainText
 
 if TYPE_CHECKING:
-    from shards.family import Corpus
+    from shards.family import Converter, Corpus, Rejected
 
 DESCRIPTION = (
-    f"Convert text ({sources.KINDS}) to a shard set of token ids: documents one after the "
-    "other, each ended by eos, cut into blocks; with --label-key one sample a document. "
-    "Interrupted or killed, the same command goes on."
+    "Converts text to a shard set of token ids: concatenates the documents, each ended by eos, and "
+    "cuts the result into blocks. With --label-key, every document is a sample of its own. An "
+    "interrupted conversion resumes if the same command is run again."
 )
-
-SOURCE = f"a folder or a file: {sources.KINDS}"
+# The first layout that recognises SOURCE is used. A folder uses the file formats of this table.
+LAYOUTS: list[type[TextLayout]] = [PlainText, JsonLines, Parquet, Folder]
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
@@ -27,47 +32,65 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         type=Path,
         required=True,
         metavar="MODEL",
-        help="a sentencepiece model, as `d2v-shards tokenizer` makes them; goes into the set",
+        help="a sentencepiece model, for example from `d2v-shards tokenizer`; copied into the set",
     )
     parser.add_argument(
-        "--block", type=number(int, 2, 1_000_000), default=512, help="ids (%(default)s)"
+        "--block",
+        type=number(int, 2, 1_000_000),
+        default=512,
+        metavar="N",
+        help="token ids per block (%(default)s)",
     )
     parser.add_argument(
         "--document",
         choices=("line", "blank-line", "file"),
         default="line",
-        help="what is a document in .txt: a line, what lies between empty lines, a file "
-        "(%(default)s)",
+        help="a document in .txt is a line, the text between blank lines, or a file (%(default)s)",
     )
-    sources.add_key_argument(parser)
+    add_text_key(parser)
     parser.add_argument(
         "--label-key",
         default="",
         metavar="NAME",
-        help="of .jsonl and .parquet: labelled samples, one a document, for probes",
+        help="key of the label in .jsonl and .parquet: makes one labelled sample per document, for "
+        "probes",
+    )
+
+
+def add_text_key(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--text-key",
+        default="text",
+        metavar="NAME",
+        help="key of the text in .jsonl and .parquet (%(default)s)",
     )
 
 
 def read(arguments: argparse.Namespace) -> Corpus:
-    """Raises UserError."""
+    """The corpus that the command line names. Raises UserError."""
     from shards.family import Corpus
     from shards.text.packing import LabelledText, PackedText
     from shards.tokenizer import Tokenizer
 
-    source = sources.TextSource.open(
-        arguments.source, arguments.document, arguments.text_key, arguments.label_key
-    )
-    tokenizer = Tokenizer.load(arguments.tokenizer)
+    model, source, name = arguments.tokenizer, arguments.source, arguments.layout
+    settings = TextOptions(arguments.document, arguments.text_key, arguments.label_key)
+    layout = open_source(LAYOUTS, name, source, settings)
+    tokenizer = Tokenizer.load(model)
     options: dict[str, Any] = {
-        "tokenizer": f"{arguments.tokenizer.name} {tokenizer.sha256[:12]}",
-        "document": arguments.document,
-        "text-key": arguments.text_key,
+        "tokenizer": f"{model.name} {tokenizer.sha256[:12]}",
+        "document": settings.document,
+        "text-key": settings.text_key,
     }
-    if arguments.label_key:
-        options["label-key"] = arguments.label_key
-        return Corpus(
-            source.samples(), LabelledText(source, arguments.tokenizer, tokenizer.about()), options
-        )
-    options["block"] = arguments.block
-    converter = PackedText(source, arguments.tokenizer, tokenizer.about(), arguments.block)
-    return Corpus(source.samples(), converter, options)
+    # The layout decides how the same files are read. It is listed only if it is not the detected
+    # one, so that sets of versions without --layout stay valid.
+    if name != AUTO and detect(LAYOUTS, source) is not type(layout):
+        options["layout"] = name
+    converter: Converter
+    if settings.label_key:
+        options["label-key"] = settings.label_key
+        converter = LabelledText(layout, model, tokenizer.about())
+    else:
+        options["block"] = arguments.block
+        converter = PackedText(layout, model, tokenizer.about(), arguments.block)
+    rejected: list[Rejected] = []
+    return Corpus(layout.samples(rejected), converter, options, rejected=rejected)

@@ -1,9 +1,9 @@
-"""Documents -> token ids -> what a shard holds: blocks packed full, or one labelled sample a row.
+"""Documents -> token ids -> the content of a shard: packed blocks, or one labelled sample per row.
 
     documents of a shard, in order --encode, eos--> one stream of ids --cut--> blocks --> KEY.npy
 
-A member KEY.npy holds up to ROWS blocks [n, block]; one a member would double a tar and cost 25
-times as much to read. The last block of a shard is as long as what is left for it.
+A member KEY.npy holds up to ROWS blocks [n, block]. One member per block would double the size of a
+tar and take 25 times as long to read. The last block of a shard holds the remaining ids.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from shards.family import Converted, Sample, Table
+from shards.family import Converted, Item, PackedMember, Rejected, Sample
 from shards.keys import part_key
-from shards.text.sources import Rejected, TextSource
+from shards.text.layout import TextLayout
 from shards.tokenizer import Tokenizer
 
-MODEL_FILE = "tokenizer.model"  # in a set
-ROWS = 1_024  # blocks of a member
-HEADER = 128  # bytes of a .npy header: numpy pads it to a multiple of 64
+MODEL_FILE = "tokenizer.model"  # its name in a set
+ROWS = 1_024  # blocks per member
+HEADER = 128  # bytes of a .npy header, which numpy pads to a multiple of 64
 
 Ids = npt.NDArray[np.unsignedinteger[Any]]
 
 
 def id_type(vocab_size: int) -> str:
-    """What ids are stored as, and the name of the field that holds them."""
+    """The type that ids are stored as, which is also the name of their field."""
     return "u16" if vocab_size <= 1 << 16 else "u32"
 
 
 def pack(documents: Iterable[list[int]], block: int, eos: int) -> Iterator[list[int]]:
-    """Blocks of exactly `block` ids, the last with the rest: the documents in order, each ended by
-    eos, with no regard to where a block ends (fairseq's --sample-break-mode none)."""
+    """Blocks of exactly `block` ids; the last block may be shorter. Documents follow each other,
+    each ended by eos, and may span blocks (--sample-break-mode none in fairseq)."""
     waiting: list[int] = []
     for ids in documents:
         waiting += ids
@@ -52,9 +52,9 @@ def pack(documents: Iterable[list[int]], block: int, eos: int) -> Iterator[list[
 
 @dataclass(frozen=True)
 class _TextConverter:
-    source: TextSource
+    layout: TextLayout
     model: Path
-    tokenizer: dict[str, Any]  # what index.json says of it
+    tokenizer: dict[str, Any]  # its entry of index.json
 
     modality: ClassVar[str] = "text"
     length_unit: ClassVar[str] = "tokens"
@@ -74,21 +74,20 @@ class _TextConverter:
 
     def encoded(
         self, samples: Iterable[Sample], rejected: list[Rejected]
-    ) -> Iterator[tuple[Sample, str, list[int], dict[str, Any]]]:
-        """(part, name, ids, columns) of every document that has something in it."""
+    ) -> Iterator[tuple[Sample, Item[str], list[int]]]:
+        """(sample, document, ids) of every document that is not empty."""
         tokenizer = Tokenizer.load(self.model)
         for sample in samples:
-            for part in sample.inputs:
-                for name, text, columns in self.source.documents(part, rejected):
-                    try:
-                        ids = tokenizer.encode(text)
-                    except ValueError as error:
-                        rejected.append((name, str(error)))
-                        continue
-                    if ids:
-                        yield sample, name, ids, columns
-                    elif columns:
-                        rejected.append((name, "has no text in it"))
+            for item in self.layout.read(sample, rejected):
+                try:
+                    ids = tokenizer.encode(item.content)
+                except ValueError as error:
+                    rejected.append((item.name, str(error)))
+                    continue
+                if ids:
+                    yield sample, item, ids
+                elif item.columns:
+                    rejected.append((item.name, "has no text in it"))
 
 
 @dataclass(frozen=True)
@@ -101,14 +100,14 @@ class PackedText(_TextConverter):
     def fields(self) -> tuple[str, ...]:
         return (self.ids,)
 
-    def convert(self, samples: Iterable[Sample]) -> Iterator[Converted | Table]:
+    def convert(self, samples: Iterable[Sample]) -> Iterator[Converted | PackedMember]:
         samples = list(samples)
         rejected: list[Rejected] = []
         found = 0
 
         def documents() -> Iterator[list[int]]:
             nonlocal found
-            for _, _, ids, _ in self.encoded(samples, rejected):
+            for _, _, ids in self.encoded(samples, rejected):
                 found += 1
                 yield ids
 
@@ -116,27 +115,27 @@ class PackedText(_TextConverter):
         number = 0
         for block in pack(documents(), self.block, eos):
             if rows and (len(rows) == ROWS or len(block) != self.block):
-                yield self.table(part_key(samples[0].key, number), rows)
+                yield self.packed(part_key(samples[0].key, number), rows)
                 rows, number = [], number + 1
             rows.append(block)
         if rows:
-            yield self.table(part_key(samples[0].key, number), rows)
+            yield self.packed(part_key(samples[0].key, number), rows)
         yield _rest(samples, rejected, found)
 
-    def table(self, key: str, rows: list[list[int]]) -> Table:
+    def packed(self, key: str, rows: list[list[int]]) -> PackedMember:
         ids = np.asarray(rows, dtype=f"<{self.ids}".replace("u16", "u2").replace("u32", "u4"))
         payload = npy_bytes(ids)
         size = ids.shape[1] * ids.itemsize
         assert len(payload) == HEADER + ids.size * ids.itemsize
-        places = tuple(
+        rows_of_member = tuple(
             (f"{key}/{i}", HEADER + i * size, size, ids.shape[1]) for i in range(len(ids))
         )
-        return Table(f"{key}.npy", payload, places)
+        return PackedMember(f"{key}.npy", payload, rows_of_member)
 
 
 @dataclass(frozen=True)
 class LabelledText(_TextConverter):
-    """One sample a document, with its label: for probes and fine-tuning."""
+    """One sample per document, with its label: for probes and fine-tuning."""
 
     fields: ClassVar[tuple[str, ...]] = ("json", "npy")
 
@@ -145,11 +144,11 @@ class LabelledText(_TextConverter):
         rejected: list[Rejected] = []
         eos, number, last, found = self.tokenizer["eos_id"], 0, None, 0
         kind = np.dtype("<u2" if self.ids == "u16" else "<u4")
-        for sample, name, ids, columns in self.encoded(samples, rejected):
+        for sample, item, ids in self.encoded(samples, rejected):
             number = number + 1 if sample is last else 0
             last = sample
             found += 1
-            about = json.dumps({**columns, "path": name}).encode()
+            about = json.dumps({**item.columns, "path": item.name}).encode()
             ids.append(eos)
             payload = npy_bytes(np.asarray(ids, dtype=kind))
             yield Converted(f"{sample.key}/{number:06d}", (about, payload), len(ids))
@@ -157,7 +156,7 @@ class LabelledText(_TextConverter):
 
 
 def _rest(samples: list[Sample], rejected: list[Rejected], used: int) -> Converted:
-    """What was left out, and by how much the documents outnumber the files they came from."""
+    """The documents that were left out, and by how much documents outnumber inputs."""
     parts = sum(len(sample.inputs) for sample in samples)
     return Converted("", (), 0, tuple(rejected), found=max(0, used + len(rejected) - parts))
 

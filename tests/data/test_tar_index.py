@@ -164,7 +164,7 @@ def test_later_damage_is_seen_with_checksums(
     capsys.readouterr()
     assert main(["verify", str(tars), "-j1"]) == 1
     line, _ = capsys.readouterr().out.splitlines()
-    assert line == "part-1: sample 'x/4': the checksum of its .wav is not the one in the index"
+    assert line == "part-1: sample 'x/4': the checksum of its .wav differs from the index"
 
 
 def test_one_tar_and_other_modalities(tmp_path: Path) -> None:
@@ -231,8 +231,8 @@ def test_one_rate_a_set(tars: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_cannot_be_indexed(
     tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert "is no tar and no folder with tars" in refused(capsys, tmp_path / "nowhere")
-    assert "is no tar and no folder with tars" in refused(capsys, tmp_path)
+    assert "is neither a tar nor a folder" in refused(capsys, tmp_path / "nowhere")
+    assert "is neither a tar nor a folder" in refused(capsys, tmp_path)
     other = put_tar(tmp_path / "other/a.tar", [("a.txt", b"x")])
     line = refused(capsys, other)
     assert "its first sample has txt, which does not identify a modality (speech: flac, wav;" in line

@@ -85,7 +85,7 @@ def unseen(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 
 def test_set(unseen: ShardSet) -> None:
-    assert (unseen.modality, unseen.unit, unseen.sample_rate) == ("speech", "frames", 16_000)
+    assert (unseen.modality, unseen.length_unit, unseen.sample_rate) == ("speech", "frames", 16_000)
     assert unseen.samples == 100 and len(unseen.shards) > 2
     names = {"index.json", "quarantine.jsonl"}
     names |= {f"{s.name}.{end}" for s in unseen.shards for end in ("tar", "idx")}
@@ -186,15 +186,15 @@ def test_another_plan_is_refused(
     unseen: ShardSet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = refused(capsys, SPEECH / "unseen.tsv", unseen.root, "--rate", "8000")
-    assert "holds a finished shard set of other inputs or options" in line
-    assert "--rate was 16000, is 8000" in line and "name another folder" in line
+    assert "contains a finished shard set with other inputs or options" in line
+    assert "--rate was 16000, now 8000" in line and "use another folder" in line
     line = refused(capsys, SPEECH / "seen.tsv", unseen.root, "--shard-size", "100KB")
     assert "the inputs differ" in line
     out = tmp_path / "out"
     out.mkdir()
     (out / PLAN_FILE).write_text(json.dumps({"plan": "another", "options": {}}))
     line = refused(capsys, SPEECH / "seen.tsv", out)
-    assert "holds an unfinished conversion of other inputs or options" in line
+    assert "contains an unfinished conversion with other inputs or options" in line
 
 
 def test_changed_input_is_another_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -207,7 +207,7 @@ def test_changed_input_is_another_plan(tmp_path: Path, capsys: pytest.CaptureFix
 def test_out_is_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.tex").write_text("")
     line = refused(capsys, SPEECH / "seen.tsv", tmp_path)
-    assert "is not empty (it has thesis.tex)" in line and "new or empty folder" in line
+    assert "is not empty (it contains thesis.tex)" in line and "new or empty folder" in line
     assert "is a file" in refused(capsys, SPEECH / "seen.tsv", tmp_path / "thesis.tex")
     assert "both SOURCE and OUT" in refused(capsys, SPEECH, SPEECH)
 
@@ -333,18 +333,18 @@ def test_nothing_usable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.wav").write_bytes(b"")
     line = refused(capsys, tmp_path / "in", tmp_path / "out", "--max-bad", "100%")
-    assert "not one input can be used" in line
+    assert "none of the inputs can be used" in line
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("", "its first line must name the columns"),
-        ("name\tlabel\na.wav\t1\n", "one of them `path`; it is 'name\\tlabel'"),
-        ("path\tpath\na\tb\n", "each once"),
-        ("path\tlabel\n", "has a header line only"),
-        ("path\tlabel\na.wav\n", "line 2: 1 columns, the header has 2"),
-        ("path\na.wav\n\na.wav\n", "line 4: lists a.wav again"),
+        ("", "the first line must name the columns"),
+        ("name\tlabel\na.wav\t1\n", "one of them `path`, each only once; found 'name\\tlabel'"),
+        ("path\tpath\na\tb\n", "each only once"),
+        ("path\tlabel\n", "lists no recordings"),
+        ("path\tlabel\na.wav\n", "line 2: 1 columns, but the header has 2"),
+        ("path\na.wav\n\na.wav\n", "line 4: a.wav is listed twice"),
         ("path\n\xff.wav\n", "is not UTF-8"),
     ],
 )
@@ -366,13 +366,13 @@ def test_manifest_with_windows_line_ends(tmp_path: Path) -> None:
 
 def test_sources_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert "no such folder or manifest" in refused(capsys, tmp_path / "nowhere", out)
+    assert "no such file or folder" in refused(capsys, tmp_path / "nowhere", out)
     (tmp_path / "list.csv").write_text("")
-    assert "neither a folder nor a manifest" in refused(capsys, tmp_path / "list.csv", out)
+    assert "its layout is not recognised; set" in refused(capsys, tmp_path / "list.csv", out)
     (tmp_path / "in").mkdir()
     (tmp_path / "in/a.m4a").write_text("")
     line = refused(capsys, tmp_path / "in", out)
-    assert ".ogg or .opus file in it (found: 1 .m4a)" in line
+    assert ".ogg or .opus file (found: 1 .m4a)" in line
     line = refused(capsys, SPEECH / "seen.tsv", out, "--join", "speker")
     assert "--join speker" in line and "did you mean 'speaker'?" in line
 
@@ -392,8 +392,8 @@ def test_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[s
     [
         (["--rate", "16k"], "16k: expected a whole number from 1000 to 192000"),
         (["--jobs", "0"], "0: expected a whole number from 1"),
-        (["--shard-size", "big"], "big: expected a size such as 256MB"),
-        (["--max-bad", "200%"], "200%: expected a share such as 1% or 0.01"),
+        (["--shard-size", "big"], "'big' is not a size; give one such as 256MB"),
+        (["--max-bad", "200%"], "200%: expected a share, for example 1% or 0.01"),
         (["--join-seconds", "0"], "0: expected a number from 0.1"),
     ],
 )
@@ -434,10 +434,10 @@ def test_tasks_of_an_array_and_their_merge_give_the_same_set(
     out, words = tmp_path / "out", [SPEECH / "unseen.tsv", tmp_path / "out", "--shard-size=100KB"]
     for task in ("2/3", "0/3"):
         assert convert(*words, "--task", task, "-j1") == 0
-    assert "task 0 of 3 is done" in capsys.readouterr().out
+    assert "task 0 of 3 has finished" in capsys.readouterr().out
     assert main(["merge", str(out)]) == 2
     line = capsys.readouterr().err
-    assert "shards are missing, the first speech-000001; run the tasks again" in line
+    assert "shards are missing, the first speech-000001; run the unfinished tasks again" in line
     assert not (out / INDEX_FILE).exists()
     assert convert(*words, "--task", "1/3", "-j1") == 0
     assert main(["merge", str(out)]) == 0
@@ -478,4 +478,4 @@ def test_a_task_that_makes_no_sense(task: str, capsys: pytest.CaptureFixture[str
 
 def test_merge_of_no_conversion(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["merge", str(tmp_path)]) == 2
-    assert "holds no conversion to merge" in capsys.readouterr().err
+    assert "contains no conversion to merge" in capsys.readouterr().err

@@ -23,14 +23,30 @@ from d2v_ds.errors import UserError
 from d2v_ds.loader.reading import read_samples
 from d2v_ds.modalities.vision import Vision, VisionConfig
 from shards.cli import main
+from shards.family import Converted
+from shards.images import LAYOUTS
 from shards.images.converter import ImageConverter
-from shards.images.layouts import open_layout, recognise
+from shards.images.folder import Folder
+from shards.images.layout import ImageLayout, ImageOptions
+from shards.images.parquet import Parquet
+from shards.layout import detect
 
 FIELDS = ("jpg", "json", "png", "webp")
 
 
 def convert(*arguments: object) -> int:
     return main(["images", *map(str, arguments)])
+
+
+def detected(source: Path) -> str:
+    layout = detect(LAYOUTS, source)
+    assert layout
+    return layout.name
+
+
+def convert_all(layout: ImageLayout) -> list[Converted]:
+    """What the converter makes of every sample of a layout, in this process."""
+    return list(ImageConverter(layout).convert(list(layout.samples([]))))
 
 
 def picture(kind: str = "PNG", size: tuple[int, int] = (20, 12), seed: int = 0) -> bytes:
@@ -174,7 +190,7 @@ def test_imagenets_tar_of_tars(tmp_path: Path) -> None:
         inner[f"{c}.tar"] = write_tar(tmp_path / f"classes/{c}.tar", members)
     write_tar(tmp_path / "ILSVRC2012_img_train.tar", inner)
     for source in (tmp_path / "ILSVRC2012_img_train.tar", tmp_path / "classes"):
-        assert recognise(source) == "imagenet"
+        assert detected(source) == "imagenet"
         out = tmp_path / f"out_{source.stem}"
         assert convert(source, out, "-j1") == 0
         found = contents(out)
@@ -245,7 +261,7 @@ def test_webdataset_tars(tmp_path: Path) -> None:
             members[f"x/{i}.json"] = json.dumps({"width": 1, "source": "web"}).encode()
         members[f"x/{i}.txt"] = f"a picture {i}".encode()
     write_tar(tmp_path / "in/a-000000.tar", members)
-    assert recognise(tmp_path / "in") == "webdataset"
+    assert detected(tmp_path / "in") == "webdataset"
     assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
     found = contents(tmp_path / "out")
     for i in range(4):
@@ -331,19 +347,19 @@ def test_a_sample_without_one_image_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.csv", b"file,label\nx,y\n", "must name the columns, each once, one of them `path`"),
-        ("a.csv", b"path,label\nx\n", "line 2: 1 columns, the header has 2"),
-        ("a.csv", b"", "it names none"),
-        ("a.csv", b"path,label\n", "lists no image"),
-        ("a.tsv", b"path\tpath\n", "each once"),
+        ("a.csv", b"file,label\nx,y\n", "each only once, and one of them `path`"),
+        ("a.csv", b"path,label\nx\n", "line 2: 1 columns, but the header has 2"),
+        ("a.csv", b"", "found none"),
+        ("a.csv", b"path,label\n", "lists no images"),
+        ("a.tsv", b"path\tpath\n", "each only once"),
         ("a.csv", b"path\n\xff\n", "is not UTF-8"),
         ("a.jsonl", b'{"path": "x"}\n{"pth": "x"}\n', "line 2: has no `path`; did you mean 'pth'?"),
-        ("a.jsonl", b"[]", "line 1: is no JSON object"),
+        ("a.jsonl", b"[]", "line 1: is not a JSON object"),
         ("a.jsonl", b"{", "line 1: is not JSON"),
         ("a.jsonl", b'{"path": 5}', "line 1: has no `path`"),
-        ("a.zip", b"x", "is neither a folder, a manifest"),
-        ("folder/readme.md", b"x", "has no .jpg, .jpeg, .png"),
-        ("missing", None, "no such folder or file"),
+        ("a.zip", b"x", "its layout is not recognised; set --layout (imagenet, "),
+        ("folder/readme.md", b"x", "contains no .jpg, .jpeg, .png"),
+        ("missing", None, "no such file or folder"),
     ],
 )
 def test_wrong_sources_are_told(
@@ -364,7 +380,7 @@ def test_tars_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     write_tar(tmp_path / "a.tar", {"a.txt": b"x"})
     for layout in ("webdataset", "imagenet"):
         assert convert(tmp_path / "a.tar", tmp_path / "out", "--layout", layout) == 2
-        assert "a.tar: has no sample with one image (.jpg, " in capsys.readouterr().err
+        assert "a.tar: its tars contain no sample with exactly one image" in capsys.readouterr().err
 
 
 def test_a_listed_file_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -379,20 +395,18 @@ def test_parquet_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     pq = pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"picture": [b"x"], "image": [None]}), tmp_path / "a.parquet")
     with pytest.raises(UserError, match=r"--image-key: .*a.parquet has no column 'img'"):
-        open_layout("parquet", tmp_path, "img", "label")
-    found = open_layout("parquet", tmp_path, "image", "label")
-    made = list(ImageConverter(found.root, image_key="image").convert(list(found.samples)))
+        Parquet.open(tmp_path, ImageOptions(image_key="img"))
+    made = convert_all(Parquet.open(tmp_path, ImageOptions()))
     assert [item for one in made for item in one.rejected] == [
         ("a.parquet, row 0", "'image' has no bytes in it")
     ]
     (tmp_path / "a.parquet").write_bytes(b"PAR1 but nothing else PAR1")
-    found = open_layout("parquet", tmp_path, "image", "label")
-    made = list(ImageConverter(found.root, image_key="image").convert(list(found.samples)))
+    made = convert_all(Parquet.open(tmp_path, ImageOptions()))
     [(name, reason)] = [item for one in made for item in one.rejected]
     assert name == "a.parquet" and reason.startswith("is no Parquet file")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match="pip install pyarrow"):
-        open_layout("parquet", tmp_path, "image", "label")
+        Parquet.open(tmp_path, ImageOptions())
 
 
 @settings(max_examples=80, deadline=None)
@@ -410,8 +424,7 @@ def test_no_bytes_break_it(
         data = whole[:cut] + data + whole[cut + len(data) :]
     root = tmp_path_factory.mktemp("fuzz")
     write(root / "a.png", data)
-    found = open_layout("folder", root, "", "")
-    made = list(ImageConverter(root).convert(list(found.samples)))
+    made = convert_all(Folder.open(root, ImageOptions()))
     samples = [one for one in made if one.members]
     rejected = [item for one in made for item in one.rejected]
     assert len(samples) + len(rejected) == 1
@@ -428,7 +441,7 @@ def test_check(tmp_path: Path) -> None:
     assert Vision.check_sample({"png": picture(), "json": b"{}"}, {}) == 240
     with pytest.raises(ValueError, match="has 2 images, expected one"):
         Vision.check_sample({"png": picture(), "jpg": picture("JPEG")}, {})
-    with pytest.raises(ValueError, match="json: is no object"):
+    with pytest.raises(ValueError, match="json: is not an object"):
         Vision.check_sample({"png": picture(), "json": b"[]"}, {})
     with pytest.raises(ValueError, match="cannot be read as an image"):
         Vision.check_sample({"png": picture()[:100]}, {})

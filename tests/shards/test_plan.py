@@ -15,11 +15,11 @@ from d2v_ds.errors import UserError
 from shards.arguments import splits, task_of_slurm
 from shards.cli import main
 from shards.family import Corpus, Input, Sample
-from shards.plan import Choice, Plan, Samples, make_plan, make_plans, split_of
+from shards.plan import Choice, ConversionPlan, Samples, make_plan, make_plans, split_of
 from tests.helpers.corpora import contents, put, recording
 
 
-def plan_of(samples: list[Sample], shard_size: int = 256_000_000, seed: int = 0) -> Plan:
+def plan_of(samples: list[Sample], shard_size: int = 256_000_000, seed: int = 0) -> ConversionPlan:
     return make_plan(Samples(samples), {}, shard_size, seed)
 
 
@@ -115,12 +115,13 @@ import resource, sys
 from shards.family import Corpus, Input, Sample
 from shards.plan import Choice, make_plans
 from shards.speech.converter import SpeechConverter
+from shards.speech.folder import Folder
 from pathlib import Path
 def samples():
     for i in range(int(sys.argv[1])):
         path = f"train-clean-360/{i % 1000}/{i % 77777}/{i % 1000}-{i % 77777}-{i:07d}"
         yield Sample(path, (Input(path + ".flac"),), {"speaker": str(i % 1000)}, 200_000)
-corpus = Corpus(samples(), SpeechConverter(Path("."), 16000), {})
+corpus = Corpus(samples(), SpeechConverter(Folder(Path("."), Path("."), None), 16000), {})
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 plan = make_plans(corpus, Choice())[""]
 plan.hash()
@@ -164,7 +165,7 @@ def test_splits_by_key_and_by_speaker(
     assert sum(map(len, seen)) == 12 == len(set.union(*seen)), "no speaker is in two sets"
     assert convert(corpus, speakers, *words) == 0, "again does nothing"
     assert convert(corpus, speakers, "--split", "train=60,valid=20,test=20") == 2
-    assert "--split-by was speaker, is " in capsys.readouterr().err
+    assert "--split-by was speaker, now " in capsys.readouterr().err
 
 
 def test_splits_are_made_before_recordings_are_joined(corpus: Path, tmp_path: Path) -> None:
@@ -200,7 +201,7 @@ def test_shares_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as stopped:
         convert("in", "out", f"--split={text}")
     assert stopped.value.code == 2
-    assert "expected names with their shares" in capsys.readouterr().err
+    assert "expected NAME=SHARE,..." in capsys.readouterr().err
 
 
 def test_splits_that_cannot_be(
@@ -209,12 +210,12 @@ def test_splits_that_cannot_be(
     assert convert(corpus, tmp_path / "out", "--split", "a=1,b=1", "--split-by", "speker") == 2
     assert "no such column; did you mean 'speaker'?" in capsys.readouterr().err
     assert convert(corpus, tmp_path / "out", "--split-by", "speaker") == 2
-    assert "give both" in capsys.readouterr().err
+    assert "--split-by needs --split" in capsys.readouterr().err
     assert convert(corpus, tmp_path / "out", "--split", "a=1000000,b=1") == 2
     assert "no input falls into 'b'" in capsys.readouterr().err
     assert convert(corpus, tmp_path / "set") == 0
     assert convert(corpus, tmp_path / "set", "--split", "a=1,b=1") == 2
-    assert "is a shard set; name a new folder for the splits" in capsys.readouterr().err
+    assert "is a shard set; use a new folder for the splits" in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------- lists
@@ -229,7 +230,7 @@ def test_only_and_except(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert len(train) == 57 and not {"03", "07", "11"} & train.keys()
     put(valid, "03.wav\nnowhere.wav\n")
     assert convert(corpus, tmp_path / "no", "--only", valid) == 2
-    assert "1 of the names in it are neither key nor path" in capsys.readouterr().err
+    assert "1 names are neither a key nor a path of the corpus" in capsys.readouterr().err
     assert convert(corpus, tmp_path / "valid", "--only", put(valid, "03\n07\n")) == 2
     assert "--only was" in capsys.readouterr().err
     assert convert(corpus, tmp_path / "no", "--only", tmp_path / "missing") == 2
@@ -250,11 +251,11 @@ def test_dry_run_writes_nothing_and_is_about_right(
     assert convert(corpus, out, "--shard-size", "10KB", "--max-bad", "5%") == 0
     about = json.loads((out / INDEX_FILE).read_text())
     shards = len(about["shards"])
-    assert line.startswith(f"set: 60 inputs of 97 KB -> {shards} shards, together about ")
+    assert line.startswith(f"set: 60 inputs, 97 KB -> {shards} shards, about ")
     told = float(line.split("about ")[1].split(" KB")[0]) * 1000
     padding = 10_240 * shards
     assert 0.8 * (about["bytes"] - padding) < told < 1.2 * about["bytes"], line
-    assert "of one core" in times and "measured on" in times
+    assert "on one core" in times and "measured on" in times
 
 
 def test_dry_run_tells_each_split(
@@ -276,7 +277,7 @@ SLURM = {
 def test_task_of_an_array_job() -> None:
     assert task_of_slurm({}) == (0, 1)
     assert task_of_slurm(SLURM) == (1, 4)
-    with pytest.raises(UserError, match="the array must count without gaps"):
+    with pytest.raises(UserError, match="the task ids of the array must have no gaps"):
         task_of_slurm({**SLURM, "SLURM_ARRAY_TASK_MAX": "10"})
 
 
@@ -289,7 +290,7 @@ def test_task_is_taken_from_slurm(
     for name, value in SLURM.items():
         monkeypatch.setenv(name, value)
     assert convert(corpus, tmp_path / "out", "--shard-size", "10KB") == 0
-    assert "task 1 of 4 is done" in capsys.readouterr().out
+    assert "task 1 of 4 has finished" in capsys.readouterr().out
     assert convert(corpus, tmp_path / "all", "--task", "0/1") == 0
     assert (tmp_path / "all" / INDEX_FILE).exists()
 

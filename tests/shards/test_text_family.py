@@ -24,10 +24,11 @@ from d2v_ds.loader.reading import read_samples
 from d2v_ds.modalities.text import Text, TextConfig
 from shards import samples
 from shards.cli import main
-from shards.family import Converted, Table
-from shards.text import sources
+from shards.family import Converted, PackedMember, Rejected
+from shards.layout import AUTO, find
+from shards.text import LAYOUTS, reading
+from shards.text.layout import TextLayout, TextOptions
 from shards.text.packing import LabelledText, PackedText, pack
-from shards.text.sources import TextSource
 from shards.tokenizer import Tokenizer
 
 MODEL = samples.path("text") / "tokenizer.model"
@@ -46,6 +47,11 @@ DOCUMENTS = [
 
 def convert(*arguments: object) -> int:
     return main(["text", *map(str, arguments), "--tokenizer", str(MODEL)])
+
+
+def open_text(source: Path, document: Any = "file", label_key: str = "") -> TextLayout:
+    settings = TextOptions(document, label_key=label_key)
+    return find(LAYOUTS, AUTO, source).open(source, settings)
 
 
 def blocks(folder: Path) -> Iterator[tuple[str, list[int]]]:
@@ -144,12 +150,12 @@ def test_plain_webdataset_reads_it(tmp_path: Path) -> None:
 
 def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("some words")
-    source = TextSource.open(tmp_path)
+    layout = open_text(tmp_path)
     large = {**TOKENIZER.about(), "vocab_size": (1 << 16) + 1}
-    converter = PackedText(source, MODEL, large, block=4)
+    converter = PackedText(layout, MODEL, large, block=4)
     assert converter.fields == ("u32",)
-    [table, *_] = converter.convert(list(source.samples()))
-    assert isinstance(table, Table)
+    [table, *_] = converter.convert(list(layout.samples([])))
+    assert isinstance(table, PackedMember)
     _, first, size, length = table.rows[0]
     ids = np.frombuffer(table.payload[first : first + size], "<u4")
     assert ids.tolist() == TOKENIZER.encode("some words")[:4] and length == 4
@@ -163,9 +169,13 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------- documents
 
 
-def read(source: TextSource) -> tuple[list[str], list[tuple[str, str]]]:
-    rejected: list[tuple[str, str]] = []
-    found = [text for part in source.parts() for _, text, _ in source.documents(part, rejected)]
+def read(layout: TextLayout) -> tuple[list[str], list[Rejected]]:
+    rejected: list[Rejected] = []
+    found = [
+        item.content
+        for sample in layout.samples(rejected)
+        for item in layout.read(sample, rejected)
+    ]
     return found, rejected
 
 
@@ -180,7 +190,7 @@ def read(source: TextSource) -> tuple[list[str], list[tuple[str, str]]]:
 def test_what_a_document_is(divided: Any, expected: list[str], tmp_path: Path) -> None:
     text = "one\ntwo\r\n\n \t\n three \nfour\n\n"
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    assert read(TextSource.open(tmp_path, divided)) == (expected, [])
+    assert read(open_text(tmp_path, divided)) == (expected, [])
 
 
 LINES = st.lists(st.sampled_from(["", " ", "a", "bc", "déf", "a longer line", "x\r"]), max_size=40)
@@ -196,14 +206,14 @@ def test_large_files_are_cut_between_documents(
 ) -> None:
     file = tmp_path_factory.mktemp("text") / "a.txt"
     file.write_text("\n".join(lines), newline="")
-    whole = read(TextSource.open(file, divided))
-    size, sources.STRETCH = sources.STRETCH, stretch
+    whole = read(open_text(file, divided))
+    size, reading.PART = reading.PART, stretch
     try:
-        source = TextSource.open(file, divided)
-        parts = [part for part in source.parts() if part.bytes]
-        assert read(source) == whole
+        layout = open_text(file, divided)
+        parts = [part for sample in layout.samples([]) for part in sample.inputs if part.bytes]
+        assert read(layout) == whole
     finally:
-        sources.STRETCH = size
+        reading.PART = size
     ends = [sum(part.bytes) for part in parts if part.bytes]
     starts = [part.bytes[0] for part in parts if part.bytes]
     if parts:
@@ -237,10 +247,11 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     pytest.importorskip("zstandard")
     for file in write_kinds(tmp_path, DOCUMENTS):
-        assert read(TextSource.open(file, "line")) == (DOCUMENTS, []), file.name
-    parts = list(TextSource.open(tmp_path / "g.parquet").parts())
-    assert [part.part for part in parts] == [(0, 2), (2, 4), (4, 6), (6, 7)]
-    everything, _ = read(TextSource.open(tmp_path, "line"))
+        assert read(open_text(file, "line")) == (DOCUMENTS, []), file.name
+    samples = open_text(tmp_path / "g.parquet").samples([])
+    parts = [part.part for sample in samples for part in sample.inputs]
+    assert parts == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    everything, _ = read(open_text(tmp_path, "line"))
     assert everything == 7 * DOCUMENTS
 
 
@@ -253,7 +264,7 @@ def test_a_missing_package_is_named(
     (tmp_path / name).write_bytes(b"anything")
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"{name}: .*pip install {package}"):
-        read(TextSource.open(tmp_path))
+        read(open_text(tmp_path))
 
 
 # ----------------------------------------------------------------------------------------- labels
@@ -282,7 +293,7 @@ def test_labelled(tmp_path: Path) -> None:
 def test_text_files_have_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a.txt").write_text("x")
     assert convert(tmp_path, tmp_path / "out", "--label-key", "kind") == 2
-    assert "--label-key kind: .txt has no labels" in capsys.readouterr().err
+    assert "--label-key kind: a.txt is plain text and has no labels" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------- what is wrong
@@ -339,8 +350,8 @@ def test_one_bad_document_of_many_is_below_the_limit(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.pdf", "has no file of .txt or .jsonl"),
-        ("missing", "no such folder or file"),
+        ("a.pdf", "contains no .txt, .text (also .gz, .zst), .jsonl, "),
+        ("missing", "no such file or folder"),
     ],
 )
 def test_wrong_sources(
@@ -353,7 +364,7 @@ def test_wrong_sources(
     assert message in capsys.readouterr().err
     if name == "a.pdf":
         assert convert(tmp_path / name, tmp_path.parent / "out") == 2
-        assert "is neither a folder nor a file of" in capsys.readouterr().err
+        assert "its layout is not recognised; set --layout (txt, " in capsys.readouterr().err
 
 
 def test_a_missing_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -379,15 +390,15 @@ def test_no_bytes_break_it(
         data = gzip.compress(data)
     file = tmp_path_factory.mktemp("fuzz") / name
     file.write_bytes(data)
-    source = TextSource.open(file, "line")
-    converter = PackedText(source, MODEL, TOKENIZER.about(), block=8)
-    made = list(converter.convert(list(source.samples())))
-    data = data.removeprefix(sources.BOM)
+    layout = open_text(file, "line")
+    converter = PackedText(layout, MODEL, TOKENIZER.about(), block=8)
+    made = list(converter.convert(list(layout.samples([]))))
+    data = data.removeprefix(reading.BOM)
     rejected = [item for one in made for item in one.rejected]
     found = 1 + sum(one.found for one in made)
     if name in ("a.txt", "a.jsonl"):
         assert found == max(1, sum(bool(line.strip()) for line in data.split(b"\n")))
-    rows = sum(len(one.rows) for one in made if isinstance(one, Table))
+    rows = sum(len(one.rows) for one in made if isinstance(one, PackedMember))
     assert rows or rejected or not data.strip() or name.endswith((".gz", ".zst"))
 
 
@@ -401,13 +412,13 @@ def test_damaged_parquet_never_breaks_it(tmp_path: Path) -> None:
         pa.table({"text": [f"some text {i}" for i in range(50)]}), file, row_group_size=9
     )
     whole, draw = file.read_bytes(), np.random.default_rng(0)
-    assert len(read(TextSource.open(file))[0]) == 50
+    assert len(read(open_text(file))[0]) == 50
     for _ in range(1000):
         data = bytearray(whole)
         for place in draw.integers(0, len(data), draw.integers(1, 10)):
             data[place] = draw.integers(256)
         file.write_bytes(data[: draw.integers(1, len(data))] if draw.random() < 0.2 else data)
-        found, rejected = read(TextSource.open(file))
+        found, rejected = read(open_text(file))
         assert rejected or found  # flipped counts may tell of fewer rows than there were
 
 
@@ -449,8 +460,9 @@ def test_labelled_rows_travel(tmp_path: Path) -> None:
         pa.table({"text": ["a b", "c d"], "label": ["x", "y"], "more": [1.5, 2.5]}),
         tmp_path / "a.parquet",
     )
-    source = TextSource.open(tmp_path, label_key="label")
-    made = list(LabelledText(source, MODEL, TOKENIZER.about()).convert(list(source.samples())))
+    layout = open_text(tmp_path, label_key="label")
+    converter = LabelledText(layout, MODEL, TOKENIZER.about())
+    made = list(converter.convert(list(layout.samples([]))))
     rows = [one for one in made if isinstance(one, Converted) and one.members]
     assert [json.loads(row.members[0] or b"") for row in rows] == [
         {"label": "x", "more": 1.5, "path": "a.parquet, row 0"},

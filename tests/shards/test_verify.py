@@ -95,7 +95,7 @@ def no_end(tar: Path, offset: int) -> None:
     tar.write_bytes(data.rstrip(b"\0").ljust(len(data), b"\1"))
 
 
-CHECKSUM = "sample 'KEY': the checksum of its .flac is not"
+CHECKSUM = "sample 'KEY': the checksum of its .flac differs"
 
 DAMAGE: list[tuple[Callable[[Path, int], None], list[str]]] = [
     (flip_payload, ["sha256", CHECKSUM]),
@@ -172,8 +172,8 @@ def test_content_is_really_decoded(
         ("cut", other, b"{}", frames),
     ]
     text = problems(build(tmp_path / "set", [rows]), capsys)
-    assert f"sample 'length': is {frames} long, the index says {frames + 1}" in text
-    assert "sample 'json'" in text and "sample 'list': json: is no object" in text
+    assert f"sample 'length': has length {frames}, the index says {frames + 1}" in text
+    assert "sample 'json'" in text and "sample 'list': json: is not an object" in text
     assert "sample 'cut'" in text and "sample 'good'" not in text
 
 
@@ -190,9 +190,9 @@ def test_keys_used_twice(
     flac: tuple[bytes, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = ("a", flac[0], b"{}", flac[1])
-    twice = "sample 'a': its key is also that of 'a' in speech-000000"
+    twice = "sample 'a' has the same key as 'a' in speech-000000"
     text = problems(build(tmp_path / "one", [[row, row]]), capsys)
-    assert f"speech-000000: {twice}" in text and "the members of 'a' do not lie together" in text
+    assert f"speech-000000: {twice}" in text and "the members of 'a' are not adjacent" in text
     assert f"speech-000001: {twice}" in problems(build(tmp_path / "two", [[row], [row]]), capsys)
 
 
@@ -203,10 +203,10 @@ def test_equal_content_is_a_note(
     assert main(["verify", str(build(tmp_path / "set", [rows[:2], rows[2:]])), "-j1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == (
-        "note: speech-000000: sample 'k01': its content is also that of 'k00' in speech-000000"
+        "note: speech-000000: sample 'k01' has the same content as 'k00' in speech-000000"
     )
     assert "note: speech-000001: sample 'k02'" in lines[1]
-    assert lines[-2] == "note: and 9 more samples of which its content is that of another"
+    assert lines[-2] == "note: and 9 more samples with the content of another sample"
     assert lines[-1].endswith("no problems")
 
 
@@ -220,7 +220,7 @@ def test_members_apart(
         writer.write({"__key__": "a", "flac": flac[0]})
         writer.write({"__key__": "b", "flac": flac[0], "json": b"{}"})
         writer.write({"__key__": "a", "json": b"{}"})
-    assert "the members of 'a' do not lie together" in problems(folder, capsys)
+    assert "the members of 'a' are not adjacent" in problems(folder, capsys)
 
 
 def test_index_of_another_shard(
@@ -229,7 +229,7 @@ def test_index_of_another_shard(
     folder = shutil.copytree(sound, tmp_path / "set")
     shutil.copy(folder / "speech-000000.idx", folder / "speech-000001.idx")
     text = problems(folder, capsys)
-    assert "its index and index.json disagree" in text and "lies" in text
+    assert "its index and index.json differ" in text and "the index expects" in text
     assert "more problems" in text, "the list of a shard is cut"
 
 
@@ -328,4 +328,4 @@ def test_stats_of_long_columns_and_damage(
     assert main(["stats", str(build(tmp_path / "set", [rows]))]) == 0
     assert "distinct values  more than 50" in capsys.readouterr().out
     assert main(["stats", str(build(tmp_path / "bad", [[("a", data, b"{", frames)]]))]) == 2
-    assert "sample 'a': its json is damaged" in capsys.readouterr().err
+    assert "sample 'a': its .json is damaged" in capsys.readouterr().err

@@ -16,7 +16,7 @@ import pytest
 from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE
 from shards import samples
 from shards.cli import main
-from shards.workers import AHEAD, MANY, Workers
+from shards.workers import AHEAD, MANY, WorkerPool
 from tests import ROOT
 
 SPEECH = samples.path("speech")
@@ -92,7 +92,7 @@ def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     _, error = process.communicate(timeout=20)
     assert process.returncode == 130
-    assert error == "d2v-shards: interrupted; the same command goes on from here\n"
+    assert error == "d2v-shards: interrupted; run the same command to resume\n"
     wait_for_end(workers)
 
 
@@ -138,7 +138,7 @@ def test_jobs_are_taken_as_they_are_needed(processes: int) -> None:
             taken.append(i)
             yield -i
 
-    with Workers(processes) as workers:
+    with WorkerPool(processes) as workers:
         results = workers.run(abs, jobs(), 1000)
         for done in range(1, 20):
             next(results)
@@ -149,7 +149,7 @@ def test_jobs_are_taken_as_they_are_needed(processes: int) -> None:
 @needs_proc
 def test_processes_start_while_many_inputs_are_read() -> None:
     before = children(os.getpid())
-    with Workers(2) as workers:
+    with WorkerPool(2) as workers:
         items = workers.start_in_time(range(2 * MANY), "colorsys")
         assert [next(items) for _ in range(MANY - 1)] == list(range(MANY - 1))
         assert children(os.getpid()) == before, "few inputs are not worth it"
@@ -160,7 +160,7 @@ def test_processes_start_while_many_inputs_are_read() -> None:
         assert sorted(workers.run(abs, [-1, -2, -3], 3)) == [1, 2, 3]
         assert started <= set(children(os.getpid())), "these are used"
         assert any("colorsys" in names for names in workers.run(loaded, [0.1] * 8, 8))
-    with Workers(1) as workers:
+    with WorkerPool(1) as workers:
         assert len(list(workers.start_in_time(range(2 * MANY), "colorsys"))) == 2 * MANY
         assert [*workers.run(abs, [-1, -2], 2)] == [1, 2]
     wait_for_end([pid for pid in started if alive(pid) and "tracker" not in command_of(pid)])

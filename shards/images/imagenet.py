@@ -1,0 +1,83 @@
+"""ImageNet: ILSVRC2012_img_train.tar, which contains one tar per class (https://image-net.org), a
+folder with these tars, or one of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from d2v_ds.data.tar_scan import Member
+from shards.family import Input, Rejected, Sample
+from shards.images.layout import EXTENSIONS, ImageLayout, ImageOptions
+from shards.images.tars import first_tar, not_empty, tars_of
+from shards.keys import make_key
+from shards.tars import sound_members
+from shards.walking import extension_of
+
+
+def is_imagenet(tar: Path) -> bool:
+    """Whether a tar contains tars, or images whose names begin with its own (n01440764.tar)."""
+    with tar.open("rb") as file:
+        first = next(sound_members(file, tar.name, []), None)
+    if first is None:
+        return False
+    return first.name.endswith(".tar") or os.path.basename(first.name).startswith(f"{tar.stem}_")
+
+
+@dataclass(frozen=True)
+class ImageNet(ImageLayout):
+    name = "imagenet"
+    help = "ImageNet: a tar of tars or a folder of tars; class = name of the inner tar"
+
+    nested: bool = False
+    """Whether SOURCE is a tar of tars."""
+
+    @classmethod
+    def recognises(cls, source: Path) -> bool:
+        tar = first_tar(source)
+        return tar is not None and is_imagenet(tar)
+
+    @classmethod
+    def open(cls, source: Path, options: ImageOptions) -> ImageNet:
+        layout = super().open(source, options)
+        tars = tars_of(source)
+        inner = _inner_tars(source, []) if source.is_file() else []
+        if inner:
+            names = sorted(Path(member.name).stem for member in inner)
+            return replace(layout, classes=tuple(names), nested=True)
+        return replace(layout, classes=tuple(tar.stem for tar in tars))
+
+    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+        found = self._nested(rejected) if self.nested else self._separate(rejected)
+        yield from not_empty(found, self.source)
+
+    def _nested(self, rejected: list[Rejected]) -> Iterator[Sample]:
+        inner = _inner_tars(self.source, rejected)
+        with self.source.open("rb") as file:
+            for tar in inner:
+                name = f"{self.source.name}, {tar.name}"
+                end = tar.offset + tar.size
+                members = sound_members(file, name, rejected, tar.offset, end)
+                yield from _class_samples(self.source.name, Path(tar.name).stem, members)
+
+    def _separate(self, rejected: list[Rejected]) -> Iterator[Sample]:
+        for tar in tars_of(self.source):
+            with tar.open("rb") as file:
+                members = sound_members(file, tar.name, rejected)
+                yield from _class_samples(tar.name, tar.stem, members)
+
+
+def _inner_tars(source: Path, rejected: list[Rejected]) -> list[Member]:
+    with source.open("rb") as file:
+        members = sound_members(file, source.name, rejected)
+        return [member for member in members if member.name.endswith(".tar")]
+
+
+def _class_samples(path: str, label: str, members: Iterable[Member]) -> Iterator[Sample]:
+    for member in members:
+        if extension_of(member.name) in EXTENSIONS:
+            stem = os.path.splitext(member.name)[0]
+            inputs = (Input(path, (member.offset, member.size)),)
+            yield Sample(make_key(f"{label}/{stem}"), inputs, {"label": label}, member.size)

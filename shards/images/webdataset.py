@@ -1,0 +1,85 @@
+"""Third-party WebDataset tars: KEY.jpg, .png or .webp with KEY.cls, KEY.json, KEY.txt
+(https://github.com/webdataset/webdataset)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from d2v_ds.data import tar_scan
+from shards.family import Input, Item, Rejected, Sample
+from shards.images.imagenet import is_imagenet
+from shards.images.layout import EXTENSIONS, ImageLayout
+from shards.images.tars import first_tar, not_empty, tars_of
+from shards.keys import make_key
+from shards.layout import reason_of
+from shards.tars import sound_members
+
+ASIDE = "aside"  # column of a plan: fields of the inputs after the image, "cls", "json" or "txt"
+
+
+class WebDataset(ImageLayout):
+    name = "webdataset"
+    help = "third-party WebDataset tars with KEY.jpg, KEY.cls, KEY.json, KEY.txt; class = .cls"
+
+    @classmethod
+    def recognises(cls, source: Path) -> bool:
+        tar = first_tar(source)
+        return tar is not None and not is_imagenet(tar)
+
+    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+        yield from not_empty(self._samples(rejected), self.source)
+
+    def _samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+        for tar in tars_of(self.source):
+            with tar.open("rb") as file:
+                yield from _grouped(file, tar.name, rejected)
+
+    def read(self, sample: Sample, rejected: list[Rejected]) -> Iterator[Item[bytes]]:
+        """The image, with the columns that the other members of the sample hold."""
+        image, *aside = sample.inputs
+        columns = dict(sample.columns)
+        kinds = columns.pop(ASIDE, "").split()
+        try:
+            for kind, item in zip(kinds, aside, strict=True):
+                columns |= _columns(kind, self.payload(item))
+            content = self.payload(image)
+        except (ValueError, OSError) as error:
+            rejected.append((str(image), reason_of(error)))
+            return
+        yield Item(sample.key, str(image), content, columns)
+
+
+def _grouped(file: BinaryIO, name: str, rejected: list[Rejected]) -> Iterator[Sample]:
+    for key, members in tar_scan.samples(sound_members(file, name, rejected)):
+        images = [kind for kind in members if f".{kind}" in EXTENSIONS]
+        if len(images) != 1:
+            reason = f"has {len(images)} images, expected one ({', '.join(members)})"
+            rejected.append((f"{name}, sample {key}", reason))
+            continue
+        aside = [kind for kind in ("json", "txt", "cls") if kind in members]
+        found = [members[kind] for kind in (images[0], *aside)]
+        inputs = tuple(Input(name, (member.offset, member.size)) for member in found)
+        columns = {ASIDE: " ".join(aside)} if aside else {}
+        yield Sample(make_key(key), inputs, columns, sum(member.size for member in found))
+
+
+def _columns(kind: str, data: bytes) -> dict[str, Any]:
+    """The columns that a .cls, .txt or .json member holds. Raises ValueError."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"its .{kind} is not UTF-8 ({error.reason})") from None
+    if kind == "cls":
+        return {"label": text.strip()}
+    if kind == "txt":
+        return {"text": text}
+    try:
+        columns = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its .json is damaged ({error})") from None
+    if not isinstance(columns, dict):
+        raise ValueError("its .json is no object")
+    return columns

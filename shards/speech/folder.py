@@ -1,0 +1,28 @@
+"""A folder tree of recordings: the key of a sample is its path."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from shards.family import Input, Rejected, Sample
+from shards.keys import make_key
+from shards.speech.layout import AUDIO, SpeechLayout
+from shards.walking import extension_of, walk, wanted
+
+
+class Folder(SpeechLayout):
+    name = "folder"
+    help = f"folder tree of {', '.join(AUDIO)} files"
+    takes = "folder"
+
+    @classmethod
+    def recognises(cls, source: Path) -> bool:
+        return source.is_dir()
+
+    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+        kinds = f"{', '.join(AUDIO[:-1])} or {AUDIO[-1]}"
+        files = wanted(self.root, walk(self.root), lambda n: extension_of(n) in AUDIO, kinds)
+        for path, _, size in files:
+            yield Sample(make_key(os.path.splitext(path)[0]), (Input(path),), {}, size)

@@ -1,0 +1,50 @@
+"""A folder tree with files of any text format, recognised by their extensions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from shards.family import Item, Rejected, Sample
+from shards.text.layout import TextFormat, TextLayout, TextOptions, walk
+from shards.walking import wanted
+
+
+@dataclass(frozen=True)
+class Folder(TextLayout):
+    name = "folder"
+    help = "folder tree with files of the formats above, also mixed"
+    takes = "folder"
+
+    formats: tuple[TextFormat, ...] = ()
+    """Every TextFormat in the table of the family, opened."""
+
+    @classmethod
+    def recognises(cls, source: Path) -> bool:
+        return source.is_dir()
+
+    @classmethod
+    def open(cls, source: Path, options: TextOptions) -> Folder:
+        from shards.text import LAYOUTS
+
+        formats = [
+            layout.open(source, options) for layout in LAYOUTS if issubclass(layout, TextFormat)
+        ]
+        return replace(super().open(source, options), formats=tuple(formats))
+
+    def _format(self, name: str) -> TextFormat | None:
+        return next((one for one in self.formats if one.has_name(name)), None)
+
+    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+        kinds = ", ".join(one.kinds() for one in self.formats)
+        files = wanted(self.root, walk(self.root), lambda n: self._format(n) is not None, kinds)
+        for path, name, _ in files:
+            found = self._format(name)
+            assert found
+            yield from found.samples_of(path)
+
+    def read(self, sample: Sample, rejected: list[Rejected]) -> Iterator[Item[str]]:
+        found = self._format(sample.inputs[0].path)
+        assert found
+        yield from found.read(sample, rejected)

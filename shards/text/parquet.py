@@ -1,0 +1,36 @@
+"""Parquet: one row per document. A part is a row group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from d2v_ds.errors import suggestion
+from shards import parquet
+from shards.family import Input, Rejected
+from shards.text.layout import Document, TextFormat, from_row
+
+
+class Parquet(TextFormat):
+    name = "parquet"
+    help = "Parquet, one document per row"
+    extensions = (parquet.EXTENSION,)
+
+    def parts(self, file: str) -> Iterator[tuple[Input, int]]:
+        return parquet.row_groups(self.root, file)
+
+    def documents(self, part: Input, rejected: list[Rejected]) -> Iterator[Document]:
+        table = parquet.open_table(self.root / part.path)
+        names = table.schema_arrow.names
+        text_key, label_key = self.options.text_key, self.options.label_key
+        for key in filter(None, (text_key, label_key)):
+            if key not in names:
+                raise ValueError(f"has no column {key!r}{suggestion(key, names)}")
+        columns = names if label_key else [text_key]
+        for number, row in parquet.rows(table, part, columns):
+            name = f"{part.path}, row {number}"
+            try:
+                text, about = from_row(row, self.options)
+            except ValueError as error:
+                rejected.append((name, str(error)))
+            else:
+                yield name, text, about

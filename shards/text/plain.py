@@ -1,0 +1,39 @@
+"""Plain text. --document says whether a document is a line, a paragraph or a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from d2v_ds.errors import UserError
+from shards.family import Sample
+from shards.text import reading
+from shards.text.lines import LineFormat, Pieces
+
+PIECES: dict[str, Pieces] = {
+    "line": reading.lines,
+    "blank-line": reading.paragraphs,
+    "file": reading.whole,
+}
+
+
+class PlainText(LineFormat):
+    name = "txt"
+    help = "plain text, .txt or .text (also .gz, .zst); documents as --document says"
+    extensions = (".txt", ".text")
+    compressed = True
+
+    @property
+    def pieces(self) -> Pieces:
+        return PIECES[self.options.document]
+
+    def samples_of(self, file: str) -> Iterator[Sample]:
+        if self.options.label_key:
+            raise UserError(
+                f"--label-key {self.options.label_key}: {file} is plain text and has no labels; "
+                "use .jsonl or .parquet"
+            )
+        return super().samples_of(file)
+
+    def document(self, text: str) -> tuple[str, dict[str, Any]]:
+        return text, {}
