@@ -1,9 +1,9 @@
-"""The named runs: each a function that returns a complete configuration as plain settings.
+"""The recipes: functions that return a complete configuration as plain mappings.
 
-Plain mappings, so that listing or loading a recipe imports no torch; `d2v-ds show NAME` prints one
-with everything derived. Sources of the numbers are cited beside them: "fairseq" is
-facebookresearch/fairseq at 3d262bb, examples/data2vec/config; data2vec_vision is
-facebookresearch/data2vec_vision at af9a363; "the paper" states what no file does.
+Listing or loading a recipe imports no torch. `d2v-ds show NAME` prints the resolved configuration.
+Comments cite the source of the numbers: "fairseq" is facebookresearch/fairseq at 3d262bb,
+examples/data2vec/config; "data2vec_vision" is facebookresearch/data2vec_vision at af9a363; "the
+paper" is cited for numbers that are in no file.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ RECIPES: dict[str, Callable[[], dict[str, Any]]] = {f.__name__: f for f in FUNCT
 
 
 def load(source: str, overrides: list[str]) -> Config:
-    """The configuration of a recipe's name or a YAML file, with `key=value` overrides applied.
-    Raises UserError."""
+    """The configuration of a recipe or a YAML file with `key.path=value` overrides applied. Raises
+    UserError."""
     if source in RECIPES:
         raw = RECIPES[source]()
         raw.setdefault("run", {}).setdefault("name", source)
@@ -54,21 +54,22 @@ def load(source: str, overrides: list[str]) -> Config:
         raw = load_yaml(Path(source))
     else:
         raise UserError(
-            f"{source!r}: no such recipe{suggestion(source, RECIPES)}; a file ends with .yaml"
+            f"{source!r}: no such recipe{suggestion(source, RECIPES)}. The name of a file ends "
+            "with .yaml or .yml."
         )
-    # A recipe's and a file's own settings give way to compat=fairseq where it is asked for here;
-    # other overrides stand.
+    # compat=fairseq as an override replaces settings of the recipe or file. Other overrides win
+    # over it.
     asked = [o for o in overrides if o.partition("=")[0] == "compat"]
     apply_compat(apply_overrides(raw, asked), over=bool(asked))
     return decode(Config, without_dropped(apply_overrides(raw, overrides)))
 
 
 def without_dropped(raw: dict[str, Any]) -> dict[str, Any]:
-    """The settings without those of modalities that are null (modality.text=null), so that a joint
-    recipe trains fewer."""
+    """The settings without modalities that are null. modality.text=null removes text from a joint
+    recipe."""
     modalities = raw.get("modality")
     if not isinstance(modalities, dict):
-        return raw  # an error that decoding tells
+        return raw  # decoding reports the error
     dropped = [name for name, settings in modalities.items() if settings is None]
     sections = (modalities, *(raw.get(a, {}).get(b) for a, b in BY_MODALITY))
     for section in sections:
@@ -78,6 +79,7 @@ def without_dropped(raw: dict[str, Any]) -> dict[str, Any]:
     return raw
 
 
+# Settings whose keys are modalities or sources.
 BY_MODALITY = (("data", "shards"), ("data", "weights"), ("batch", "size"))
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 
 def speech_base() -> dict[str, Any]:
-    """data2vec 2.0 base on LibriSpeech 960 h: 94 M parameters, 500 s of audio a step."""
-    # fairseq v2/base_audio_only_task.yaml, but for what a comment names
+    """data2vec 2.0 base on LibriSpeech 960 h: 94 M parameters, 500 s of audio per step."""
+    # fairseq v2/base_audio_only_task.yaml, unless a comment states otherwise
     return {
         "run": {"steps": 400_000},
         "batch": {"size": 500.0, "micro_batches": 8},  # 8 GPUs x 1.0 M samples of 16 kHz
@@ -51,8 +51,8 @@ def speech_base() -> dict[str, Any]:
 
 
 def speech_large() -> dict[str, Any]:
-    """data2vec 2.0 large on Libri-light 60 kh: 315 M parameters, 960 s of audio a step."""
-    raw = speech_base()  # fairseq v2/large_audio_only_task.yaml: what differs from base
+    """data2vec 2.0 large on Libri-light 60 kh: 315 M parameters, 960 s of audio per step."""
+    raw = speech_base()  # fairseq v2/large_audio_only_task.yaml: the differences from base
     raw["run"]["steps"] = 600_000
     raw["batch"] = {"size": 960.0, "micro_batches": 48}  # 48 GPUs x 320 k samples of 16 kHz
     raw["model"] |= {"dim": 1024, "depth": 16, "heads": 16, "layer_drop": 0.0}
@@ -67,9 +67,9 @@ def speech_large() -> dict[str, Any]:
 
 
 def speech_tiny() -> dict[str, Any]:
-    """data2vec 2.0 for a laptop: 1 M parameters, learns on a CPU in about two minutes."""
-    # Not published anywhere: found by experiments on the Free Spoken Digit Dataset. Three things
-    # decide: the decoder begins at zero, the positions see much less than a crop, and eight views.
+    """data2vec 2.0 for a laptop: 1 M parameters, trains in about two minutes on a CPU."""
+    # Not published: tuned on the Free Spoken Digit Dataset. Three settings matter most: a decoder
+    # initialised with zeros, positions that see much less than a crop, and eight views.
     return {
         "run": {"steps": 400},
         "data": {"workers": 1},
@@ -87,7 +87,7 @@ def speech_tiny() -> dict[str, Any]:
             "speech": {
                 "views": 8,
                 "shared": ["features"],
-                "crop_seconds": 2.005,  # 100 frames: at 50, one seed in three collapsed on the way
+                "crop_seconds": 2.005,  # 100 frames; with 50, one of three seeds collapsed
                 "min_seconds": 0.5,
                 "convs": [[32, 10, 5], [32, 3, 2], [64, 3, 2], [64, 3, 2], [128, 3, 2]]
                 + [[128, 2, 2]] * 2,
@@ -120,8 +120,8 @@ def speech_tiny() -> dict[str, Any]:
 
 
 def speech_base_v1() -> dict[str, Any]:
-    """data2vec 1.0 base on LibriSpeech 960 h: 94 M parameters, 63 minutes of audio a step."""
-    # fairseq audio/pretraining/base_librispeech.yaml, but for what a comment names
+    """data2vec 1.0 base on LibriSpeech 960 h: 94 M parameters, 63 minutes of audio per step."""
+    # fairseq audio/pretraining/base_librispeech.yaml, unless a comment states otherwise
     raw = speech_base()
     raw["batch"] = {"size": 3800.0, "micro_batches": 16}  # 16 GPUs x 3.8 M samples of 16 kHz
     speech = raw["modality"]["speech"]
@@ -129,7 +129,7 @@ def speech_base_v1() -> dict[str, Any]:
     speech |= {
         "views": 1,
         "masked": "replaced",
-        # ema_layers_only: true; in the published checkpoint the positions are averaged as well
+        # ema_layers_only: true; the published checkpoint averages the positions as well
         "shared": ["features", "positions"],
         "alibi": False,
         "mask": {"kind": "spans", "prob": 0.65, "length": 10},
@@ -142,7 +142,7 @@ def speech_base_v1() -> dict[str, Any]:
 
 def speech_tiny_v1() -> dict[str, Any]:
     """data2vec 1.0 for a laptop: 1 M parameters."""
-    # Not published anywhere: speech_base_v1 in the size of speech_tiny.
+    # Not published: speech_base_v1 at the size of speech_tiny.
     raw = speech_tiny()
     speech = raw["modality"]["speech"]
     del speech["decoder"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-# GPT-2's byte-pair vocabulary as fairseq has it: <s> 0, <pad> 1, </s> 2, <unk> 3, <mask> last
+# GPT-2's byte-pair vocabulary in fairseq's order: <s> 0, <pad> 1, </s> 2, <unk> 3, <mask> last
 VOCABULARY = {"vocab_size": 50_265, "pad_id": 1, "mask_id": 50_264, "specials": 4}
 
 
 def text_base() -> dict[str, Any]:
-    """data2vec 2.0 base on books and Wikipedia: 153 M parameters, 32,768 tokens a step."""
-    # fairseq v2/base_text_only_task.yaml, but for what a comment names
+    """data2vec 2.0 base on books and Wikipedia: 153 M parameters, 32,768 tokens per step."""
+    # fairseq v2/base_text_only_task.yaml, unless a comment states otherwise
     return {
         "run": {"steps": 1_000_000},
         "batch": {"size": 32_768.0, "micro_batches": 16},  # 16 GPUs x 4 blocks of 512
@@ -61,8 +61,8 @@ def text_base() -> dict[str, Any]:
 
 
 def text_large() -> dict[str, Any]:
-    """data2vec 2.0 large on books and Wikipedia: 385 M parameters, 32,768 tokens a step."""
-    raw = text_base()  # fairseq v2/large_text_only_task.yaml: what differs from base
+    """data2vec 2.0 large on books and Wikipedia: 385 M parameters, 32,768 tokens per step."""
+    raw = text_base()  # fairseq v2/large_text_only_task.yaml: the differences from base
     raw["run"]["steps"] = 600_000
     raw["batch"]["micro_batches"] = 32  # 32 GPUs x 2 blocks of 512
     raw["model"] |= {"dim": 1024, "depth": 24, "heads": 16}
@@ -74,9 +74,9 @@ def text_large() -> dict[str, Any]:
 
 def text_tiny() -> dict[str, Any]:
     """data2vec 2.0 for a laptop: 1.4 M parameters, blocks of 128 tokens of a small vocabulary."""
-    # Not published anywhere: text_base in the size of the other tiny recipes. Two things keep its
-    # targets from telling the places and nothing else: positions that begin at almost nothing, and
-    # embeddings of the teacher's own. A slower teacher (.999) at half the rate learned less.
+    # Not published: text_base at the size of the other tiny recipes. Two settings keep the targets
+    # from encoding only positions: a small position_std, and embeddings that the teacher averages.
+    # A slower teacher (0.999) at half the learning rate learned less.
     raw = text_base()
     raw["run"]["steps"] = 400
     raw["data"] = {"workers": 1}
@@ -95,9 +95,9 @@ def text_tiny() -> dict[str, Any]:
 
 
 def text_base_v1() -> dict[str, Any]:
-    """data2vec 1.0 base on books and Wikipedia: 126 M parameters, 131,072 tokens a step."""
-    # fairseq text/pretraining/base.yaml, but for what a comment names. The paper anneals the
-    # teacher over 100,000 steps, and has a row with 15 % of single tokens, 80/10/10:
+    """data2vec 1.0 base on books and Wikipedia: 126 M parameters, 131,072 tokens per step."""
+    # fairseq text/pretraining/base.yaml, unless a comment states otherwise. The paper anneals the
+    # teacher over 100,000 steps, and has a variant that masks 15 % single tokens, 80/10/10:
     # mask={prob: 0.15, length: 1, random_prob: 0.1, keep_prob: 0.1}.
     raw = text_base()
     raw["batch"] = {"size": 131_072.0, "micro_batches": 16}  # 16 GPUs x 8,192 tokens
@@ -123,8 +123,8 @@ def text_base_v1() -> dict[str, Any]:
 
 def text_tiny_v1() -> dict[str, Any]:
     """data2vec 1.0 for a laptop: 1.4 M parameters, blocks of 128 tokens of a small vocabulary."""
-    # Not published anywhere: text_base_v1 in the size of text_tiny, but for single masked tokens
-    # and targets normalised over the block: their effective rank ends at 34, not at 6.
+    # Not published: text_base_v1 at the size of text_tiny, except for single masked tokens and
+    # targets normalised over the block. Their effective rank is then 34 at the end instead of 6.
     raw, published = text_tiny(), text_base_v1()
     text = published["modality"]["text"]
     text |= {"vocab_size": 4096, "mask_id": 4095, "max_tokens": 128, "dropout": 0.0}

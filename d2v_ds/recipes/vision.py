@@ -6,9 +6,9 @@ from typing import Any
 
 
 def vision_base() -> dict[str, Any]:
-    """data2vec 2.0 ViT-B/16 on ImageNet-1k: 88 M parameters, 256 images a step."""
-    # fairseq v2/base_images_only_task.yaml, but for what a comment names. Epochs: 75 of ImageNet's
-    # 1.28 M images; the paper's 150 are this number of steps with 512 images.
+    """data2vec 2.0 ViT-B/16 on ImageNet-1k: 88 M parameters, 256 images per step."""
+    # fairseq v2/base_images_only_task.yaml, unless a comment states otherwise. The steps are 75
+    # epochs of ImageNet's 1.28 M images; the paper's 150 epochs are as many steps with 512 images.
     return {
         "run": {"steps": 375_300},
         "batch": {"size": 256.0, "micro_batches": 16},  # 16 GPUs x 16 images
@@ -38,7 +38,7 @@ def vision_base() -> dict[str, Any]:
                 "mask": {"prob": 0.8, "length": 3, "adjust": 0.07, "inverse": True},
                 "decoder": {"dim": 768, "depth": 6, "kernel": 3, "groups": 16, "dropout": 0.0},
                 "cls_weight": 0.01,
-                "cls_views": 256,  # 16 images x 16 views: what that sum ran over on a GPU
+                "cls_views": 256,  # 16 images x 16 views per GPU
             }
         },
         "teacher": {"decay": 0.9998, "decay_end": 0.99999, "anneal_steps": 100_000},
@@ -55,8 +55,8 @@ def vision_base() -> dict[str, Any]:
 
 
 def vision_large() -> dict[str, Any]:
-    """data2vec 2.0 ViT-L/16 on ImageNet-1k: 309 M parameters, 128 images a step."""
-    raw = vision_base()  # fairseq v2/large_images_only_task.yaml: what differs from base
+    """data2vec 2.0 ViT-L/16 on ImageNet-1k: 309 M parameters, 128 images per step."""
+    raw = vision_base()  # fairseq v2/large_images_only_task.yaml: the differences from base
     raw["batch"] = {"size": 128.0, "micro_batches": 16}  # 16 GPUs x 8 images
     raw["model"] |= {"dim": 1024, "depth": 24, "heads": 16}
     raw["target"]["top_k"] = 18
@@ -70,8 +70,8 @@ def vision_large() -> dict[str, Any]:
 
 
 def vision_huge16() -> dict[str, Any]:
-    """data2vec 2.0 ViT-H/16 on ImageNet-1k: 637 M parameters, 128 images a step."""
-    raw = vision_large()  # fairseq v2/huge_images_only_task.yaml: what differs from large
+    """data2vec 2.0 ViT-H/16 on ImageNet-1k: 637 M parameters, 128 images per step."""
+    raw = vision_large()  # fairseq v2/huge_images_only_task.yaml: the differences from large
     raw["model"] |= {"dim": 1280, "depth": 32}
     raw["target"]["top_k"] = 24
     raw["teacher"]["decay_end"] = 0.99995
@@ -79,8 +79,8 @@ def vision_huge16() -> dict[str, Any]:
 
 
 def vision_huge() -> dict[str, Any]:
-    """data2vec 2.0 ViT-H/14 on ImageNet-1k: 637 M parameters, 256 images a step."""
-    raw = vision_huge16()  # fairseq v2/huge_images14_only_task.yaml: what differs from huge16
+    """data2vec 2.0 ViT-H/14 on ImageNet-1k: 637 M parameters, 256 images per step."""
+    raw = vision_huge16()  # fairseq v2/huge_images14_only_task.yaml: the differences from huge16
     raw["run"]["steps"] = 500_000
     raw["batch"] = {"size": 256.0, "micro_batches": 32}  # 32 GPUs x 8 images
     raw["modality"]["vision"]["patch_size"] = 14
@@ -89,8 +89,8 @@ def vision_huge() -> dict[str, Any]:
 
 
 def vision_tiny() -> dict[str, Any]:
-    """data2vec 2.0 for a laptop: 0.8 M parameters on 32-pixel images, two minutes on a CPU."""
-    # Not published anywhere: found by experiments on CIFAR-10.
+    """data2vec 2.0 for a laptop: 0.8 M parameters on 32-pixel images, trains in two minutes on a CPU."""
+    # Not published: tuned on CIFAR-10.
     return {
         "run": {"steps": 450},
         "data": {"workers": 1},
@@ -138,9 +138,9 @@ def vision_tiny() -> dict[str, Any]:
 
 
 def vision_base_v1() -> dict[str, Any]:
-    """data2vec 1.0 ViT-B/16 on ImageNet-1k: 86 M parameters, 2,048 images a step."""
-    # data2vec_vision beit/README.md and the defaults of beit/run_cyclical.py, but for what a
-    # comment names. The paper warms up for 40 epochs and drops paths with 0.2.
+    """data2vec 1.0 ViT-B/16 on ImageNet-1k: 86 M parameters, 2,048 images per step."""
+    # data2vec_vision beit/README.md and the defaults of beit/run_cyclical.py, unless a comment
+    # states otherwise. The paper has 40 epochs of warm-up and drop_path 0.2.
     return {
         "run": {"steps": 500_000},  # 800 epochs of 625
         "batch": {"size": 2048.0, "micro_batches": 16},  # 16 GPUs x 128 images
@@ -158,7 +158,7 @@ def vision_base_v1() -> dict[str, Any]:
             "drop_path": 0.25,
             "init": "beit",
         },
-        # --layer_results end; layer norm of each layer is the default, --post_target_layer_norm
+        # --layer_results end, --post_target_layer_norm; layer norm of each layer is the default
         "target": {"top_k": 6, "layer_norm": "layer", "final_norm": "layer", "source": "block"},
         "modality": {
             "vision": {
@@ -194,10 +194,10 @@ def vision_base_v1() -> dict[str, Any]:
 
 
 def vision_large_v1() -> dict[str, Any]:
-    """data2vec 1.0 ViT-L/16 on ImageNet-1k: 304 M parameters, 4,096 images a step."""
-    # data2vec_vision beit/README.md: what differs from base. The first of two runs: the second
-    # starts from its student, with warm-up 40 epochs (12,480 steps) and decay 0.9999. The paper
-    # takes batches of 8,192.
+    """data2vec 1.0 ViT-L/16 on ImageNet-1k: 304 M parameters, 4,096 images per step."""
+    # data2vec_vision beit/README.md: the differences from base. This is the first of two runs. The
+    # second starts from the student of the first, with 40 epochs of warm-up (12,480 steps) and
+    # decay 0.9999. The paper has batches of 8,192.
     raw = vision_base_v1()
     raw["run"]["steps"] = 249_600  # 800 epochs of 312
     raw["batch"] = {"size": 4096.0, "micro_batches": 64}  # 64 GPUs x 64 images
@@ -216,7 +216,7 @@ def vision_large_v1() -> dict[str, Any]:
 
 def vision_tiny_v1() -> dict[str, Any]:
     """data2vec 1.0 for a laptop: 0.8 M parameters on 32-pixel images."""
-    # Not published anywhere: vision_base_v1 in the size of vision_tiny.
+    # Not published: vision_base_v1 at the size of vision_tiny.
     raw, published = vision_tiny(), vision_base_v1()
     raw["model"] |= {
         "norm": "pre",
