@@ -1,8 +1,9 @@
-"""The named runs: the numbers of the published models, and what compat=fairseq sets."""
+"""The recipes: they load, they have the numbers of the published models, and only some have a class
+token."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from torch import nn
 
 from d2v_ds import recipes
 from d2v_ds.config import Config
+from d2v_ds.config.decoding import dump_yaml
+from d2v_ds.errors import UserError
 from d2v_ds.pretrain import Pretrain
 from tests.helpers import variants
 
-COUNTS = [  # of student, teacher and predictor, fixed positions with them
+COUNTS = [  # parameters of student, teacher and predictor, including fixed positions
     ("speech_base", 93_783_308, 88_561_932, 619_776),
     ("speech_large", 315_184_144, 308_542_480, 1_908_736),
     ("vision_base", 88_383_744, 85_797_888, 2_585_856),
@@ -33,7 +36,7 @@ def size(module: nn.Module) -> int:
 def test_parameter_counts_are_the_published_ones(
     recipe: str, student_size: int, teacher_size: int, predictor: int
 ) -> None:
-    """Counted in facebookresearch/fairseq at 3d262bb; the teacher's is what is averaged there."""
+    """Counted in facebookresearch/fairseq at 3d262bb. The teacher's are those averaged there."""
     with torch.device("meta"):
         task = Pretrain.create(recipes.load(recipe, []))
     assert size(task.student) == student_size
@@ -49,7 +52,9 @@ def test_parameter_counts_are_the_published_ones(
         ("vision_large_v1", 303_137_216),
     ],
 )
-def test_encoders_of_one_count_as_in_transformers(recipe: str, encoder: int) -> None:
+def test_encoders_of_1_0_have_as_many_parameters_as_in_transformers(
+    recipe: str, encoder: int
+) -> None:
     with torch.device("meta"):
         task = Pretrain.create(recipes.load(recipe, []))
     assert size(task.student.encoder) == encoder
@@ -83,20 +88,38 @@ def build_on_meta(config: Config) -> Pretrain:
         return Pretrain.create(config)
 
 
-# ----------------------------------------------------------------------------------- compat
+# ----------------------------------------------------------------------------------- loading
 
 
-def test_compat_sets_every_flag_and_gives_way_to_what_is_said_beside_it() -> None:
-    load: Callable[..., Config] = lambda recipe, *more: recipes.load(recipe, list(more))  # noqa: E731
-    for recipe in ("speech_base", "vision_base", "text_base", "text_base_v1"):
-        plain, faithful = load(recipe), load(recipe, "compat=fairseq")
-        assert (plain.optim.decay_all, plain.optim.adam_eps) == (False, "torch")
-        assert (faithful.optim.decay_all, faithful.optim.adam_eps) == (True, "fairseq")
-        build_on_meta(faithful)
-    assert load("speech_base", "compat=fairseq").modality["speech"]["padded_statistics"] is True
-    assert load("vision_base", "compat=fairseq").modality["vision"]["cls_views"] is None
-    text = load("text_base_v1", "compat=fairseq").modality["text"]
-    assert text["text_teacher"] == "masked" and text["padded_statistics"] is True
-    assert "text_teacher" not in load("text_base", "compat=fairseq").modality["text"]
-    kept = load("text_base_v1", "modality.text.text_teacher=whole", "compat=fairseq")
-    assert kept.modality["text"]["text_teacher"] == "whole" and kept.optim.decay_all
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_a_recipe_resolves_and_its_file_starts_the_same_run(name: str, tmp_path: Path) -> None:
+    config = Pretrain.resolve(recipes.load(name, ["data.shards=/somewhere"]))
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(config))
+    assert Pretrain.resolve(recipes.load(str(path), [])) == config
+    assert config.run.name == name and recipes.summary(name).endswith(".")
+
+
+def test_an_unknown_recipe_or_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'speech_tin': no such recipe; did you mean 'speech_tiny'"):
+        recipes.load("speech_tin", [])
+    with pytest.raises(UserError, match=r"none\.yaml: no such file"):
+        recipes.load("none.yaml", [])
+    with pytest.raises(UserError, match="runs/a: no such file"):
+        recipes.load("runs/a", [])
+
+
+def test_a_modality_can_be_removed_from_a_joint_recipe() -> None:
+    config = recipes.load("joint_tiny", ["modality.text=null", "data.shards.text=/a"])
+    assert set(config.modality) == set(config.data.weights) == {"speech", "vision"}
+    assert config.batch.size == {"speech": 8.05, "vision": 32.0} and config.data.shards == {}
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_class_tokens_are_those_of_the_published_models(name: str) -> None:
+    """Only images have a class token, and only 2.0 trains it."""
+    for modality, settings in Pretrain.resolve(recipes.load(name, [])).modality.items():
+        assert settings["extra_tokens"] == (1 if modality == "vision" else 0)
+        trained = name in ("vision_base", "vision_large", "vision_huge", "vision_huge16")
+        trained = trained or (name, modality) == ("joint_base", "vision")
+        assert settings["cls_weight"] == (0.01 if trained else 0.0)
