@@ -1,15 +1,15 @@
-"""Measures the teacher: how exact its average is, what it costs in memory and in time.
+"""Measures the teacher: how exact its moving average is, and what it costs in memory and time.
 
     python benchmarks/ema.py [--skip PART ...] [--json FILE]      prints Markdown; PART: error,
                                                                  memory, time
 
-error: how much of an average's intended movement is made in 2000 steps towards a student that
-stands still, at a relative distance of 10 %, 1 % and 0.1 %; the projection of the movement on that
-of the exact average, the least over the parameters.
-memory: bytes on a rank by ZeRO stage and ranks, in bf16, with two micro-batches a rank, at the
-most of the moments after a backward pass and after a step, against the formula of `d2v-ds show`.
-time: share that the average and its publication take of a step of one micro-batch, the least that a
-rank does in a step, for the base recipes at their own size.
+error: the share of an average's exact movement that is realised in 2000 steps towards a fixed
+student at a relative distance of 10 %, 1 % and 0.1 %: the projection of the movement on that of the
+exact average; the smallest over the parameters.
+memory: bytes per rank by ZeRO stage and number of ranks, in bf16 with two micro-batches per rank;
+the largest value after any backward pass or EMA update, against the formula of `d2v-ds show`.
+time: the share of a step that the average and its publication take, for steps of one micro-batch of
+the base recipes' own size, which is the least that a rank does per step.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ import json
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing
+from timing import Clock
 from torch import Tensor
 
 from d2v_ds import recipes, seeding
+from d2v_ds.batch import StepBatch
 from d2v_ds.config import Config, EngineSettings
 from d2v_ds.distributed import process_group
 from d2v_ds.distributed.world import World
-from d2v_ds.engine import create_engine
-from d2v_ds.engine.optimizer import param_groups
 from d2v_ds.pretrain import Pretrain
 from d2v_ds.show import LONGEST, micro_batch_samples
 from d2v_ds.show.memory import largest_batch, sizes, state_bytes
-from d2v_ds.teacher import Ema, move
-from d2v_ds.train import create_parts
+from d2v_ds.step import Observer, StepSettings, create_engine_and_ema, train_step
+from d2v_ds.teacher import move
 
 STEPS = 2000
 DECAYS = (0.999, 0.9999, 0.99999, 0.999999)
 GAPS = (0.1, 0.01, 0.001)
-SHAPES = ((256, 256), (768,), (12,))  # a matrix, a bias, one number a head
+SHAPES = ((256, 256), (768,), (12,))  # a matrix, a bias, one number per head
 RANKS = (1, 2, 4)
 
 # --------------------------------------------------------------------------------------- error
@@ -159,30 +159,27 @@ def memory_of_stage(config: Config, stage: int, rank: int, ranks: int) -> dict[s
     torch.manual_seed(0)
     task = Pretrain.create(config).train()
     modality = task.modalities["speech"]
-    tracked = task.averages()
     P, A = sizes(task)  # before ZeRO 3 hides them
-    engine = create_engine(
+    engine, ema = create_engine_and_ema(
         task,
-        param_groups(task, task.part, set(tracked.values()).__contains__, decay_all=False),
         settings=EngineSettings(config=f"zero{stage}", precision="bf16"),
         optim=config.optim,
         accumulation=2,
         device=torch.device("cpu"),
         overrides=OVERRIDES,
     )
-    ema = Ema(engine, task.teacher, tracked, "teacher.")
-    measured = 0
+    peak = Peak(before)
     for step in range(2):
         waves = torch.randn(2, 8000, generator=torch.Generator().manual_seed(step)).numpy()
-        for i, wave in enumerate(waves):
-            batch = modality.collate([wave], [seeding.generator(step, rank, i)], i)
-            loss, _ = engine(batch, 2 * ranks * batch.masked.numel())
-            engine.backward(loss)
-            del loss
-            measured = max(measured, tensor_bytes() - before)
-        assert engine.step(1e-4, 0.01, "speech")
-        ema.update(0.999, "speech")
-        measured = max(measured, tensor_bytes() - before)
+        batches = [
+            modality.collate([wave], [seeding.generator(step, rank, i)], i)
+            for i, wave in enumerate(waves)
+        ]
+        count = ranks * sum(batch.masked.numel() for batch in batches)
+        settings = StepSettings(step=step, lr=1e-4, weight_decay=0.01, decay=0.999)
+        step_batch = StepBatch("speech", batches, count, samples=2, units=1.0, cursor={})
+        assert train_step(engine, ema, step_batch, settings, seed=0, observer=peak)
+    measured = peak.bytes
     formula = state_bytes(P, A, stage, ranks, 2)
     row = {
         "stage": stage,
@@ -190,14 +187,27 @@ def memory_of_stage(config: Config, stage: int, rank: int, ranks: int) -> dict[s
         "bytes": measured,
         "formula": formula,
         "measured / formula": round(measured / formula, 3),
-        "bytes a parameter": round(measured / P, 2),
+        "bytes per parameter": round(measured / P, 2),
     }
     engine._engine.destroy()  # type: ignore[attr-defined]
     return row
 
 
+class Peak(Observer):
+    """The most bytes of tensors, beyond `before`, after any backward pass or EMA update."""
+
+    def __init__(self, before: int) -> None:
+        self.before, self.bytes = before, 0
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        yield
+        if part in ("backward", "ema"):
+            self.bytes = max(self.bytes, tensor_bytes() - self.before)
+
+
 def tensor_bytes() -> int:
-    """Of all tensors that live in this process."""
+    """The size of all tensors in this process."""
     gc.collect()
     found = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
     found += [t.grad for t in found if t.is_leaf and t.grad is not None]
@@ -212,7 +222,7 @@ BASES = ("speech_base", "vision_base", "text_base")
 
 
 def time_row(recipe: str, steps: int) -> dict[str, Any]:
-    """Steps of one micro-batch, as long as the recipe has it, of samples without content."""
+    """Steps of one micro-batch of the recipe's own size, of samples without content."""
     config = Pretrain.resolve(recipes.load(recipe, ["engine.config=local"]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -220,32 +230,26 @@ def time_row(recipe: str, steps: int) -> dict[str, Any]:
     [(name, modality)] = task.modalities.items()
     samples = micro_batch_samples(config, modality)
     batch = largest_batch(task, name, samples).to(device)
-    engine, ema = create_parts(config, task, 1, device)
-    rest, own = [], []
-    for _ in range(steps + 1):
-        start = now(device)
-        loss, _ = engine(batch, batch.masked.numel())
-        engine.backward(loss)
-        engine.step(1e-6, 0.0, name)
-        middle = now(device)
-        ema.update(0.999, name)
-        own.append(now(device) - middle)
-        rest.append(middle - start)
-    ours, whole = statistics.median(own[1:]), statistics.median(rest[1:])
+    engine, ema = create_engine_and_ema(
+        task, settings=config.engine, optim=config.optim, accumulation=1, device=device
+    )
+    step_batch = StepBatch(name, [batch], batch.masked.numel(), samples, units=1.0, cursor={})
+    wholes, shares = [], []
+    for step in range(steps + 1):
+        clock = Clock(device)
+        settings = StepSettings(step=step, lr=1e-6, weight_decay=0.0, decay=0.999)
+        train_step(engine, ema, step_batch, settings, seed=0, observer=clock)
+        wholes.append(sum(clock.seconds.values()))
+        shares.append(clock.seconds["ema"])
+    whole, ours = statistics.median(wholes[1:]), statistics.median(shares[1:])
     return {
         "recipe": recipe,
         "device": f"{device.type}, {torch.get_num_threads()} threads",
-        "micro-batch": f"{samples * modality.cost(LONGEST):g} {modality.unit}",
-        "step, s": round(ours + whole, 2),
-        "average and publication, s": round(ours, 3),
-        "share": f"{ours / (ours + whole):.2%}",
+        "micro-batch": f"{samples * modality.cost(LONGEST):g} {modality.batch_unit}",
+        "step, s": round(whole, 2),
+        "EMA and publication, s": round(ours, 3),
+        "share": f"{ours / whole:.2%}",
     }
-
-
-def now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 # -------------------------------------------------------------------------------------- report
@@ -262,7 +266,7 @@ def main() -> None:
     parser.add_argument("--skip", nargs="*", default=[], choices=["error", "memory", "time"])
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--recipes", nargs="*", default=BASES, help="timed")
-    parser.add_argument("--steps", type=int, default=3, help="timed, after one that is not")
+    parser.add_argument("--steps", type=int, default=3, help="timed, after a warm-up")
     arguments = parser.parse_args()
     results: dict[str, Any] = {}
     if "error" not in arguments.skip:

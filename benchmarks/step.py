@@ -4,7 +4,7 @@
 
 Real audio (the embedded corpus, joined into long utterances), one rank, any engine that one rank
 can run (engine.config=local by default). Seconds are medians over the steps after one warm-up.
-`share` is each part's share of the step. `matmul_gflops`, measured around every step, tells how
+`share` is each part's share of the step. `matmul_gflops`, measured before every step, shows how
 fast the machine was, so that runs on a busy machine can be compared as ratios.
 """
 
@@ -14,13 +14,12 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
-from collections import defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import Clock, matmul_gflops
+from torch import Tensor
 
 from d2v_ds import recipes
 from d2v_ds.config import Config
@@ -28,63 +27,44 @@ from d2v_ds.distributed import process_group
 from d2v_ds.distributed.world import World
 from d2v_ds.pretrain import Pretrain
 from d2v_ds.run.watchdog import Watchdog
-from d2v_ds.seeding import seed_torch
-from d2v_ds.train import TrainState, create_mixture, create_parts
+from d2v_ds.start import TrainState, create_mixture
+from d2v_ds.step import StepSettings, create_engine_and_ema, train_step
 from shards import samples
 from shards.cli import main as shards_main
 
 PARTS = ("data", "teacher", "student", "backward", "optimizer", "ema")
 
 
-class Clock:
-    """Seconds by part; waits for the GPU where there is one."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, defaultdict(float)
-
-    def timed(self, part: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        self._wait()
-        start = time.perf_counter()
-        result = function(*arguments)
-        self._wait()
-        self.seconds[part] += time.perf_counter() - start
-        return result
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-
-def matmul_gflops(device: torch.device, n: int = 1024) -> float:
-    a = torch.randn(n, n, device=device)
-    clock = Clock(device)
-    for _ in range(4):
-        clock.timed("matmul", torch.mm, a, a)
-    return 4 * 2 * n**3 / clock.seconds["matmul"] / 1e9
-
-
 def measure(config: Config, steps: int) -> dict[str, Any]:
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     process_group.init(World(), device)
-    mixture = create_mixture(config, World(), TrainState(), Watchdog(0, 1))
     torch.manual_seed(0)
     task = Pretrain.create(config).train()
-    engine, ema = create_parts(config, task, config.batch.micro_batches, device)
+    mixture = create_mixture(config, task.modalities, World(), TrainState(), Watchdog(0, 1))
+    engine, ema = create_engine_and_ema(
+        task,
+        settings=config.engine,
+        optim=config.optim,
+        accumulation=config.batch.micro_batches,
+        device=device,
+    )
     rows, rates = [], []
     targets = task.targets
     for step in range(steps + 1):
         clock = Clock(device)
-        task.targets = lambda *a, clock=clock: clock.timed("teacher", targets, *a)  # type: ignore[method-assign]
+
+        def timed_targets(*arguments: Any, clock: Clock = clock) -> Tensor:
+            with clock.timed("teacher"):
+                return targets(*arguments)
+
+        task.targets = timed_targets  # type: ignore[method-assign]
         rates.append(matmul_gflops(device))
-        step_batch = clock.timed("data", mixture.next, step)
-        for batch in step_batch.micro_batches:
-            seed_torch(0, step, batch.index)
-            batch = batch.to(device)
-            loss, _ = clock.timed("forward", engine, batch, step_batch.masked_count)
-            clock.timed("backward", engine.backward, loss)
-        arguments = (1e-4, config.optim.weight_decay, step_batch.modality)
-        clock.timed("optimizer", engine.step, *arguments)
-        clock.timed("ema", ema.update, 0.999, step_batch.modality)
+        with clock.timed("data"):
+            step_batch = mixture.next(step)
+        settings = StepSettings(
+            step=step, lr=1e-4, weight_decay=config.optim.weight_decay, decay=0.999
+        )
+        train_step(engine, ema, step_batch, settings, seed=0, observer=clock)
         clock.seconds["student"] = clock.seconds.pop("forward") - clock.seconds["teacher"]
         rows.append(dict(clock.seconds))
     mixture.close()
@@ -96,7 +76,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "engine": config.engine.config,
         "parameters": sum(p.numel() for p in task.student.parameters()),
-        "audio_seconds_a_step": step_batch.units,
+        "audio_seconds_per_step": step_batch.units,
         "views": step_batch.micro_batches[0].views,
         "micro_batches": len(step_batch.micro_batches),
         "step_seconds": round(whole, 4),
