@@ -1,4 +1,4 @@
-"""What a corpus family hands over to the conversion, and what its converter makes of it.
+"""The types that connect corpus families and the conversion.
 
 SOURCE --Layout (shards/layout.py)--> Corpus(samples, converter) --shards/plan.py--> plan
 samples of a shard --Converter.convert--> Converted, PackedMember --shards/core.py--> its tar
@@ -42,7 +42,7 @@ class Sample:
     size: int  # of the inputs, in bytes
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would slow down reading short documents
 class Item(Generic[Content]):
     """One recording, image or document, as a layout reads it from the inputs of a sample."""
 
@@ -108,7 +108,7 @@ class Converter(Protocol):
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a corpus family hands over."""
+    """A corpus, ready to be planned and converted."""
 
     samples: Iterable[Sample]  # in an order that depends only on the corpus
     converter: Converter

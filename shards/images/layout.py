@@ -1,4 +1,4 @@
-"""What all layouts of images share: the options that they depend on, and the classes."""
+"""The base class of all image layouts, and the options that they depend on."""
 
 from __future__ import annotations
 

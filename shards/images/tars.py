@@ -1,4 +1,4 @@
-"""What both layouts of images in tars share."""
+"""Common parts of the layouts of images in tars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small real corpora that come with the package: for the demo, the tests and a first try."""
+"""Small real corpora that are part of the package, for demos and tests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 
 def path(name: str) -> Path:
-    """The folder of an embedded corpus: "speech". Its README.md tells source and licence."""
+    """The folder of an embedded corpus: "speech", "images" or "text". Its README.md names source
+    and licence."""
     folder = Path(__file__).parent / name
     assert folder.is_dir(), f"no embedded corpus {name!r}"
     return folder

@@ -1,10 +1,10 @@
-"""Makes samples/images: grey tiles of 32 x 32 pixels from ten pictures that anyone may use.
+"""Makes samples/images: grey tiles of 32 x 32 pixels from ten pictures with free licences.
 
     python -m shards.samples.make_images PICTURES [OUT]    # PICTURES: the folder skimage/data
 
-A tile's class is the picture that it is from. All have a brightness and contrast drawn for each, so
-that those tell nothing, and some are mirrored at the diagonal. Tiles of `train` are from the left
-three quarters of the pictures, those of `unseen` from the rest. The same pictures and the same
+The class of a tile is its picture. Brightness and contrast are random, so that they do not reveal
+the class, and half of the tiles are transposed. The tiles of `train` come from the left three
+quarters of the pictures, those of `unseen` from the rest. The same pictures and the same version of
 Pillow give the same files.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-LIMIT = 1_500_000  # bytes, of everything
+LIMIT = 1_500_000  # bytes, over all files
 PICTURES = {
     "astronaut": "astronaut.png",
     "brick": "brick.png",
@@ -34,17 +34,20 @@ PICTURES = {
     "rocket": "rocket.jpg",
 }
 SIDE = 32  # pixels
-LARGEST = 800  # side of a picture; larger ones are halved
-FLAT = 4.0  # standard deviation of grey below which a tile shows nothing
-TRAINED = 0.75  # of a picture's width
-SPLITS = {"train": (200, 16), "unseen": (40, 32)}  # tiles of a class, and pixels between them
-LEVELS = 16  # of grey: half a byte for a pixel
+LARGEST = 800  # pixels of a side; larger pictures are halved
+FLAT = 4.0  # standard deviation of grey; tiles below are left out
+TRAINED = 0.75  # share of a picture's width
+SPLITS = {
+    "train": (200, 16),
+    "unseen": (40, 32),
+}  # {split: (tiles per class, pixels between tiles)}
+LEVELS = 16  # of grey: half a byte per pixel
 
 Grey = npt.NDArray[np.float64]  # [h, w]
 
 
 def tiles(picture: Grey, first: int, end: int, step: int) -> Iterator[Grey]:
-    """Those between two columns that show something."""
+    """The tiles between two columns, without flat ones."""
     for y in range(0, picture.shape[0] - SIDE + 1, step):
         for x in range(first, end - SIDE + 1, step):
             tile = picture[y : y + SIDE, x : x + SIDE]
@@ -53,7 +56,7 @@ def tiles(picture: Grey, first: int, end: int, step: int) -> Iterator[Grey]:
 
 
 def finish(tile: Grey, rng: np.random.Generator) -> Image.Image:
-    """With a brightness and contrast of its own."""
+    """An image with random brightness and contrast."""
     tile = (tile - tile.mean()) / tile.std() * rng.uniform(25, 55) + rng.uniform(90, 165)
     tile = tile.T if rng.random() < 0.5 else tile
     step = 255 // (LEVELS - 1)
@@ -62,12 +65,12 @@ def finish(tile: Grey, rng: np.random.Generator) -> Image.Image:
 
 
 def drawn(name: str) -> int:
-    """A random number that belongs to a name."""
+    """A pseudorandom number for a name."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
 
 
 def make(source: Path, out: Path) -> int:
-    """Writes train/CLASS and unseen/CLASS into `out`; returns the bytes of all of it."""
+    """Writes train/CLASS and unseen/CLASS to `out`; returns the bytes of all files in it."""
     for split in SPLITS:
         shutil.rmtree(out / split, ignore_errors=True)
     for name, file in PICTURES.items():
@@ -94,5 +97,5 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path, nargs="?", default=Path(__file__).parent / "images")
     arguments = parser.parse_args()
     size = make(arguments.source, arguments.out)
-    assert size <= LIMIT, f"{size} bytes are more than {LIMIT}"
+    assert size <= LIMIT, f"{size} bytes, the limit is {LIMIT}"
     print(f"{size} bytes in {arguments.out}")

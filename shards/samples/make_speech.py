@@ -1,9 +1,9 @@
-"""Makes samples/speech from the Free Spoken Digit Dataset: a subset, as FLAC, with three manifests.
+"""Makes samples/speech, a subset of the Free Spoken Digit Dataset as FLAC with three manifests.
 
     python -m shards.samples.make_speech FSDD [OUT]      # FSDD: the folder with recordings/
 
-The recordings stay as they are (8 kHz, 16 bit), stored losslessly. The same input gives the same
-manifests, and with the same libFLAC the same files.
+The recordings (8 kHz, 16 bit) are stored losslessly. The same input gives the same manifests, and
+with the same version of libFLAC the same files.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from pathlib import Path
 
 from d2v_ds.data import audio
 
-LIMIT = 2_000_000  # bytes, of everything
+LIMIT = 2_000_000  # bytes, over all files
 
-# Recordings a digit for training, from index 5 on. A recording of nicolas takes a quarter of the
-# bytes of one of the first three, hence so many of his.
+# Training recordings per speaker and digit, starting with index 5. The recordings of nicolas are
+# small (a quarter of those of the first three speakers), so there are more of them.
 TRAIN = {"george": 6, "jackson": 6, "lucas": 6, "yweweler": 9, "nicolas": 21}
-SEEN = 1  # a digit of each training speaker, from index 0 on
-UNSEEN = {"theo": 10}  # a digit, from index 0 on; never trained on
+SEEN = 1  # recordings per training speaker and digit, starting with index 0
+UNSEEN = {"theo": 10}  # recordings per digit of a speaker that is not in the training data
 
 
 def splits() -> dict[str, list[tuple[int, str, int]]]:
-    """(digit, speaker, index) of every recording, by manifest."""
+    """{manifest: [(digit, speaker, index) of every recording]}."""
     digits = range(10)
     return {
         "train": [(d, s, i) for s, n in TRAIN.items() for d in digits for i in range(5, 5 + n)],
@@ -34,7 +34,7 @@ def splits() -> dict[str, list[tuple[int, str, int]]]:
 
 
 def make(source: Path, out: Path) -> int:
-    """Writes recordings/ and the manifests into `out`; returns the bytes of all of it."""
+    """Writes recordings/ and the manifests to `out`; returns the bytes of all files in it."""
     recordings = out / "recordings"
     shutil.rmtree(recordings, ignore_errors=True)
     recordings.mkdir(parents=True)
@@ -57,5 +57,5 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path, nargs="?", default=Path(__file__).parent / "speech")
     arguments = parser.parse_args()
     size = make(arguments.source, arguments.out)
-    assert size <= LIMIT, f"{size} bytes are more than {LIMIT}"
+    assert size <= LIMIT, f"{size} bytes, the limit is {LIMIT}"
     print(f"{size} bytes in {arguments.out}")

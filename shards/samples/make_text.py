@@ -1,9 +1,9 @@
-"""Makes samples/text from WikiText-2: articles to train on, and paragraphs with their topics.
+"""Makes samples/text from WikiText-2: articles for training, and paragraphs labelled by topic.
 
-    python -m shards.samples.make_text FOLDER [OUT]    # FOLDER: that of valid.txt and test.txt
+    python -m shards.samples.make_text FOLDER [OUT]    # FOLDER: contains valid.txt and test.txt
 
-WikiText-2 has no topics: those of its articles were given by hand, below, to the ones that have one
-clearly. The same input gives the same files.
+WikiText-2 has no topics. Articles with a clear topic were labelled by hand, see below. The same
+input gives the same files.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-LIMIT = 1_200_000  # bytes, of everything
-WORDS = 40  # that a labelled paragraph has at least
-MOST = 300  # labelled paragraphs of a file, about
-EVERY = 8  # labelled paragraph of a training article is kept for `seen`
+LIMIT = 1_200_000  # bytes, over all files
+WORDS = 40  # at least, in a labelled paragraph
+MOST = 300  # labelled paragraphs per file, about
+EVERY = 8  # every 8th labelled paragraph of a training article goes to `seen`
 
-# Topics by the number of an article in its file, from 0. All of valid.txt is trained on, and of
-# test.txt what has no topic; the others are `unseen`.
+# {topic: numbers of articles in their file, from 0}. The training data are all of valid.txt and the
+# articles of test.txt without a topic; the other articles of test.txt are `unseen`.
 TRAINED = {
     "nature": (0, 8, 14, 26, 55),
     "place": (2, 4, 5, 11, 13, 15, 20, 23, 27, 42, 44, 50),
@@ -42,7 +42,7 @@ Paragraph = dict[str, str]
 
 
 def articles(file: Path) -> Iterator[tuple[str, list[str]]]:
-    """(title, lines that have something in them) of each."""
+    """(title, lines that are not blank) of each article."""
     title, lines = "", list[str]()
     for line in file.read_text(encoding="utf-8").split("\n"):
         heading = re.fullmatch(r" = ([^=].*) = ", line)
@@ -64,8 +64,8 @@ def is_paragraph(line: str) -> bool:
 
 
 def make(source: Path, out: Path) -> int:
-    """Writes train.txt.gz, labelled.jsonl, seen.jsonl and unseen.jsonl into `out`; returns the
-    bytes of all of it."""
+    """Writes train.txt.gz, labelled.jsonl, seen.jsonl and unseen.jsonl to `out`; returns the bytes
+    of all files in it."""
     out.mkdir(parents=True, exist_ok=True)
     trained, held_out = topics(TRAINED), topics(UNSEEN)
     texts: list[str] = []
@@ -105,5 +105,5 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path, nargs="?", default=Path(__file__).parent / "text")
     arguments = parser.parse_args()
     size = make(arguments.source, arguments.out)
-    assert size <= LIMIT, f"{size} bytes are more than {LIMIT}"
+    assert size <= LIMIT, f"{size} bytes, the limit is {LIMIT}"
     print(f"{size} bytes in {arguments.out}")

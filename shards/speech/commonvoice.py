@@ -1,7 +1,7 @@
 """Mozilla Common Voice: the folder of one language with clips/ and TSVs (validated.tsv, train.tsv,
 ...) with columns client_id, path, sentence ... (https://github.com/common-voice/cv-dataset).
 
-SOURCE is the folder, of which validated.tsv is converted, or one of its TSVs.
+SOURCE is the folder, whose validated.tsv is converted, or one of its TSVs.
 """
 
 from __future__ import annotations

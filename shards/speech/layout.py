@@ -1,4 +1,4 @@
-"""What all layouts of speech share. Their options do not depend on the command line."""
+"""The base class of all speech layouts, which depend on no option."""
 
 from __future__ import annotations
 

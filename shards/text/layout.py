@@ -1,4 +1,4 @@
-"""What all layouts of text share: the options that they depend on, and files of one format.
+"""Base classes of all text layouts, and the options that they depend on.
 
     file or folder --parts--> inputs (byte ranges between documents, row groups)
     input --documents--> (name, text, columns), one after the other

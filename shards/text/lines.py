@@ -1,4 +1,4 @@
-"""What plain text and JSON lines share: files of lines, cut into parts between documents.
+"""The common part of plain text and JSON lines: files of lines, cut into parts between documents.
 
 A compressed file cannot be entered in the middle, so it is one part.
 """

@@ -1,5 +1,5 @@
-"""Random and damaged inputs: never a crash or a hang, and each input is in a shard or named in the
-quarantine. A little of it runs always, more of it with the slow tests."""
+"""Random and damaged inputs: no crash or hang, and every input is in a shard or in the quarantine.
+The slow tests run many more examples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Fuzz = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def fuzz(few: int, many: int, *args: Any, **kwargs: Any) -> Fuzz:
-    """The same property with few examples, and as a slow test with many."""
+    """Runs a property with few examples, and with many examples as a slow test."""
 
     def decorate(test: Callable[..., None]) -> Any:
         def run(number: int) -> None:
@@ -47,7 +47,7 @@ def fuzz(few: int, many: int, *args: Any, **kwargs: Any) -> Fuzz:
     return decorate
 
 
-# Thousands of small sets, each of them synced: in memory where that can be.
+# Thousands of small sets are synced, so they are written to memory if possible.
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 SOUND = {kind: recording(kind, seconds=0.5) for kind in FORMATS}
@@ -55,8 +55,8 @@ SOUND = {kind: recording(kind, seconds=0.5) for kind in FORMATS}
 
 @st.composite
 def damaged(draw: st.DrawFn, whole: bytes, block: int = 1) -> bytes:
-    """Cut, with bytes changed, with a stretch zeroed or doubled, where blocks begin; or as it
-    was."""
+    """The data with up to 3 defects at the start of blocks: cut, flipped, zeroed, duplicated or
+    inserted bytes."""
     data = bytearray(whole)
     for _ in range(draw(st.integers(0, 3))):
         at = draw(st.integers(0, max(0, len(data) - 1) // block)) * block
@@ -81,7 +81,7 @@ sounds = kinds.flatmap(
 
 
 def convert(source: Path, out: Path, *options: str) -> tuple[int, str]:
-    """(exit code, what was said); with every share of bad inputs allowed."""
+    """(exit code, stderr) of a conversion with --max-bad 100%."""
     said = io.StringIO()
     with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
         code = main(["speech", str(source), str(out), "--max-bad", "100%", "-j1", *options])
@@ -156,7 +156,7 @@ tables = st.one_of(
 
 @fuzz(40, 2000, st.one_of(tables.map(str.encode), st.binary(max_size=99)))
 def test_tables(data: bytes) -> None:
-    """A manifest is refused in one line, or each of its rows is a sample or in the quarantine."""
+    """A manifest is refused with one line, or every row is a sample or in the quarantine."""
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         root = Path(folder)
         put(root / "list.tsv", data)
@@ -193,7 +193,7 @@ with tempfile.TemporaryDirectory() as folder_of_tar:
 
 @fuzz(40, 3000, st.one_of(damaged(TAR), damaged(TAR, 512), st.binary(max_size=2000)))
 def test_tars(data: bytes) -> None:
-    """Every sample that is missing has left its trace."""
+    """Every missing sample is reported."""
     with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
         root = Path(folder)
         tar = put(root / "in/a.tar", data)
@@ -201,7 +201,7 @@ def test_tars(data: bytes) -> None:
         if code == 0:
             found = contents(root / "out")
             left_out = (root / "out/quarantine.jsonl").read_text()
-            assert {"0", "1", "2", "3"} <= found.keys() or left_out, "lost in silence"
+            assert {"0", "1", "2", "3"} <= found.keys() or left_out, "lost silently"
         else:
             assert "no input is selected" in said or "none of the inputs" in said, said
         with contextlib.suppress(UserError):
@@ -212,7 +212,7 @@ def test_tars(data: bytes) -> None:
 
 @fuzz(150, 10_000, st.one_of(damaged(TAR), damaged(TAR, 512), st.binary(max_size=3000)))
 def test_scan(data: bytes) -> None:
-    """It ends, and what it finds lies in the file; a scan past damage ends as well."""
+    """A scan terminates, also after damage, and finds only members within the file."""
     file, start = io.BytesIO(data), 0
     found: list[Member] = []
     while start is not None:
@@ -256,7 +256,7 @@ payloads = st.sampled_from(sorted(PAYLOADS)).flatmap(
 
 @fuzz(150, 10_000, payloads)
 def test_headers_of_payloads(payload: tuple[str, bytes]) -> None:
-    """A length or a ValueError."""
+    """Returns a length or raises ValueError."""
     field, data = payload
     (read,) = (f.readers[field] for f in sample_formats() if field in f.readers)
     with contextlib.suppress(ValueError):
@@ -265,6 +265,6 @@ def test_headers_of_payloads(payload: tuple[str, bytes]) -> None:
 
 @fuzz(100, 5000, st.one_of(damaged(SOUND["ogg"]), damaged(SOUND["opus"]), st.binary(max_size=200)))
 def test_ogg_pages(data: bytes) -> None:
-    """What differs from a whole file is named, unless whole pages follow it."""
+    """Every difference from a whole file is reported, unless whole pages follow the file."""
     whole = any(data.startswith(SOUND[kind]) for kind in ("ogg", "opus"))
     assert ogg_problem(data) or whole, struct.unpack("<4sBB", data[:6])

@@ -1,4 +1,4 @@
-"""d2v-shards images: every layout, bytes untouched, damage named, and read back by the loader."""
+"""d2v-shards images: every layout, unchanged bytes, damaged inputs, and reading by the loader."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from shards.images.folder import Folder
 from shards.images.layout import ImageLayout, ImageOptions
 from shards.images.parquet import Parquet
 from shards.layout import detect
+from tests.shards.pictures import picture
 
 FIELDS = ("jpg", "json", "png", "webp")
 
@@ -45,15 +46,8 @@ def detected(source: Path) -> str:
 
 
 def convert_all(layout: ImageLayout) -> list[Converted]:
-    """What the converter makes of every sample of a layout, in this process."""
+    """Converts every sample of a layout in this process."""
     return list(ImageConverter(layout).convert(list(layout.samples([]))))
-
-
-def picture(kind: str = "PNG", size: tuple[int, int] = (20, 12), seed: int = 0) -> bytes:
-    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind)
-    return file.getvalue()
 
 
 def write(path: Path, data: bytes) -> Path:
@@ -98,8 +92,8 @@ def test_a_folder_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         "in/dog/x.webp": picture("WEBP", seed=4),
         "in/dog/grey.bmp": picture("BMP", seed=5),
         "in/alone.png": picture("PNG", seed=6),
-        "in/dog/.hidden.png": b"no image",
-        "in/dog/notes.txt": b"no image",
+        "in/dog/.hidden.png": b"not an image",
+        "in/dog/notes.txt": b"not an image",
     }
     for name, data in files.items():
         write(tmp_path / name, data)
@@ -171,14 +165,14 @@ def test_resize(tmp_path: Path) -> None:
     with Image.open(io.BytesIO(large)) as image, Image.open(io.BytesIO(found["large"][2])) as ours:
         expected = image.resize((100, 50), Image.Resampling.BICUBIC)
         difference = np.asarray(expected, dtype=float) - np.asarray(ours, dtype=float)
-    assert np.abs(difference).mean() < 4  # what JPEG costs on noise at quality 95
+    assert np.abs(difference).mean() < 4  # the error of JPEG on noise at quality 95
 
 
 # ---------------------------------------------------------------------------------- other layouts
 
 
 def test_imagenets_tar_of_tars(tmp_path: Path) -> None:
-    """As ILSVRC2012_img_train.tar is described at https://image-net.org/download-images."""
+    """The structure of ILSVRC2012_img_train.tar (https://image-net.org/download-images)."""
     images = {
         f"{c}_{i}.JPEG": picture("JPEG", seed=10 * i + len(c))
         for c in ("n01440764", "n01443537")
@@ -224,7 +218,7 @@ def test_manifests(tmp_path: Path) -> None:
 
 
 def test_parquet_of_hugging_face(tmp_path: Path) -> None:
-    """Columns and schema as https://huggingface.co/docs/hub/datasets-image describes them."""
+    """Columns and schema of https://huggingface.co/docs/hub/datasets-image."""
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
     data = [picture(seed=i) for i in range(5)]
@@ -279,7 +273,7 @@ def test_damaged_images_are_left_out_and_named(tmp_path: Path) -> None:
     write(tmp_path / "in/good.jpg", good)
     write(tmp_path / "in/cut.jpg", good[:-300])
     write(tmp_path / "in/empty.png", b"")
-    write(tmp_path / "in/text.png", b"this is no image")
+    write(tmp_path / "in/text.png", b"this is not an image")
     write(tmp_path / "in/wrong_name.png", good)
     assert convert(tmp_path / "in", tmp_path / "out", "--max-bad", "100%", "-j1") == 0
     found = contents(tmp_path / "out")
@@ -314,7 +308,7 @@ def test_what_is_wrong_beside_an_image_is_named(tmp_path: Path) -> None:
 
 
 def test_behind_the_damage_in_a_tar_the_conversion_goes_on(tmp_path: Path) -> None:
-    """Where webdataset and tarfile would stop in silence."""
+    """webdataset and tarfile would stop silently at the damage."""
     members = {f"n1_{i}.jpg": picture("JPEG", seed=i) for i in range(4)}
     whole = write_tar(tmp_path / "inner/n1.tar", members)
     places = [whole.index(f"n1_{i}.jpg".encode()) for i in range(4)]
@@ -418,7 +412,7 @@ def test_parquet_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_no_bytes_break_it(
     data: bytes, cut: int, kind: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Whatever lies in a file, it becomes one sample, or is named."""
+    """Every file is one sample or is reported."""
     if kind != "none":
         whole = picture(kind, (9, 9))
         data = whole[:cut] + data + whole[cut + len(data) :]

@@ -1,4 +1,4 @@
-"""What is taken of a corpus, in which order and sets: splits, lists, shards, tasks, dry run."""
+"""Conversion plans: order and shards, splits, lists of keys, tasks, dry run."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_plan_cuts_by_size_and_keeps_small_corpora_whole() -> None:
     assert sorted(s.key for i in range(plan.shards) for s in plan.shard(i)) == sorted(
         s.key for s in many
     )
-    assert plan_of(many).shards == 16, "as many where there is enough"
+    assert plan_of(many).shards == 16, "SHARDS_AT_LEAST if the corpus is large enough"
     assert plan_of(many[:4]).shards == 1
 
 
@@ -80,7 +80,7 @@ def test_order_depends_on_seed_and_keys_alone() -> None:
     keys = [s.key for s in plan_of(many).shard(0)]
     assert keys == [s.key for s in plan_of(many[::-1]).shard(0)] != [s.key for s in many]
     assert keys != [s.key for s in plan_of(many, seed=1).shard(0)]
-    assert keys[:3] == ["k23", "k47", "k9"], "on every machine, in every version"
+    assert keys[:3] == ["k23", "k47", "k9"], "the same on every machine and in every version"
 
 
 def test_shared_keys_are_told_apart() -> None:
@@ -163,7 +163,7 @@ def test_splits_by_key_and_by_speaker(
         for name in ("train", "valid", "test")
     ]
     assert sum(map(len, seen)) == 12 == len(set.union(*seen)), "no speaker is in two sets"
-    assert convert(corpus, speakers, *words) == 0, "again does nothing"
+    assert convert(corpus, speakers, *words) == 0, "a repeated command changes nothing"
     assert convert(corpus, speakers, "--split", "train=60,valid=20,test=20") == 2
     assert "--split-by was speaker, now " in capsys.readouterr().err
 

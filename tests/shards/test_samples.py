@@ -1,4 +1,4 @@
-"""The embedded corpora: small, whole, split without overlap, and made by the script beside them."""
+"""The embedded corpora: size, content, disjoint splits, and the scripts that make them."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_what_is_held_out_of_the_text_is_not_trained_on() -> None:
 
 
 def test_text_is_made_by_the_script(tmp_path: Path) -> None:
-    """On a corpus of the same form; WikiText-2 itself is not here."""
+    """On a corpus in the format of WikiText-2, which is not part of the repository."""
 
     def article(name: str, i: int) -> str:
         body = f"{name} {i} " + "word " * make_text.WORDS
@@ -154,11 +154,11 @@ def test_tiles() -> None:
 
 
 def test_tiles_of_the_splits_come_from_different_parts(tmp_path: Path) -> None:
-    """On pictures whose left is light and whose right is dark, so that a tile tells its side."""
+    """On pictures with a dark left and a bright right part, so that a tile reveals its side."""
     rng, seen = np.random.default_rng(0), {}
     for name in make_images.PICTURES.values():
         pixels = rng.integers(0, 40, (96, 320), dtype=np.uint8)
-        pixels[:, 224:] += 200  # 0.7 of the width: the cut, at a multiple of 32
+        pixels[:, 224:] += 200  # 0.7 of the width, the position of the cut
         Image.fromarray(pixels).save(tmp_path / name)
     picture = np.asarray(Image.open(tmp_path / "brick.png"), dtype=np.float64)
     cut = int(320 * make_images.TRAINED) // 32 * 32

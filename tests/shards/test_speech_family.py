@@ -1,4 +1,4 @@
-"""d2v-shards speech: every layout from its public description, every format, every option."""
+"""d2v-shards speech: every layout as publicly documented, every format, every option."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def is_as(found: bytes, source: bytes) -> bool:
-    """Whether a FLAC of a set holds what a recording holds."""
+    """Whether a FLAC of a set equals a recording."""
     x = audio.decode(source)
     x = audio.resample(x, audio.info(source).rate, 16_000)
     return bool((audio.to_int16(audio.decode(found)) == audio.to_int16(x)).all())
@@ -77,7 +77,9 @@ def test_librispeech(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "text" not in rows["dev-clean/84/121123/84-121123-0002"]
     lost = {"dev-clean/84/121123/84-121123-0009": "has a transcript and no recording"}
     assert quarantine(out) == lost
-    assert convert(tmp_path / "LibriSpeech", tmp_path / "strict") == 2, "a quarter is too much"
+    assert convert(tmp_path / "LibriSpeech", tmp_path / "strict") == 2, (
+        "a quarter of the inputs is more than --max-bad"
+    )
 
 
 def test_libri_light(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -372,7 +374,7 @@ def test_ogg_is_whole_or_left_out(kind: str) -> None:
         bytes(flipped)
     )
     assert f"no Ogg page at byte {len(data)}" in ogg_problem(data + b"TAG")
-    assert ogg_problem(data + data) == "", "one stream after another"
+    assert ogg_problem(data + data) == "", "chained streams are allowed"
 
 
 @pytest.mark.parametrize("kind", ["wav", "flac", "mp3", "ogg", "opus"])

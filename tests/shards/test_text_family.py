@@ -1,4 +1,5 @@
-"""d2v-shards text: documents of every kind of file, packed, labelled, damaged, and read back."""
+"""d2v-shards text: documents of every format, packing, labels, damaged inputs, and reading by the
+loader."""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def blocks(folder: Path) -> Iterator[tuple[str, list[int]]]:
 
 
 def documents(folder: Path) -> list[str]:
-    """What the blocks of a set say, cut at eos."""
+    """The text of a set, cut at eos."""
     stream = [i for _, ids in blocks(folder) for i in ids]
     assert stream[-1] == EOS
     result, ids = [], list[int]()
@@ -222,7 +223,7 @@ def test_large_files_are_cut_between_documents(
 
 
 def write_kinds(folder: Path, texts: list[str]) -> list[Path]:
-    """The same documents as every kind of file."""
+    """Writes the same documents in every format."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     import zstandard
@@ -383,7 +384,7 @@ def test_a_missing_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_no_bytes_break_it(
     name: str, data: bytes, whole: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """Every line that is no document is named, whatever lies in a file."""
+    """Every line is a document or is reported."""
     pytest.importorskip("pyarrow")
     pytest.importorskip("zstandard")
     if name.endswith(".gz") and whole:
@@ -404,7 +405,7 @@ def test_no_bytes_break_it(
 
 @pytest.mark.slow
 def test_damaged_parquet_never_breaks_it(tmp_path: Path) -> None:
-    """A row comes out, or its row group or file is named; nothing else happens."""
+    """Every row is read, or its row group or file is reported."""
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
     file = tmp_path / "a.parquet"
@@ -419,7 +420,7 @@ def test_damaged_parquet_never_breaks_it(tmp_path: Path) -> None:
             data[place] = draw.integers(256)
         file.write_bytes(data[: draw.integers(1, len(data))] if draw.random() < 0.2 else data)
         found, rejected = read(open_text(file))
-        assert rejected or found  # flipped counts may tell of fewer rows than there were
+        assert rejected or found  # damaged counts may hide rows
 
 
 # -------------------------------------------------------------------------------- the whole command
@@ -453,7 +454,7 @@ def test_a_run_that_does_not_fit_the_set_is_refused() -> None:
 
 
 def test_labelled_rows_travel(tmp_path: Path) -> None:
-    """A corpus of Parquet with labels by column."""
+    """Labels and other columns of Parquet."""
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
     pq.write_table(

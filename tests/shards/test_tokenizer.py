@@ -1,4 +1,4 @@
-"""d2v-shards tokenizer: models are reproducible, and text comes back to the byte."""
+"""d2v-shards tokenizer: models are reproducible, and decoding returns the same bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ODD = [
     " ",
     "  two  spaces ",
     "tab\tand\r\nlines\n\n\n",
-    "▁ a▁b ▁▁",  # what sentencepiece itself writes for a space
+    "▁ a▁b ▁▁",  # the character that sentencepiece uses for a space
     "<mask><s></s><pad><unk><0x41>",
     "\0\x01\x1f\x7f\x85\u2028\ufeff",
     "😀 👩‍👩‍👧 e\u0301 ﬁ Å ①　全角",
@@ -116,7 +116,7 @@ def test_every_sentence_is_as_likely() -> None:
     counts: Counter[str] = Counter()
     for seed in range(2000):
         counts.update(sample_sentences(["a\nb\nc", "d\ne"], 2, seed))
-    assert all(abs(counts[letter] - 800) < 100 for letter in "abcde")  # 4.5 deviations
+    assert all(abs(counts[letter] - 800) < 100 for letter in "abcde")  # 4.5 standard deviations
 
 
 def sentencepiece_model(**settings: object) -> bytes:

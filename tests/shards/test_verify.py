@@ -1,9 +1,10 @@
-"""d2v-shards verify and stats: every kind of damage is seen and named, a sound set is described."""
+"""d2v-shards verify and stats: every kind of damage is reported, a sound set is described."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import socket
@@ -37,7 +38,7 @@ SPEECH = samples.path("speech")
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set of 50 recordings in a few shards, nothing wrong with it."""
+    """A set of 50 recordings in a few shards, without problems."""
     out = tmp_path_factory.mktemp("sets") / "seen"
     arguments = ["speech", str(SPEECH / "seen.tsv"), str(out), "--shard-size", "60KB", "-j1"]
     assert main(arguments) == 0
@@ -133,7 +134,7 @@ def test_damage_is_seen(
 
 
 def build(folder: Path, samples_of: list[list[tuple[str, bytes, bytes, int]]]) -> Path:
-    """A set with matching checksums of whatever it is given: (key, flac, json, length)."""
+    """A set with correct checksums, made of rows (key, flac, json, length)."""
     folder.mkdir()
     entries = []
     for i, rows in enumerate(samples_of):
@@ -213,7 +214,7 @@ def test_equal_content_is_a_note(
 def test_members_apart(
     flac: tuple[bytes, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """webdataset would make three half samples of these two."""
+    """webdataset would read three incomplete samples."""
     folder = build(tmp_path / "set", [[("a", flac[0], b"{}", flac[1])]])
     tar = folder / "speech-000000.tar"
     with wds.TarWriter(str(tar), mtime=0, encoder=False) as writer:
@@ -230,7 +231,50 @@ def test_index_of_another_shard(
     shutil.copy(folder / "speech-000000.idx", folder / "speech-000001.idx")
     text = problems(folder, capsys)
     assert "its index and index.json differ" in text and "the index expects" in text
-    assert "more problems" in text, "the list of a shard is cut"
+    assert "more problems" in text, "the list of problems of a shard is limited"
+
+
+def as_unknown(folder: Path) -> Path:
+    """The same set, of a modality that is not installed."""
+    file = folder / INDEX_FILE
+    about = json.loads(file.read_bytes())
+    about.update(modality="radar", unit="pulses")
+    for name in ("options", "inputs", "quarantined"):  # sets of other converters may lack these
+        del about[name]
+    file.write_text(json.dumps(about))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set whose members hold many samples each."""
+    folder = tmp_path_factory.mktemp("packed")
+    (folder / "a.txt").write_text("".join(f"line {i} of a text\n" for i in range(300)))
+    words = ["--tokenizer", str(samples.path("text") / "tokenizer.model"), "--block", "16", "-j1"]
+    assert main(["text", str(folder / "a.txt"), str(folder / "set"), *words]) == 0
+    return folder / "set"
+
+
+@pytest.mark.parametrize("kind", ["sound", "packed"])
+def test_a_modality_that_is_not_installed(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """verify prints a note and checks everything but the content; stats describes the set."""
+    folder = as_unknown(shutil.copytree(request.getfixturevalue(kind), tmp_path / "set"))
+    capsys.readouterr()
+    assert main(["verify", str(folder), "-j1"]) == 0
+    note, *_, last = capsys.readouterr().out.splitlines()
+    assert note.startswith(f"{NOTE}modality 'radar' is not installed: structure and checksums")
+    assert last == f"{folder}: no problems"
+    assert main(["stats", str(folder)]) == 0
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines()]
+    assert ["modality", "radar"] in rows and "Converted with" not in text
+    shards = open_set(folder)
+    assert kind == "sound" or ["pulses", f"{shards.length:,}"] in rows
+    tar = shards.tar(shards.shards[0])
+    flip(tar, read_index(shards.index(shards.shards[0])).offsets[0] + 5)
+    assert "the checksum of its ." in problems(folder, capsys)
 
 
 @pytest.mark.parametrize("command", ["verify", "stats"])

@@ -1,4 +1,4 @@
-"""The converter's processes: killed, interrupted, lost; and what the same command then does."""
+"""The processes of a conversion: killed, interrupted, lost; and resuming with the same command."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def alive(pid: int) -> bool:
 
 
 def start(arguments: list[str], out: Path) -> subprocess.Popen[str]:
-    """A conversion that has finished a few of its shards and is at work on others."""
+    """A running conversion that has finished at least 3 shards."""
     process = subprocess.Popen(
         [sys.executable, "-m", "shards.cli", *arguments],
         cwd=ROOT,
@@ -50,7 +50,7 @@ def start(arguments: list[str], out: Path) -> subprocess.Popen[str]:
         start_new_session=True,
     )
     while len(list(out.glob("speech-??????.json"))) < 3:
-        assert process.poll() is None, "it ended before it could be stopped"
+        assert process.poll() is None, "it finished before the test could stop it"
         time.sleep(0.002)
     return process
 
@@ -58,7 +58,7 @@ def start(arguments: list[str], out: Path) -> subprocess.Popen[str]:
 def wait_for_end(workers: list[int]) -> None:
     deadline = time.monotonic() + 10
     while any(alive(pid) for pid in workers):
-        assert time.monotonic() < deadline, "workers live on"
+        assert time.monotonic() < deadline, "workers are still alive"
         time.sleep(0.01)
 
 
@@ -99,7 +99,7 @@ def test_ctrl_c_is_one_line(tmp_path: Path) -> None:
 @needs_proc
 @pytest.mark.parametrize("pause", [0.0, 0.3])
 def test_ctrl_c_does_not_wait_for_the_work(pause: float) -> None:
-    """While workers start (pause 0: not all have got as far as Python code) and while they work."""
+    """While workers start (pause 0: some have not reached Python code yet) and while they work."""
     code = (
         "import time; from shards.workers import run_jobs; list(run_jobs(time.sleep, [60, 60], 2))"
     )
@@ -130,7 +130,7 @@ def test_a_lost_worker_is_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_jobs_are_taken_as_they_are_needed(processes: int) -> None:
-    """A plan of millions of inputs is never spelled out at once."""
+    """The jobs of a plan with millions of inputs are not all made at once."""
     taken = []
 
     def jobs() -> Iterator[int]:
@@ -152,13 +152,13 @@ def test_processes_start_while_many_inputs_are_read() -> None:
     with WorkerPool(2) as workers:
         items = workers.start_in_time(range(2 * MANY), "colorsys")
         assert [next(items) for _ in range(MANY - 1)] == list(range(MANY - 1))
-        assert children(os.getpid()) == before, "few inputs are not worth it"
+        assert children(os.getpid()) == before, "no processes for few inputs"
         assert next(items) == MANY - 1
         started = set(children(os.getpid())) - set(before)
         assert len(started) >= 2
         assert list(items) == list(range(MANY, 2 * MANY))
         assert sorted(workers.run(abs, [-1, -2, -3], 3)) == [1, 2, 3]
-        assert started <= set(children(os.getpid())), "these are used"
+        assert started <= set(children(os.getpid())), "the started processes are used"
         assert any("colorsys" in names for names in workers.run(loaded, [0.1] * 8, 8))
     with WorkerPool(1) as workers:
         assert len(list(workers.start_in_time(range(2 * MANY), "colorsys"))) == 2 * MANY
@@ -167,7 +167,7 @@ def test_processes_start_while_many_inputs_are_read() -> None:
 
 
 def loaded(seconds: float) -> list[str]:
-    """Takes so long that no process has all the work."""
+    """Sleeps, so that every process gets a job."""
     time.sleep(seconds)
     return sorted(sys.modules)
 
