@@ -55,7 +55,7 @@ def test_a_pipeline_from_corpus_to_evaluation(cluster: Cluster, tmp_path: Path) 
     assert "set: 100 samples" in merge.log()
     texts = [path.read_text() for path in where.folder.glob("d2v-convert-*.out")]
     assert sum("requeue: failed with exit code 1" in text for text in texts) == 1
-    assert sum("task 1 of 3 is done" in text for text in texts) == 1
+    assert sum("task 1 of 3 has finished" in text for text in texts) == 1
     assert array.field("JobState") == "COMPLETED"
     assert shards_main(["speech", str(SOURCE), str(tmp_path / "whole"), "--shard-size=100KB"]) == 0
     assert open_set(where.folder / "set").shards == open_set(tmp_path / "whole").shards
