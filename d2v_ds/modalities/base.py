@@ -61,7 +61,9 @@ class ModalityConfig:
     cls_weight: float = 0.0
     """Weight of the class loss relative to the loss of one view's masked tokens. In the class loss
     the output of the class token regresses the mean of its sample's targets (data2vec 2.0 for
-    vision; the utterance-level loss of EAT for audio, Chen et al. 2024). 0: no class loss."""
+    vision; the utterance-level loss of EAT for audio, Chen et al. 2024). It needs
+    target.final_norm=layer, as in both: the mean of targets that are normalised over tokens last is
+    zero. 0: no class loss."""
 
     cls_views: int | None = 1
     """Factor of the class loss, a number of views. fairseq multiplies by the views of a GPU's
@@ -271,7 +273,11 @@ def check_json(members: Mapping[str, bytes]) -> None:
 
 
 def extra_tokens(
-    config: ModalityConfig, dim: int, init: Callable[[Tensor], object] = nn.init.zeros_
+    config: ModalityConfig, dim: int, init: Callable[[Tensor], object] = nn.init.normal_
 ) -> ExtraTokens | None:
-    """The extra tokens of a front end; None if the settings have none."""
+    """The extra tokens of a front end; None if the settings have none.
+
+    N(0, 1) by default, as in the released configurations with a class token. A token of zeros in
+    front of a LayerNorm would have a gradient that is thousands of times larger than any other.
+    """
     return ExtraTokens(config.extra_tokens, dim, init) if config.extra_tokens else None
