@@ -1,4 +1,4 @@
-"""Masks against the statistics of the original generators, exact counts, and the edges."""
+"""Masks: the statistics of the original generators, exact counts, and edge cases."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from d2v_ds.masking import Mask
 
 GOLDEN = Path(__file__).parent / "golden"
 STATISTICS = json.loads((GOLDEN / "masks.json").read_text())
-ROWS = 2000  # drawn here for each key; the golden numbers come from about as many
+ROWS = 2000  # rows drawn per key; the golden numbers come from about as many
 CHUNKS = 40
 SIGMAS = 4.5
-HISTOGRAM = 65  # index: length of a run, the last for 64 and more
+HISTOGRAM = 65  # bins by length of a run; the last one counts 64 and more
 
 Draw = Callable[[int, np.random.Generator], Mask]
 
@@ -53,8 +53,8 @@ def spans(T: int, prob: float, length: int, padded: int = 0) -> Draw:
 
 
 def trimmed(draw: Draw, batch: int) -> Draw:
-    """What fairseq does after the draw and we do not: every row of a batch is cut to the smallest
-    count by unmasking single tokens. Undoing the difference here lets its statistics test us."""
+    """Cuts every row of a batch to the smallest count by unmasking single tokens. fairseq does this
+    after drawing and we do not, so its statistics can only be compared with trimmed masks."""
 
     def cut(views: int, r: np.random.Generator) -> Mask:
         mask = draw(views, r)
@@ -170,7 +170,7 @@ def test_golden_masks_every_key_is_drawn() -> None:
 
 @pytest.mark.parametrize("key", STATISTICS)
 def test_golden_masks(key: str, golden: dict[str, npt.NDArray[np.generic]]) -> None:
-    """Every statistic of the original generator within the sampling error of both."""
+    """Every statistic agrees with that of the original generator within the sampling error."""
     expected = STATISTICS[key]
     mask = DRAWS[key](ROWS, rng(list(STATISTICS).index(key)))
     valid = 300 if key.endswith("valid300") else mask.shape[1]
@@ -182,7 +182,7 @@ def test_golden_masks(key: str, golden: dict[str, npt.NDArray[np.generic]]) -> N
 
     found = statistics(mask)
     spread = [list(statistics(rows).values()) for rows in np.split(mask, CHUNKS)]
-    error = np.std(spread, axis=0) / np.sqrt(CHUNKS)  # of a mean over ROWS rows
+    error = np.std(spread, axis=0) / np.sqrt(CHUNKS)  # standard error of a mean over ROWS rows
     error = error * np.sqrt(1 + ROWS / expected["n"])
     assert set(found) <= set(expected)
     for (name, value), sigma in zip(found.items(), error, strict=True):
@@ -203,7 +203,7 @@ def test_golden_masks(key: str, golden: dict[str, npt.NDArray[np.generic]]) -> N
 def _check_histograms(
     key: str, mask: Mask, golden: dict[str, npt.NDArray[np.generic]], rows: int
 ) -> None:
-    """Run lengths and component sizes: every share within the sampling error of counts."""
+    """Run lengths and component sizes: every share agrees within the sampling error of counts."""
     if mask.ndim == 2:
         sizes = {"span_hist": run_lengths(mask), "unmasked_span_hist": run_lengths(~mask)}
         most = HISTOGRAM - 1
@@ -217,8 +217,8 @@ def _check_histograms(
         expected = golden[f"{key}/{name}"].astype(float)
         found = np.bincount(values.clip(max=most), minlength=len(expected)).astype(float)
         difference = found / ROWS - expected / rows
-        # Counts a row of one length are nearly Poisson; twice its deviation leaves room for the
-        # fact that the runs of a row hang together.
+        # The counts of one length are nearly Poisson. Twice its deviation allows for the
+        # correlation between the runs of a row.
         sigma = 2 * np.sqrt(found + expected + 1) * np.sqrt(1 / (ROWS * rows))
         worst = int(np.argmax(np.abs(difference) / sigma))
         assert abs(difference[worst]) <= 4 * sigma[worst], f"{name} at {worst}"
@@ -228,7 +228,7 @@ def _check_histograms(
     "key", ["v1_audio_p0.65_l10_B1_T399", "v2_audio_base_block1d_p0.5_adj0.05_l5_T399"]
 )
 def test_golden_masks_test_can_fail(key: str, golden: dict[str, npt.NDArray[np.generic]]) -> None:
-    """A neighbouring rule, pure spans of the same share, is told apart by run lengths."""
+    """Run lengths distinguish a similar rule, pure spans with the same share."""
     T = mask_width = 399
     count = round(STATISTICS[key]["frac_mean"] * T)
     starts = rng(1).random((ROWS, mask_width)).argsort(1).argsort(1) < count // 5
@@ -341,7 +341,7 @@ def test_corrupt_tokens_80_10_10() -> None:
     shares = [np.mean(selected == 3), np.mean(selected == 7), np.mean(selected >= 100)]
     assert np.allclose(shares, [0.8, 0.1, 0.1], atol=4.5 * np.sqrt(0.16 / len(selected)))
     assert len(set(selected[selected >= 100])) == 100
-    assert (tokens == 7).all(), "the input is left alone"
+    assert (tokens == 7).all(), "the input was changed"
 
 
 def test_corrupt_tokens_of_the_released_recipe_masks_all() -> None:
@@ -356,7 +356,8 @@ def test_corrupt_tokens_of_the_released_recipe_masks_all() -> None:
 
 
 def test_generator_is_pinned() -> None:
-    """These numbers must never change: resumed runs and other machines draw the same masks."""
+    """These numbers must never change, so that resumed runs and other machines draw the same
+    masks."""
     assert seeding.bit_generator(1, 2, 3).random_raw(3).tolist() == PINNED
     assert seeding.generator(1, 2, 3).bit_generator.random_raw(3).tolist() == PINNED
 
@@ -364,10 +365,10 @@ def test_generator_is_pinned() -> None:
 PINNED = [4827935704109542691, 12433643860386191282, 12685302016869770481]
 
 
-def test_generator_differs_with_every_part_of_the_place() -> None:
-    places = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0), (0, 0, 0, 0), (10, 0), (1, 0)]
-    firsts = {int(seeding.bit_generator(*place).random_raw()) for place in places}
-    assert len(firsts) == len(places)
+def test_generator_differs_with_every_part_of_the_path() -> None:
+    paths = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0), (0, 0, 0, 0), (10, 0), (1, 0)]
+    firsts = {int(seeding.bit_generator(*path).random_raw()) for path in paths}
+    assert len(firsts) == len(paths)
 
 
 def test_views_and_samples_get_different_masks() -> None:

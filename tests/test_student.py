@@ -1,4 +1,4 @@
-"""The parts of student and trunk, one by one."""
+"""The parts of the student and the trunk."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def test_alibi_slopes_and_bias() -> None:
     alibi = Alibi(4)
     with torch.no_grad():
         alibi.scale.copy_(torch.tensor([1.0, 2.0, -1.0, 0.5]))
-    bias = alibi(torch.tensor([[3, 10]]))  # kept tokens keep their original distance
+    bias = alibi(torch.tensor([[3, 10]]))  # visible tokens keep their original distance
     slopes = torch.tensor(alibi_slopes(4))
     scale = torch.tensor([1.0, 2.0, 0.0, 0.5])  # clamped at 0
     torch.testing.assert_close(bias[0, :, 0, 1], -7 * slopes * scale)
     assert (bias[0, :, [0, 1], [0, 1]] == 0).all()
 
 
-def test_extra_tokens_get_no_bias_and_padding_none_of_the_attention() -> None:
+def test_extra_tokens_have_no_bias_and_padding_gets_no_attention() -> None:
     bias = student.attention_bias(
         torch.ones(1, 2, 3, 3), torch.tensor([[True, True, False]]), 1, torch.zeros(1, 4, 8)
     )
@@ -45,7 +45,7 @@ def test_extra_tokens_get_no_bias_and_padding_none_of_the_attention() -> None:
     assert student.attention_bias(None, None, 1, torch.zeros(1, 4, 8)) is None
 
 
-def test_relative_bias_tells_offsets_apart() -> None:
+def test_relative_bias_has_one_value_per_offset() -> None:
     bias = RelativeBias((2, 3), heads=1)
     n = len(bias.table)
     assert n == 3 * 5 + 3
@@ -101,7 +101,7 @@ def test_layer_scale_and_drop_path() -> None:
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
 
 
-def test_keys_without_bias() -> None:
+def test_keys_without_a_bias_equal_keys_with_a_bias_of_zero() -> None:
     torch.manual_seed(0)
     config = small(qkv_bias="qv")
     block = Block(config, 0.0)
@@ -144,7 +144,7 @@ def test_initialisation() -> None:
         Trunk(dataclasses.replace(big, init="beit", norm="pre"), 3, layer_drop=0.0),
     )
     assert spread(bert.blocks[2].ffn.fc2.weight) == pytest.approx(0.02, rel=0.05)
-    cut = 0.02 * 0.5396  # a normal cut at one standard deviation
+    cut = 0.02 * 0.5396  # standard deviation of a normal truncated at one standard deviation
     assert spread(beit.blocks[2].ffn.fc1.weight) == pytest.approx(cut, rel=0.05)
     assert float(beit.blocks[2].ffn.fc1.weight.detach().abs().max()) <= 0.02
     for n in (1, 2, 3):  # by depth

@@ -1,4 +1,5 @@
-"""What every modality must do, for all of the registry and one from outside the package."""
+"""The contract that every modality must fulfil, for all of the registry and one from outside the
+package."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ from tests.helpers.steps import Losses, prepare
 
 LENGTHS = [[200, 90, 300, 40] * 3, [120] * 8]
 
-# One line a modality: real shards of it, small. A modality without one fails the first test.
+# A function per modality that writes a small shard set. The first test fails if one is missing.
 SETS: dict[str, Callable[[Path], object]] = {
     "speech": joint_sets.write_speech,
     "vision": lambda root: joint_sets.write_images(root, 24),
@@ -106,7 +107,7 @@ def test_it_is_registered_under_its_own_name(case: Case) -> None:
         create_modalities({modality.name: {"wrong": 1}})
 
 
-def test_decoding_follows_its_generator_alone(case: Case) -> None:
+def test_decoding_depends_only_on_the_generator(case: Case) -> None:
     modality, samples = case.modality, case.samples(12)
     modality.check_set(case.shards.about)
     once = [modality.decode(s, case.rng(i)) for i, s in enumerate(samples)]
@@ -117,7 +118,7 @@ def test_decoding_follows_its_generator_alone(case: Case) -> None:
         assert np.array_equal(w, modality.decode(sample, None))
         assert a.size <= modality.largest().size and a.dtype == modality.largest().dtype
     other = [modality.decode(s, case.rng(99, i)) for i, s in enumerate(samples)]
-    if modality.name != "speech":  # of which no recording is longer than a crop
+    if modality.name != "speech":  # no recording is longer than a crop
         assert any(not np.array_equal(a, b) for a, b in zip(once, other, strict=True))
 
 
@@ -145,13 +146,13 @@ def check_masks(case: Case, batch: Batch) -> None:
     assert not flat[batch.masked].any(), "a masked token is seen"
     exists = torch.ones(B, T, dtype=torch.bool) if batch.valid is None else batch.valid
     exists = exists.repeat_interleave(M, 0).flatten()
-    assert exists[batch.masked].all(), "padding is to be predicted"
+    assert exists[batch.masked].all(), "padding would be predicted"
     assert int(exists.sum()) == int(flat.sum()) + len(batch.masked), "neither seen nor masked"
     by_view = (~batch.seen).sum(1)
     assert (by_view > 0).all() and (batch.seen.sum(1) > 0).all()
 
 
-def test_one_sample_gives_as_many_masked_tokens_as_it_says(case: Case) -> None:
+def test_a_sample_has_the_planned_number_of_masked_tokens(case: Case) -> None:
     lengths = read_lengths(case.shards)
     for i, sample in enumerate(case.samples(6)):
         if not case.modality.crop(lengths[i]):
@@ -196,7 +197,7 @@ def build(case: Case) -> Pretrain:
 
 
 def train(case: Case, steps: int) -> tuple[list[float], Pretrain, dict[str, float]]:
-    """Losses of some optimizer steps through the engine, the task, and the last step's metrics."""
+    """(losses of some optimizer steps, the task, the metrics over all steps)."""
     task = build(case)
     engine, ema = prepare(task, case.config.optim, accumulation=4)
     accumulator, losses = Accumulator(), []
@@ -215,19 +216,19 @@ def train(case: Case, steps: int) -> tuple[list[float], Pretrain, dict[str, floa
     return losses, task, task.report.summarize(accumulator.reduce(), steps)
 
 
-def test_steps_train_every_part_and_are_the_same_again(case: Case) -> None:
-    losses, task, told = train(case, 3)
+def test_steps_train_every_part_and_are_reproducible(case: Case) -> None:
+    losses, task, metrics = train(case, 3)
     assert train(case, 3)[0] == losses and len(set(losses)) == 3
     before = dict(build(case).named_parameters())
     still = [n for n, p in task.named_parameters() if torch.equal(p, before[n])]
-    # With predictions that begin at zero the first gradients reach the last layer alone.
+    # Predictions start at zero, so the first gradients reach only the last layer.
     assert not [name for name in still if name.startswith("student.encoder.trunk")], still
     assert any(name.startswith("teacher.") for name in before)
-    assert all(np.isfinite(value) for value in told.values()), told
-    assert told["front_end_spread"] > 0.1 and told["target_sample_spread"] > 0.1
+    assert all(np.isfinite(value) for value in metrics.values()), metrics
+    assert metrics["front_end_spread"] > 0.1 and metrics["target_sample_spread"] > 0.1
 
 
-def test_its_parts_are_its_own(case: Case) -> None:
+def test_its_parts_belong_to_it(case: Case) -> None:
     task, name = build(case), case.modality.name
     parts = {task.part(n) for n, _ in task.student.named_parameters(prefix="student")}
     assert parts == {"", name}
@@ -255,7 +256,7 @@ class SensorRun(Run):
         return [sys.executable, "-m", "tests.helpers.sensor", *words]
 
 
-def test_a_modality_from_outside_trains_and_resumes_as_any_other(
+def test_a_modality_from_outside_trains_and_resumes_like_any_other(
     sets: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -276,6 +277,6 @@ def test_a_modality_from_outside_trains_and_resumes_as_any_other(
 
     words = ["train", "series_tiny", *settings, "modality.series.crop=4"]
     assert main(["show", "series_tiny"]) == 0 and main(words) == 2
-    told = capsys.readouterr()
-    assert "encoder.front_ends.series.features" in told.out
-    assert "modality.series: crop=4 is below least=8" in told.err
+    output = capsys.readouterr()
+    assert "encoder.front_ends.series.features" in output.out
+    assert "modality.series: crop=4 is below least=8" in output.err
