@@ -1,12 +1,12 @@
-# make demo, make test: each sets up what it needs in .venv by itself.
+# make demo and make test create .venv automatically.
 #
-#   make demo       convert, pre-train, probe: the whole way on this machine, in minutes;
+#   make demo       converts, pre-trains and probes on this machine, in minutes;
 #                   MODALITY=speech (default), vision, text or joint; SEED=0
-#   make test       what continuous integration runs
-#   make test-all   the full matrices and long faults as well
-#   make test-gpu   what needs a CUDA device
-#   make setup      only the virtual environment; TORCH=system takes the torch that the site has
-#   make clean      removes .venv and the demos' run folders
+#   make test       lint, and the tests that continuous integration runs
+#   make test-all   also full matrices, long faults and fuzzing
+#   make test-gpu   tests that need a CUDA device
+#   make setup      only the virtual environment; TORCH=system uses the torch of the site
+#   make clean      removes .venv and the run folders of the demos
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 MODALITY ?= speech
 DEMO := runs/demo$(if $(filter-out speech,$(MODALITY)),-$(MODALITY))
-# Two ranks: on two GPUs where there are as many, on the one where there is one, else on the CPU.
+# Two ranks, on GPUs or on the CPU; one rank if there is only one GPU.
 RANKS := $(shell [ "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" = 1 ] && echo 1 || echo 2)
 SEED ?= 0
 

@@ -1,15 +1,15 @@
-"""What the tiny recipes learn: the demo of one modality, or of all, for one or several seeds.
+"""Shows what the tiny recipes learn: the demo of one modality, or of all, for one or more seeds.
 
     python benchmarks/probe.py speech|vision|text|joint [key.path=value ...] [--seeds 0 1 2]
         [--out FOLDER] [--cifar10 FOLDER]
 
-Converts the embedded corpora, pre-trains the recipe MODALITY_tiny, and asks with kNN what the
-features of the frozen encoder tell of labels, beside those of the same network before training,
-plain features of the input, and chance. Of text it also asks which of two paragraphs is the text:
-the model's error has to be lower than in a copy in which neighbouring tokens have changed places.
-Prints every command that it runs; several seeds end in a table, the last line is JSON.
+Converts the embedded corpora, pre-trains the recipe MODALITY_tiny, and measures the accuracy of a
+kNN probe on features of the frozen encoder, compared with the same network before training, with
+plain features of the input and with chance. For text it also compares the error of the model for a
+paragraph with that for a copy in which neighbouring tokens are swapped. Prints every command that
+it runs and, for several seeds, a table. The last line is JSON.
 
-B samples, M masked views a sample, T tokens, N masked tokens, D width.
+B samples, M masked views per sample, T tokens, N masked tokens, D width.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ MODULES = {"d2v-ds": "d2v_ds", "d2v-shards": "shards.cli"}
 Accuracies = dict[str, dict[str, float]]  # {encoder: {test set: share that is right}}
 Ids = npt.NDArray[np.int64]
 
-CIFAR10_SIZES = {"train": 1000, "test": 100}  # images of each class that are used
+CIFAR10_SIZES = {"train": 1000, "test": 100}  # images used per class
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """How one modality is shown. sets: {name: what d2v-shards makes it of}, of which `train` is
-    pre-trained on, `gallery` has the labelled neighbours and `tests`, {name: what they are}, are
+    """The demo of one modality. sets: {name: arguments of d2v-shards}; `train` is for pre-training,
+    the set named by `gallery` has the labelled neighbours, and `tests`, {name: description}, are
     scored with the features of block `layer`."""
 
     sets: dict[str, list[str]]
@@ -109,7 +109,8 @@ def text() -> Corpus:
 
 
 def cifar10(source: Path, lists: Path) -> Corpus:
-    """Of a tree {train,test}/CLASS/IMAGE the first images of each class; writes lists of them."""
+    """The first images of each class of a folder tree {train,test}/CLASS/IMAGE; writes lists of
+    them into `lists`."""
     sets = {}
     for name, size in CIFAR10_SIZES.items():
         classes = sorted(path for path in (source / name).iterdir() if path.is_dir())
@@ -129,7 +130,7 @@ CORPORA = {"speech": speech, "vision": vision, "text": text}
 
 
 def command(name: str, *words: str | Path) -> str:
-    """Shows and runs a command of the project, shows what it prints, and returns that."""
+    """Prints and runs a command of the project; prints and returns its output."""
     print(f"\n$ {shlex.join([name, *map(str, words)])}".replace(f"{Path.cwd()}/", ""), flush=True)
     with subprocess.Popen(
         [sys.executable, "-m", MODULES[name], *map(str, words)], stdout=subprocess.PIPE, text=True
@@ -153,7 +154,7 @@ def convert(corpora: dict[str, Corpus], shards: Path) -> None:
 def train_and_probe(
     recipe: str, corpora: dict[str, Corpus], shards: Path, run: Path, words: list[str]
 ) -> dict[str, Accuracies]:
-    """{what was probed: the result}. words: more for `d2v-ds train`."""
+    """{probe: accuracies}. words: further arguments of `d2v-ds train`."""
     trained_on = {modality: f"{shards}/{modality}/train" for modality in corpora}
     sets = [f"data.shards.{modality}={path}" for modality, path in trained_on.items()]
     if len(corpora) == 1:
@@ -176,14 +177,14 @@ def train_and_probe(
 
 # --------------------------------------------------------------------------------------- word order
 
-SWAPS = (1, 4)  # pairs of neighbouring tokens that change places
-LENGTH = 100  # tokens of a paragraph that are used; shorter ones are left out
-VIEWS = 8  # masks that an error is the mean over, the same for both
+SWAPS = (1, 4)  # swapped pairs of neighbouring tokens
+LENGTH = 100  # tokens used per paragraph; shorter paragraphs are left out
+VIEWS = 8  # masks per error, the same for original and copy
 
 
 def order_accuracy(run: Path, paragraphs: Path) -> Accuracies:
-    """Share of paragraphs whose masked tokens are predicted better than those of a copy with so
-    many pairs of neighbours swapped. Bags of words are the same, so they are at one half."""
+    """The share of paragraphs whose masked tokens are predicted better than those of a copy with
+    swapped pairs of neighbours. A bag of words is the same for both and scores one half."""
     found = open_newest(run)
     task = Pretrain.create(decode(Config, found.state["config"])).eval()
     load_weights(task, found)
@@ -205,17 +206,17 @@ def order_accuracy(run: Path, paragraphs: Path) -> Accuracies:
 
 
 def swap(ids: Ids, pairs: int, rng: np.random.Generator) -> Ids:
-    """A copy in which so many pairs of neighbours, at random places, have changed places."""
+    """A copy with this number of neighbouring pairs swapped, at random positions."""
     ids = ids.copy()
-    for place in rng.choice(len(ids) - 1, pairs, replace=False):
-        ids[place : place + 2] = ids[place : place + 2][::-1]
+    for position in rng.choice(len(ids) - 1, pairs, replace=False):
+        ids[position : position + 2] = ids[position : position + 2][::-1]
     return ids
 
 
 @torch.no_grad()
 def errors(task: Pretrain, modality: Modality, examples: list[Ids]) -> torch.Tensor:
-    """Of each example, over the masked tokens, the squared error as a share of the squared targets;
-    [n]. The masks are the same whenever it is called."""
+    """The squared error over the masked tokens of each example, relative to the squared targets,
+    [n]. The masks are the same in every call."""
     shares = []
     for start in range(0, len(examples), 16):
         group = examples[start : start + 16]
@@ -237,7 +238,7 @@ def errors(task: Pretrain, modality: Modality, examples: list[Ids]) -> torch.Ten
 
 
 def table(name: str, of_seeds: dict[int, Accuracies]) -> str:
-    """Percentages in Markdown: a row a seed, what was scored side by side."""
+    """Percentages as a Markdown table with one row per seed."""
     [heads, *_] = of_seeds.values()
     [scored, *_] = heads.values()
     lines = [
@@ -258,9 +259,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("modality", choices=[*CORPORA, "joint"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--out", type=Path, help="keep sets and runs there; default: nothing")
-    parser.add_argument("--nproc", default="2", help="ranks (%(default)s)")
-    parser.add_argument("--cifar10", type=Path, help="vision on this tree {train,test}/CLASS/IMAGE")
+    parser.add_argument(
+        "--out", type=Path, help="folder to keep sets and runs in; default: a temporary one"
+    )
+    parser.add_argument("--nproc", default="2", help="number of ranks (%(default)s)")
+    parser.add_argument(
+        "--cifar10", type=Path, help="for vision: a folder tree {train,test}/CLASS/IMAGE"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.path=value")
     arguments = parser.parse_intermixed_args()
     with tempfile.TemporaryDirectory() as temporary:

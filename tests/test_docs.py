@@ -350,7 +350,8 @@ def test_commands_and_options_exist(page: str) -> None:
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), f"make {target}"
 
 
-RECIPE = re.compile(r"(?:speech|vision|text|joint)_(?:tiny|base|large|huge)\w*")
+RECIPE = re.compile(r"(?:speech|vision|text|joint)_\w+")
+STARTED = re.compile(r"\b(?:d2v-ds (?:train|show)|(pretrain)(?:\.sbatch)?) ([a-z]\w*)(?!\S)(.*)")
 SETTING = re.compile(
     r"((?:run|data|batch|model|target|modality|teacher|optim|engine|log|save)\.\S+)"
 )
@@ -359,21 +360,20 @@ SETTING = re.compile(
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/configuration.md"])
 def test_recipes_and_settings_exist(page: str) -> None:
     """Not of the page that is generated from the settings, which has a test of its own."""
-    for name in RECIPE.findall(text_of(page)):
-        assert name in recipes.RECIPES, f"{page}: {name}"
     for word in words(page):
+        if RECIPE.fullmatch(word):
+            assert word in recipes.RECIPES, f"{page}: {word}"
         if word.startswith("compat=") or (SETTING.fullmatch(word) and not is_code(word)):
             check_setting(page, word.partition("=")[0])
     for line in command_lines(page):
-        found = re.search(rf"\b(?:train|show|pretrain(?:\.sbatch)?) ({RECIPE.pattern})\b(.*)", line)
-        if found:
-            more = shlex.split(re.split(r"[`;]| then ", found[2])[0])
-            config = recipes.load(found[1], [w for w in more if "=" in w and w[0] != "-"])
-            if "pretrain" in found[0]:
-                per_node, nodes = (
-                    int((re.findall(rf"--{option}=(\d+)", line) or [default])[-1])
-                    for option, default in (("ntasks-per-node", 8), ("nodes", 1))
-                )
+        for on_slurm, recipe, rest in STARTED.findall(line):
+            given = shlex.split(re.split(r"[`;]| then ", rest)[0])
+            config = recipes.load(recipe, [w for w in given if "=" in w and w[0] != "-"])
+            per_node, nodes = (
+                int((re.findall(rf"--{option}=(\d+)", line) or [default])[-1])
+                for option, default in (("ntasks-per-node", 8), ("nodes", 1))
+            )
+            if on_slurm:
                 assert config.batch.micro_batches % (per_node * nodes) == 0, f"{page}: {line}"
 
 
@@ -391,7 +391,7 @@ def is_code(word: str) -> bool:
 
 
 def test_every_recipe_is_documented() -> None:
-    assert set(recipes.RECIPES) <= set(RECIPE.findall(text_of("docs/training.md")))
+    assert set(recipes.RECIPES) <= set(words("docs/training.md"))
 
 
 FOLDERS = ("d2v_ds", "docs", "tests", "shards", "slurm", "benchmarks", "ds_configs")
