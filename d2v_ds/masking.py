@@ -102,9 +102,9 @@ def block_mask_1d(
     """
     share = 1 - prob if inverse else prob
     centres = rng.integers(T, size=(views, int(T * ((share + adjust) / length)), 1))
-    places = (centres + _around(length)).clip(0, T - 1)
+    positions = (centres + _around(length)).clip(0, T - 1)
     mask = np.zeros((views, T), dtype=bool)
-    mask[np.arange(views)[:, None, None], places] = True
+    mask[np.arange(views)[:, None, None], positions] = True
     mask = _repair(mask, int(T * share), rng)
     return ~mask if inverse else mask
 

@@ -56,7 +56,7 @@ def test_what_hides_padding() -> None:
         *([[True, True, True]] * 2),
         *([[True, True, False]] * 2),
     ]
-    attended = batch.attended()  # of the visible tokens, of which the second sample has only one
+    attended = batch.attended()  # the second sample has only one visible token
     assert attended is not None and attended.tolist() == [
         *([[True] * 2] * 2),
         *([[True, False]] * 2),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# The settings with which the original code runs, where this project corrects the default.
+# The settings with which the original code runs. This project corrects their defaults.
 FAIRSEQ: dict[str, Any] = {
     "optim.decay_all": True,
     "optim.adam_eps": "fairseq",

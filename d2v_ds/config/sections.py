@@ -186,8 +186,8 @@ class Config:
     """The configuration of a run."""
 
     compat: Literal["none", "fairseq"] = "none"
-    """fairseq: reproduce the original code where this project corrects it. docs/differences.md
-    lists the settings that it changes."""
+    """fairseq: reproduce the original code, including the faults that this project corrects.
+    docs/differences.md lists the settings that it changes."""
 
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)

@@ -151,8 +151,8 @@ def sincos_2d(grid: tuple[int, int], dim: int) -> Tensor:
     row, column = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     frequency = 1.0 / 10_000 ** (np.arange(dim // 4) / (dim // 4))
     halves = []
-    for place in (column, row):
-        angle = np.outer(place, frequency)  # [T, D / 4]
+    for position in (column, row):
+        angle = np.outer(position, frequency)  # [T, D / 4]
         halves += [np.sin(angle), np.cos(angle)]
     return torch.from_numpy(np.concatenate(halves, axis=1)).float()
 

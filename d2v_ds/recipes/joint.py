@@ -48,7 +48,7 @@ def together(
     raw = speech
     steps = {name: one["run"]["steps"] for name, one in alone.items()}
     # On a shared trunk the scale of a loss is its weight. The text recipes sum the error over
-    # channels, which would dominate the others, where the sum is divided by sqrt(channels).
+    # channels, which would dominate the others, whose sum is divided by sqrt(channels).
     text["modality"]["text"]["loss_scale"] = None
     return raw | {
         "run": raw["run"] | {"steps": sum(steps.values())},
