@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -168,11 +168,7 @@ def make_plans(corpus: Corpus, choice: Choice) -> dict[str, ConversionPlan]:
     plans: dict[str, ConversionPlan] = {}
     for name, samples in sets.items():
         if not len(samples):
-            raise UserError(
-                f"--split: no input falls into {name!r}; increase its share"
-                if name
-                else "no input is selected; check SOURCE, --only and --except"
-            )
+            raise UserError(_why_empty(name, corpus.rejected, choice))
         if corpus.arrange:
             samples = Samples(corpus.arrange(list(samples)))
         options = {**corpus.options, **choice.options}
@@ -182,6 +178,17 @@ def make_plans(corpus: Corpus, choice: Choice) -> dict[str, ConversionPlan]:
     first = names[0]  # rejected inputs have no key to split by
     plans[first] = replace(plans[first], rejected=tuple(corpus.rejected))
     return plans
+
+
+def _why_empty(name: str, rejected: Sequence[Rejected], choice: Choice) -> str:
+    if name:
+        return f"--split: no input falls into {name!r}; increase its share"
+    if choice.only or choice.leave_out:
+        return "--only and --except leave no input; change the lists"
+    if rejected:
+        path, reason = rejected[0]
+        return f"none of the inputs can be used; the first: {path}: {reason}"
+    return "SOURCE contains no inputs"
 
 
 def make_plan(

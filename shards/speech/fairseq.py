@@ -53,7 +53,9 @@ class Fairseq(SpeechLayout):
             if self.source.with_suffix(f".{kind}").is_file()
         }
         texts = [lines_of(path) for path in labels.values()]
+        empty = True
         for row in zip_longest(lines, *texts):
+            empty = False
             if None in row:
                 files = ", ".join(path.name for path in (self.source, *labels.values()))
                 raise UserError(
@@ -75,3 +77,5 @@ class Fairseq(SpeechLayout):
                     columns.setdefault("text", "".join(text.split()).replace("|", " ").strip())
             size = size_of(self.root / path)
             yield Sample(make_key(os.path.splitext(path)[0]), (Input(path),), columns, size)
+        if empty:
+            raise UserError(f"{self.source}: lists no recordings, it has only the root folder")

@@ -203,7 +203,7 @@ def test_tars(data: bytes) -> None:
             left_out = (root / "out/quarantine.jsonl").read_text()
             assert {"0", "1", "2", "3"} <= found.keys() or left_out, "lost silently"
         else:
-            assert "no input is selected" in said or "none of the inputs" in said, said
+            assert "SOURCE contains no inputs" in said or "none of the inputs" in said, said
         with contextlib.suppress(UserError):
             indexed = index_set([tar], root / "index", sample_formats("speech"))
             assert indexed.samples == len(contents(root / "index"))

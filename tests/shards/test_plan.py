@@ -14,7 +14,7 @@ from d2v_ds.data.shard_format import INDEX_FILE
 from d2v_ds.errors import UserError
 from shards.arguments import splits, task_of_slurm
 from shards.cli import main
-from shards.family import Corpus, Input, Sample
+from shards.family import Corpus, Input, Rejected, Sample
 from shards.plan import Choice, ConversionPlan, Samples, make_plan, make_plans, split_of
 from tests.helpers.corpora import contents, put, recording
 
@@ -112,7 +112,7 @@ def test_the_hash_sees_every_change() -> None:
 def test_a_million_inputs_take_little_memory() -> None:
     code = """
 import resource, sys
-from shards.family import Corpus, Input, Sample
+from shards.family import Corpus, Input, Rejected, Sample
 from shards.plan import Choice, make_plans
 from shards.speech.converter import SpeechConverter
 from shards.speech.folder import Folder
@@ -228,6 +228,8 @@ def test_only_and_except(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert convert(corpus, tmp_path / "train", "--except", valid) == 0
     train = contents(tmp_path / "train")
     assert len(train) == 57 and not {"03", "07", "11"} & train.keys()
+    assert convert(corpus, tmp_path / "no", "--only", valid, "--except", valid) == 2
+    assert "--only and --except leave no input" in capsys.readouterr().err
     put(valid, "03.wav\nnowhere.wav\n")
     assert convert(corpus, tmp_path / "no", "--only", valid) == 2
     assert "1 names are neither a key nor a path of the corpus" in capsys.readouterr().err
@@ -293,6 +295,19 @@ def test_task_is_taken_from_slurm(
     assert "task 1 of 4 has finished" in capsys.readouterr().out
     assert convert(corpus, tmp_path / "all", "--task", "0/1") == 0
     assert (tmp_path / "all" / INDEX_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("rejected", "choice", "message"),
+    [
+        ([], Choice(), "SOURCE contains no inputs"),
+        ([("x", "why")], Choice(), "none of the inputs can be used; the first: x: why"),
+        ([("x", "why")], Choice(splits={"a": 1.0}), "no input falls into 'a'"),
+    ],
+)
+def test_a_corpus_without_samples(rejected: list[Rejected], choice: Choice, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_plans(Corpus([], None, {}, None, rejected), choice)  # type: ignore[arg-type]
 
 
 def test_inputs_that_no_sample_can_be_made_of_are_counted() -> None:

@@ -149,6 +149,8 @@ def test_fairseq(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(tmp_path / "m/bad.tsv", f"{tmp_path}/data\n19/0.flac\t4800\n19/1.flac\tmany\n\n")
     assert convert(tmp_path / "m/bad.tsv", tmp_path / "bad", *ALL) == 0
     assert set(quarantine(tmp_path / "bad")) == {"bad.tsv, line 3", "bad.tsv, line 4"}
+    put(tmp_path / "m/none.tsv", f"{tmp_path}/data\n")
+    assert "none.tsv: lists no recordings" in refused(capsys, tmp_path / "m/none.tsv", "x")
     put(tmp_path / "m/moved.tsv", "/nowhere/at/all\n19/0.flac\t4800\n")
     assert "there is no folder '/nowhere/at/all'" in refused(capsys, tmp_path / "m/moved.tsv", "x")
 
