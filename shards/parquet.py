@@ -23,7 +23,7 @@ def open_table(path: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"is no Parquet file ({first_line(error)})") from None
+        raise ValueError(f"is not a Parquet file ({first_line(error)})") from None
 
 
 def row_groups(root: Path, file: str) -> Iterator[tuple[Input, int]]:

@@ -20,5 +20,5 @@ def sound_members(
             yield from members(file, at, end)
             return
         except DamagedTar as error:
-            rejected.append((name, f"{error}: what lies there is lost"))
+            rejected.append((name, f"{error}: its content is lost"))
             at = next_header(file, error.position)

@@ -82,7 +82,7 @@ class Parquet(ImageLayout):
                 if isinstance(data, bytes):
                     yield Item(part_key(sample.key, number), name, data, self._columns(row))
                 else:
-                    rejected.append((name, f"{key!r} has no bytes in it"))
+                    rejected.append((name, f"{key!r} contains no bytes"))
         except (ValueError, OSError) as error:
             rejected.append((str(part), str(error)))
 

@@ -81,5 +81,5 @@ def _columns(kind: str, data: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its .json is damaged ({error})") from None
     if not isinstance(columns, dict):
-        raise ValueError("its .json is no object")
+        raise ValueError("its .json is not an object")
     return columns

@@ -171,9 +171,13 @@ class SpeechConverter:
         if item.part:
             start, stop = (round(seconds * info.rate) for seconds in item.part)
             if not 0 <= start < min(stop, info.frames):
-                raise ValueError(f"is {info.frames / info.rate:g} s long: has no such part")
+                raise ValueError(
+                    f"is {info.frames / info.rate:g} s long, so it has no such segment"
+                )
             if stop > info.frames + info.rate // 10:  # manifests round
-                raise ValueError(f"is {info.frames / info.rate:g} s long: its part ends later")
+                raise ValueError(
+                    f"is {info.frames / info.rate:g} s long, but its segment ends later"
+                )
             frames = min(stop, info.frames) - start
         if frames < self.min_seconds * info.rate:
             raise TooShort(f"is {frames / info.rate:g} s long, --min-seconds {self.min_seconds:g}")

@@ -51,12 +51,12 @@ def _sample(root: Path, line: bytes) -> Sample:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"is no JSON ({error})") from None
+        raise ValueError(f"is not JSON ({error})") from None
     if not isinstance(row, dict):
-        raise ValueError("is no JSON object")
+        raise ValueError("is not a JSON object")
     found = [row.pop(name) for name in PATHS if name in row]
     if len(found) != 1 or not isinstance(found[0], str) or not found[0] or "\0" in found[0]:
-        raise ValueError(f"needs one of {' and '.join(PATHS)}, a text")
+        raise ValueError(f"needs {' or '.join(PATHS)}, a string")
     path = found[0]
     part = _part(row)
     stem = os.path.splitext(path)[0]

@@ -78,7 +78,7 @@ def _transcripts(
                 continue
             if "\ufffd" in text or not text.strip():
                 where = f"{os.path.relpath(folder / name, root)}, line {number}"
-                rejected.append((where, "is no `NAME TEXT` in UTF-8; its recording has no text"))
+                rejected.append((where, "is not `NAME TEXT` in UTF-8; its recording gets no text"))
             else:
                 texts[stem] = text.strip()
     return texts

@@ -71,10 +71,10 @@ def _columns(
             if field == "json":
                 about = json.loads(data)
                 if not isinstance(about, dict):
-                    raise ValueError("is no object")
+                    raise ValueError("is not an object")
                 columns |= about
             else:
                 columns[LABELS[field]] = data.decode().strip()
         except (ValueError, RecursionError) as error:
-            rejected.append((f"{where}.{field}", f"{error}; its recording goes without"))
+            rejected.append((f"{where}.{field}", f"{error}; its recording does not get it"))
     return columns

@@ -26,5 +26,5 @@ class JsonLines(LineFormat):
         except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"is not JSON ({error})") from None
         if not isinstance(row, dict):
-            raise ValueError("is no JSON object")
+            raise ValueError("is not a JSON object")
         return from_row(row, self.options)

@@ -116,12 +116,12 @@ def from_row(row: Mapping[str, Any], options: TextOptions) -> tuple[str, dict[st
             raise ValueError(f"has no {key!r}{suggestion(key, row)}")
     text = row[text_key]
     if not isinstance(text, str):
-        raise ValueError(f"{text_key!r} is no text but {type(text).__name__}")
+        raise ValueError(f"{text_key!r} is not text but {type(text).__name__}")
     if not label_key:
         return text, {}
     label = row[label_key]
     if not isinstance(label, SCALAR):
-        raise ValueError(f"{label_key!r} is no text or number: {type(label).__name__}")
+        raise ValueError(f"{label_key!r} is neither text nor a number: {type(label).__name__}")
     columns = {
         key: value
         for key, value in row.items()

@@ -87,7 +87,7 @@ class _TextConverter:
                 if ids:
                     yield sample, item, ids
                 elif item.columns:
-                    rejected.append((item.name, "has no text in it"))
+                    rejected.append((item.name, "contains no text"))
 
 
 @dataclass(frozen=True)

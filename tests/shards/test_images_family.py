@@ -302,7 +302,7 @@ def test_what_is_wrong_beside_an_image_is_named(tmp_path: Path) -> None:
     reasons = sorted(quarantine(tmp_path / "out").values())
     assert [reason[:18] for reason in reasons] == [
         "its .json is damag",
-        "its .json is no ob",
+        "its .json is not a",
         "its .txt is not UT",
     ]
 
@@ -392,12 +392,12 @@ def test_parquet_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         Parquet.open(tmp_path, ImageOptions(image_key="img"))
     made = convert_all(Parquet.open(tmp_path, ImageOptions()))
     assert [item for one in made for item in one.rejected] == [
-        ("a.parquet, row 0", "'image' has no bytes in it")
+        ("a.parquet, row 0", "'image' contains no bytes")
     ]
     (tmp_path / "a.parquet").write_bytes(b"PAR1 but nothing else PAR1")
     made = convert_all(Parquet.open(tmp_path, ImageOptions()))
     [(name, reason)] = [item for one in made for item in one.rejected]
-    assert name == "a.parquet" and reason.startswith("is no Parquet file")
+    assert name == "a.parquet" and reason.startswith("is not a Parquet file")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match="pip install pyarrow"):
         Parquet.open(tmp_path, ImageOptions())

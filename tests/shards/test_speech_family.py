@@ -192,13 +192,13 @@ def test_jsonl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["long-00000500-00001250"]["json"]["paths"] == ["long.wav, 0.5 to 1.25"]
     left_out = quarantine(out)
     assert len(found) == 3 and len(left_out) == 8
-    assert "its part ends later" in left_out["long.wav, 2 to 4"]
-    assert "has no such part" in left_out["long.wav, 5 to 6"]
+    assert "its segment ends later" in left_out["long.wav, 2 to 4"]
+    assert "it has no such segment" in left_out["long.wav, 5 to 6"]
     assert "needs a duration or an end" in left_out["train.jsonl, line 6"]
     assert "are seconds" in left_out["train.jsonl, line 7"]
-    assert "path and audio_filepath" in left_out["train.jsonl, line 8"]
+    assert "path or audio_filepath" in left_out["train.jsonl, line 8"]
     assert "no JSON object" in left_out["train.jsonl, line 9"]
-    assert all("is no JSON" in left_out[f"train.jsonl, line {n}"] for n in (10, 12))
+    assert all("is not JSON" in left_out[f"train.jsonl, line {n}"] for n in (10, 12))
 
 
 def test_webdataset_tars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,7 +218,7 @@ def test_webdataset_tars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (found["a/1"]["json"]["text"], found["a/1"]["json"]["label"]) == ("eins", "7")
     assert found["a/2"]["json"]["speaker"] == "theo"
     assert quarantine(out) == {
-        "s-1.tar, a/3.json": "is no object; its recording goes without",
+        "s-1.tar, a/3.json": "is not an object; its recording does not get it",
         "s-1.tar, a/4": "has no recording, only txt",
     }
     assert convert(tmp_path / "in/s-0.tar", tmp_path / "one", *ALL) == 0
@@ -234,7 +234,7 @@ def test_a_damaged_tar_loses_only_what_is_damaged(tmp_path: Path) -> None:
     assert convert(tar, tmp_path / "out", *ALL) == 0
     assert sorted(contents(tmp_path / "out")) == ["0", "1", "3", "4"]
     lines = (tmp_path / "out/quarantine.jsonl").read_text().splitlines()
-    assert len(lines) == 2 and f"at byte {at}: what lies there is lost" in lines[0]
+    assert len(lines) == 2 and f"at byte {at}: its content is lost" in lines[0]
     assert "5.wav: its 9644 bytes reach past the end" in lines[1]
 
 

@@ -288,7 +288,7 @@ def test_labelled(tmp_path: Path) -> None:
         assert meta == {"from": "x", "label": row["kind"]}
         assert Text.check_sample(sample, {"tokenizer": TOKENIZER.about()}) == len(ids)
     [(_, reason)] = quarantine(tmp_path / "out").items()
-    assert reason == "has no text in it"
+    assert reason == "contains no text"
 
 
 def test_text_files_have_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,9 +323,9 @@ def test_what_cannot_be_used_is_left_out_and_named(tmp_path: Path) -> None:
     starts = [data.index(line.encode()) for line in lines]
     for i, reason in (
         (1, "is not JSON"),
-        (2, "is no JSON object"),
+        (2, "is not a JSON object"),
         (3, "has no 'text'; did you mean 'txt'?"),
-        (4, "'text' is no text but int"),
+        (4, "'text' is not text but int"),
         (5, "is not Unicode text"),
         (6, "is not JSON"),
     ):
