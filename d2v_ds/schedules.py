@@ -1,7 +1,7 @@
-"""Schedules: pure functions of the step, nothing to save and nothing to restore.
+"""Schedules: pure functions of the step, so that no state has to be saved.
 
-lr(n) belongs to the optimizer step number n, counted from 0; ema_decay(n) is the one applied after
-n optimizer steps, so n >= 1 (fairseq/optim/lr_scheduler, and get_annealed_rate, at 3d262bb).
+A learning rate belongs to optimizer step n, counted from 0. ema_decay(n) is applied after n
+optimizer steps, so n >= 1 (fairseq/optim/lr_scheduler and get_annealed_rate, at 3d262bb).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ TRI_STAGE_FINAL = 0.01
 
 
 def cosine(n: int, peak: float, warmup: int, steps: int, end: float = 0.0) -> float:
-    """Linear from 0 to `peak` over `warmup` steps, then half a cosine to `end` at `steps`, where it
-    stays (fairseq's begins another period there)."""
+    """Linear from 0 to `peak` over `warmup` steps, then half a cosine to `end` at `steps`, and
+    constant afterwards (fairseq's cosine begins another period)."""
     if n < warmup:
         return peak * n / warmup
     progress = min(1.0, (n - warmup) / max(1, steps - warmup))
@@ -26,7 +26,7 @@ def cosine(n: int, peak: float, warmup: int, steps: int, end: float = 0.0) -> fl
 
 
 def cosine_beit(n: int, peak: float, warmup: int, steps: int, end: float = 0.0) -> float:
-    """As `cosine`, but the warm-up reaches `peak` in its last step already, which the next repeats
+    """As `cosine`, but the last step of the warm-up and the step after it both have the peak
     (data2vec_vision beit/utils.py, cosine_scheduler)."""
     if n < warmup:
         return peak * n / max(1, warmup - 1)
@@ -37,10 +37,10 @@ DECAY_SHARE = 0.07  # of the steps; fairseq phase_ratio [0.03, 0.9, 0.07]
 
 
 def tri_stage(n: int, peak: float, warmup: int, steps: int, end: float = 0.0) -> float:
-    """Linear from 1 % of `peak`, hold, then exponential decay to 1 % over the last 7 % of
-    the steps; `end` plays no part.
+    """Linear from 1 % of `peak`, constant, then exponential decay to 1 % over the last 7 % of the
+    steps; `end` is ignored.
 
-    Warm-up, hold and decay meet at whole steps as in fairseq (tri_stage_lr_scheduler.py).
+    The stages begin at whole steps, as in fairseq (tri_stage_lr_scheduler.py).
     """
     decay = int(steps * DECAY_SHARE)
     hold = steps - warmup - decay
@@ -53,7 +53,7 @@ def tri_stage(n: int, peak: float, warmup: int, steps: int, end: float = 0.0) ->
 
 
 def constant(n: int, peak: float, warmup: int, steps: int, end: float = 0.0) -> float:
-    """Linear from 0 to `peak` over `warmup` steps, then flat; `end` plays no part."""
+    """Linear from 0 to `peak` over `warmup` steps, then constant; `end` is ignored."""
     return peak * n / warmup if n < warmup else peak
 
 

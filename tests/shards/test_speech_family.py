@@ -197,7 +197,7 @@ def test_jsonl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "needs a duration or an end" in left_out["train.jsonl, line 6"]
     assert "are seconds" in left_out["train.jsonl, line 7"]
     assert "path or audio_filepath" in left_out["train.jsonl, line 8"]
-    assert "no JSON object" in left_out["train.jsonl, line 9"]
+    assert "not a JSON object" in left_out["train.jsonl, line 9"]
     assert all("is not JSON" in left_out[f"train.jsonl, line {n}"] for n in (10, 12))
 
 
