@@ -1,11 +1,11 @@
-"""One file of audio: what it holds, its samples, another rate, FLAC, log-mel features.
+"""One audio file: header, samples, resampling, FLAC, log-mel features.
 
     bytes or a path -> info
                     -> decode -> mono float32 [S] in [-1, 1] -> resample -> encode_flac
                                                              -> log_mel [T, 40]
 
-S raw audio samples, T feature frames. Decoding is libsndfile's (soundfile): torchaudio no longer
-decodes. Anything that cannot be used raises ValueError with the reason, without the file's name.
+S raw audio samples, T feature frames. libsndfile (soundfile) decodes; torchaudio no longer does.
+Unusable audio raises ValueError with the reason, without the file's name.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 Waveform = NDArray[np.float32]
 
 INT16_SCALE = 32768.0
-CHUNK = struct.Struct("<4sI")  # of a WAV: name, size
-UNKNOWN_FRAMES = 1 << 48  # libsndfile gives 2^63 - 1 for a FLAC without a total
-UNKNOWN_RIFF_SIZE = 0x7FFF0000  # streaming writers put 0, or something from here on up
+CHUNK = struct.Struct("<4sI")  # of a WAV: name and size
+UNKNOWN_FRAMES = 1 << 48  # libsndfile reports 2^63 - 1 for a FLAC without a length
+UNKNOWN_RIFF_SIZE = 0x7FFF0000  # streaming writers store 0, or this value or a larger one
 
 
 @dataclass(frozen=True)
 class Info:
-    rate: int  # frames a second
+    rate: int  # frames per second
     frames: int
     channels: int
     format: str  # libsndfile's names: WAV, FLAC, ...
@@ -46,7 +46,7 @@ class Info:
 
 
 def info(source: bytes | Path) -> Info:
-    """What the header says. Raises ValueError when it is no audio, empty, or a truncated WAV."""
+    """What the header says. Raises ValueError if it is not audio, empty, or a truncated WAV."""
     with Recording(source) as recording:
         return recording.info
 
@@ -54,11 +54,11 @@ def info(source: bytes | Path) -> Info:
 def decode(
     source: bytes | Path, start: int = 0, frames: int = -1, channel: int | None = None
 ) -> Waveform:
-    """`frames` frames from `start` on (-1: all), one channel or the mean of all: float32 [S] in
+    """`frames` frames (-1: all) from `start` on, of one channel or the mean of all: float32 [S] in
     [-1, 1].
 
-    16-bit audio comes out exact: rint(32768 * x) is what was stored. Raises ValueError when the
-    file is damaged within what is read, shorter than asked for, or holds NaN or infinity.
+    16-bit audio is exact: rint(32768 * x) is the stored value. Raises ValueError if the part that
+    is read is damaged, shorter than requested, or contains NaN or infinity.
     """
     with Recording(source) as recording:
         data = recording.pcm(start, frames, channel)
@@ -70,7 +70,7 @@ def decode(
 
 
 class Recording:
-    """One file of audio, open; a context manager. Raises ValueError as `info` does."""
+    """An open audio file; a context manager. Raises ValueError as `info` does."""
 
     def __init__(self, source: bytes | Path) -> None:
         self.plain = _plain_wav(source) if isinstance(source, bytes) else None
@@ -89,12 +89,12 @@ class Recording:
             self.file.close()
 
     def pcm(self, start: int = 0, frames: int = -1, channel: int | None = None) -> NDArray[Any]:
-        """As `decode`, but where audio of up to 16 bits needs no mean, the int16 [S] that are
-        stored; those of a plain WAV are a view of it."""
+        """As `decode`, but the stored int16 [S] if audio of up to 16 bits needs no mean, which for a
+        plain WAV are a view of its bytes."""
         wanted = self.info.frames - start if frames < 0 else frames
         stop = start + wanted
         if not 0 < wanted <= self.info.frames - start:
-            raise ValueError(f"frames {start} to {stop} asked for, it has {self.info.frames}")
+            raise ValueError(f"frames {start} to {stop} requested, it has {self.info.frames}")
         data = self.plain[1][start:stop] if self.plain else _read(self.file, start, stop)
         if self.info.channels == 1 or channel is not None:
             one: NDArray[Any] = np.ascontiguousarray(data[:, channel or 0])
@@ -108,8 +108,8 @@ class Recording:
 
 def _read(file: soundfile.SoundFile, start: int, stop: int) -> NDArray[Any]:
     """Frames [S, channels], int16 or float32."""
-    # int16 is several times faster than float32, which libsndfile needs for anything wider and for
-    # float files, whose values it does not scale to integers.
+    # Reading int16 is several times faster than float32, which libsndfile needs for wider samples
+    # and for float files, whose values it does not scale to integers.
     exact = file.subtype in ("PCM_16", "PCM_S8", "PCM_U8")
     try:
         if start:
@@ -122,13 +122,13 @@ def _read(file: soundfile.SoundFile, start: int, stop: int) -> NDArray[Any]:
     if len(data) != stop - start:
         raise ValueError(f"ends {stop - start - len(data)} frames before the length in its header")
     if not exact and not np.isfinite(data).all():
-        raise ValueError("holds NaN or infinite samples")
+        raise ValueError("contains NaN or infinite samples")
     return data
 
 
 def _plain_wav(source: bytes) -> tuple[int, NDArray[np.int16]] | None:
-    """(rate, [S, channels]) of a sound WAV with 16-bit PCM, without a copy; None for all else,
-    about which libsndfile has more to say."""
+    """(rate, [S, channels]) of an intact WAV with 16-bit PCM, without a copy; None for everything
+    else, which is left to libsndfile."""
     if source[:4] != b"RIFF" or source[8:12] != b"WAVE" or _promised(source) > len(source) + 1:
         return None
     rate = channels = 0
@@ -159,25 +159,25 @@ def _open(source: bytes | Path) -> soundfile.SoundFile:
             head, size = raw.read(12), os.fstat(raw.fileno()).st_size
     if size == 0:
         raise ValueError("is empty")
-    if head[:4] == b"RIFF" and head[8:] == b"WAVE":  # libsndfile reads a truncated one in silence
-        if _promised(head) > size + 1:  # the last pad byte may lack
+    if head[:4] == b"RIFF" and head[8:] == b"WAVE":  # libsndfile reads a truncated one silently
+        if _promised(head) > size + 1:  # the last pad byte may be missing
             raise ValueError(f"is truncated: {size} bytes, its header says {_promised(head)}")
     try:
         file = soundfile.SoundFile(
             io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
         )
     except soundfile.SoundFileError as error:
-        raise ValueError(f"is no audio that libsndfile reads: {_reason(error)}") from None
+        raise ValueError(f"is not audio that libsndfile reads: {_reason(error)}") from None
     if not 0 < file.frames < UNKNOWN_FRAMES:
         file.close()
         raise ValueError(
-            "holds no audio" if file.frames <= 0 else "does not say how long it is (streamed FLAC)"
+            "contains no audio" if file.frames <= 0 else "does not state its length (streamed FLAC)"
         )
     return file
 
 
 def _promised(wav: bytes) -> int:
-    """Bytes that a WAV has by its header; 0 where it does not say."""
+    """The size of a WAV according to its header; 0 if it does not say."""
     size = int.from_bytes(wav[4:8], "little") + 8
     return size if 8 < size < UNKNOWN_RIFF_SIZE else 0
 
@@ -187,8 +187,8 @@ def _reason(error: soundfile.SoundFileError) -> str:
 
 
 def encode_flac(samples: NDArray[np.int16], rate: int, level: int = 5) -> bytes:
-    """Mono int16 [S] as 16-bit FLAC; level 0 (fast) to 8 (small). The same input, library and
-    level give the same bytes."""
+    """Mono int16 [S] as 16-bit FLAC; level 0 (fast) to 8 (small). The result depends only on the
+    input, the library and the level."""
     assert samples.dtype == np.int16 and samples.ndim == 1, (samples.dtype, samples.shape)
     buffer = io.BytesIO()
     soundfile.write(
@@ -198,30 +198,31 @@ def encode_flac(samples: NDArray[np.int16], rate: int, level: int = 5) -> bytes:
 
 
 def to_int16(x: Waveform) -> NDArray[np.int16]:
-    """[S] in [-1, 1] to int16, rounded and clipped; the inverse of `decode` for 16-bit audio."""
+    """[S] in [-1, 1] as int16, rounded and clipped; the inverse of `decode` for 16-bit audio."""
     clipped: NDArray[np.float32] = np.clip(np.rint(x * INT16_SCALE), -32768, 32767)
     return clipped.astype(np.int16)
 
 
 # -------------------------------------------------------------------------------------- resampling
 
-ZERO_CROSSINGS = 32  # of the sinc on each side
+ZERO_CROSSINGS = 32  # of the sinc, on each side
 ROLLOFF = 0.95  # of the lower Nyquist frequency: the window's transition then ends at it
 BLOCK = 1 << 20  # numbers of unfolded input at a time
-MAX_KERNEL = 1 << 24  # numbers; beyond it the rates have no small ratio
+MAX_KERNEL = 1 << 24  # numbers; above it the rates have no small ratio
 
 
 def resampling_reach(old: int, new: int) -> int:
-    """How many inputs on each side an output of `resample` depends on."""
+    """The number of inputs on each side that an output of `resample` depends on."""
     return 0 if old == new else math.ceil(ZERO_CROSSINGS / (ROLLOFF * min(1.0, new / old)))
 
 
 def resample(x: Waveform, old: int, new: int) -> Waveform:
     """[S] at rate `old` to [ceil(S * new / old)] at rate `new`: sinc interpolation, Hann window.
 
-    The band-limited interpolation of Smith and Gossett (1984) as a matrix product, in numpy so that
-    converting needs no torch, and in float64 so that no BLAS and no number of threads changes what
-    is rounded to 16 bits afterwards. Raises ValueError for rates without a small ratio.
+    The band-limited interpolation of Smith and Gossett (1984) as a matrix product: in numpy, so
+    that converting needs no torch, and in float64, so that the result after rounding to 16 bits
+    does not depend on BLAS or the number of threads. Raises ValueError for rates without a small
+    ratio.
     """
     if old == new:
         return x
@@ -240,15 +241,16 @@ def resample(x: Waveform, old: int, new: int) -> Waveform:
 
 @lru_cache(maxsize=16)
 def _sinc_kernel(old: int, new: int) -> tuple[int, int, int, NDArray[np.float64]]:
-    """(inputs and outputs of a step, reach, kernel [2 * reach + inputs, outputs]): the weights of
-    the inputs from -reach to inputs + reach - 1 for each output. A step is as many inputs as the
-    sinc reaches to a side: fewer would unfold the input too often, more would multiply zeros."""
+    """(inputs and outputs of a step, reach, kernel [2 * reach + inputs, outputs]): for each output
+    the weights of the inputs from -reach to inputs + reach - 1. A step has about as many inputs as
+    the sinc reaches to each side: fewer would unfold the input more often, more would multiply
+    zeros."""
     divisor = math.gcd(old, new)
     old, new = old // divisor, new // divisor
     cutoff = ROLLOFF * min(1.0, new / old)  # of the input's Nyquist frequency
     reach = resampling_reach(old, new)
     if (2 * reach + old) * new > MAX_KERNEL:
-        raise ValueError(f"its rate has no small ratio to the wanted one ({old}:{new})")
+        raise ValueError(f"the ratio of its rate to the wanted one is not small ({old}:{new})")
     repeats = max(1, reach // old)
     old, new = old * repeats, new * repeats
     taps = np.arange(-reach, old + reach)[:, None]
@@ -262,10 +264,8 @@ def _sinc_kernel(old: int, new: int) -> tuple[int, int, int, NDArray[np.float64]
 
 
 def log_mel(x: Waveform | Tensor, rate: int) -> Tensor:
-    """[S] in [-1, 1] to [T, 40] log mel energies, windows of 25 ms every 10 ms, as Kaldi's fbank.
-
-    Raises ValueError for less than one window.
-    """
+    """[S] in [-1, 1] -> [T, 40] log-mel energies of windows of 25 ms every 10 ms, as Kaldi's fbank.
+    Raises ValueError for less than one window."""
     import torch
 
     waveform = torch.as_tensor(x, dtype=torch.float32) * INT16_SCALE  # Kaldi's scale
@@ -279,11 +279,11 @@ def log_mel(x: Waveform | Tensor, rate: int) -> Tensor:
 
 
 def import_torchaudio() -> Any:
-    """torchaudio, also where its wheel is built for CUDA and torch is not.
+    """torchaudio, even if its wheel is built for CUDA and torch is not.
 
-    The package index has torchaudio for CUDA only; beside a CPU torch its compiled extension does
-    not load and the import fails. Everything used here is plain Python, so the extension is then
-    replaced by one that says it is missing.
+    The package index only has torchaudio for CUDA. With a CPU build of torch its compiled extension
+    does not load and the import fails. Everything used here is plain Python, so the extension is
+    then replaced by one that raises an error when it is used.
     """
     try:
         import torchaudio

@@ -1,7 +1,7 @@
-"""Checksums of samples, named in the index that holds them: bytes -> 32 bits.
+"""Checksums of samples, 32 bits; the index that holds them names the kind.
 
-xxh3 costs a tenth of reading; crc32 of the standard library stands in for it where a set is written
-without the package xxhash.
+xxh3 costs a tenth of the time of reading. crc32, of the standard library, is used for sets that are
+written without the package xxhash.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ except ImportError:
 
 Checksum = Callable[[Any], int]  # of bytes or a view of bytes
 
-NONE = "none"  # of sets that others made
-BEST = "xxh3" if xxhash else "crc32"  # what is written
+NONE = "none"  # of third-party tars
+BEST = "xxh3" if xxhash else "crc32"  # the kind that is written
 
 
 def xxh3(data: Any) -> int:
@@ -29,7 +29,7 @@ def xxh3(data: Any) -> int:
 
 
 def checksum_of(kind: str) -> Checksum | None:
-    """The function by its name; None where the name is "none". Raises UserError."""
+    """The function of this name; None for "none". Raises UserError."""
     if kind == NONE:
         return None
     if kind == "crc32":

@@ -53,17 +53,17 @@ def payload(file: BinaryIO, member: Member, first: int = 0, number: int = -1) ->
 def flac(file: BinaryIO, member: Member) -> Length:
     head = payload(file, member, 0, 26)
     if len(head) < 26 or head[:4] != b"fLaC" or head[4] & 0x7F:
-        raise ValueError(".flac: is no FLAC")
+        raise ValueError(".flac: is not FLAC")
     packed = int.from_bytes(head[18:26], "big")  # 20 bits rate, 3 channels, 5 depth, 36 frames
     if not packed & (1 << 36) - 1:
-        raise ValueError(".flac: does not say how long it is (streamed FLAC)")
+        raise ValueError(".flac: does not state its length (streamed FLAC)")
     return Length(packed & (1 << 36) - 1, packed >> 44)
 
 
 def wav(file: BinaryIO, member: Member) -> Length:
     head = payload(file, member, 0, 12)
     if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-        raise ValueError(".wav: is no WAV")
+        raise ValueError(".wav: is not WAV")
     at, rate, frame = 12, 0, 0
     while len(chunk := payload(file, member, at, 8)) == 8:
         name, size = chunk[:4], int.from_bytes(chunk[4:], "little")
@@ -72,7 +72,7 @@ def wav(file: BinaryIO, member: Member) -> Length:
             rate, frame = (int.from_bytes(about[i:j], "little") for i, j in ((4, 8), (12, 14)))
         if name == b"data":
             if at + 8 + size > member.size:
-                raise ValueError(f".wav: is truncated, its data has {size} bytes by its header")
+                raise ValueError(f".wav: is truncated: its header states {size} bytes of data")
             if not frame:
                 raise ValueError(".wav: has no format before its data")
             return Length(size // frame, rate)
@@ -83,7 +83,7 @@ def wav(file: BinaryIO, member: Member) -> Length:
 def jpeg(file: BinaryIO, member: Member) -> Length:
     at = 2
     if payload(file, member, 0, 2) != b"\xff\xd8":
-        raise ValueError(".jpg: is no JPEG")
+        raise ValueError(".jpg: is not JPEG")
     while len(head := payload(file, member, at, 9)) == 9 and head[0] == 0xFF:
         marker = head[1]
         if marker == 0xFF:  # padding
@@ -98,14 +98,14 @@ def jpeg(file: BinaryIO, member: Member) -> Length:
 def png(file: BinaryIO, member: Member) -> Length:
     head = payload(file, member, 0, 24)
     if len(head) < 24 or head[:8] != b"\x89PNG\r\n\x1a\n":
-        raise ValueError(".png: is no PNG")
+        raise ValueError(".png: is not PNG")
     return Length(int.from_bytes(head[16:20], "big") * int.from_bytes(head[20:24], "big"))
 
 
 def webp(file: BinaryIO, member: Member) -> Length:
     head = payload(file, member, 0, 30)
     if len(head) < 30 or head[:4] + head[8:12] != b"RIFFWEBP":
-        raise ValueError(".webp: is no WebP")
+        raise ValueError(".webp: is not WebP")
     if head[12:16] == b"VP8X":  # 24 bits each, less 1
         width, height = (int.from_bytes(head[i : i + 3], "little") + 1 for i in (24, 27))
     elif head[12:16] == b"VP8L":  # 14 bits each, less 1
@@ -122,7 +122,7 @@ def npy(file: BinaryIO, member: Member) -> Length:
     start = 12 if wide else 10
     try:
         if head[:6] != b"\x93NUMPY":
-            raise ValueError("is no array")
+            raise ValueError("is not an array")
         text = payload(file, member, start, int.from_bytes(head[8:start], "little"))
         about = ast.literal_eval(text.decode("latin-1").strip())
         (number,), width = about["shape"], int(about["descr"][2:])

@@ -1,11 +1,11 @@
-"""One image: decoding, and what training and evaluation do to it.
+"""One image: decoding, crops, augmentation, normalisation.
 
     bytes -> open_image --jitter, random_crop, random_flip, or centre_crop--> uint8 [3, h, w]
         --normalise, on the device--> float32
 
-A crop is chosen before anything is decoded, so that a JPEG is decoded no larger than it needs; h, w
-pixels. Randomness comes from the generator alone, so it does not depend on the process. Anything
-that cannot be used raises ValueError without the file's name.
+The crop is chosen before decoding, so that a JPEG is decoded no larger than needed; h, w pixels.
+All randomness comes from the generator that is passed in. Unusable images raise ValueError with the
+reason, without the file's name.
 """
 
 from __future__ import annotations
@@ -31,25 +31,24 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels in [0, 1], by channel
 STD = (0.229, 0.224, 0.225)
 ATTEMPTS = 10  # to place a crop of the wanted area and aspect ratio
 ASPECT = (3 / 4, 4 / 3)
-RESIZE = 256 / 224  # the short side before a centre crop, in sizes of the crop
+RESIZE = 256 / 224  # the shorter side before a centre crop, relative to the crop
 
 
 def open_image(data: bytes) -> Image.Image:
-    """The image with its size, not decoded yet. Raises ValueError when it is none, or too large to
-    be one."""
-    with _told():
+    """The image, opened but not decoded. Raises ValueError if it is not an image or too large."""
+    with _as_value_error():
         return Image.open(io.BytesIO(data))
 
 
 def decode(data: bytes) -> Image.Image:
-    """The image as RGB. Raises ValueError when it is none, damaged, or too large to be one."""
-    with _told():
+    """The image as RGB. Raises ValueError if it is not an image, damaged, or too large."""
+    with _as_value_error():
         return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """Pillow's errors as ValueError."""
+def _as_value_error() -> Iterator[None]:
+    """Turns Pillow's errors into ValueError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -62,8 +61,9 @@ def _told() -> Iterator[None]:
 
 
 def inspect(data: bytes) -> tuple[str, int, int]:
-    """(extension, width, height) of an image, all of it decoded, for only that shows damage; the
-    extension is jpg, png or webp, else Pillow's name of the format. Raises ValueError."""
+    """(extension, width, height) of an image, which is decoded completely, because only that shows
+    damage. The extension is jpg, png or webp, else Pillow's name of the format. Raises
+    ValueError."""
     decode(data)
     image = open_image(data)
     kind = str(image.format).lower()
@@ -71,13 +71,14 @@ def inspect(data: bytes) -> tuple[str, int, int]:
 
 
 def to_png(data: bytes) -> bytes:
-    """The image as RGB without loss. Raises ValueError."""
+    """The image as a lossless RGB PNG. Raises ValueError."""
     return _encode(decode(data), "png")
 
 
 def shrink(data: bytes, shorter: int) -> tuple[bytes, int, int]:
-    """(bytes, width, height) of an image whose shorter side becomes `shorter` (bicubic), in its own
-    format where that is jpg or webp (quality 95), else png. Raises ValueError."""
+    """(bytes, width, height) of an image downsized so that its shorter side is `shorter` pixels
+    (bicubic): in its own format if that is jpg or webp (quality 95), else as png. Raises
+    ValueError."""
     kind, w, h = inspect(data)
     factor = shorter / min(w, h)
     size = max(shorter, round(w * factor)), max(shorter, round(h * factor))
@@ -102,14 +103,14 @@ def _encode(image: Image.Image, kind: str) -> bytes:
 def random_crop(
     image: Image.Image, size: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> Pixels:
-    """A crop of a random share of the area in `scale` and a random aspect ratio, resized (bicubic)
-    to size x size: torchvision's RandomResizedCrop, as MAE, BEiT and data2vec train with. Raises
-    ValueError."""
+    """A random crop, with a share of the area in `scale` and a random aspect ratio, resized
+    (bicubic) to size x size: torchvision's RandomResizedCrop, which MAE, BEiT and data2vec use.
+    Raises ValueError."""
     return crop(image, random_box(image.width, image.height, scale, rng), size)
 
 
 def random_box(w: int, h: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
-    """Of an image of w x h; where no crop fits, the largest in its middle."""
+    """The box of a random crop of a w x h image; if none fits, the largest one in the centre."""
     for _ in range(ATTEMPTS):
         area = w * h * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
@@ -124,8 +125,8 @@ def random_box(w: int, h: int, scale: tuple[float, float], rng: np.random.Genera
 
 
 def centre_crop(image: Image.Image, size: int) -> Pixels:
-    """The middle size x size after resizing the short side to 256 / 224 of size: as torchvision's
-    Resize and CenterCrop. Raises ValueError."""
+    """The central size x size pixels after resizing the shorter side to 256 / 224 * size, as
+    torchvision's Resize and CenterCrop. Raises ValueError."""
     factor = round(size * RESIZE) / min(image.size)
     w, h = max(size, round(image.width * factor)), max(size, round(image.height * factor))
     left, top = (w - size) // 2, (h - size) // 2
@@ -140,9 +141,9 @@ def crop(image: Image.Image, box: Box, size: int) -> Pixels:
 
 
 def _pixels(image: Image.Image, box: Box, wanted: tuple[int, int]) -> Tensor:
-    """uint8 [1, 4, h, w] of a box, which will be resized to `wanted` (w, h): red, green, blue and
-    one to be ignored, for Pillow gives and torch resizes four channels faster than three. A JPEG
-    that is twice as large or more is decoded at a half, quarter or eighth of its size."""
+    """uint8 [1, 4, h, w]: a box that will be resized to `wanted` (w, h), as red, green, blue and an
+    unused channel, because Pillow returns and torch resizes four channels faster than three. A JPEG
+    that is at least twice as large is decoded at a half, quarter or eighth of its size."""
     import torch
 
     left, top, w, h = box
@@ -151,17 +152,17 @@ def _pixels(image: Image.Image, box: Box, wanted: tuple[int, int]) -> Tensor:
         image.draft(None, (full[0] * wanted[0] // w, full[1] * wanted[1] // h))
     x, y = image.width / full[0], image.height / full[1]
     scaled = round(left * x), round(top * y), round((left + w) * x), round((top + h) * y)
-    with _told():
+    with _as_value_error():
         cropped = image.crop(scaled)
         rgb = cropped if cropped.mode == "RGB" else cropped.convert("RGB")
-        # It warns that nobody may write into these bytes; nobody does.
+        # torch warns that the bytes are read-only; they are only read.
         flat = torch.frombuffer(rgb.tobytes("raw", "RGBX"), dtype=torch.uint8)
     return flat.view(1, rgb.height, rgb.width, 4).permute(0, 3, 1, 2)
 
 
 def _resize(pixels: Tensor, size: tuple[int, int]) -> Pixels:
-    """What `_pixels` gives -> [3, *size reversed]: torch resizes bytes at a seventh of Pillow's
-    cost, to the same up to two levels."""
+    """The result of `_pixels` -> [3, h, w] for size (w, h). torch resizes bytes at a seventh of
+    Pillow's cost; the results differ by at most two levels."""
     from torch.nn import functional as F
 
     h, w = size[::-1]
@@ -174,16 +175,15 @@ def _resize(pixels: Tensor, size: tuple[int, int]) -> Pixels:
 
 
 def random_flip(pixels: Pixels, rng: np.random.Generator) -> Pixels:
-    """Left and right change places in every second image. (torch does it in an eighth of numpy's
-    time.)"""
+    """Flips half of the images horizontally. (torch takes an eighth of numpy's time.)"""
     import torch
 
     return torch.from_numpy(pixels).flip(2).numpy() if rng.random() < 0.5 else pixels
 
 
 def jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Image.Image:
-    """Brightness, contrast and saturation of an RGB image times a random factor each in
-    1 +- strength, in random order (torchvision's ColorJitter)."""
+    """Multiplies brightness, contrast and saturation of an RGB image by a random factor in
+    1 +- strength each, in random order (torchvision's ColorJitter)."""
     changes = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
     for i in rng.permutation(len(changes)):
         factor = rng.uniform(max(0.0, 1 - strength), 1 + strength)
@@ -192,8 +192,8 @@ def jitter(image: Image.Image, strength: float, rng: np.random.Generator) -> Ima
 
 
 def normalise(pixels: Tensor) -> Tensor:
-    """uint8 [B, 3, h, w] -> float32 with ImageNet's mean and standard deviation taken out."""
+    """uint8 [B, 3, h, w] -> float32, normalised with ImageNet's mean and standard deviation."""
     scaled = pixels.float().div_(255)
     for channel, mean, std in zip(scaled.unbind(1), MEAN, STD, strict=True):
-        channel.sub_(mean).div_(std)  # numbers: nothing has to be copied to the device
+        channel.sub_(mean).div_(std)  # Python numbers: nothing is copied to the device
     return scaled

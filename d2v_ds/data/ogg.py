@@ -1,18 +1,20 @@
-"""Whether an Ogg file (Vorbis, Opus) is whole: libsndfile decodes a damaged or truncated one in
-silence. Pages as in RFC 3533 (https://www.rfc-editor.org/rfc/rfc3533)."""
+"""Whether an Ogg file (Vorbis, Opus) is intact: libsndfile silently decodes damaged and truncated
+ones. Pages as in RFC 3533 (https://www.rfc-editor.org/rfc/rfc3533)."""
 
 from __future__ import annotations
 
 import zlib
 
-HEADER = 27  # bytes of a page before its table of segments
-END_OF_STREAM = 4  # bit of the header's type
-REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))  # the bits of each byte
+HEADER = 27  # bytes of a page before its segment table
+END_OF_STREAM = 4  # bit of the header type
+REVERSED = bytes(
+    int(f"{byte:08b}"[::-1], 2) for byte in range(256)
+)  # each byte with its bits reversed
 
 
 def ogg_problem(data: bytes) -> str:
-    """What is wrong with it, "" if nothing: every page's checksum holds, none lacks, and the last
-    says that the stream ends."""
+    """The damage; "" if all checksums of pages are correct, no page is missing, and the last one
+    marks the end of the stream."""
     at, page, last = 0, 0, 0
     while at < len(data):
         head = data[at : at + HEADER]

@@ -1,10 +1,9 @@
-"""The members of a tar by its headers alone: a scan that seeks over payloads and misses no damage.
+"""The members of a tar from its headers: a scan that skips payloads and detects damage.
 
-    file -> members (name, where, how large) -> samples as WebDataset groups them
+    file -> members (name, offset, size) -> samples, grouped as WebDataset does
 
-webdataset and tarfile end a tar in silence at the first damaged header; here that is an error.
-Formats: ustar, pax and GNU long names, as POSIX.1-2017 (pax) and GNU tar's manual describe them.
-Standard library only.
+webdataset and tarfile stop silently at the first damaged header; here that is an error. Formats:
+ustar, pax and GNU long names (POSIX.1-2017, pax; GNU tar's manual). Standard library only.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from typing import BinaryIO, NamedTuple
 
 BLOCK = tarfile.BLOCKSIZE
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
-ERRORS = "backslashreplace"  # what is not UTF-8 in a name is shown so, and names stay apart
-MAX_NAME = 1 << 20  # bytes of a long name or of pax headers; more is damage
+ERRORS = "backslashreplace"  # keeps names distinct that are not UTF-8
+MAX_NAME = 1 << 20  # bytes of a long name or of pax headers; more means damage
 
 
 NAME = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)", re.DOTALL)
@@ -32,7 +31,7 @@ class Member(NamedTuple):
 
 
 class DamagedTar(ValueError):
-    """What is wrong, and at which byte; without the file's name."""
+    """The damage and its offset, without the file's name."""
 
     def __init__(self, reason: str, position: int) -> None:
         super().__init__(f"{reason} at byte {position}")
@@ -40,10 +39,10 @@ class DamagedTar(ValueError):
 
 
 def members(file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[Member]:
-    """The regular files of the tar that lies in bytes `start` to `end` of a file.
+    """The regular files of the tar in bytes `start` to `end` of a file.
 
-    Raises DamagedTar at a header that is none, a payload past the end, and where the end of the
-    archive is not marked.
+    Raises DamagedTar for a damaged header, a payload that extends past the end, and a missing
+    end-of-archive mark.
     """
     end = file.seek(0, os.SEEK_END) if end is None else end
     at, long_name, pax = start, "", dict[str, str]()
@@ -55,14 +54,14 @@ def members(file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[
         if not block.strip(b"\0"):
             if _all_zero(file, end):
                 return
-            raise DamagedTar("zeros, or the end of one of several archives,", at)
+            raise DamagedTar("zeros, or the end of one of several concatenated archives,", at)
         try:
             header = tarfile.TarInfo.frombuf(block, "utf-8", ERRORS)
         except tarfile.HeaderError as error:
             raise DamagedTar(f"damaged header ({error})", at) from None
         size = int(pax.get("size", header.size))
         if not 0 <= size <= end - at - BLOCK:
-            raise DamagedTar(f"{header.name}: its {size} bytes reach past the end", at)
+            raise DamagedTar(f"{header.name}: its {size} bytes extend past the end", at)
         payload, at = at + BLOCK, at + BLOCK + -(-size // BLOCK) * BLOCK
         if header.type == tarfile.GNUTYPE_LONGNAME:
             long_name = _read(file, payload, size).rstrip(b"\0").decode("utf-8", ERRORS)
@@ -75,7 +74,7 @@ def members(file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[
 
 
 def next_header(file: BinaryIO, position: int) -> int | None:
-    """Where the next sound header lies behind a damaged one, None if there is none."""
+    """The offset of the next intact header after a damaged one; None if there is none."""
     at = position + BLOCK
     file.seek(at)
     while len(block := file.read(BLOCK)) == BLOCK:
@@ -90,9 +89,9 @@ def next_header(file: BinaryIO, position: int) -> int | None:
 
 
 def samples(found: Iterable[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
-    """(key, member of each field) as webdataset groups them: a name is cut at the first dot behind
-    its last slash, fields are lower case, neighbours form a sample, and `__meta__` is left out. A
-    field that a sample has already begins the next one."""
+    """(key, member of each field), grouped as webdataset does: a name is split at the first dot
+    after its last slash, fields are lower case, adjacent members with the same key form a sample,
+    and `__meta__` is ignored. A field that a sample already has begins the next sample."""
     key, group = "", dict[str, Member]()
     for member in found:
         cut = NAME.fullmatch(member.name)
@@ -109,7 +108,7 @@ def samples(found: Iterable[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
 
 
 def _all_zero(file: BinaryIO, end: int) -> bool:
-    """From the file's position to `end`: behind the end of an archive lies padding only."""
+    """Whether there are only zeros from the file's position to `end`, as after the last member."""
     while (left := end - file.tell()) > 0:
         data = file.read(min(left, 1 << 20))
         if not data or data.strip(b"\0"):

@@ -48,7 +48,7 @@ def test_crop_is_the_slice(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("start, frames", [(0, 4001), (4000, -1), (4001, 1), (3990, 11), (0, 0)])
 def test_crop_outside(start: int, frames: int) -> None:
-    with pytest.raises(ValueError, match="asked for, it has 4000"):
+    with pytest.raises(ValueError, match="requested, it has 4000"):
         audio.decode(encoded(noise()), start, frames)
 
 
@@ -97,9 +97,9 @@ def test_encode_flac_is_deterministic_and_lossless() -> None:
 def test_not_audio(read, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ValueError, match="is empty"):
         read(b"")
-    with pytest.raises(ValueError, match="is no audio that libsndfile reads"):
+    with pytest.raises(ValueError, match="is not audio that libsndfile reads"):
         read(b"<html></html>" * 20)
-    with pytest.raises(ValueError, match="holds no audio"):
+    with pytest.raises(ValueError, match="contains no audio"):
         read(encoded(noise(0)))
     with pytest.raises(FileNotFoundError):
         read(tmp_path / "missing.wav")
@@ -166,7 +166,7 @@ def test_flac_without_a_length() -> None:
     data = bytearray(encoded(noise(), "FLAC"))
     data[21] &= 0xF0  # STREAMINFO: 36 bits of total samples
     data[22:26] = bytes(4)
-    with pytest.raises(ValueError, match="does not say how long it is"):
+    with pytest.raises(ValueError, match="does not state its length"):
         audio.decode(bytes(data))
 
 
@@ -236,7 +236,7 @@ def test_resample_lengths_and_blocks(length: int, monkeypatch: pytest.MonkeyPatc
 def test_resample_edges_of_rates() -> None:
     x = np.ones(10, np.float32)
     assert audio.resample(x, 16_000, 16_000) is x
-    with pytest.raises(ValueError, match="no small ratio"):
+    with pytest.raises(ValueError, match="is not small"):
         audio.resample(x, 15_991, 16_000)
 
 

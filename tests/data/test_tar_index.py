@@ -196,7 +196,7 @@ def test_damaged_and_truncated_tars_are_refused(
     data = (tars / "part-1.tar").read_bytes()
     at = data.index(b"x/4.wav")
     for damaged, message in [
-        (data[: at + 700], "x/4.wav: its 4524 bytes reach past the end"),
+        (data[: at + 700], "x/4.wav: its 4524 bytes extend past the end"),
         (data[:at], "ends without its end-of-archive mark"),
         (data[:at] + bytes(512) + data[at + 512 :], "zeros"),
         (data[:at] + b"\1" * 512 + data[at + 512 :], "damaged header"),
@@ -214,7 +214,7 @@ def test_samples_without_a_length_are_left_out_or_too_many(
     good = [(f"{i}.wav", WHOLE["wav"]) for i in range(150)]
     put_tar(tars / "part-1.tar", [*good, ("b.wav", b"no sound"), ("c.txt", b"alone")])
     line = refused(capsys, tars)
-    assert "2 of 158 samples cannot be used; the first: part-1.tar, b: .wav: is no WAV" in line
+    assert "2 of 158 samples cannot be used; the first: part-1.tar, b: .wav: is not WAV" in line
     put_tar(tars / "part-1.tar", [*good, ("c.txt", b"alone")])
     assert main(["index", str(tars), "-j1"]) == 0
     assert "1 of 157 inputs were left out" in capsys.readouterr().out
@@ -235,7 +235,9 @@ def test_what_cannot_be_indexed(
     assert "is neither a tar nor a folder" in refused(capsys, tmp_path)
     other = put_tar(tmp_path / "other/a.tar", [("a.txt", b"x")])
     line = refused(capsys, other)
-    assert "its first sample has txt, which does not identify a modality (speech: flac, wav;" in line
+    assert (
+        "its first sample has txt, which does not identify a modality (speech: flac, wav;" in line
+    )
     assert "cannot be used" in refused(capsys, other, "--modality", "speech")
     assert main(["index", str(tars)]) == 0
     assert "is already a shard set" in refused(capsys, tars)

@@ -73,7 +73,7 @@ def test_large_sizes_and_old_headers() -> None:
     member.size = 9 << 30  # in base 256, for 11 octal digits hold 8 GiB
     header = member.tobuf(tarfile.GNU_FORMAT)
     with pytest.raises(
-        DamagedTar, match=r"big\.txt: its 9663676416 bytes reach past the end at byte 0"
+        DamagedTar, match=r"big\.txt: its 9663676416 bytes extend past the end at byte 0"
     ):
         scan(header + bytes(1024))
     old = tarfile.TarInfo("v7.txt")
@@ -144,7 +144,7 @@ def test_truncated() -> None:
     found, error = damage_at(PLAIN[:AT])
     assert found[-1] == "2.txt" and "ends without its end-of-archive mark" in str(error)
     found, error = damage_at(PLAIN[: AT + 700])
-    assert found[-1] == "2.txt" and "3.txt: its 900 bytes reach past the end" in str(error)
+    assert found[-1] == "2.txt" and "3.txt: its 900 bytes extend past the end" in str(error)
     for size in (0, 1, 511):
         assert damage_at(PLAIN[:size])[0] == []
 
@@ -152,7 +152,7 @@ def test_truncated() -> None:
 def test_two_archives_in_one_file() -> None:
     """tarfile and webdataset see the first alone."""
     found, error = damage_at(PLAIN + PLAIN)
-    assert len(found) == 7 and "the end of one of several archives" in str(error)
+    assert len(found) == 7 and "the end of one of several concatenated archives" in str(error)
 
 
 def test_what_lies_behind_damage_is_found() -> None:

@@ -148,7 +148,7 @@ def test_other_widths_and_channels() -> None:
         (np.full(32_000, 7, np.int16), "is silent"),
         (np.zeros(32_000, np.int16), "is silent"),
         (tone(0.5), "is 8000 samples long, too short"),
-        (np.full(32_000, np.nan, np.float32), "holds NaN or infinite samples"),
+        (np.full(32_000, np.nan, np.float32), "contains NaN or infinite samples"),
     ],
 )
 def test_what_is_of_no_use_for_training(samples: npt.NDArray[Any], reason: str) -> None:

@@ -282,7 +282,7 @@ def spoiled(folder: Path) -> dict[str, str]:
     return {
         "cut.wav": "is truncated",
         "empty.flac": "is empty",
-        "text.wav": "is no audio",
+        "text.wav": "is not audio",
         "nan.wav": "NaN",
         "flipped.flac": "",
         "gone.wav": "No such file",

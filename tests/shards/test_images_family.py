@@ -325,7 +325,7 @@ def test_behind_the_damage_in_a_tar_the_conversion_goes_on(tmp_path: Path) -> No
     (tmp_path / "cut/a.tar").write_bytes(whole[: places[3] + 700])
     assert convert(tmp_path / "cut", tmp_path / "out2", "--max-bad", "50%", "-j1") == 0
     assert set(contents(tmp_path / "out2")) == {f"n1_{i}" for i in range(3)}
-    assert "reach past the end" in quarantine(tmp_path / "out2")["a.tar"]
+    assert "extend past the end" in quarantine(tmp_path / "out2")["a.tar"]
 
 
 def test_a_sample_without_one_image_is_named(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ DAMAGE: list[tuple[Callable[[Path, int], None], list[str]]] = [
     (flip_header, ["sha256", "at KEY.flac: damaged header (bad checksum) at byte"]),
     (zero, ["sha256", "at KEY.flac: zeros", CHECKSUM]),
     (cut_at_member, ["bytes, index.json says", "KEY.flac: ends without its end", CHECKSUM]),
-    (cut_in_payload, ["bytes, index.json says", "KEY.flac: its", "reach past the end", CHECKSUM]),
+    (cut_in_payload, ["bytes, index.json says", "KEY.flac: its", "extend past the end", CHECKSUM]),
     (remove, ["speech-000001.tar: No such file"]),
     (flip_index, ["speech-000001.idx: is damaged"]),
     (remove_index, ["speech-000001.idx: missing"]),
