@@ -15,6 +15,7 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from d2v_ds.batch import StepBatch
 from d2v_ds.config.validation import require_divisible
@@ -25,26 +26,26 @@ from d2v_ds.errors import UserError
 from d2v_ds.loader.plan import START, BatchPlan, EpochStats, Step
 from d2v_ds.loader.quarantine import Quarantine
 from d2v_ds.loader.reading import Lot, Made, MicroBatches, Reader
-from d2v_ds.loader.workers import Workers
+from d2v_ds.loader.workers import LoaderWorkers
 from d2v_ds.modalities.base import Modality
 
 PATIENCE = 300.0  # seconds that a worker may take for a micro-batch
 
 
 class Loader:
-    """This rank's part of every optimizer step over a shard set, for ever: iterates StepBatch.
+    """This rank's part of every optimizer step over a shard set: iterates StepBatch, endlessly.
 
-    size: of a whole step, in the modality's unit. workers: processes that decode ahead, 0 to decode
-    in this one. cursor: that of a StepBatch, to go on after it. quarantine: where samples that
-    cannot be used are told, and how many may be. patience: seconds that a worker may take for a
+    size: of a whole step, in the modality's batch_unit. workers: processes that decode in advance;
+    0: decode in this process. cursor: of a StepBatch, to resume after it. quarantine: where bad
+    samples are recorded, and how many are allowed. patience: seconds that a worker may take for a
     micro-batch.
 
-    Raises UserError when the settings do not fit each other or the set, or the set is another one
-    than that of `cursor`; while iterating, when a shard cannot be read or too many samples cannot
-    be used; what Workers raises, when they fail. Where the number of masked tokens is drawn
-    (Modality.masked_tokens), the ranks add theirs up, and take every step together.
+    Raises UserError if the settings do not fit each other or the set, or if the set differs from
+    that of `cursor`; while iterating, if a shard cannot be read or too many samples are bad, and
+    what the workers raise. If the number of masked tokens does not follow from lengths
+    (Modality.masked_tokens), the ranks sum theirs, and must take every step together.
 
-    Several sets, one a step, are a layer above: mixture.py.
+    mixture.py combines several loaders, one source per step.
     """
 
     def __init__(
@@ -65,9 +66,9 @@ class Loader:
         assert 0 <= rank < world, f"rank {rank} of {world}"
         require_divisible(micro_batches, world)
         # A cursor holds plain integers, so this is the fingerprint's first 60 bits.
-        self.set = int(fingerprint(shards)[:15], 16)
-        self.cursor = {**START, "set": self.set, **(cursor or {})}
-        if self.cursor["set"] != self.set:
+        self.set_id = int(fingerprint(shards)[:15], 16)
+        self.cursor = {**START, "set": self.set_id, **(cursor or {})}
+        if self.cursor["set"] != self.set_id:
             raise UserError(
                 f"data.shards: {shards.root} is not the shard set of the checkpoint, its content "
                 "differs. Go on with the same set or choose another run.dir"
@@ -80,27 +81,25 @@ class Loader:
             size=size,
             micro_batches=micro_batches,
         )
-        mine = micro_batches // world
-        self.mine = range(rank * mine, (rank + 1) * mine)  # of the micro-batches of every step
-        # Where masks of one length differ in their number, steps count theirs over all ranks.
+        per_rank = micro_batches // world
+        self.mine = range(rank * per_rank, (rank + 1) * per_rank)  # micro-batches of a step
+        # If masks of equal length differ in number, each step's count is summed over the ranks.
         self.ahead: tuple[StepBatch, Callable[[], list[float]]] | None = None
         self.sums = RankSums(world if self.plan.masked is None else 1)
-        self.planned: deque[Step] = deque()  # asked of the workers and not yet given out
+        self.planned: deque[Step] = deque()  # requested from the workers, not yet returned
         self.quarantine = quarantine or Quarantine()
         self.reader = Reader(shards, _members(shards, modality))
         self.near = _Near(shards, self.plan) if shards.remote else None
         make = MicroBatches(self.reader, modality, seed)
-        self.workers: Workers | None = None
+        self.workers: LoaderWorkers | None = None
         self.made: Iterator[Made]
         if workers:
-            self.made = self.workers = Workers(
-                make,
-                self._lots(),
-                workers,
-                own=Made.own,
-                name=self.reader.name,
-                patience=patience,
+            self.workers = LoaderWorkers(
+                make, self._lots(), workers, name=self.reader.name, patience=patience
             )
+            self.made = self.workers
+            if torch.cuda.is_available():
+                self.made = map(Made.own, self.workers)  # page-locked
         else:
             self.made = (make(lot, lambda sample_id: None) for lot in self._lots())
 
@@ -109,7 +108,7 @@ class Loader:
         return self.plan.stats()
 
     def describe(self) -> str:
-        """What an epoch is, for people."""
+        """An epoch in one line."""
         return (
             f"{self.stats.steps} steps, {self.stats.samples} samples, {self.stats.units:.4g} "
             f"{self.modality.batch_unit}, {self.stats.padding:.1%} padding; {self.stats.left_out} "
@@ -132,37 +131,38 @@ class Loader:
         if self.plan.masked is not None:
             batch, _ = self._next_step()
         else:
-            batch, count = self.ahead or self._next_step()
-            self.ahead = self._next_step()  # its count is summed while this step is taken
-            batch = dataclasses.replace(batch, count=max(1, int(*count())))
+            batch, pending = self.ahead or self._next_step()
+            self.ahead = self._next_step()  # its count is summed during this step
+            count = max(1, int(*pending()))  # random masks can be empty
+            batch = dataclasses.replace(batch, count=count)
         self.cursor = batch.cursor
         return batch
 
     def _next_step(self) -> tuple[StepBatch, Callable[[], list[float]]]:
-        """The next step, and what waits for its number of masked tokens, which is in it already
-        where the plan knows it."""
+        """The next step, and a function that waits for its number of masked tokens, which the step
+        already has if the plan knows it."""
         try:
             made = [next(self.made) for _ in self.mine]
-            step = self.planned.popleft()
+            step = self.planned.popleft()  # the one that these lots are of: workers keep the order
             bad = [each for micro_batch in made for each in micro_batch.bad]
             self.quarantine.add(sum(len(step.lots[i]) for i in self.mine), bad)
         except (UserError, OSError):
             self.close()
             raise
-        count = self.sums.begin(sum(len(micro_batch.batch.masked) for micro_batch in made))
+        pending = self.sums.begin(sum(len(micro_batch.batch.masked) for micro_batch in made))
         batch = StepBatch(
             modality=self.modality.name,
             micro_batches=[micro_batch.batch for micro_batch in made],
             count=sum(step.masked or ()),
             samples=sum(map(len, step.lots)),
             units=step.units,
-            cursor={**step.cursor, "set": self.set},
+            cursor={**step.cursor, "set": self.set_id},
             bad=len(bad),
         )
-        return batch, count
+        return batch, pending
 
     def close(self) -> None:
-        """Ends the workers and closes the files; iterating is over."""
+        """Ends the workers and closes the files; no further iteration is possible."""
         self.made = iter(())
         if self.near:
             self.near.close()
@@ -172,7 +172,7 @@ class Loader:
 
 
 class _Near:
-    """A thread that downloads the shards of a remote set before they are read."""
+    """A thread that downloads the shards of a remote set before they are needed."""
 
     def __init__(self, shards: ShardSet, plan: BatchPlan) -> None:
         self.shards, self.plan = shards, plan
@@ -181,7 +181,7 @@ class _Near:
         threading.Thread(target=self._run, daemon=True).start()
 
     def at(self, cursor: Mapping[str, int]) -> None:
-        """Reading has come here."""
+        """Called when reading reaches this cursor."""
         pool = cursor["epoch"], cursor["pool"]
         if pool != self.pool:
             self.pool = pool
@@ -189,7 +189,7 @@ class _Near:
 
     def _run(self) -> None:
         while cursor := self.cursors.get():
-            # A reader that needs the shard tells what is wrong with it.
+            # The reader that needs the shard reports the error.
             with contextlib.suppress(UserError, OSError):
                 keep_near(self.shards, self.plan.upcoming(cursor))
 
@@ -198,12 +198,12 @@ class _Near:
 
 
 def _members(shards: ShardSet, modality: Modality) -> list[str]:
-    """The members that the modality reads. Raises UserError when the set has none that it can."""
-    found = [key for key in modality.keys if key in shards.fields]
+    """The fields that the modality reads. Raises UserError if the set has none of them."""
+    found = [key for key in modality.extensions if key in shards.fields]
     if not found:
         raise UserError(
             f"{shards.root}: its samples have no "
-            f"{' or '.join(f'.{key}' for key in modality.keys)} member (they have: "
+            f"{' or '.join(f'.{key}' for key in modality.extensions)} member (they have: "
             f"{', '.join(f'.{field}' for field in shards.fields)}), which modality "
             f"{modality.name} reads"
         )

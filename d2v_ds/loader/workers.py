@@ -1,14 +1,15 @@
-"""The loader's worker processes: lots in, batches out, in the order in which they were asked for.
+"""The loader's worker processes: lots in, batches out, in the order of the lots.
 
-    Workers --lot--> worker: make(lot) --arrays into shared memory, a short reply--> Workers
+    LoaderWorkers --lot--> worker: make(lot) --pickle--> LoaderWorkers
 
-A rank has threads by the time it makes its loader (gloo, NCCL, the watchdog), and a process that is
-forked beside threads can inherit a lock that nobody will ever open. So workers are forked from a
-server: a fresh process, one in each rank for all its loaders, that has imported what they need and
-has no threads.
+A rank has threads by the time it creates its loader (gloo, NCCL, the watchdog), and a process
+forked beside threads can inherit a lock that is never released. Workers are therefore forked from
+multiprocessing's fork server: one process per rank, which has imported what they need and has no
+threads. Batches travel through a socket, so the size of /dev/shm does not matter.
 
-The shared memory has no name (memfd), is mapped by both sides and used again for every batch. So
-nothing is left of it however the processes end, and the size of /dev/shm does not matter.
+`benchmarks/loader.py workers` compares this with torch's DataLoader, which costs a worker 1.1 to 2
+times the processor time per batch, does not notice a dead worker until the timeout has passed or
+hangs, and cannot name the sample that a worker was reading.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ from __future__ import annotations
 import atexit
 import contextlib
 import io
-import mmap
+import multiprocessing
 import os
 import pickle
+import queue
 import signal
-import socket
-import struct
-import subprocess
 import sys
-import tempfile
+import threading
 import traceback
+import types
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from multiprocessing import connection as connections
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
@@ -37,27 +39,26 @@ from d2v_ds.distributed.launcher import die_with_parent
 from d2v_ds.distributed.stop import STOP_SIGNALS
 from d2v_ds.errors import UserError
 
-PREFETCH = 2  # lots that a worker has at a time, each with a memory of its own
-ALIGNMENT = 64  # bytes, of the arrays in it
-PAGE = mmap.PAGESIZE
+PREFETCH = 2  # lots that each worker has at a time
+PRELOADED = [__name__, "d2v_ds.loader.reading"]  # modules that the fork server imports
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-NUMBER = struct.Struct("<q")
+NOTHING = -1  # sample_id of a worker that has not read yet
+CONTEXT = multiprocessing.get_context("forkserver")
 
 
 class Maker(Protocol):
-    """What a worker does. It is pickled, so its class must be importable."""
+    """What a worker does. It is pickled, so its class must be importable from a module."""
 
     def __call__(self, lot: Any, reading: Callable[[int], None]) -> Any:
-        """reading: is told the number of each sample before it is read."""
+        """reading: called with the sample_id of each sample before it is read."""
 
 
-class Workers:
-    """Iterates make(lot) for every lot, made ahead by worker processes, each in its turn.
+class LoaderWorkers:
+    """Iterates make(lot) for every lot. Worker processes make the items in advance, in turn.
 
-    own: copies what came out, for it lies in memory that is used again. name: a sample by its
-    number, for messages. Raises what a worker raised: a UserError as it is, others as RuntimeError
-    with their traceback; ChildProcessError when a worker dies, and TimeoutError when one makes
-    nothing for `patience` seconds.
+    name: returns the name of a sample_id, for messages. Raises what a worker raised: a UserError
+    unchanged, any other exception as RuntimeError with its traceback; ChildProcessError if a worker
+    died; TimeoutError if a worker made nothing for `patience` seconds.
     """
 
     def __init__(
@@ -66,45 +67,46 @@ class Workers:
         lots: Iterator[Any],
         workers: int,
         *,
-        own: Callable[[Any], Any],
         name: Callable[[int], str],
         patience: float,
     ) -> None:
-        self.lots, self.own, self.name, self.patience = lots, own, name, patience
-        # As they are now: the server, and with it the workers, may have been started long ago.
+        self.lots, self.name, self.patience = lots, name, patience
+        # Workers get the present environment: that of the server may be much older.
         source = pickle.dumps((sys.path, {**os.environ, **ONE_THREAD}, pickle.dumps(make)))
+        start_server()
         self.workers = [_Worker(source) for _ in range(workers)]
-        self.asked: deque[tuple[_Worker, int]] = deque()
-        for slot in range(PREFETCH):
+        atexit.register(self.close)  # otherwise multiprocessing would wait for the workers to end
+        self.asked: deque[_Worker] = deque()
+        for _ in range(PREFETCH):
             for worker in self.workers:
-                self._ask(worker, slot)
+                self._ask(worker)
 
-    def _ask(self, worker: _Worker, slot: int) -> None:
-        message = pickle.dumps((slot, next(self.lots)))
-        with contextlib.suppress(ConnectionError):  # it died, which is told when its turn comes
+    def _ask(self, worker: _Worker) -> None:
+        message = pickle.dumps(next(self.lots))
+        with contextlib.suppress(ConnectionError):  # it died; _answer raises when its turn comes
             worker.connection.send_bytes(message)
-        self.asked.append((worker, slot))
+        self.asked.append(worker)
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        worker, slot = self.asked.popleft()
-        item = self.own(self._answer(worker, slot))
-        self._ask(worker, slot)
+        worker = self.asked.popleft()
+        item = self._answer(worker)
+        self._ask(worker)
         return item
 
-    def _answer(self, worker: _Worker, slot: int) -> Any:
+    def _answer(self, worker: _Worker) -> Any:
         try:
             if not worker.connection.poll(self.patience):
                 raise TimeoutError(
-                    f"loader worker {worker.pid} has made nothing for {self.patience:g} s; it "
-                    f"reads {self._read_by(worker)}"
+                    f"loader worker {worker.pid} has made nothing for {self.patience:g} s; it is "
+                    f"reading {self._read_by(worker)}"
                 )
-            good, item = worker.memory[slot].load(worker.connection.recv_bytes())
+            good, item = pickle.loads(worker.connection.recv_bytes())
         except (EOFError, ConnectionError):
             raise ChildProcessError(
-                f"loader worker {worker.pid} died, perhaps for lack of memory; it read "
+                f"loader worker {worker.pid} died, possibly out of memory; it was reading "
                 f"{self._read_by(worker)}"
             ) from None
         if not good:
@@ -112,14 +114,16 @@ class Workers:
         return item
 
     def _read_by(self, worker: _Worker) -> str:
-        return "nothing yet" if worker.reading < 0 else self.name(worker.reading)
+        sample_id = worker.reading.value
+        return "nothing yet" if sample_id == NOTHING else self.name(sample_id)
 
     @property
     def pids(self) -> list[int]:
         return [worker.pid for worker in self.workers]
 
     def close(self) -> None:
-        """Ends the processes; iterating is over."""
+        """Ends the processes. Afterwards the iterator is exhausted."""
+        atexit.unregister(self.close)
         self.asked.clear()
         while self.workers:
             self.workers.pop().close()
@@ -129,73 +133,107 @@ class _Worker:
     """One process, as the rank sees it."""
 
     def __init__(self, source: bytes) -> None:
-        files = [_nameless_memory() for _ in range(1 + PREFETCH)]
-        ours, theirs = socket.socketpair()
-        _start_worker([theirs.fileno(), *files], source)
+        self.connection, theirs = CONTEXT.Pipe()
+        self.reading = CONTEXT.RawValue("q", NOTHING)  # sample_id, in shared memory
+        arguments = (source, theirs, self.reading)
+        self.process = CONTEXT.Process(target=_work, args=arguments, daemon=True)
+        with _without_main():
+            self.process.start()
         theirs.close()
-        self.connection = Connection(ours.detach())
-        self.state = mmap.mmap(files[0], PAGE)  # see _State
-        self.memory = [_Memory(file) for file in files[1:]]
-        os.close(files[0])
-
-    @property
-    def pid(self) -> int:
-        return int(NUMBER.unpack_from(self.state, 0)[0])
-
-    @property
-    def reading(self) -> int:
-        return int(NUMBER.unpack_from(self.state, NUMBER.size)[0])
+        self.pid = self.process.pid or 0
 
     def close(self) -> None:
-        """It ends as its connection does, and at the latest with the server."""
         self.connection.close()
-        for memory in self.memory:
-            memory.close()
+        self.process.kill()  # SIGTERM is blocked there
+        self.process.join()
+        self.process.close()
 
 
-class _Memory:
-    """Memory that two processes map, each as far as it has grown."""
+def start_server() -> None:
+    """Starts the fork server of this process unless it is running; returns at once.
 
-    def __init__(self, file: int) -> None:
-        self.file, self.size = file, 0
-        self.map = mmap.mmap(-1, PAGE)
+    Launchers send stop signals to every process, but only the trainer must handle them: it needs
+    its workers to finish the step and save. Workers inherit the server's signal mask.
+    """
+    CONTEXT.set_forkserver_preload(PRELOADED)
+    resource_tracker.ensure_running()  # resets the signal mask, so it must come first
+    environment = dict(os.environ)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    os.environ.update(ONE_THREAD)
+    try:
+        forkserver.ensure_running()
+    finally:
+        for name in ONE_THREAD.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
-    def store(self, item: Any) -> bytes:
-        """The reply: places in this memory of `item` pickled, and of the arrays in it."""
-        arrays: list[pickle.PickleBuffer] = []
-        text = io.BytesIO()
-        _Pickler(text, protocol=5, buffer_callback=arrays.append).dump(item)
-        parts = [memoryview(text.getvalue()), *(array.raw() for array in arrays)]
-        places, end = [], 0
-        for part in parts:
-            places.append((end, part.nbytes))
-            end += -(-part.nbytes // ALIGNMENT) * ALIGNMENT
-        if end > self.size:
-            os.ftruncate(self.file, max(end, 2 * self.size))
-        self._map(end)
-        for (first, size), part in zip(places, parts, strict=True):
-            self.map[first : first + size] = part
-        return pickle.dumps(places)
 
-    def load(self, reply: bytes) -> Any:
-        """What `store` was given on the other side; its arrays are views of this memory."""
-        places = pickle.loads(reply)
-        self._map(sum(places[-1]))
-        view = memoryview(self.map)
-        text, *arrays = [view[first : first + size] for first, size in places]
-        return pickle.loads(text, buffers=arrays)
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """multiprocessing imports the main script in every process that it starts. That would run a
+    training script without `if __name__ == "__main__"`, and import all that it imports."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
-    def _map(self, size: int) -> None:
-        if size > self.size:  # views of the old map keep it
-            self.size = os.fstat(self.file).st_size
-            self.map = mmap.mmap(self.file, self.size)
 
-    def close(self) -> None:
-        os.close(self.file)
+# ---------------------------------------------------------------------------------- in the worker
+
+
+def _work(source: bytes, connection: Connection, state: Any) -> None:
+    """Serves lots until the rank closes the connection or ends."""
+    if sys.platform == "linux":
+        die_with_parent()  # the server
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=_end_with_rank, daemon=True).start()
+    torch.set_num_threads(1)
+    sys.path[:], environment, made = pickle.loads(source)
+    os.environ.clear()
+    os.environ.update(environment)
+    finished: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+    threading.Thread(target=_send, args=(connection, finished), daemon=True).start()
+
+    def reading(sample_id: int) -> None:
+        state.value = sample_id
+
+    make = None
+    while True:
+        try:
+            lot = pickle.loads(connection.recv_bytes())
+        except (EOFError, ConnectionError):
+            os._exit(0)
+        try:
+            make = make or pickle.loads(made)
+            answer = pickled((True, make(lot, reading)))
+        except UserError as error:
+            answer = pickled((False, error))
+        except Exception:
+            message = f"in a loader worker:\n{traceback.format_exc()}"
+            answer = pickled((False, RuntimeError(message)))
+        finished.put(answer)
+
+
+def _end_with_rank() -> None:
+    """Ends this process with its rank, even while a read hangs."""
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+    connections.wait([rank.sentinel])
+    os._exit(1)
+
+
+def _send(connection: Connection, finished: queue.SimpleQueue[memoryview]) -> None:
+    """Sends items while the next lot is being made: the socket holds less than an item."""
+    while True:
+        with contextlib.suppress(ConnectionError):
+            connection.send_bytes(finished.get())
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors as numpy arrays, whose content pickle hands over beside its own."""
+    """Pickles tensors as numpy arrays. multiprocessing's own would put them into /dev/shm."""
 
     def reducer_override(self, item: Any) -> Any:
         if isinstance(item, torch.Tensor):
@@ -203,130 +241,7 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def _nameless_memory() -> int:
-    """A file of one page that no folder holds."""
-    if sys.platform == "linux":
-        file = os.memfd_create("d2v_ds")
-    else:
-        with tempfile.TemporaryFile() as temporary:
-            file = os.dup(temporary.fileno())
-    os.ftruncate(file, PAGE)
-    return file
-
-
-# -------------------------------------------------------------------------------- the server's side
-
-
-class _Server:
-    """The process that workers are forked from, as the rank sees it."""
-
-    def __init__(self) -> None:
-        self.owner = os.getpid()
-        self.socket, theirs = socket.socketpair()
-        code = (
-            f"import sys; sys.path[:] = {sys.path!r}\n"
-            f"from d2v_ds.loader.workers import serve; serve({theirs.fileno()})"
-        )
-        # A signal to stop, which launchers send to every process, is for the trainer: it needs its
-        # workers to finish the step and save. They inherit this mask and keep it.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, **ONE_THREAD},
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        theirs.close()
-
-    def close(self) -> None:
-        """Ends it, and with it all workers."""
-        if self.owner == os.getpid():
-            self.process.kill()
-            self.process.wait()
-            self.socket.close()
-
-
-_server: _Server | None = None  # of this process
-
-
-def _start_worker(files: Sequence[int], source: bytes) -> None:
-    """Asks the server for a worker; returns at once."""
-    global _server
-    if _server is None or _server.owner != os.getpid() or _server.process.poll() is not None:
-        _server = _Server()
-        atexit.register(_server.close)
-    with contextlib.suppress(ConnectionError):  # it died: the worker's end is closed as well
-        socket.send_fds(_server.socket, [NUMBER.pack(len(source))], files)
-        _server.socket.sendall(source)
-
-
-def serve(file: int) -> None:
-    """The life of the server: forks a worker for every request, until its rank ends."""
-    from d2v_ds import modalities  # noqa: F401  so that no worker spends time on importing them
-
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for workers
-    requests = socket.socket(fileno=file)
-    server = os.getpid()
-    while True:
-        size, files, _, _ = socket.recv_fds(requests, NUMBER.size, 2 + PREFETCH)
-        if not size:
-            return
-        source = _receive(requests, NUMBER.unpack(size)[0])
-        if os.fork() == 0:
-            try:
-                requests.close()
-                _work(server, source, *files)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(1)
-        for each in files:
-            os.close(each)
-
-
-def _receive(connection: socket.socket, size: int) -> bytes:
-    with connection.makefile("rb", buffering=0) as stream:
-        parts = bytearray()
-        while len(parts) < size and (part := stream.read(size - len(parts))):
-            parts += part
-        return bytes(parts)
-
-
-def _work(server: int, source: bytes, connection_file: int, state_file: int, *memory: int) -> None:
-    """The life of a worker: until its rank closes the connection, or ends."""
-    if sys.platform == "linux":
-        die_with_parent()
-    if os.getppid() != server:  # it ended before the call above
-        return
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    connection, memories = Connection(connection_file), [_Memory(file) for file in memory]
-    state = mmap.mmap(state_file, PAGE)
-
-    def reading(sample: int) -> None:
-        NUMBER.pack_into(state, NUMBER.size, sample)
-
-    NUMBER.pack_into(state, 0, os.getpid())
-    reading(-1)
-    sys.path[:], environment, made = pickle.loads(source)
-    os.environ.clear()
-    os.environ.update(environment)
-    make = None
-    while True:
-        try:
-            slot, lot = pickle.loads(connection.recv_bytes())
-        except (EOFError, ConnectionError):
-            os._exit(0)
-        try:
-            make = make or pickle.loads(made)
-            answer = True, make(lot, reading)
-        except UserError as error:
-            answer = False, error
-        except Exception:
-            answer = False, RuntimeError(f"in a loader worker:\n{traceback.format_exc()}")
-        reply = memories[slot].store(answer)
-        with contextlib.suppress(ConnectionError):
-            connection.send_bytes(reply)
+def pickled(item: Any) -> memoryview:
+    content = io.BytesIO()
+    _Pickler(content, protocol=5).dump(item)
+    return content.getbuffer()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import signal
 import time
@@ -19,7 +18,7 @@ import torch
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
 from d2v_ds.loader.loader import Loader
-from d2v_ds.loader.workers import Workers
+from d2v_ds.loader.workers import LoaderWorkers
 from tests.helpers.sensor import Sensor, SensorConfig
 from tests.helpers.series import write_set
 
@@ -64,7 +63,7 @@ def test_a_stalled_worker_is_named_with_what_it_reads(shards: ShardSet) -> None:
             list(islice(loader, 10))
     assert str(caught.value).startswith("loader worker ")
     assert str(caught.value).endswith(
-        f" has made nothing for 2 s; it reads {shards.root}/series-000001.tar, sample 's1-2'"
+        f" has made nothing for 2 s; it is reading {shards.root}/series-000001.tar, sample 's1-2'"
     )
     with pytest.raises(StopIteration):
         next(loader)
@@ -75,7 +74,8 @@ def test_a_worker_that_died_is_named_with_what_it_read(shards: ShardSet) -> None
     with closing(loader), pytest.raises(ChildProcessError) as caught:
         list(islice(loader, 10))
     assert str(caught.value).endswith(
-        f" died, perhaps for lack of memory; it read {shards.root}/series-000001.tar, sample 's1-2'"
+        " died, possibly out of memory; it was reading "
+        f"{shards.root}/series-000001.tar, sample 's1-2'"
     )
 
 
@@ -104,9 +104,9 @@ class Echo:
         }
 
 
-def echo(lots: Iterator[int], workers: int) -> Workers:
+def echo(lots: Iterator[int], workers: int) -> LoaderWorkers:
     name = "lot {}".format
-    return Workers(Echo(), lots, workers, own=copy.deepcopy, name=name, patience=60.0)
+    return LoaderWorkers(Echo(), lots, workers, name=name, patience=60.0)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
