@@ -42,6 +42,7 @@ from d2v_ds.errors import UserError
 PREFETCH = 2  # lots that each worker has at a time
 PRELOADED = [__name__, "d2v_ds.loader.reading"]  # modules that the fork server imports
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+CLOSING = 5.0  # seconds that a killed worker may take to end
 NOTHING = -1  # sample_id of a worker that has not read yet
 CONTEXT = multiprocessing.get_context("forkserver")
 
@@ -144,9 +145,12 @@ class _Worker:
 
     def close(self) -> None:
         self.connection.close()
-        self.process.kill()  # SIGTERM is blocked there
-        self.process.join()
-        self.process.close()
+        self.process.kill()  # it blocks SIGTERM
+        self.process.join(CLOSING)
+        if self.process.exitcode is not None:
+            self.process.close()
+        else:  # it hangs in the kernel: multiprocessing would wait for it when the rank exits
+            multiprocessing.process._children.discard(self.process)  # type: ignore[attr-defined]
 
 
 def start_server() -> None:

@@ -370,6 +370,22 @@ def parent_of(pid: int) -> int:
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
+def test_a_training_script_is_not_run_again_in_workers(shards: ShardSet, tmp_path: Path) -> None:
+    """multiprocessing would import it there; this one has no `if __name__ == "__main__"`."""
+    script = tmp_path / "train.py"
+    code = TRAINER.format(root=str(shards.root), then="loader.close(); print('ended')")
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) == 3 and done.stdout.endswith("ended\n")
+
+
 def test_workers_are_forked_from_a_process_without_threads(shards: ShardSet) -> None:
     """A lock that a thread holds at the fork would stay closed in the child for ever."""
     with closing(make_loader(shards, workers=1)) as loader:
@@ -397,11 +413,12 @@ def test_workers_go_on_after_signals_to_stop(shards: ShardSet) -> None:
     process, workers = trainer(
         shards, "sys.stdin.readline(); print(sum(next(loader).samples for _ in range(60)))"
     )
-    for pid in workers:
+    others = [*workers, parent_of(workers[0])]
+    for pid in others:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             os.kill(pid, number)
     time.sleep(0.2)
-    assert len(alive(workers)) == 2
+    assert alive(others) == others
     out, _ = process.communicate("go on\n", timeout=60)
     assert process.returncode == 0 and int(out) > 60
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -19,8 +21,10 @@ from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
 from d2v_ds.loader.loader import Loader
 from d2v_ds.loader.workers import LoaderWorkers
+from tests import ROOT
 from tests.helpers.sensor import Sensor, SensorConfig
 from tests.helpers.series import write_set
+from tests.loader.test_loader import alive, gone
 
 ODD = 77  # the length of the sample with which something happens
 
@@ -84,6 +88,33 @@ def test_a_bug_in_a_worker_comes_with_its_traceback(shards: ShardSet) -> None:
     with closing(loader), pytest.raises(RuntimeError, match="in a loader worker:") as caught:
         list(islice(loader, 10))
     assert "in decode" in str(caught.value) and "KeyError: 'a bug'" in str(caught.value)
+
+
+HANGING = """
+from d2v_ds.data.shard_format import open_set
+from tests.loader.test_workers import odd_loader
+loader = odd_loader(open_set({root!r}), "stall")
+next(loader)
+print(*loader.workers.pids, flush=True)
+while True:
+    next(loader)
+"""
+
+
+def test_a_hanging_worker_ends_with_a_killed_trainer(shards: ShardSet) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING.format(root=str(shards.root))],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdout
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    time.sleep(1)
+    assert len(alive(workers)) == 2
+    process.kill()
+    process.communicate(timeout=20)
+    assert gone(workers)
 
 
 class Echo:
