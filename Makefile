@@ -3,9 +3,9 @@
 #   make demo       converts, pre-trains and probes on this machine, in minutes;
 #                   MODALITY=speech (default), vision, text or joint; SEED=0
 #   make test       lint, and the tests that continuous integration runs
-#   make test-all   also full matrices, long faults and fuzzing
+#   make test-all   also full matrices, long-running fault tests and fuzzing
 #   make test-gpu   tests that need a CUDA device
-#   make setup      only the virtual environment; TORCH=system uses the torch of the site
+#   make setup      only the virtual environment; TORCH=system uses your site's torch
 #   make clean      removes .venv and the run folders of the demos
 
 PYTHON ?= python3

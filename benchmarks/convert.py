@@ -3,14 +3,14 @@
     python benchmarks/convert.py speech FOLDER [--repeat 4] [--rounds 3]
     python benchmarks/convert.py images FOLDER [--repeat 1]
 
-FOLDER holds wav files, or pictures in a folder for each class. The peer does the same work on each
-file (decode, resample to 16 kHz, encode FLAC; or take the picture's bytes) with the same functions,
-writes the same members, and no index, checksum or order of its own. `--repeat` converts so many
-copies of the corpus: a small one is over before a second process has started. Whole commands are
-timed, in turns, from a warm cache into memory (/dev/shm) where there is such; best of the rounds.
-`per_core` are files a second of processor time, which other work on the machine hardly moves;
-`files_per_second` are of the clock. Two peers at once, which share nothing but the machine, show
-how far two cores can take anybody (`peers_2_to_1`). Prints one JSON object.
+FOLDER contains WAV files, or images in one folder per class. The baseline (`peer`) does the same
+work on each file (decode, resample to 16 kHz, encode FLAC; or copy the bytes of the image) with the
+same functions and writes the same members, but no index and no checksums, and it does not shuffle.
+`--repeat N` converts N copies of the corpus, because a small corpus is finished before a second
+process has started. Whole commands are timed, interleaved, from a warm cache into memory (/dev/shm
+if it exists); the best round counts. `per_core` is files per second of CPU time, which depends
+little on other load; `files_per_second` is files per second of wall time. `peers_2_to_1`, two
+independent baselines at the same time, shows the limit for two cores. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from d2v_ds.data import audio
 
 
 def peer(family: str, source: Path, out: Path) -> None:
-    """What people write."""
+    """The baseline: a plain webdataset writer."""
     import webdataset as wds
 
     out.mkdir()
@@ -54,7 +54,7 @@ def peer(family: str, source: Path, out: Path) -> None:
 
 
 def timed(*commands: list[str]) -> tuple[float, float]:
-    """(seconds of the clock, of processors) of processes at the same time and their children."""
+    """(wall time, CPU time) in seconds of concurrent processes and their children."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     running = [subprocess.Popen(c, stdout=subprocess.DEVNULL, stderr=PIPE) for c in commands]

@@ -1,15 +1,15 @@
-"""Measures the teacher: how exact its moving average is, and what it costs in memory and time.
+"""Measures the exactness of the teacher's moving average, and its cost in memory and time.
 
     python benchmarks/ema.py [--skip PART ...] [--json FILE]      prints Markdown; PART: error,
                                                                  memory, time
 
-error: the share of an average's exact movement that is realised in 2000 steps towards a fixed
-student at a relative distance of 10 %, 1 % and 0.1 %: the projection of the movement on that of the
-exact average; the smallest over the parameters.
-memory: bytes per rank by ZeRO stage and number of ranks, in bf16 with two micro-batches per rank;
-the largest value after any backward pass or EMA update, against the formula of `d2v-ds show`.
-time: the share of a step that the average and its publication take, for steps of one micro-batch of
-the base recipes' own size, which is the least that a rank does per step.
+error: the fraction of the exact movement of an average that is achieved in 2000 steps towards a
+constant student at a relative distance of 10 %, 1 % and 0.1 %: the projection of the movement onto
+the exact movement; the minimum over the parameters.
+memory: bytes per rank by ZeRO stage and number of ranks, in bf16 with two micro-batches per rank:
+the maximum after any backward pass or EMA update, compared with the formula of `d2v-ds show`.
+time: the fraction of a step spent on updating and publishing the average, for steps of one
+micro-batch of the size in the base recipes, which is the minimum work of a rank per step.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def mul_add(averages: list[Tensor], students: list[Tensor], decay: float) -> Non
 
 
 def error_rows() -> list[dict[str, Any]]:
-    """{decay, gap, ours, fp32 lerp, fp32 mul-add, bf16: least share of the movement realised}."""
+    """{decay, gap, ours, fp32 lerp, fp32 mul-add, bf16: minimum fraction of the movement}."""
     rows = []
     for decay in DECAYS:
         for gap in GAPS:
@@ -118,7 +118,7 @@ SETTINGS = [
     "data.shards=none",
     "optim.clip=1.0",
 ]
-BUCKET = 100_000  # elements; DeepSpeed's buffers are of this size and not of the model's
+BUCKET = 100_000  # elements; the size of DeepSpeed's buffers, independent of the model
 OVERRIDES = {
     "zero_optimization": {
         "reduce_bucket_size": BUCKET,
@@ -176,7 +176,7 @@ def memory_of_stage(config: Config, stage: int, rank: int, ranks: int) -> dict[s
             for i, wave in enumerate(waves)
         ]
         count = ranks * sum(batch.masked.numel() for batch in batches)
-        settings = StepSettings(step=step, lr=1e-4, weight_decay=0.01, decay=0.999)
+        settings = StepSettings(step=step, lr=1e-4, weight_decay=0.01, ema_decay=0.999)
         step_batch = StepBatch("speech", batches, count, samples=2, units=1.0, cursor={})
         assert train_step(engine, ema, step_batch, settings, seed=0, observer=peak)
     measured = peak.bytes
@@ -194,7 +194,7 @@ def memory_of_stage(config: Config, stage: int, rank: int, ranks: int) -> dict[s
 
 
 class Peak(Observer):
-    """The most bytes of tensors, beyond `before`, after any backward pass or EMA update."""
+    """The peak tensor memory in bytes above `before`, after any backward pass or EMA update."""
 
     def __init__(self, before: int) -> None:
         self.before, self.bytes = before, 0
@@ -222,7 +222,7 @@ BASES = ("speech_base", "vision_base", "text_base")
 
 
 def time_row(recipe: str, steps: int) -> dict[str, Any]:
-    """Steps of one micro-batch of the recipe's own size, of samples without content."""
+    """Times steps of one micro-batch of the size in the recipe, with samples of zeros."""
     config = Pretrain.resolve(recipes.load(recipe, ["engine.config=local"]))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -237,7 +237,7 @@ def time_row(recipe: str, steps: int) -> dict[str, Any]:
     wholes, shares = [], []
     for step in range(steps + 1):
         clock = Clock(device)
-        settings = StepSettings(step=step, lr=1e-6, weight_decay=0.0, decay=0.999)
+        settings = StepSettings(step=step, lr=1e-6, weight_decay=0.0, ema_decay=0.999)
         train_step(engine, ema, step_batch, settings, seed=0, observer=clock)
         wholes.append(sum(clock.seconds.values()))
         shares.append(clock.seconds["ema"])

@@ -1,14 +1,15 @@
-"""Measures the data path against others on the same samples and prints tables.
+"""Compares the loader with other loaders on the same samples and prints tables.
 
     python benchmarks/loader.py [--quick] [raw] [whole] [plan]
 
-Everything is made here, from random numbers: noise shaped like speech (syllables, pauses) as WAV
-and FLAC, pictures of soft blobs and edges as JPEG of about 57 KB, text of words with frequencies as
-in a language. It lies in the page cache, so this is about the CPU, not about disks.
+All data are synthetic: noise that resembles speech (syllables, pauses) as WAV and FLAC, images of
+blobs and edges as JPEG files of about 57 KB, and text with natural word frequencies. They are in
+the page cache, so the results measure CPU cost, not disk speed.
 
-Rates are samples per CPU-second (user and system, with worker processes), the variants of a table
-interleaved in one process, the best of all rounds for each; so ratios within a table hold on a busy
-machine, rates do not. litdata and MosaicML streaming are measured where they are installed.
+Rates are samples per second of CPU time (user and system, including worker processes). The variants
+of a table are interleaved in one process, and the best round counts. On a busy machine the ratios
+within a table remain meaningful, the rates do not. litdata and MosaicML streaming are measured if
+they are installed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import io
 import itertools
-import os
 import shutil
 import tempfile
 import time
@@ -30,6 +30,7 @@ import sentencepiece
 import soundfile
 import torch
 import webdataset
+from loader_workers import compare, cpu_of
 from PIL import Image
 from synthetic import BLOCK, RATE, Corpora, make_corpora, utterance_seconds
 from torch.utils.data import DataLoader
@@ -37,7 +38,7 @@ from torch.utils.data import DataLoader
 from d2v_ds.data import images
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.loader.loader import Loader
-from d2v_ds.loader.plan import Plan
+from d2v_ds.loader.plan import BatchPlan
 from d2v_ds.loader.reading import Reader
 from d2v_ds.modalities.speech import Speech, SpeechConfig
 from d2v_ds.modalities.text import Text, TextConfig
@@ -55,7 +56,7 @@ def timed(work: Callable[[], float]) -> tuple[float, float]:
 
 
 def race(title: str, variants: dict[str, Variant], base: str, wanted: dict[str, str]) -> None:
-    """Prints samples per CPU-second and the ratio to `base`. wanted: remarks by variant."""
+    """Prints samples per second of CPU time and the ratio to `base`. wanted: targets by variant."""
     best = dict.fromkeys(variants, 0.0)
     for _ in range(ROUNDS):
         for name, variant in variants.items():
@@ -69,18 +70,9 @@ def race(title: str, variants: dict[str, Variant], base: str, wanted: dict[str, 
 ROUNDS = 5
 
 
-def cpu_of(pids: list[int]) -> float:
-    """Seconds that these processes have computed."""
-    ticks = 0
-    for pid in pids:
-        values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(values[11]) + int(values[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
 def settled(pids: list[int]) -> list[int]:
-    """The same, once they have made all that they make ahead: so a measurement begins and ends with
-    the same amount in store."""
+    """Waits until these processes have filled their queues, so that every measurement begins and
+    ends with full queues. Returns `pids`."""
     before = -1.0
     while pids and (now := cpu_of(pids)) > before:
         before = now
@@ -104,8 +96,8 @@ def race_reading(name: str, shards: ShardSet, root: Path) -> None:
         reader.read(0)
 
         def work() -> float:
-            for position in order * repeats:
-                reader.read(position)
+            for sample_id in order * repeats:
+                reader.read(sample_id)
             return len(order) * repeats
 
         return lambda: timed(work)
@@ -130,7 +122,7 @@ def race_reading(name: str, shards: ShardSet, root: Path) -> None:
         "webdataset": lambda: timed(theirs),
         "ours, checksums, random order": ours(True),
         "ours, no checksums, random order": ours(False),
-        "copying the files whole": lambda: timed(copy),
+        "copying the whole files": lambda: timed(copy),
     }
     for peer in (litdata_reading, streaming_reading):
         variants |= peer(shards, root / f"{peer.__name__}-{name}", repeats)
@@ -177,14 +169,14 @@ def streaming_reading(shards: ShardSet, root: Path, repeats: int) -> dict[str, V
                 dataset[i]
         return len(dataset) * repeats
 
-    return {"MosaicML streaming, by number": lambda: timed(work)}
+    return {"MosaicML streaming, by index": lambda: timed(work)}
 
 
 # ---------------------------------------------------------------------------------- whole loader
 
 
 def our_loader(shards: ShardSet, modality: Any, size: float, workers: int, samples: int) -> Variant:
-    """So many samples out of an endless loader."""
+    """Reads `samples` samples from an endless loader."""
     loader = Loader(shards, modality, seed=0, size=size, micro_batches=1, workers=workers)
     next(loader)
 
@@ -199,7 +191,7 @@ def our_loader(shards: ShardSet, modality: Any, size: float, workers: int, sampl
 
 
 class Theirs:
-    """webdataset's pipeline with the usual decoding; batches as ours, masks and all."""
+    """The pipeline of webdataset with the usual decoding. Batches include masks, like ours."""
 
     def __init__(self, shards: ShardSet, modality: Any, decode: Callable[..., Any], together: int):
         self.modality, self.rng = modality, np.random.default_rng(0)
@@ -240,7 +232,7 @@ def their_loader(theirs: Theirs, workers: int, samples: int) -> Variant:
 
 
 def usual_audio(kind: str, crop: int) -> Callable[..., Any]:
-    """soundfile's float32, all of the file, layer norm, a random crop."""
+    """Decodes the whole file to float32 with soundfile, applies layer norm, and crops randomly."""
 
     def decode(sample: dict[str, Any], rng: np.random.Generator) -> Any:
         waveform = torch.from_numpy(soundfile.read(io.BytesIO(sample[kind]), dtype="float32")[0])
@@ -252,7 +244,7 @@ def usual_audio(kind: str, crop: int) -> Callable[..., Any]:
 
 
 def usual_picture(sample: dict[str, Any], rng: np.random.Generator) -> Any:
-    """Pillow decodes all of it, crops and resizes (bicubic), then float32 in numpy."""
+    """Decodes the whole image, crops and resizes it (bicubic) with Pillow, normalises in numpy."""
     image = Image.open(io.BytesIO(sample["jpg"])).convert("RGB")
     for _ in range(10):
         area, ratio = rng.uniform(0.2, 1) * 500 * 375, np.exp(rng.uniform(-0.2877, 0.2877))
@@ -273,13 +265,13 @@ def race_loaders(corpora: Corpora, workers: int) -> None:
 
     kinds: list[tuple[str, ShardSet, Any, Callable[..., Any], int, float, int, str]] = [
         ("WAV, crops of 10 s", corpora.wav, speech(10), usual_audio("wav", 160_000), 16, 160, 300,
-         "wanted: 2"),
+         "target: 2"),
         ("FLAC, crops of 20 s", corpora.flac, speech(20), usual_audio("flac", 320_000), 8, 160, 100,
-         "wanted: 1"),
+         "target: 1"),
         ("FLAC of 2 min, crops of 3 s", corpora.long, speech(3), usual_audio("flac", 48_000), 8, 24,
-         16, "wanted: 2"),
+         16, "target: 2"),
         ("JPEG, crops of 224", corpora.jpg, Vision(VisionConfig(views=1)), usual_picture, 32, 32,
-         128, "wanted: 2"),
+         128, "target: 2"),
     ]  # fmt: skip
     for title, shards, modality, decode, together, size, samples, wanted in kinds:
         variants = {
@@ -293,7 +285,7 @@ def race_loaders(corpora: Corpora, workers: int) -> None:
 
 
 def race_text(corpora: Corpora) -> None:
-    """Blocks of tokens into batches of 64, ready against tokenised on the fly."""
+    """Batches of 64 blocks: stored token ids compared with tokenising on the fly."""
     modality = Text(TextConfig(views=1))
     processor = sentencepiece.SentencePieceProcessor(model_file=str(corpora.tokenizer))
 
@@ -336,7 +328,7 @@ def race_text(corpora: Corpora) -> None:
             "ours, the loader with masks": lambda: timed(masked),
         },
         "webdataset, tokenising on the fly, no masks",
-        {"ours, random blocks, no masks": "wanted: 100"},
+        {"ours, random blocks, no masks": "target: 100"},
     )
 
 
@@ -344,12 +336,12 @@ def race_text(corpora: Corpora) -> None:
 
 
 def show_plan() -> None:
-    """What batching and cropping lose, and how well an epoch is shuffled, on 200,000 lengths."""
+    """Padding, loss and shuffle quality of batching and cropping, for 200,000 lengths."""
     rng = np.random.default_rng(0)
     lengths = np.array_split((utterance_seconds(200_000, rng) * RATE).astype(np.uint32), 100)
     modality = Speech(SpeechConfig())
     start = time.process_time()
-    plan = Plan(lengths, modality, seed=0, size=1000, micro_batches=16)
+    plan = BatchPlan(lengths, modality, seed=0, size=1000, micro_batches=16)
     made = time.process_time() - start
     stats = plan.stats()
     cropped = np.minimum(np.concatenate(lengths), modality.max_samples)
@@ -372,32 +364,41 @@ def show_plan() -> None:
             plan.steps({"epoch": epoch, "step": 0, "pool": 0, "pool_step": 0}),
         )
         orders.append(np.concatenate([lot for step in steps for lot in step.lots]))
-    places = [np.argsort(order) for order in orders]
-    print(f"  planning: {made:.2f} s of CPU for the set; shuffle: correlation of the places in")
-    print(f"  two epochs {np.corrcoef(places)[0, 1]:+.4f}, of the place in the set and in an epoch")
-    print(f"  {np.corrcoef(places[0], np.arange(len(places[0])))[0, 1]:+.4f}")
+    ranks = [np.argsort(order) for order in orders]
+    print(
+        f"  planning: {made:.2f} s of CPU for the set; shuffle: correlation of the ranks of samples"
+    )
+    print(f"  in two epochs {np.corrcoef(ranks)[0, 1]:+.4f}, in the set and in an epoch")
+    print(f"  {np.corrcoef(ranks[0], np.arange(len(ranks[0])))[0, 1]:+.4f}")
+
+
+def race_all(corpora: Corpora, parts: list[str], root: Path) -> None:
+    if "raw" in parts:
+        for name in ("wav", "flac", "jpg"):
+            race_reading(name, getattr(corpora, name), root)
+    if "whole" in parts:
+        for workers in (0, 1):
+            race_loaders(corpora, workers)
+        race_text(corpora)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("parts", nargs="*", default=["raw", "whole", "plan"])
-    parser.add_argument("--quick", action="store_true", help="less of everything, to try it")
+    parser.add_argument("parts", nargs="*", default=["raw", "whole", "plan", "workers"])
+    parser.add_argument("--quick", action="store_true", help="less data and fewer rounds")
     arguments = parser.parse_args()
     global ROUNDS
     ROUNDS = 2 if arguments.quick else 7
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="d2v-loader-"))
+    scale = 0.25 if arguments.quick else 1.0
     try:
-        corpora = make_corpora(root, 0.25 if arguments.quick else 1.0)
-        if "raw" in arguments.parts:
-            for name in ("wav", "flac", "jpg"):
-                race_reading(name, getattr(corpora, name), root)
-        if "whole" in arguments.parts:
-            for workers in (0, 1):
-                race_loaders(corpora, workers)
-            race_text(corpora)
+        if {"raw", "whole"} & set(arguments.parts):
+            race_all(make_corpora(root, scale), arguments.parts, root)
         if "plan" in arguments.parts:
             show_plan()
+        if "workers" in arguments.parts:
+            compare(root / "workers", scale, ROUNDS // 2 + 1)
     finally:
         shutil.rmtree(root)
 

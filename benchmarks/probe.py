@@ -3,7 +3,7 @@
     python benchmarks/probe.py speech|vision|text|joint [key.path=value ...] [--seeds 0 1 2]
         [--out FOLDER] [--cifar10 FOLDER]
 
-Converts the embedded corpora, pre-trains the recipe MODALITY_tiny, and measures the accuracy of a
+Converts the bundled corpora, pre-trains the recipe MODALITY_tiny, and measures the accuracy of a
 kNN probe on features of the frozen encoder, compared with the same network before training, with
 plain features of the input and with chance. For text it also compares the error of the model for a
 paragraph with that for a copy in which neighbouring tokens are swapped. Prints every command that
@@ -39,7 +39,7 @@ from d2v_ds.pretrain import Pretrain, at_masked
 from shards import samples
 
 MODULES = {"d2v-ds": "d2v_ds", "d2v-shards": "shards.cli"}
-Accuracies = dict[str, dict[str, float]]  # {encoder: {test set: share that is right}}
+Accuracies = dict[str, dict[str, float]]  # {encoder: {test set: accuracy}}
 Ids = npt.NDArray[np.int64]
 
 CIFAR10_SIZES = {"train": 1000, "test": 100}  # images used per class
@@ -68,7 +68,7 @@ def speech() -> Corpus:
             "seen": ["speech", f"{source}/seen.tsv"],
         },
         tests={
-            "unseen": "digits of a speaker that was never heard",
+            "unseen": "digits of a speaker who is not in the training data",
             "seen": "new recordings of the five training speakers",
         },
         layer=2,
@@ -82,7 +82,7 @@ def vision() -> Corpus:
             "train": ["images", f"{source}/train"],
             "unseen": ["images", f"{source}/unseen"],
         },
-        tests={"unseen": "tiles of the same ten pictures, from parts that were never seen"},
+        tests={"unseen": "tiles from parts of the ten pictures that are not in the training data"},
         gallery="train",
         layer=2,
     )
@@ -101,7 +101,7 @@ def text() -> Corpus:
             "seen": ["text", f"{source}/seen.jsonl", *labelled],
         },
         tests={
-            "unseen": "topics of paragraphs of articles that were never read",
+            "unseen": "topics of paragraphs from articles that are not in the training data",
             "seen": "topics of other paragraphs of the training articles",
         },
         layer=2,
@@ -183,7 +183,7 @@ VIEWS = 8  # masks per error, the same for original and copy
 
 
 def order_accuracy(run: Path, paragraphs: Path) -> Accuracies:
-    """The share of paragraphs whose masked tokens are predicted better than those of a copy with
+    """The fraction of paragraphs whose masked tokens are predicted better than in a copy with
     swapped pairs of neighbours. A bag of words is the same for both and scores one half."""
     found = open_newest(run)
     task = Pretrain.create(decode(Config, found.state["config"])).eval()
@@ -199,7 +199,7 @@ def order_accuracy(run: Path, paragraphs: Path) -> Accuracies:
         swapped = errors(task, modality, [swap(ids, pairs, rng) for ids in real])
         right = (error < swapped).float() + 0.5 * (error == swapped).float()
         trained[f"{pairs} swapped"] = float(right.mean())
-    print(f"\nwhich of two is the text, {len(real)} paragraphs of articles that were never read")
+    print(f"\norder accuracy on {len(real)} paragraphs from articles not in the training data")
     for name, share in trained.items():
         print(f"{name:<14}{100 * share:5.1f}%  (bag of words, chance: 50.0%)")
     return {"trained model": trained, "chance": dict.fromkeys(trained, 0.5)}

@@ -2,10 +2,11 @@
 
     python benchmarks/step.py [RECIPE] [key.path=value ...] [--steps 5]
 
-Real audio (the embedded corpus, joined into long utterances), one rank, any engine that one rank
-can run (engine.config=local by default). Seconds are medians over the steps after one warm-up.
-`share` is each part's share of the step. `matmul_gflops`, measured before every step, shows how
-fast the machine was, so that runs on a busy machine can be compared as ratios.
+Uses real audio (the bundled corpus, joined into long utterances) and one rank, with any engine that
+runs on one rank (engine.config=local by default). Seconds are medians over the steps after one
+warm-up step. `share` is the fraction of the step that each part takes. `matmul_gflops`, measured
+before every step, shows the speed of the machine, so that runs on a busy machine can be compared as
+ratios.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
         with clock.timed("data"):
             step_batch = mixture.next(step)
         settings = StepSettings(
-            step=step, lr=1e-4, weight_decay=config.optim.weight_decay, decay=0.999
+            step=step, lr=1e-4, weight_decay=config.optim.weight_decay, ema_decay=0.999
         )
         train_step(engine, ema, step_batch, settings, seed=0, observer=clock)
         clock.seconds["student"] = clock.seconds.pop("forward") - clock.seconds["teacher"]
@@ -87,14 +88,14 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
 
 
 def measure_recipe(recipe: str, overrides: list[str], steps: int) -> dict[str, Any]:
-    """`measure` on the embedded corpus, joined into long utterances."""
+    """`measure` on the bundled corpus, joined into long utterances."""
     with tempfile.TemporaryDirectory() as folder:
         shards = Path(folder, "shards")
         source = samples.path("speech") / "train.tsv"
         code = shards_main(
             ["speech", str(source), str(shards), "--join", "speaker", "--join-seconds", "20"]
         )
-        assert code == 0, "the embedded corpus could not be converted"
+        assert code == 0, "the bundled corpus could not be converted"
         settings = [f"data.shards={shards}", "data.workers=0", "engine.config=local"]
         config = recipes.load(recipe, [*settings, *overrides])
         return {"recipe": recipe, **measure(config, steps)}

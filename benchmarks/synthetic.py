@@ -1,4 +1,4 @@
-"""Corpora for benchmarks, made from random numbers: shaped like speech, pictures and text.
+"""Synthetic corpora for benchmarks that resemble speech, images and text.
 
 make_corpora(folder) -> shard sets of WAV, FLAC, JPEG and token blocks; documents, a tokenizer
 """
@@ -22,7 +22,7 @@ from shards.writer import ShardWriter
 
 RATE = 16_000
 BLOCK = 512  # tokens
-ROWS = 1024  # blocks in a member
+ROWS = 1024  # blocks per member
 
 
 def speech_like(seconds: float, rng: np.random.Generator) -> np.ndarray[Any, Any]:
@@ -37,7 +37,7 @@ def speech_like(seconds: float, rng: np.random.Generator) -> np.ndarray[Any, Any
 
 
 def utterance_seconds(number: int, rng: np.random.Generator) -> np.ndarray[Any, Any]:
-    """Lengths like LibriSpeech's: most end at 12 to 17 s, a broad tail below, few above."""
+    """Lengths distributed as in LibriSpeech: most are 12 to 17 s, many are shorter, few longer."""
     kind = rng.random(number)
     seconds = np.where(kind < 0.3, rng.uniform(1.3, 12, number), rng.normal(14.2, 1.3, number))
     return np.where(kind > 0.97, rng.uniform(15, 35, number), seconds).clip(1.2, 35)
@@ -73,7 +73,7 @@ Samples = Iterable[tuple[bytes, int]]
 
 
 def write_set(root: Path, modality: str, unit: str, field: str, samples: Samples) -> ShardSet:
-    """Four shards with one member a sample: (payload, length)."""
+    """Writes four shards with one member per sample. samples: (payload, length)."""
     root.mkdir()
     everything = list(samples)
     entries = []
@@ -95,10 +95,10 @@ def finish_set(root: Path, modality: str, unit: str, field: str, entries: list[A
 class Corpora:
     wav: ShardSet
     flac: ShardSet
-    long: ShardSet  # FLAC of minutes
+    long: ShardSet  # FLAC recordings of 2 minutes
     jpg: ShardSet
     blocks: ShardSet  # of tokens
-    text: Path  # the same as a tar of documents
+    text: Path  # the same text as a tar of documents
     tokenizer: Path
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks time with: a clock for the parts of a step, and the machine's speed."""
+"""Timing for the benchmarks: a clock for the parts of a step, and the speed of the machine."""
 
 from __future__ import annotations
 

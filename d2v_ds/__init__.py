@@ -3,7 +3,7 @@
     import d2v_ds
 
     config = d2v_ds.load_config("speech_base", ["optim.lr=3e-4"])     # a recipe, or a YAML file
-    shards = d2v_ds.open_shards("/data/librispeech", "speech")        # what d2v-shards made
+    shards = d2v_ds.open_shards("/data/librispeech", "speech")        # written by d2v-shards
     for item in d2v_ds.webdataset("/data/librispeech", "speech"):     # its decoded samples
         ...
     encoder = d2v_ds.load_encoder("runs/speech_base")                 # a plain torch module
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from d2v_ds import recipes
 from d2v_ds.config import Config
@@ -25,7 +25,6 @@ from d2v_ds.errors import UserError
 
 if TYPE_CHECKING:
     from d2v_ds.encoder import PretrainedEncoder
-    from d2v_ds.modalities.base import Modality
 
 __version__ = "0.1.0"
 
@@ -50,7 +49,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
 
 def open_shards(where: str | Path, modality: str = "") -> ShardSet:
     """A shard set: a folder, a URL prefix, or a folder of third-party tars, which is indexed when
-    it is first opened. modality: what it must hold; "": anything. Raises UserError."""
+    it is first opened. modality: the required modality; "": any. Raises UserError."""
     from d2v_ds.loader.find_set import find_set
 
     return find_set(where, modality)
@@ -62,8 +61,8 @@ def load_encoder(
     """The encoder of a run folder or a checkpoint as a plain torch module.
 
     Called with a list of examples it returns the features of every block, [B, T, D] each, and
-    which tokens exist. weights: the student's or the teacher's. modality: of a run with several.
-    Raises UserError.
+    which tokens exist. weights: the student's or the teacher's. modality: required for a run with
+    several. Raises UserError.
     """
     from d2v_ds import encoder
 

@@ -22,12 +22,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch."""
+    """One micro-batch. Sets of tokens:
+
+    valid     [B, T]  exist; the others are padding
+    shown     [B, T]  reach the teacher
+    seen      [R, T]  reach the student: exist and are not masked
+    visible   [R, K]  the positions of the seen tokens, if masked tokens are removed
+    masked    [N]     are to be predicted
+
+    `exists` and `attended` derive the masks for convolutions and attention from them.
+    """
 
     modality: str
 
     index: int
-    """Number of the micro-batch within its step, over all ranks. Seeds dropout and noise."""
+    """Number of the micro-batch in its step, from 0 over all ranks. Seeds dropout and noise."""
 
     inputs: Tensor
     """Input of the front end: waveforms [B, S], images [B, 3, h, w] or ids [B, T]. Shorter
@@ -37,7 +46,7 @@ class Batch:
     """[B, T] bool: token t exists in sample b. None: all tokens exist."""
 
     seen: Tensor
-    """[B * M, T] bool: the token exists and is not masked."""
+    """[B * M, T] bool: the token exists and is not masked. If `padded`, padding is seen as well."""
 
     visible: Tensor | None
     """[B * M, K] int64: positions of the seen tokens, ascending. Rows with fewer than K are filled
@@ -75,7 +84,8 @@ class Batch:
         return None if exists is None else exists.repeat_interleave(self.views, dim=0)
 
     def attended(self) -> Tensor | None:
-        """[B * M, K] bool: the student's tokens that exist; None if all do."""
+        """[B * M, K] bool, or [B * M, T] without `visible`: the student's tokens that exist; None
+        if all do."""
         T = self.seen.shape[1]
         if self.visible is None:
             return None if self.valid is None else self.valid.repeat_interleave(self.views, dim=0)
@@ -128,7 +138,7 @@ class StepBatch:
     """The source in the mixture (loader/mixture.py)."""
 
     bad: int = 0
-    """Samples of this rank's micro-batches that were replaced because they are bad."""
+    """The number of bad samples that were replaced in this rank's micro-batches."""
 
 
 def mask_indices(
@@ -155,9 +165,9 @@ def mask_indices(
     fields: dict[str, Any] = {"visible": None, "ragged": False}
     if removed:
         fields = visible_positions(seen)
-    shown = exists if valid is None else valid
+    real = exists if valid is None else valid
     return fields | {
-        "valid": None if shown.all() else torch.from_numpy(shown),
+        "valid": None if real.all() else torch.from_numpy(real),
         "seen": torch.from_numpy(seen),
         "masked": torch.from_numpy(np.flatnonzero(masked.reshape(-1))),
         "padded": valid is not None,

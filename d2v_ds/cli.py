@@ -1,6 +1,6 @@
 """The command `d2v-ds`: parses the command line and calls the rest of the package.
 
-A command imports torch only if it needs it, and `train` looks for mistakes before that.
+A command imports torch only if it needs it. `train` checks the configuration before that.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"d2v-ds: {error}", file=sys.stderr)
         return exit_codes.BAD_INPUT
-    except BrokenPipeError:  # the reader of the output has closed it, as in `... | head`
+    except BrokenPipeError:  # the reader of the output has gone, as in `... | head`
         return exit_codes.FINISHED
 
 
@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
         add(
             "show",
             show_run,
-            "show what a run would be, without data or a GPU",
+            "show parameters, memory and batch split of a run, without data or a GPU",
             "Prints the resolved configuration, the parameters by part, the memory per rank for "
             "each ZeRO stage, and the split of the batch.",
         )
@@ -97,8 +97,8 @@ def parser() -> argparse.ArgumentParser:
         "status",
         show_status,
         "show the state of a run",
-        "Reads the run folder, also while the run trains: the step, the time left, the last "
-        "checkpoint, restarts and the slowest rank.",
+        "Prints the step, the time left, the last checkpoint, restarts and the slowest rank. "
+        "Reads only the run folder, so it also works while the run trains.",
     )
     status.add_argument("run", type=Path, metavar="RUN", help="the run folder")
     add_evaluate(
@@ -179,7 +179,7 @@ def add_train(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--check",
         action="store_true",
-        help="only look for mistakes, and print the path of the run folder",
+        help="only check the configuration, and print the path of the run folder",
     )
 
 
@@ -204,13 +204,13 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
         "--weights",
         choices=["student", "teacher"],
         default="student",
-        help="the encoder to probe (default: student)",
+        help="the weights to probe (default: student)",
     )
     command.add_argument(
         "--layer",
         type=positive,
         metavar="N",
-        help="the block whose output is probed, from 1 (default: the middle one)",
+        help="the block whose output is probed, counted from 1 (default: the middle block)",
     )
     command.add_argument(
         "--modality",
@@ -220,7 +220,7 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--compare",
         action="store_true",
-        help="also probe the untrained encoder and plain features of the input",
+        help="also score the untrained encoder and plain features of the input",
     )
 
 
@@ -246,7 +246,7 @@ def show_settings(arguments: argparse.Namespace) -> int:
 def show_run(arguments: argparse.Namespace) -> int:
     config = recipes.load(arguments.source, arguments.overrides)
     if arguments.measure:
-        # torch's profiler, which measures the memory of a CPU, would log its start.
+        # Silences the start-up log of torch's profiler, which measures memory on a CPU.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from d2v_ds import show
 

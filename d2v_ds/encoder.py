@@ -44,7 +44,7 @@ class PretrainedEncoder(nn.Module):
     """Front end and trunk for one modality, without masks, in evaluation mode and fp32.
 
     forward(examples) takes a list of examples as `modality.decode(members, None)` and
-    `d2v_ds.webdataset` give them (normalised waveforms [S], pixels [3, h, w], token ids [T]); they
+    `d2v_ds.webdataset` return (normalised waveforms [S], pixels [3, h, w], token ids [T]); they
     may differ in length, and padding does not influence the result. All parameters are trainable,
     so the module can be fine-tuned; `requires_grad_(False)` freezes it.
     """
@@ -72,10 +72,10 @@ class PretrainedEncoder(nn.Module):
 def load_encoder(
     path: str | Path, *, weights: Weights = "student", modality: str = ""
 ) -> PretrainedEncoder:
-    """The encoder in a run folder (its newest sound checkpoint) or in one checkpoint's folder.
+    """The encoder in a run folder (its newest valid checkpoint) or in one checkpoint's folder.
 
-    weights: the student's or the teacher's. modality: of a run with several; "": the only one.
-    Raises UserError if there is no checkpoint, or if the modality must be named.
+    weights: the student's or the teacher's. modality: required for a run with several; "": the only
+    one. Raises UserError if there is no checkpoint, or if the modality must be named.
     """
     found = open_newest(Path(path))
     config = decode(Config, found.state["config"])
@@ -88,8 +88,8 @@ def load_encoder(
 def encoder_of(
     task: Pretrain, modality: str, weights: Weights, *, step: int = 0
 ) -> PretrainedEncoder:
-    """The encoder of a task. The teacher's has its averages, and the student's values for the parts
-    that they share."""
+    """The encoder of a task. The teacher's encoder has its averages, and the student's values in
+    the parts that they share."""
     encoder = copy.deepcopy(task.student.encoder)
     if weights == "teacher":
         ours = dict(encoder.named_parameters())
@@ -100,7 +100,7 @@ def encoder_of(
 
 
 def open_newest(path: Path) -> Checkpoint:
-    """The checkpoint in `path`: a run folder's newest sound one, or a checkpoint's own folder.
+    """The checkpoint in `path`: the newest valid one of a run folder, or a checkpoint's own folder.
     Raises UserError."""
     if (path / "manifest.json").is_file():
         return open_checkpoint(path)
@@ -123,7 +123,7 @@ def only_modality(config: Config, wanted: str = "") -> str:
 
 @torch.no_grad()
 def load_weights(task: Pretrain, found: Checkpoint) -> None:
-    """Sets student and teacher to what the checkpoint holds, in fp32."""
+    """Loads the weights of student and teacher from the checkpoint, in fp32."""
     values = {**found.tensors("master"), **found.tensors("ema")}
     for name, parameter in task.named_parameters():
         parameter.copy_(values[name])

@@ -1,4 +1,4 @@
-"""Errors with a meaning of their own."""
+"""Exception types with a defined meaning, and suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Superseded(RuntimeError):
 
 
 def suggestion(given: str, known: Iterable[str]) -> str:
-    """`; did you mean 'x'?` for a near miss, otherwise the list of allowed names."""
+    """`; did you mean 'x'?` for a similar name, otherwise the list of allowed names."""
     known = sorted(known)
     near = difflib.get_close_matches(given, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f" (allowed: {', '.join(known)})"

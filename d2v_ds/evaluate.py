@@ -40,7 +40,8 @@ Features = npt.NDArray[np.float32]
 
 BATCH = 16  # examples in one forward pass
 NEIGHBOURS = 10
-TEMPERATURE = 0.07  # votes are weighted by exp(similarity / temperature), as in DINO's kNN (Caron et al. 2021)
+# Votes are weighted by exp(similarity / temperature), as in DINO's kNN (Caron et al. 2021).
+TEMPERATURE = 0.07
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,13 @@ def read_labelled(shards: ShardSet, modality: Modality, column: str) -> Labelled
     sample has no `column`."""
     modality.check_set(shards.about)
     examples, labels = [], []
-    for key, sample in read_samples(shards, (*modality.keys, "json")):
+    for key, sample in read_samples(shards, (*modality.extensions, "json")):
         meta = json.loads(sample.get("json", b"{}"))
         if column not in meta:
             raise UserError(
                 f"{shards.root}, sample {key!r}: its .json has no {column!r} "
                 f"(has: {', '.join(sorted(meta)) or 'nothing'}); convert with that column in the "
-                "manifest, or name another one with --label"
+                "manifest, or name another column with --label"
             )
         examples.append(modality.decode(sample, None))
         labels.append(str(meta[column]))
@@ -93,8 +94,8 @@ def embed(encoder: PretrainedEncoder, examples: list[Any], layer: int) -> Featur
 def knn_accuracy(
     gallery: Features, gallery_labels: list[str], queries: Features, query_labels: list[str]
 ) -> float:
-    """The share of queries whose label gets most votes from the nearest gallery rows, by cosine
-    similarity of features standardised with the gallery's statistics."""
+    """The fraction of queries whose label gets the most votes from the nearest gallery rows, by
+    cosine similarity of features standardised with the gallery's statistics."""
     classes = sorted(set(gallery_labels))
     mean, std = gallery.mean(0), gallery.std(0) + 1e-6
     rows, points = (
@@ -121,13 +122,13 @@ def run_knn(
 ) -> tuple[str, dict[str, Any]]:
     """kNN accuracy of the encoder in a run folder or checkpoint: a table, and the same as JSON.
 
-    layer: the block, counted from 1; None: the middle one. compare: also score the encoder before
+    layer: the block, counted from 1; None: the middle block. compare: also score the encoder before
     training and the modality's plain features. Raises UserError.
     """
     found = open_newest(path)
     config = decode(Config, found.state["config"])
     name = only_modality(config, modality or "")
-    torch.manual_seed(config.run.seed)  # the untrained encoder is the one that training began with
+    torch.manual_seed(config.run.seed)  # so that the untrained encoder equals the initial one
     task = Pretrain.create(config)
     kind = task.modalities[name]
     initial = encoder_of(task, name, "student") if compare else None
@@ -155,7 +156,7 @@ def run_knn(
     table["chance"] = {s.name: chance(s.labels) for s in sets[1:]}
     title = (
         f"kNN accuracy at step {found.step}, block {block} of {depth}, "
-        f"{len(sets[0].labels)} labelled neighbours to choose from"
+        f"gallery of {len(sets[0].labels)} labelled samples"
     )
     summary = {
         "probe": "knn",

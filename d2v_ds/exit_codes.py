@@ -1,6 +1,6 @@
 """The exit codes of both commands, and the table that `--help` prints.
 
-slurm/common.sh repeats those it acts on; a test compares.
+slurm/common.sh repeats the codes that it handles; a test compares them.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ MEANING = {
     FAILURE: "failed; verify: problems were found",
     BAD_INPUT: "bad input or configuration; one line says what to change",
     UNHEALTHY: "a health rule stopped the run",
-    UNFIT: "some nodes cannot take part; they are named",
+    UNFIT: "some nodes are unfit; the message names them",
     HUNG: "a rank hung; its stack traces are in the run folder",
-    INTERRUPTED: "interrupted with Ctrl-C while converting; the same command continues",
+    INTERRUPTED: "conversion interrupted with Ctrl-C; run the same command to resume",
 }
 
 

@@ -1,5 +1,5 @@
-"""Files on this machine: atomic and durable writes, locks, hashes, sizes as people write them, and
-the files that the package carries.
+"""Local files: atomic and durable writes, locks, hashes, human-readable sizes, and the data files
+of the package.
 
 Standard library only.
 """
@@ -22,13 +22,13 @@ BLOCK = 1 << 22  # bytes hashed at a time
 
 
 def temporary(path: Path) -> Path:
-    """The name under which this process writes what becomes `path`: NAME.HOST.PID.tmp."""
+    """The temporary name under which this process writes `path`: NAME.HOST.PID.tmp."""
     return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}{TEMPORARY}")
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Replaces a file: whenever the process ends, `path` holds the old content or the new one,
-    never a part, and the new one survives a power failure once this returns."""
+    """Replaces a file. If the process ends at any moment, `path` has the old or the new content,
+    never a part of it. Once this returns, the new content survives a power failure."""
     aside = temporary(path)
     write_durably(aside, data)
     os.replace(aside, path)
@@ -36,8 +36,8 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
 
 def write_durably(path: Path, data: str | bytes) -> None:
-    """Writes a file whose content survives a power failure once this returns (its name does so
-    once the folder is synced)."""
+    """Writes a file whose content survives a power failure once this returns. The name of the file
+    survives only after the folder is synced."""
     with path.open("wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
@@ -55,7 +55,7 @@ def sync(path: Path) -> None:
 
 def remove_stale(folder: Path, *, all_hosts: bool = False) -> None:
     """Removes temporary files that killed processes of this machine left in a folder. all_hosts:
-    those of every machine, which must then have ended."""
+    also removes files of other machines, whose processes must have ended."""
     for file in folder.glob(f"*{TEMPORARY}"):
         host, _, pid = file.name.removesuffix(TEMPORARY).rpartition(".")
         local = host.endswith(f".{socket.gethostname()}")
@@ -95,8 +95,8 @@ SIZE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*(?:([kmgt])(i?)b?|b)?", re.IGNORECAS
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as 1500, 256MB, 1.5GB, 80G (powers of 1000) or 80GiB (of 1024), in any
-    case. Raises ValueError."""
+    """Bytes of a size such as 1500, 256MB, 1.5GB, 80G (powers of 1000) or 80GiB (of 1024). Case
+    is ignored. Raises ValueError."""
     found = SIZE.fullmatch(text.strip())
     size = 0
     if found:
@@ -120,9 +120,9 @@ def format_size(size: float) -> str:
 
 
 def resource(folder: str, name: str = "") -> Path:
-    """A file of ds_configs/ or slurm/, in the installed package or beside it in a checkout."""
+    """A file of ds_configs/ or slurm/, in the installed package or next to it in a checkout."""
     package = Path(str(importlib.resources.files("d2v_ds")))
     for root in (package, package.parent):
         if (root / folder).is_dir():
             return root / folder / name
-    raise FileNotFoundError(f"{folder}/ is neither in the package nor beside it")
+    raise FileNotFoundError(f"{folder}/ is neither in the package nor next to it")

@@ -6,7 +6,7 @@ FAIRSEQ has the pre-training models of fairseq and data2vec_vision, HUGGING_FACE
 transformers (data2vec 1.0 only), both by (modality, "1.0" or "2.0").
 
 A rule pairs name templates: {i} and {j} stand for numbers, {i+1} for one that counts from one, {p}
-for weight or bias, {rest} for anything. Tensors that they store separately and we do not (queries,
+for weight or bias, {rest} for anything. Tensors that they store separately but we do not (queries,
 keys, values) are joined along their first dimension. D width, H heads.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 class Rule:
     """A pair of templates. theirs: one name, or several whose tensors are joined; empty if they
     lack the tensor. ours: empty if we lack it, so that theirs is dropped. The shapes are given if
-    they differ; in them 0 stands for D and -1 for what remains."""
+    they differ; in them 0 means D and -1 means the remaining size."""
 
     theirs: str | tuple[str, ...]
     ours: str
@@ -136,7 +136,7 @@ def blocks_v2(theirs: str, ours: str) -> list[Rule]:
 
 
 def common_v2(theirs: str, modality: str) -> list[Rule]:
-    """The part that all modalities have; fairseq's is modality_encoders.AUDIO, IMAGE or TEXT."""
+    """The rules that all modalities share; theirs: AUDIO, IMAGE or TEXT of fairseq."""
     theirs, ours = f"modality_encoders.{theirs}", f"encoder.front_ends.{modality}"
     prenet = f"{ours}.context.prenet.blocks.{{i}}"
     return [

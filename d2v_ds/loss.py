@@ -79,9 +79,9 @@ def class_loss(prediction: Tensor, targets: Tensor, valid: Tensor | None, masked
     1 / sqrt(D) and the number of masked tokens of the view, summed over views: a scalar in fp32.
 
     prediction [R, D]; targets [B, T, D]; valid [B, T], or None if every token exists; masked [R],
-    the number of masked tokens per view. Divided by the masked tokens of the whole step, it is a
-    mean over all views, weighted by masked tokens, however the step is split into micro-batches
-    (fairseq data2vec2.py, cls_loss, has another weight).
+    the number of masked tokens per view. After division by the masked tokens of the whole step, it
+    is a mean over all views, weighted by masked tokens, and does not depend on the split into
+    micro-batches (fairseq data2vec2.py, cls_loss, uses a different weight).
     """
     if valid is None:
         mean = targets.mean(1)

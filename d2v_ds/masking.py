@@ -235,9 +235,9 @@ def corrupt_tokens(
     """The ids that the student of data2vec 1.0 text reads instead of `tokens`. tokens, mask and the
     result [..., T].
 
-    A share random_prob of the masked tokens becomes a random id of `vocabulary`, a share keep_prob
-    is unchanged, and the others become mask_id. 0.1 and 0.1 give BERT's 80/10/10; the released
-    recipe has 0 and 0 (fairseq data/mask_tokens_dataset.py).
+    A fraction random_prob of the masked tokens becomes a random id of `vocabulary`, a fraction
+    keep_prob is unchanged, and the others become mask_id. 0.1 and 0.1 give BERT's 80/10/10; the
+    released recipe has 0 and 0 (fairseq data/mask_tokens_dataset.py).
     """
     chance = rng.random(tokens.shape)
     corrupted = np.where(mask & (chance >= random_prob + keep_prob), mask_id, tokens)

@@ -1,5 +1,5 @@
-"""data2vec pre-training: a student regresses the representations that its teacher makes of the
-whole input. Read this first.
+"""data2vec pre-training: a student predicts the representations that its teacher computes from the
+whole input.
 
     inputs --features--> tokens --masked views--> student --predictor--> predictions
                            |                                                  |
@@ -58,12 +58,12 @@ class Pretrain(Task):
         count: masked tokens of the whole step, over all micro-batches and ranks.
         """
         modality = self.modalities[batch.modality]
-        # Where the student reads corrupted inputs, the intact ones are for the teacher only.
+        # If the student reads corrupted inputs, only the teacher uses the intact ones.
         with torch.set_grad_enabled(torch.is_grad_enabled() and batch.corrupted is None):
             tokens = self.student.encoder.features(batch)  # [B, T, D]
 
-        whole = self.targets(batch, tokens)  # [B, T, D]
-        targets = at_masked(whole, batch)  # [N, D]
+        all_targets = self.targets(batch, tokens)  # [B, T, D]
+        targets = at_masked(all_targets, batch)  # [N, D]
         predictions, extra = self.student.predict(batch, tokens)  # [N, D], [R, E, D]
 
         config = modality.config
@@ -73,12 +73,14 @@ class Pretrain(Task):
         weight = modality.class_weight(len(batch.seen))
         if weight > 0:
             assert extra is not None, f"{batch.modality} has no extra token for its class loss"
-            total = total + weight * class_loss(extra[:, -1], whole, batch.valid, masked_of(batch))
-        loss = total / count
+            total = total + weight * class_loss(
+                extra[:, -1], all_targets, batch.valid, masked_of(batch)
+            )
+        loss = total / count  # reported as it is; loss_weight only scales the gradient
         sums = measure(
             batch,
             tokens=tokens.detach(),
-            whole=whole,
+            all_targets=all_targets,
             targets=targets,
             predictions=predictions.detach(),
             loss=loss.detach(),
@@ -89,10 +91,10 @@ class Pretrain(Task):
     def targets(self, batch: Batch, tokens: Tensor) -> Tensor:
         """The regression targets of all tokens, [B, T, D] in fp32; undefined for padding."""
         layers = self.teacher.layers(self.student.encoder, batch, tokens, self.target.top_k)
-        source = 0 if self.target.source == "ffn" else 1
+        output = 0 if self.target.source == "ffn" else 1  # of (FFN output, block output)
         return make_targets(
-            [layer[source] for layer in layers],
-            None if batch.padded else batch.valid,
+            [layer[output] for layer in layers],
+            None if batch.padded else batch.valid,  # as fairseq: its statistics include padding
             layer_norm=self.target.layer_norm,
             final_norm=self.target.final_norm,
         )
@@ -104,7 +106,7 @@ class Pretrain(Task):
         return pieces[pieces.index(own.pop()) + 1] if own else ""
 
     def averages(self) -> dict[str, str]:
-        """Every parameter of the teacher is the average of the student's of the same name."""
+        """Every parameter of the teacher averages the student's parameter with the same name."""
         students = dict(self.student.named_parameters(prefix="student"))
         pairs = {}
         for name, parameter in self.teacher.named_parameters(prefix="teacher"):
@@ -129,7 +131,7 @@ class Pretrain(Task):
 
     @classmethod
     def create(cls, config: Config) -> Pretrain:
-        """Raises UserError for the configuration's model.* and modality.*."""
+        """Raises UserError for invalid settings in model.* or modality.*."""
         model = decode(TransformerConfig, config.model, "model")
         if config.target.top_k > model.depth:
             raise UserError(

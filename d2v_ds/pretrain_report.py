@@ -1,10 +1,10 @@
-"""What pre-training reports: the loss, and whether representations are healthy.
+"""The metrics of pre-training: the loss, and whether representations are healthy.
 
     tensors of a micro-batch --measure--> sums on the device --PretrainReport.summarize--> scalars
 
-The loss of a self-distilled model is not informative: it rises while the model learns, and the
-lowest losses belong to collapsed runs. So each row also says how much targets, predictions and
-the front end's output vary, and how much of the targets is explained.
+The loss of a self-distilled model is not informative: it rises while the model learns, and
+collapsed runs reach the lowest losses. Each row therefore also contains the spread of the targets,
+the predictions and the front-end output, and the fraction of the targets that is explained.
 
 B samples, T tokens, N masked tokens, D width, P positions in time.
 """
@@ -35,14 +35,14 @@ def measure(
     batch: Batch,
     *,
     tokens: Tensor,
-    whole: Tensor,
+    all_targets: Tensor,
     targets: Tensor,
     predictions: Tensor,
     loss: Tensor,
 ) -> dict[str, Tensor]:
     """Sums over one micro-batch, fp32 on the device, without host synchronisation.
 
-    tokens [B, T, D] are the front end's output, whole [B, T, D] the targets of all tokens; targets
+    tokens [B, T, D] are the front end's output, all_targets [B, T, D] those of all tokens; targets
     and predictions [N, D] are those of the masked tokens. The result holds scalars; [D] sums of
     targets and predictions and of their squares; [D, D] products of some targets; and [P, D] sums
     over samples of the targets at P positions.
@@ -50,9 +50,9 @@ def measure(
     predictions = predictions.float()
     N, B = targets.shape[0], tokens.shape[0]
     sampled = targets[:: max(1, -(-N // SAMPLED))]
-    positions = (torch.arange(POSITIONS, device=whole.device) * 2 + 1) * whole.shape[1]
+    positions = (torch.arange(POSITIONS, device=all_targets.device) * 2 + 1) * all_targets.shape[1]
     positions = positions // (2 * POSITIONS)
-    placed = whole.index_select(1, positions)  # [B, P, D]
+    placed = all_targets.index_select(1, positions)  # [B, P, D]
     exists = torch.ones_like(placed[:, :, :1])
     if batch.valid is not None:
         exists = batch.valid.index_select(1, positions)[:, :, None].float()
@@ -121,11 +121,11 @@ class PretrainReport(Report):
     }
 
     def summarize(self, sums: Sums, steps: int = 1) -> dict[str, float]:
-        """Scalars from the sums (`measure`) of `steps` optimizer steps; NaN where there is nothing.
+        """Scalars from the sums (`measure`) of `steps` optimizer steps; NaN if there is no data.
 
         Spreads are fairseq's `target_var` and `pred_var`: mean_d sqrt(var_d + 1e-6), unbiased. The
         sample spread is that of different samples' targets at the same position; it falls to 0 if
-        targets only tell positions apart. explained_share: 1 - error / sum |y - mean|^2.
+        the targets encode only positions. explained_share: 1 - error / sum |y - mean|^2.
         target_rank: the effective rank (Roy and Vetterli 2007) of the targets' covariance.
         """
         count = float(sums["masked"])
@@ -169,7 +169,7 @@ class PretrainReport(Report):
 def effective_rank(
     products: npt.NDArray[np.float64], total: npt.NDArray[np.float64], count: float
 ) -> float:
-    """exp of the entropy of the covariance's eigenvalues, which are taken as shares: 1 for vectors
+    """exp of the entropy of the covariance's eigenvalues, normalised to a sum of 1: 1 for vectors
     on a line, D for equal spread in all directions. products [D, D]: sum of y y^T, total [D]."""
     if count < 2:
         return math.nan
@@ -184,7 +184,7 @@ def effective_rank(
 def _squared_deviations(
     total: npt.NDArray[np.float64], squares: npt.NDArray[np.float64], count: float
 ) -> npt.NDArray[np.float64]:
-    """[D]: sum over the tokens of (y - mean)^2; rounding can take it a little below 0."""
+    """[D]: sum over the tokens of (y - mean)^2. Rounding can make it slightly negative."""
     return np.maximum(squares - total**2 / max(count, 1.0), 0.0)
 
 

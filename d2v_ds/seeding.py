@@ -24,10 +24,10 @@ SOURCE_ORDER, TAR_GROUP = 16, 17
 
 
 def generator(seed: int, *path: int) -> np.random.Generator:
-    """The generator of one place in a run; `path` is, for example, (purpose, epoch, sample).
+    """The generator for one path in a run, for example (purpose, epoch, sample).
 
-    Philox with a hashed key, so that neighbouring places are independent. Python's hash() would
-    differ from process to process.
+    Philox with a hashed key, so that the streams of similar paths are independent. Python's hash()
+    would differ from process to process.
     """
     return np.random.Generator(bit_generator(seed, *path))
 

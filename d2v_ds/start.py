@@ -1,8 +1,9 @@
 """Starting: a configuration becomes the parts of a run, fresh or resumed.
 
-    config --start--> task, engine, EMA, data, saver   <--restore-- the newest sound checkpoint
+    config --start--> task, engine, EMA, data, saver   <--restore-- the newest valid checkpoint
 
-Every rank calls it with the same arguments. Nothing here knows the modality or the ZeRO stage.
+Every rank calls it with the same arguments. This file does not depend on the modality or the ZeRO
+stage.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ log = logging.getLogger("d2v_ds")
 
 @dataclass
 class TrainState:
-    """What a resumed run needs besides weights; all of it is in the checkpoint's manifest."""
+    """The state that a resumed run needs besides weights; stored in the checkpoint's manifest."""
 
     step: int = 0  # optimizer steps taken
     samples: int = 0  # seen, over all ranks
     units: Mapping[str, float] = field(default_factory=dict)  # {modality: seconds, images, tokens}
-    cursor: Mapping[str, Any] = field(default_factory=dict)  # {source: where its loader stands}
+    cursor: Mapping[str, Any] = field(default_factory=dict)  # {source: state of its loader}
 
     @staticmethod
     def from_manifest(raw: Mapping[str, Any]) -> TrainState:
@@ -90,7 +91,7 @@ class Training:
     watchdog: Watchdog
 
     def save(self) -> None:
-        """Begins a checkpoint of everything; all ranks together."""
+        """Begins a checkpoint of everything. Collective: all ranks must call it."""
         self.watchdog.mark("saving", self.state.step)
         self.saver.start(
             self.state.step,
@@ -102,7 +103,7 @@ class Training:
         self.watchdog.mark("training", self.state.step)
 
     def finish_saving(self) -> None:
-        """Waits until the last checkpoint is published; all ranks together."""
+        """Waits until the last checkpoint is published. Collective: all ranks must call it."""
         self.watchdog.mark("saving", self.state.step)
         self.saver.finish()
         self.watchdog.mark("training", self.state.step)
@@ -119,19 +120,19 @@ def start(
     new: bool,
     allow: tuple[str, ...],
 ) -> Training:
-    """Builds every part, and restores it from the newest sound checkpoint if there is one. nodes:
-    the node of each rank. Raises UserError, on every rank alike."""
+    """Builds every part, and restores it from the newest valid checkpoint if there is one. nodes:
+    the node of each rank. Raises UserError on every rank."""
     run = RunFolder(config.run_dir)
     found = checkpoint.newest_verified(run)
     if found:
         check_resume(task_class, config, run, found, new=new, allow=allow)
-    generation = on_rank_0(lambda: claim(run))  # from here on no other start writes checkpoints
+    generation = on_rank_0(lambda: claim(run))  # from here on, no older start can write checkpoints
     log_to(run.log(generation, world.rank))
     watchdog.start(run, generation)
     warn_of_too_few_cores(config.data.workers)
     on_rank_0(lambda: checkpoint.clean(run))
     if on_rank_0(run.steps)[-1:] != ([found.step] if found else []):
-        found = checkpoint.newest_verified(run)  # one was published or got its name back meanwhile
+        found = checkpoint.newest_verified(run)  # one was published or restored in the meantime
     state = TrainState.from_manifest(found.state["train"]) if found else TrainState()
 
     torch.manual_seed(config.run.seed)  # the same weights on every rank
@@ -197,10 +198,10 @@ def check_resume(
 
 
 def with_defaults(task_class: type[Task], raw: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's configuration with the defaults of settings that are newer than it."""
+    """A checkpoint's configuration, with the defaults of settings that were added after it."""
     try:
         return to_dict(task_class.resolve(decode(Config, raw)))
-    except UserError:  # a setting no longer exists: compared as it was written
+    except UserError:  # a setting no longer exists: compare it as written
         return raw
 
 
@@ -211,8 +212,8 @@ def create_mixture(
     state: TrainState,
     watchdog: Watchdog,
 ) -> Mixture:
-    """The sources of the run, each at the place that `state` records. All ranks together. Raises
-    UserError."""
+    """The loaders of all sources, each at its cursor in `state`. Collective: all ranks must call
+    it. Raises UserError."""
     shares, loaders = shares_of(config), dict[str, Loader | StreamLoader]()
     for (source, path), workers in zip(
         config.sources.items(), divide_workers(config.data.workers, shares), strict=True

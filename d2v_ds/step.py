@@ -1,4 +1,4 @@
-"""One optimizer step, written once: the loop, the benchmarks and the tests all call it.
+"""One optimizer step, used by the training loop, the benchmarks and the tests.
 
 micro-batches --forward, backward--> summed gradients --optimizer--> masters --EMA--> teacher
 """
@@ -25,12 +25,12 @@ from d2v_ds.teacher import Ema
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What the schedules give for one step: pure functions of its number."""
+    """The values of the schedules for one step: pure functions of its number."""
 
-    step: int  # optimizer steps taken before this one
+    step: int  # applied steps before this one
     lr: float
     weight_decay: float
-    decay: float  # of the EMA, after this step
+    ema_decay: float  # of the update after this step
 
     @staticmethod
     def of(config: Config, step: int) -> StepSettings:
@@ -38,12 +38,12 @@ class StepSettings:
             step=step,
             lr=learning_rate(config.optim, config.run.steps, step),
             weight_decay=config.optim.weight_decay,
-            decay=teacher_decay(config.teacher, step + 1),
+            ema_decay=teacher_decay(config.teacher, step + 1),
         )
 
 
 class Observer:
-    """What looks on while a step is taken; this one ignores everything."""
+    """Receives timings and sums during a step. This base class ignores them."""
 
     def timed(self, part: str) -> AbstractContextManager[None]:
         """Around each part of a step: forward, backward, optimizer, ema."""
@@ -62,10 +62,11 @@ def train_step(
     seed: int,
     observer: Observer | None = None,
 ) -> bool:
-    """Takes one optimizer step, all ranks together; ema: None for a task without a teacher.
+    """Takes one optimizer step. Collective: all ranks must call it. ema: None for a task without a
+    teacher.
 
-    True if parameters changed. With a non-finite gradient on any rank nothing changes on any of
-    them: neither parameters nor moments nor the teacher.
+    Returns True if parameters changed. If a gradient is not finite on any rank, parameters, moments
+    and teacher stay unchanged on all ranks.
     """
     observer = observer or Observer()
     # Each micro-batch's loss is its share of the step's, so gradients are summed, not averaged.
@@ -83,7 +84,7 @@ def train_step(
     # The teacher follows the student's fp32 masters.
     if taken and ema is not None:
         with observer.timed("ema"):
-            ema.update(settings.decay, step_batch.modality)
+            ema.update(settings.ema_decay, step_batch.modality)
     return taken
 
 
@@ -96,8 +97,8 @@ def create_engine_and_ema(
     device: torch.device,
     overrides: Mapping[str, Any] | None = None,
 ) -> tuple[Engine, Ema | None]:
-    """The engine around the task and the moving average of what its teacher follows; arguments as
-    of `create_engine`."""
+    """The engine around the task, and the EMA for its teacher. The arguments are those of
+    `create_engine`."""
     averages = task.averages()
     engine = create_engine(
         task,

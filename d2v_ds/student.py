@@ -30,7 +30,7 @@ Encoded = tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]
 
 class Context(nn.Module):
     """The part of a front end directly before the shared trunk: norm, dropout and, in the larger
-    2.0 models, blocks of the modality's own (the prenet)."""
+    2.0 models, modality-specific blocks (the prenet)."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class MaskToken(nn.Module):
 
 
 class ExtraTokens(nn.Module):
-    """Learned tokens in front of the others, without positions: the class token."""
+    """Learned tokens prepended to the sequence, without positions: the class token."""
 
     def __init__(self, number: int, dim: int, init: Callable[[Tensor], object]) -> None:
         super().__init__()
@@ -113,8 +113,8 @@ class FrontEnd(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Front ends and the trunk. The teacher is a copy of it, and it is the part that is used after
-    pre-training."""
+    """Front ends and the trunk. The teacher is a copy of it. After pre-training, only this part is
+    used."""
 
     def __init__(self, model: TransformerConfig, front_ends: Mapping[str, FrontEnd]) -> None:
         super().__init__()
@@ -140,7 +140,7 @@ class Encoder(nn.Module):
         of each of the top `collect` blocks.
 
         Attention and convolutions ignore padding. shared: the student's front end, which provides
-        the parts that a teacher lacks.
+        the parts that the teacher does not have.
         """
         own = self.front_end(batch.modality)
         lender = shared or own
@@ -156,7 +156,7 @@ class Encoder(nn.Module):
 
     def views(self, batch: Batch, tokens: Tensor) -> Encoded:
         """Runs context and trunk on the masked views of tokens [B, T, D]. Returns the same as
-        `whole`, with [R, K, D] in place of [B, T, D]. In rows with fewer than K visible tokens the
+        `whole`, with [R, K, D] instead of [B, T, D]. In rows with fewer than K visible tokens the
         last slots are meaningless."""
         front_end = self.front_end(batch.modality)
         x = front_end.dropout(tokens)

@@ -3,8 +3,8 @@
     config --Task.resolve--> every default written out --Task.create--> Task
     batch --forward--> (loss, sums)      sums --Report.summarize--> scalars of metrics.jsonl
 
-Pre-training (pretrain.py) is one task. A task without a teacher leaves `teacher` and `averages` as
-this file has them.
+Pre-training (pretrain.py) is one task. A task without a teacher keeps the defaults of `teacher` and
+`averages`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ Sums = Mapping[str, npt.NDArray[np.float64]]
 
 
 class Report(ABC):
-    """How a task's sums become what people read."""
+    """Turns the sums of a task into scalars, a console line and warnings."""
 
     tags: ClassVar[Mapping[str, str]]
-    """{name of a scalar: its TensorBoard tag}; each name that `summarize` returns."""
+    """{name of a scalar: its TensorBoard tag}, for every name that `summarize` returns."""
 
     @abstractmethod
     def summarize(self, sums: Sums, steps: int) -> dict[str, float]:
@@ -39,7 +39,7 @@ class Report(ABC):
         """The scalars that the console shows."""
 
     def warnings(self, row: Mapping[str, float]) -> list[str]:
-        """What is wrong with a row, for the log."""
+        """Warnings about a row, for the log."""
         return []
 
 
@@ -72,7 +72,7 @@ class Task(nn.Module, ABC):
     def forward(self, batch: Batch, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """This micro-batch's share of the step's loss, and sums for the report.
 
-        count: what the step's loss is divided by, over all micro-batches and ranks
+        count: the divisor of the step's loss, over all micro-batches and ranks
         (StepBatch.count). sums: fp32 tensors of a fixed shape, detached; they are added up over
         micro-batches, steps and ranks.
         """

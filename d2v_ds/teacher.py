@@ -3,8 +3,8 @@
     student's fp32 masters --Ema.update--> fp32 averages --Ema.publish--> Teacher, in low precision
 
 `Teacher` is the forward copy, a submodule of the task inside the one engine, in the student's
-precision. `Ema` is the state: fp32 averages of what this rank owns of the student. It knows neither
-the ZeRO stage nor the rank.
+precision. `Ema` is the state: fp32 averages of the parts of the student that this rank owns. It
+does not depend on the ZeRO stage or the rank.
 
 B samples, T tokens, D width.
 """
@@ -26,24 +26,24 @@ from d2v_ds.student import Encoder
 class Teacher(nn.Module):
     """A copy of the student's encoder, without the parts that it shares with the student.
 
-    shared: for each modality, the parts of its front end (features, positions, context) that are
-    always the student's. fairseq keeps a copy of these parts and overwrites it with the student's
-    values at every step (its `skip_keys`), which is equivalent.
+    shared: for each modality, the submodules of its front end (features, positions, context) that
+    are always the student's own. fairseq keeps copies of these and overwrites them with
+    the student's values at every step (its `skip_keys`), which is equivalent.
     """
 
     def __init__(self, encoder: Encoder, shared: Mapping[str, tuple[str, ...]]) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(encoder)
-        for modality, parts in shared.items():
+        for modality, submodules in shared.items():
             front_end = self.encoder.front_end(modality)
             front_end.mask_token = None  # the teacher sees everything
-            for part in parts:
-                setattr(front_end, part, None)
+            for name in submodules:
+                setattr(front_end, name, None)
         self.requires_grad_(False)
         self.train(False)
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in evaluation mode, whatever mode the task is set to."""
+        """Stays in evaluation mode, regardless of the mode of the task."""
         super().train(False)
         return self
 
@@ -64,25 +64,30 @@ class Teacher(nn.Module):
 
 @contextmanager
 def evaluating(module: nn.Module | None) -> Iterator[None]:
-    """Runs a shared module of the student without dropout."""
-    training = module is not None and module.training
-    if module is not None:
-        module.train(False)
-    yield
-    if module is not None:
+    """Runs a shared module of the student, if there is one, without dropout."""
+    if module is None:
+        yield
+        return
+    training = module.training
+    module.train(False)
+    try:
+        yield
+    finally:
         module.train(training)
 
 
 class Ema:
-    """Moving averages, in fp32, of what this rank owns of the student; by the teacher's parameter
-    names.
+    """fp32 moving averages of the parts of the student that this rank owns, by the names of the
+    teacher's parameters.
 
     averages: {teacher's name: student's name}, full names in the task that `engine` wraps. teacher:
     the frozen module that `publish` writes; its names begin with `prefix`.
 
-    At a decay of 0.99999 a step moves an average by less than half a unit in the last place of
-    fp32, so a plain fp32 average stands still or drifts. Here the rounding error of `values` is
+    At a decay of 0.99999 the change of an average in one step, (1 - decay) * (master - average), is
+    often below the resolution of fp32 and would be lost. Here the rounding error of `values` is
     kept in `compensation` and added back at the next step (Kahan 1965): the average is their sum.
+
+    Holds views of the masters, which stay valid for the engine's lifetime (Engine.partitions).
     """
 
     def __init__(
@@ -107,26 +112,27 @@ class Ema:
 
     @property
     def pieces(self) -> dict[EmaKind, Pieces]:
-        """What a checkpoint holds of it; live tensors."""
+        """The tensors that a checkpoint stores; live views."""
         return {"ema": self.values, "ema_compensation": self.compensation}
 
     def update(self, decay: float, active: str) -> None:
         """values = decay * values + (1 - decay) * masters, for the parameters that a step of the
-        modality `active` trains; then publishes. Called only after a step that was taken."""
+        modality `active` trains; then publishes. Called only after an applied step."""
         for part in {"", active}:
             for values, compensation, masters in self._chunks.get(part, ()):
                 move(values, compensation, masters, 1.0 - decay)
         self.publish()
 
     def publish(self) -> None:
-        """Copies the averages into the teacher; also called after `values` were restored."""
+        """Copies the averages into the teacher. Also called after `values` are restored."""
         self.engine.publish(
             self.teacher, {name.removeprefix(self.prefix): v for name, v in self.values.items()}
         )
 
 
-# Elements of an update's temporary: on a CPU few enough to stay in a core's cache and for torch not
-# to start threads, which costs more than it saves; on a GPU enough to keep it busy.
+# Elements of the temporary buffer of an update. On a CPU, small enough to stay in a core's cache
+# and for torch not to start threads, which would cost more than it saves; on a GPU, large enough
+# to keep it busy.
 CHUNK = {"cpu": 2**15, "cuda": 2**24}
 
 Triple = tuple[Tensor, Tensor, Tensor]  # flat fp32 of equal length: value, compensation, master
@@ -155,10 +161,14 @@ def in_chunks(triples: Sequence[Triple], size: int = 0) -> list[Chunk]:
 def move(
     values: list[Tensor], compensation: list[Tensor], masters: list[Tensor], weight: float
 ) -> None:
-    """Moves values + compensation towards the masters by the share `weight`, in place."""
-    work = torch._foreach_sub(masters, values)
-    torch._foreach_lerp_(compensation, work, weight)  # the amount to add to the values
-    torch._foreach_copy_(work, values)
-    torch._foreach_add_(values, compensation)
-    torch._foreach_sub_(work, values)
-    torch._foreach_add_(compensation, work)  # what rounding left out
+    """Moves values + compensation towards the masters by the fraction `weight`, in place.
+
+    With v, c, m for these: amount = c + weight * (m - v - c), v' = round(v + amount), and the new
+    c' = amount - (v' - v). `compensation` holds the amount until the last line.
+    """
+    work = torch._foreach_sub(masters, values)  # m - v
+    torch._foreach_lerp_(compensation, work, weight)  # amount
+    torch._foreach_copy_(work, values)  # v
+    torch._foreach_add_(values, compensation)  # v'
+    torch._foreach_sub_(work, values)  # v - v'
+    torch._foreach_add_(compensation, work)  # c'

@@ -1,10 +1,10 @@
 """Training: from a configuration to a finished or cleanly stopped run.
 
-    start.py --> task, engine, EMA, data --> train_step (step.py), again and again
+    start.py --> task, engine, EMA, data --> train_step (step.py), repeated
         --> checkpoints, metrics --> DONE or STOPPED
 
-Every rank runs it with the same arguments. Nothing here knows the task, the modality or the ZeRO
-stage.
+Every rank runs it with the same arguments. This file does not depend on the task, the modality or
+the ZeRO stage.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def train(
 ) -> int:
     """Trains until run.steps or until asked to stop; returns the exit code.
 
-    Resumes from the newest sound checkpoint in the run folder. new: refuse a folder that has one.
-    allow: settings that may differ from the checkpoint's. Raises UserError, on every rank alike.
+    Resumes from the newest valid checkpoint in the run folder. new: refuse a folder that has one.
+    allow: settings that may differ from the checkpoint's. Raises UserError on every rank.
     """
     config = task_class.resolve(config)
     device = torch.device("cpu")
@@ -112,7 +112,7 @@ def run_steps(t: Training, stop: StopFlag) -> int:
 
 
 def next_batch(t: Training, telemetry: Telemetry) -> StepBatch:
-    """The batch of the next step; the time that it takes is time waiting for data."""
+    """The batch of the next step. Its time counts as waiting for data."""
     t.watchdog.mark("data", t.state.step)
     with telemetry.timed("data"):
         step_batch = t.mixture.next(t.state.step)
@@ -130,7 +130,7 @@ def give_up(t: Training, step_batch: StepBatch, skipped: int) -> None:
 
 
 def report(t: Training) -> None:
-    """Logs what the run will be, before its first step: everything that was derived."""
+    """Logs the derived properties of the run before its first step."""
     config, averages = t.config, t.task.averages()
 
     def size(names: set[str]) -> str:

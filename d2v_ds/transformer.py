@@ -186,7 +186,7 @@ class Trunk(nn.Module):
     probability `layer_drop`.
 
     A dropped block still runs, and its result is discarded. Under ZeRO 3 a skipped block would keep
-    the gradient partitions of the previous step, which makes wrong updates. Because every block
+    the gradient partitions of the previous step, which gives wrong updates. Because every block
     always runs, the draw may differ between micro-batches and between ranks.
     """
 
@@ -270,7 +270,7 @@ class Alibi(nn.Module):
 
 class RelativeBias(nn.Module):
     """Learned attention bias per head and offset between two patches of a grid, shared by all
-    layers. A class token in front has three more: from it, to it, and to itself (BEiT, Bao et al.
+    layers. A leading class token adds three more: from it, to it, and to itself (BEiT, Bao et al.
     2022; data2vec_vision RelativePositionBias)."""
 
     def __init__(self, grid: tuple[int, int], heads: int) -> None:

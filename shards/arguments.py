@@ -23,7 +23,7 @@ def number(kind: type[Number], low: float, high: float) -> Callable[[str], Numbe
         except ValueError:
             value = kind(-1)
         if not low <= value <= high:
-            name = "a whole number" if kind is int else "a number"
+            name = "an integer" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text}: expected {name} from {low} to {high}")
         return value
 
@@ -48,8 +48,8 @@ def task_of_slurm(environment: Mapping[str, str] = os.environ) -> tuple[int, int
     own, first, last, count = (int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in names)
     if last - first + 1 != count:
         raise UserError(
-            f"SLURM_ARRAY_TASK_COUNT={count}: the task ids of the array must have no gaps. Use for "
-            "example --array=0-7, or set --task I/N"
+            f"SLURM_ARRAY_TASK_COUNT={count}: the task ids of the array must have no gaps. For "
+            "example, use --array=0-7, or set --task I/N"
         )
     return own - first, count
 
@@ -60,7 +60,7 @@ def share(text: str) -> float:
     except ValueError:
         value = -1.0
     if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a share, for example 1% or 0.01")
+        raise argparse.ArgumentTypeError(f"{text}: expected a fraction, for example 1% or 0.01")
     return value
 
 
@@ -87,8 +87,8 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
         "--split",
         type=splits,
         metavar="NAME=SHARE,...",
-        help="write several sets OUT/NAME, for example train=98,valid=1,test=1. The hash of the "
-        "key decides, so that samples keep their split when the corpus grows",
+        help="write several sets OUT/NAME, for example train=98,valid=1,test=1. Samples are "
+        "assigned by the hash of their key, so they keep their split when the corpus grows",
     )
     group.add_argument(
         "--split-by",
@@ -115,7 +115,7 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
         type=size,
         default="256MB",
         metavar="SIZE",
-        help="approximate upper limit for the inputs of a shard (%(default)s)",
+        help="approximate upper limit for the input size of a shard (%(default)s)",
     )
     group.add_argument(
         "--seed",
@@ -150,7 +150,7 @@ def add_max_bad(parser: argparse._ActionsContainer) -> None:
         type=share,
         default="1%",
         metavar="SHARE",
-        help="stop if a larger share of the inputs cannot be used (%(default)s)",
+        help="stop if more than this fraction of the inputs cannot be used (%(default)s)",
     )
 
 

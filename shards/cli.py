@@ -1,6 +1,6 @@
 """The command d2v-shards. Parses the command line and calls the module of the command.
 
-Nothing is imported before it is needed, so that --help and mistakes answer immediately. A family of
+Modules are imported only when they are needed, so --help and usage errors are fast. A family of
 corpora is a line in FAMILIES and a module shards.NAME with
 
     DESCRIPTION              of --help
@@ -34,7 +34,7 @@ from shards import layout
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-# {command: what it converts}
+# {command: its inputs, for --help}
 FAMILIES = {"speech": "recordings", "images": "images", "text": "text"}
 # {command: purpose}: modules with DESCRIPTION, add_arguments(parser) and run(arguments) -> code.
 COMMANDS = {"tokenizer": "train a sentencepiece model"}
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"d2v-shards: {error}", file=sys.stderr)
         return exit_codes.BAD_INPUT
-    except BrokenPipeError:  # the reader has closed the pipe, as in `d2v-shards stats SET | head`
+    except BrokenPipeError:  # the reader has gone, as in `d2v-shards stats SET | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_codes.FAILURE
     except OSError as error:  # a full disk, no permission to write
@@ -230,9 +230,9 @@ def _add_merge(commands: Commands) -> None:
 def _add_index(commands: Commands) -> None:
     index = commands.add_parser(
         "index",
-        help="make a shard set of third-party WebDataset tars",
-        description="Makes a shard set of third-party WebDataset tars without copying them: reads "
-        "their headers and writes an index.",
+        help="make a shard set from third-party WebDataset tars",
+        description="Makes a shard set from third-party WebDataset tars without copying them: "
+        "reads their headers and writes an index.",
     )
     index.add_argument("source", type=Path, metavar="TARS", help="a tar or a folder with tars")
     index.add_argument(

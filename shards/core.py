@@ -3,8 +3,8 @@
     ConversionPlan (shards/plan.py) -> jobs -> reports -> index.json
 
 The plan is a pure function of the inputs and the options, and a shard depends only on its part of
-the plan. So any number of processes gives the same bytes, and a killed conversion resumes with the
-shards that have no report. Until the conversion has finished, OUT holds
+the plan. Any number of processes writes the same bytes, and a killed conversion resumes with the
+shards that have no report. Until the conversion has finished, OUT contains
 
     plan.json               hash and options of the plan, and the entries of index.json
     NAME-000000.tar, .idx   finished shards
@@ -62,7 +62,7 @@ def convert(
 
     max_bad: share of the inputs that may be left out. task (i, n): convert only every n-th shard,
     starting with shard i, and return None; `merge` finishes the set. Raises UserError if max_bad is
-    exceeded, and if `out` holds anything but this conversion.
+    exceeded, or if `out` contains anything other than this conversion.
     """
     about = _about(plan, converter)
     finished = _enter(out, about)
@@ -105,7 +105,7 @@ def convert(
 def merge(out: Path, max_bad: float) -> ShardSet:
     """Finishes the conversion in `out` after its tasks have written every shard; returns the set.
 
-    Raises UserError if shards are missing, if max_bad is exceeded, and if `out` holds no
+    Raises UserError if shards are missing, if max_bad is exceeded, or if `out` contains no
     conversion.
     """
     try:
@@ -221,7 +221,7 @@ def _enter(out: Path, about: dict[str, Any]) -> ShardSet | None:
         remove_stale(out)
         return None
     others = sorted(name for name in os.listdir(out) if not name.endswith(".tmp"))
-    if PLAN_FILE in others:  # another task was faster
+    if PLAN_FILE in others:  # another task has created it
         return _enter(out, about)
     if others:
         raise UserError(

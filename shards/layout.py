@@ -42,7 +42,7 @@ class Layout(ABC, Generic[Options, Content]):
     """One line for --help, without a full stop."""
 
     takes: ClassVar[Literal["file", "folder", "file or folder"]] = "file or folder"
-    """What SOURCE may be; `open` checks it."""
+    """The allowed kind of SOURCE; `open` checks it."""
 
     required: ClassVar[tuple[str, ...]] = ("name", "help")
     """Attributes that every layout of this kind sets."""

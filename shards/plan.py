@@ -1,4 +1,4 @@
-"""Which sample goes into which shard of which split: a pure function of the inputs and options.
+"""Assigns samples to the shards of each split: a pure function of the inputs and options.
 
     Corpus (samples of a layout) -> chosen -> split -> arranged -> ConversionPlan of each split
 
@@ -23,7 +23,7 @@ from d2v_ds.files import sha256
 from shards.family import Corpus, Input, Rejected, Sample
 from shards.keys import make_key
 
-CONVERTER = 2  # raise it if the same inputs and options give other bytes than before
+CONVERTER = 2  # increase it if the same inputs and options give different bytes than before
 MIN_SHARD = 4_000_000  # bytes; smaller shards are not worth a process
 SHARDS_AT_LEAST = 16
 ENCODER = json.JSONEncoder(ensure_ascii=False)
@@ -32,7 +32,7 @@ DECODER = json.JSONDecoder()
 
 @dataclass(frozen=True)
 class Choice:
-    """The options of every family: which part of a corpus is converted, into which sets."""
+    """Options of every family: the part of a corpus that is converted, and the sets."""
 
     seed: int = 0
     shard_size: int = 256_000_000
@@ -54,7 +54,7 @@ class Choice:
 
 
 class Samples:
-    """Many samples in little memory, in their order."""
+    """A compact, ordered list of samples."""
 
     def __init__(self, samples: Iterable[Sample] = ()) -> None:
         self._blob = bytearray()
@@ -114,7 +114,7 @@ def _input(raw: Any) -> Input:
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """Which sample goes into which shard of a set."""
+    """The assignment of samples to the shards of a set."""
 
     options: dict[str, Any]
     samples: Samples
@@ -213,7 +213,7 @@ def make_plan(
 
 
 def sort_key(key: str, seed: int) -> int:
-    """Defines an order that looks random, so that a corpus sorted by speaker or class gives mixed
+    """Defines a pseudorandom order, so that a corpus sorted by speaker or class yields mixed
     shards. A hash of seed and key, because the sequences of random generators may change between
     versions."""
     text = f"{seed}/{key}".encode("utf-8", "surrogateescape")
@@ -281,8 +281,8 @@ def _chosen(samples: Iterable[Sample], choice: Choice) -> Iterator[Sample]:
     if missing:
         files = " and ".join(str(file) for file in (choice.only, choice.leave_out) if file)
         raise UserError(
-            f"{files}: {len(missing)} names are neither a key nor a path of the corpus, the first "
-            f"{min(missing)!r}"
+            f"{files}: names that are neither a key nor a path of the corpus: {len(missing)}; the "
+            f"first: {min(missing)!r}"
         )
 
 

@@ -24,7 +24,7 @@ from d2v_ds.errors import UserError
 from shards.core import QUARANTINE_FILE
 
 BINS = 10
-COUNTS = {"inputs": "inputs", "quarantined": "left out"}  # of index.json, and their titles
+COUNTS = {"inputs": "inputs", "quarantined": "left out"}  # {entry of index.json: title}
 MAX_VALUES = 50  # a column with more distinct values is not listed
 OWN = ("paths", "duration", "start")  # columns that the converter adds
 

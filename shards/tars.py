@@ -13,7 +13,7 @@ def sound_members(
     file: BinaryIO, name: str, rejected: list[Rejected], start: int = 0, end: int | None = None
 ) -> Iterator[Member]:
     """Members of the tar in bytes `start` to `end` of a file. Damage is appended to `rejected`, and
-    the scan continues at the next sound header."""
+    the scan continues at the next intact header."""
     at: int | None = start
     while at is not None and (end is None or at < end):
         try:

@@ -3,7 +3,7 @@
     text files -> sentences -> a random sample of them -> model file        (d2v-shards tokenizer)
     text -> Tokenizer.encode -> ids -> Tokenizer.decode -> the same text
 
-Models that are trained here neither normalise nor drop characters and fall back to bytes, so that
+Models trained by this module neither normalise nor drop characters, and fall back to bytes, so
 decoding returns the original text. The mask token is not a piece of the model, so that no text can
 contain it: its id follows the last id of the model, as in fairseq.
 """

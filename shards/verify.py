@@ -52,7 +52,7 @@ class Checked:
 
 
 def verify(path: Path, processes: int) -> Iterator[str]:
-    """Problems of a set, one line each. Duplicate contents are only notes, because corpora do
+    """Problems of a set, one line each. Duplicate contents are only notes, because corpora
     contain duplicates. Raises UserError if there is no set."""
     shards = open_set(path, check_tars=False)
     about = json.loads((path / INDEX_FILE).read_bytes())
@@ -79,7 +79,7 @@ def verify_shard(
 ) -> Checked:
     """modality: None if it is not installed; then samples are not decoded."""
     shards, shard, about, modality = job
-    packed = modality.packed_keys if modality else None
+    packed = modality.packed_extensions if modality else None
     result = Checked(shard.name)
     problems = result.problems
     try:
@@ -120,7 +120,7 @@ def _hash(data: bytes) -> int:
 def _check_file(tar: Path, shard: ShardEntry, indexed: bool) -> Iterator[str]:
     size = tar.stat().st_size
     if size != shard.bytes:
-        yield f"has {size} bytes, index.json says {shard.bytes}"
+        yield f"has {size} bytes, but index.json has {shard.bytes}"
     elif not indexed and sha256(tar) != shard.sha256:
         yield "its sha256 differs from index.json"
 
@@ -136,8 +136,8 @@ def _check_structure(
     indexed: bool,
 ) -> Iterator[str]:
     """The members of the tar must be those of the index, and the members of a sample must be
-    adjacent. The index of third-party tars may omit members. packed: as Modality.packed_keys, None
-    if they are unknown."""
+    adjacent. The index of third-party tars may omit members. packed: Modality.packed_extensions;
+    None if they are unknown."""
     found: list[Member] = []
     damage: list[DamagedTar] = []
     _walk(file, found, damage)
@@ -242,7 +242,7 @@ def _check_sample(
     except (ValueError, RecursionError) as error:
         return str(error), content
     if length != index.lengths[i]:
-        return f"has length {length}, the index says {index.lengths[i]}", content
+        return f"has length {length}, but the index has {index.lengths[i]}", content
     return "", content
 
 

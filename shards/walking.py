@@ -45,7 +45,7 @@ def walk(root: Path) -> Iterator[FoundFile]:
 def wanted(
     root: Path, files: Iterable[FoundFile], is_wanted: Callable[[str], bool], kinds: str
 ) -> Iterator[FoundFile]:
-    """The files with a wanted name. Raises UserError if there are none, with what was found."""
+    """The files with a wanted name. Raises UserError, listing other files, if there are none."""
     others: Counter[str] = Counter()
     empty = True
     for file in files:

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Shared by the batch scripts: the cluster's settings, the checks of the nodes, the watch over the
-# ranks, stopping and requeueing. A script sets `here` to the folder of the scripts and names the
+# Shared by the batch scripts: the settings of the cluster, node checks, monitoring of the ranks,
+# stopping and requeueing. A script sets `here` to the folder of the scripts and names the
 # command to run:
 #
 #   here=FOLDER; . "$here/common.sh"; run_ranks d2v-ds train "$@"
@@ -50,14 +50,14 @@ run_ranks() { # command subcommand arguments...
   give_up_without_progress
   check_nodes
   if ((${#unfit[@]})); then leave_out "${unfit[@]}"; fi
-  rm -f "$run"/heartbeat/rank* # those of the previous start would count as silent ranks
+  rm -f "$run"/heartbeat/rank* # old heartbeats would count as silent ranks
 
   if [[ $early ]]; then requeue "stop requested before the ranks started"; fi
   export D2V_JOB_LOGS=$logs
   trap 'ask_to_stop' USR2
   trap 'cancelled=yes' TERM # scancel, a lost node, the end of a grace time: do not requeue
-  # When a node is cut off and the job restarts elsewhere, the old srun lives on. When it can reach
-  # the controller again it may signal the step with its own number, so every restart gets another.
+  # If a node is cut off and the job restarts elsewhere, the old srun keeps running. Once it reaches
+  # the controller again, it may signal the step with its number, so every restart uses another.
   for ((; restart % 5 > skipped; skipped++)); do srun --nodes=1 --ntasks=1 --quiet true; done
   # --wait=0: when the first rank exits, the ranks that are still saving get no time limit.
   srun --kill-on-bad-exit=1 --wait=0 "${SRUN_OPTIONS[@]}" \
@@ -152,7 +152,7 @@ finish() { # exit code of the job step
       leave_out "${unfit[@]}"
       ;;
     "$HUNG") requeue "$(cat "$logs/hung" 2>/dev/null)" ;;
-    *) # a fault of the code or of a node; with a bad node other ranks may have failed first
+    *) # a fault of the code or of a node; if a node is bad, other ranks may fail first
       if [[ ! $cancelled ]]; then
         check_nodes
         if ((${#unfit[@]})); then leave_out "${unfit[@]}"; fi
@@ -175,7 +175,7 @@ leave_out() { # nodes: requeues without them, if enough other nodes exist
   requeue "without $*" "$*"
 }
 
-requeue() { # reason, nodes to exclude. Call it only after the ranks have ended: it kills the rest
+requeue() { # reason, nodes to exclude. Call it only after the ranks have ended: it kills the job
   local without=${2:-} excluded
   [[ $(job_field JobState) == RUNNING ]] || end 0 "not requeued: the job is $(job_field JobState)"
   log "requeue: $1"

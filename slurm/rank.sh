@@ -4,8 +4,8 @@
 #   bash -c "$(<rank.sh)" rank RUN LOGS COMMAND...
 run=$1 logs=$2
 shift 2
-trap '' USR2 # before the command handles it, the signal must not kill it; $D2V_JOB_LOGS/stop remains
-trap : TERM  # left to the command: bash waits for it
+trap '' USR2 # must not kill the command before it handles the signal; the stop file still works
+trap : TERM  # the command handles it; bash waits for the command
 # Rank 0 writes to the output of the job. Every other rank writes to its own log file.
 own=$(printf 'rank%05d' "$SLURM_PROCID")
 if ((SLURM_PROCID)); then exec >>"$logs/$own.txt" 2>&1; fi

@@ -74,7 +74,7 @@ def steps_on_gpu(stage: str, precision: str) -> dict[str, Any]:
     for step in range(STEPS):
         # The first steps allocate, autotune and build buffers.
         observer = NoWaiting(strict=step > 3)
-        settings = StepSettings(step=step, lr=1e-3, weight_decay=0.01, decay=0.9)
+        settings = StepSettings(step=step, lr=1e-3, weight_decay=0.01, ema_decay=0.9)
         batches = step_batch([batch], batch.masked.numel())
         taken += train_step(engine, ema, batches, settings, seed=0, observer=observer)
         losses += [loss.item() for loss in observer.losses]

@@ -113,7 +113,7 @@ def test_a_killed_run_goes_on_to_the_bit(
     assert done.returncode == 0 and "resuming at step" in done.stdout, done.stdout + done.stderr
     assert_equal_runs(run, undisturbed)
     state = open_checkpoint(run.folder.checkpoint(STEPS)).state["train"]
-    assert state["position"].keys() == set(planned_sources(run))
+    assert state["cursor"].keys() == set(planned_sources(run))
     assert state["units"].keys() == {"speech", "vision", "text"}
 
 
@@ -140,7 +140,7 @@ def test_the_encoder_is_probed_for_one_modality(undisturbed: Run, tmp_path: Path
         assert summary["gallery"] == 16 and f"{test.name} (16)" in table
         assert len(summary["accuracy"]) == 4
     gallery, test = map(str, sets["vision"])
-    with pytest.raises(UserError, match="--modality: several to choose from"):
+    with pytest.raises(UserError, match="this run has several; name one"):
         run_knn(root, gallery=gallery, tests=[test])
     with pytest.raises(UserError, match="holds vision, this run reads text"):
         run_knn(root, gallery=gallery, tests=[test], modality="text")
@@ -168,7 +168,7 @@ def test_show_tells_parameters_memory_and_batches_by_modality() -> None:
     assert "on 8 ranks, each rank computes 2 micro-batches per step" in text
     config = recipes.load("joint_tiny", SMALL)
     assert "that fits all modalities: engine.config=zero" in show.describe(config, 1, GB)
-    assert "the run fits at no ZeRO stage, because not all" in show.describe(config, 1, MB)
+    assert "the run does not fit at any ZeRO stage, because not" in show.describe(config, 1, MB)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_show_tells_parameters_memory_and_batches_by_modality() -> None:
         (["batch.size=many"], "batch.size: expected a number, got 'many'"),
         (["data.shards.smell=/a"], "data.shards.smell: no modality 'smell' in this run (has: spe"),
         (["data.weights.text=0"], "data.weights.text: must be above 0, got 0"),
-        (["data.weights={speech: 1}"], "data.weights.vision: must be given, as other sources have"),
+        (["data.weights={speech: 1}"], "data.weights.vision: must be given, because other sources"),
         (
             ["data.shards={speech/a: /a, speech/b: /b, vision: /c, text: /d}"],
             "data.weights.speech: no such source in this run (has: speech/a, speech/b, vision, tex",

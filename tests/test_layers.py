@@ -1,5 +1,5 @@
-"""Who may import whom: a room never imports one above it, rooms form no cycle, and each
-third-party system has one home.
+"""Who may import whom: a room imports only rooms of its own layer and of lower ones, rooms form no
+cycle, and each third-party system has one home.
 
 Walks the syntax trees, so imports inside functions count as well.
 """
@@ -14,7 +14,7 @@ import pytest
 
 from tests import ROOT
 
-# From the bottom up; docs/architecture.md explains the rooms. A room is a module or a package.
+# From the lowest up; docs/architecture.md explains the rooms. A room is a module or a package.
 LAYERS = [
     ["errors", "exit_codes", "files", "arguments", "config", "recipes", "schedules"],
     ["seeding", "distributed", "data"],

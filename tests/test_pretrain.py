@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from d2v_ds import recipes, student
 from d2v_ds.engine.optimizer import param_groups
 from d2v_ds.loss import class_loss, instance_norm, make_targets, regression_loss
-from d2v_ds.modalities.speech import PUBLISHED_CONVS, frames
+from d2v_ds.modalities.speech import PUBLISHED_CONVS, token_count
 from d2v_ds.pretrain import Pretrain, at_masked
 from d2v_ds.pretrain_report import spread_over_time
 from tests.helpers import variants
@@ -452,7 +452,7 @@ def test_weight_decay_spares_biases_norms_and_scales(variant: str, task: Pretrai
 
 def test_frames_follow_the_convolutions() -> None:
     lengths = {32_000: 99, 160_000: 499, 240_000: 749, 320_000: 999, 399: 0, 400: 1}
-    assert {n: frames(n, PUBLISHED_CONVS) for n in lengths} == lengths
+    assert {n: token_count(n, PUBLISHED_CONVS) for n in lengths} == lengths
 
 
 def test_positions_that_see_the_whole_crop_are_warned_of() -> None:

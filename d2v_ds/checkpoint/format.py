@@ -1,4 +1,4 @@
-"""What saving and loading agree on: the kinds of tensors and the table of pieces."""
+"""Definitions shared by saving and loading: the kinds of tensors and the table of pieces."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def check_cover(
             for offset, length, file in extents:
                 assert offset == end, f"{kind} of {name}: {file} begins at {offset}, not at {end}"
                 end += length
-            assert end == math.prod(shapes[name]), f"{kind} of {name}: ends at {end}"
+            assert end == math.prod(shapes[name]), f"{kind} of {name}: the pieces end at {end}"
     missing = [n for n in shapes if n not in table["master"] and n not in table["ema"]]
     assert not missing, f"no rank owns {missing[0]}"
     assert set(table["master"]) == set(adam_steps), "masters and Adam steps differ in names"

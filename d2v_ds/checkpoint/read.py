@@ -1,4 +1,4 @@
-"""Loading: find the newest sound checkpoint and read the pieces that this rank owns from it."""
+"""Loading: finds the newest valid checkpoint and reads the pieces that this rank owns from it."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ class Checkpoint:
                 raise DamagedCheckpoint(f"{path}: its SHA-256 differs from what was written")
 
     def restore(self, partitions: Mapping[str, Partition], ema: EmaPieces, shapes: Shapes) -> None:
-        """Reads what this rank owns into its partitions and averages, in place, whatever ZeRO stage
-        and number of ranks wrote the checkpoint.
+        """Reads the pieces that this rank owns into its partitions and averages, in place, for any
+        ZeRO stage and number of ranks that wrote the checkpoint.
 
         shapes: every parameter of this run's task, as given to `Saver.start`. Raises UserError,
         before anything is written, if names or shapes differ from the checkpoint's. The caller
@@ -100,7 +100,7 @@ class Checkpoint:
     @contextlib.contextmanager
     def _reader(self) -> Iterator[Callable[[StateKind, str, int, Tensor], None]]:
         """read(kind, name, offset, into): fills `into` with the elements from `offset` on. Files
-        are memory-mapped, and only those that hold what is needed are opened."""
+        are memory-mapped, and only files with the required pieces are opened."""
         with contextlib.ExitStack() as stack:
             opened: dict[str, Any] = {}
 
@@ -131,7 +131,7 @@ class Checkpoint:
             elif now is None:
                 differing.append(f"with {name}, which this run lacks")
             elif was != tuple(now):
-                differing.append(f"with {name} of shape {list(was)}, this run has {list(now)}")
+                differing.append(f"with {name} of shape {list(was)}, but this run has {list(now)}")
         if differing:
             more = f" ({len(differing)} parameters differ in total)" if len(differing) > 1 else ""
             raise UserError(
@@ -143,7 +143,7 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in the folder `path`. Its tensors are neither read nor verified yet.
 
-    Raises DamagedCheckpoint if it is incomplete, UserError if its format is another version's.
+    Raises DamagedCheckpoint if it is incomplete, UserError if its format version differs.
     """
     if not path.is_dir():
         raise UserError(f"{path}: no such checkpoint")
@@ -158,7 +158,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     manifest = json.loads(text)
     if manifest["format"] != FORMAT:
         raise UserError(
-            f"{path}: has checkpoint format {manifest['format']}, this d2v_ds reads {FORMAT}; "
+            f"{path}: has checkpoint format {manifest['format']}, but this d2v_ds reads {FORMAT}; "
             f"use the d2v_ds that wrote it ({manifest['versions'].get('d2v-ds', 'unknown')})"
         )
     return Checkpoint(
@@ -174,12 +174,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def newest_verified(run: RunFolder) -> Checkpoint | None:
-    """The newest checkpoint whose files are all as they were written; None if there are no
-    checkpoints.
+    """The newest checkpoint whose files are all intact; None if there are no checkpoints.
 
-    All ranks call it together and share the reading. A damaged checkpoint is skipped with a warning
-    that names the file and the damage. Raises UserError if there are checkpoints but none is sound:
-    starting from scratch must be a person's decision.
+    Collective: all ranks must call it, and each reads some of the files. A damaged checkpoint is
+    skipped with a warning that names the file and the damage. Raises UserError if there are
+    checkpoints but none is valid, because starting from scratch must be an explicit decision.
     """
     steps = all_gather(run.steps())[0]
     for step in reversed(steps):
@@ -190,14 +189,14 @@ def newest_verified(run: RunFolder) -> Checkpoint | None:
             log.warning("checkpoint %d is skipped: %s", step, damage[0])
     if steps:
         raise UserError(
-            f"{run.checkpoints}: none of the {len(steps)} checkpoints is sound; remove them to "
+            f"{run.checkpoints}: none of the {len(steps)} checkpoints is valid; remove them to "
             "start from scratch, or choose another run.dir"
         )
     return None
 
 
 def _damage(path: Path) -> str:
-    """The damage in this rank's share of a checkpoint's files; empty if there is none."""
+    """The damage in the files of a checkpoint that this rank verifies; empty if there is none."""
     try:
         open_checkpoint(path).verify(own_rank(), rank_count())
     except (DamagedCheckpoint, OSError) as error:

@@ -1,11 +1,12 @@
-"""Saving in the background: training only waits for a copy to host memory.
+"""Saving in the background: training waits only for a copy to host memory.
 
     start: live pieces --copy--> host memory --a thread of each rank--> files in a temporary folder
     poll, between steps: every rank's files are on disk --rank 0--> checkpoints/STEP/
 
-Everything that needs all ranks (to agree that the files are complete, and to publish them) happens
-in `start`, `poll` and `finish`, which all ranks call together from their main threads; the thread
-only writes files. The earlier checkpoints stay until a new one is published.
+Everything that needs all ranks (agreeing that the files are complete, and publishing them) happens
+in `start`, `poll` and `finish`. These are collective: all ranks must call them from their main
+threads. The background thread only writes files. Earlier checkpoints stay until a new one is
+published.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Saver:
     step are kept permanently (0: none). replicated: every rank holds everything, so only rank 0
     writes. A failure is raised on all ranks by the next method called: UserError if the disk is too
     full, Superseded if a newer start owns the run folder, RankFailed otherwise. The run folder is
-    then as if the save had never begun. Host memory for one copy of the state is kept between
+    then unchanged. Host memory for one copy of the state is kept between
     saves.
     """
 
@@ -84,8 +85,8 @@ class Saver:
         """Begins checkpoints/STEP, after finishing the previous one; returns once the state is
         copied to host memory.
 
-        Each rank gives what it owns; `shapes` has every parameter of the task. state: what else
-        training needs to resume, as JSON.
+        Each rank passes the pieces that it owns; `shapes` has every parameter of the task. state:
+        everything else that training needs to resume, as JSON.
         """
         self.finish()
         kinds = by_kind(partitions, ema) if self._owns else {}
@@ -133,11 +134,11 @@ class Saver:
             self._retain(pending.step)
 
     def _prepare(self, aside: Path, needed: int) -> None:
-        """Creates the folder to write into, if there is room and this start still owns the run."""
+        """Creates the folder to write into, if there is space and this start still owns the run."""
         refuse_superseded(self.run, self.generation)
         self.run.checkpoints.mkdir(exist_ok=True)
         free = shutil.disk_usage(self.run.checkpoints).free
-        if free < needed * 1.01 + 2**20:  # file headers and the manifest come on top
+        if free < needed * 1.01 + 2**20:  # plus file headers and the manifest
             raise UserError(
                 f"{self.run.checkpoints}: a checkpoint needs {needed / 1e9:.3g} GB, "
                 f"{free / 1e9:.3g} GB are free; free some space or lower save.keep (one more "
@@ -163,8 +164,8 @@ class Saver:
         return copies
 
     def _written(self, pending: _Pending) -> Files:
-        """What this rank wrote. A newer start deletes the files that an older one is writing, which
-        is reported as such rather than as missing files."""
+        """The files that this rank wrote. A newer start deletes the files that an older one is
+        writing; this is reported as Superseded, not as missing files."""
         try:
             return pending.written.result()
         except Exception:
@@ -180,10 +181,10 @@ class Saver:
             shutil.rmtree(aside, ignore_errors=True)
 
     def _retain(self, step: int) -> None:
-        """Removes the checkpoints up to `step`, just published, that are no longer to be kept.
+        """Removes checkpoints up to `step`, the newly published one, that are no longer to be kept.
 
-        Checkpoints of later steps, which remain if a run resumed from an earlier one because they
-        are damaged, neither count nor are removed: training will replace them.
+        Checkpoints of later steps remain if they are damaged and the run therefore resumed from an
+        earlier one. They are neither counted nor removed, because training will replace them.
         """
         for old in [s for s in self.run.steps() if s <= step][: -self.keep]:
             if self.keep_every and old % self.keep_every == 0:
@@ -191,7 +192,7 @@ class Saver:
             removed = self.run.checkpoints / f".{old:08d}.removed"
             try:
                 os.rename(self.run.checkpoint(old), removed)
-                sync(self.run.checkpoints)  # a power failure must not keep an empty name
+                sync(self.run.checkpoints)  # a power failure must not leave an empty folder
                 shutil.rmtree(removed)
             except OSError as error:  # an extra checkpoint is no reason to end a run
                 log.warning("cannot remove %s: %s", self.run.checkpoint(old), error)

@@ -55,7 +55,7 @@ def build_manifest(
     adam_steps: Mapping[str, int],
     files: Sequence[Files],
 ) -> dict[str, Any]:
-    """manifest.json: everything but the tensors. files: what write_pieces returned on each rank."""
+    """manifest.json: everything except the tensors. files: the results of write_pieces by rank."""
     return {
         "format": FORMAT,
         "step": step,
@@ -73,7 +73,7 @@ def publish(
     """Publishes the checkpoint in the folder `aside`, which holds the files of all ranks, on disk.
 
     An older checkpoint of the same step is replaced: it was damaged, or an earlier start wrote it.
-    Raises Superseded if a newer start owns the run folder; then nothing visible has changed.
+    Raises Superseded if a newer start owns the run folder; nothing visible has changed then.
     """
     step: int = manifest["step"]
     check_cover(piece_table(manifest["files"]), manifest["shapes"], manifest["adam_steps"])
@@ -94,9 +94,9 @@ def publish(
 
 
 def clean(run: RunFolder) -> None:
-    """Removes what interrupted saves left behind; rank 0 calls it after it claimed the folder.
+    """Removes the remains of interrupted saves. Rank 0 calls it after it has claimed the folder.
 
-    A checkpoint that was moved away to be replaced, but was not replaced, gets its name back.
+    A checkpoint that was moved away for a replacement that failed is renamed back.
     """
     if not run.checkpoints.is_dir():
         return

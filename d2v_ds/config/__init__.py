@@ -5,8 +5,8 @@
     sections.py     the settings, documented
     validation.py   checks across settings
     decoding.py     mappings <-> typed dataclasses, overrides, YAML
-    compat.py       what compat=fairseq changes
-    resume.py       what may change when a run resumes
+    compat.py       the settings that compat=fairseq changes
+    resume.py       the settings that may change when a run resumes
     engine_file.py  the DeepSpeed settings behind engine.config
     reference.py    the settings as a reference, for `d2v-ds settings` and docs/configuration.md
 

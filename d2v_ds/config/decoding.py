@@ -58,7 +58,7 @@ def _decode_dataclass(kind: type, raw: Any, path: str) -> Any:
     if isinstance(raw, kind):
         return raw
     if not isinstance(raw, Mapping):
-        raise UserError(f"{path or 'configuration'}: expected settings, got {raw!r}")
+        raise UserError(f"{path or 'configuration'}: expected a mapping of settings, got {raw!r}")
     hints = typing.get_type_hints(kind)
     known = [f.name for f in dataclasses.fields(kind)]
     values = {}
@@ -86,7 +86,7 @@ def _decode_dataclass(kind: type, raw: Any, path: str) -> Any:
 def _decode_union(options: tuple[Any, ...], raw: Any, path: str) -> Any:
     if raw is None and type(None) in options:
         return None
-    reported: UserError | None = None  # preferably of the option that has the form of `raw`
+    reported: UserError | None = None  # preferably from the option whose form matches `raw`
     for option in options:
         if option is type(None):
             continue
@@ -112,7 +112,7 @@ def _decode_tuple(arguments: tuple[Any, ...], raw: Any, path: str) -> Any:
     )
 
 
-NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
+NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
 def _decode_scalar(kind: Any, raw: Any, path: str) -> Any:

@@ -29,7 +29,7 @@ def engine_config_file(name: str) -> Path | None:
     return path
 
 
-# DeepSpeed's keys that follow from settings of the run, and these settings.
+# DeepSpeed keys that the run determines, and the settings that they follow from.
 OWNED_BY_RUN = {
     "train_batch_size": "batch.size and batch.micro_batches",
     "train_micro_batch_size_per_gpu": "batch.size and batch.micro_batches",

@@ -4,7 +4,7 @@
         --as_text--> terminal
         --as_markdown--> docs/configuration.md
 
-The types of `model.*` and `modality.NAME.*` need torch and are imported only if they are asked for.
+The types of `model.*` and `modality.NAME.*` need torch and are imported only on request.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def type_text(kind: Any) -> str:
     if origin is dict:
         return f"mapping of names to {plural(type_text(arguments[1]))}"
     return {
-        int: "whole number",
+        int: "integer",
         float: "number",
         bool: "true or false",
         str: "string",
@@ -283,28 +283,28 @@ A run starts from a recipe or a YAML file, changed by overrides of the form `key
     d2v-ds train runs/first/config.yaml run.dir=runs/second
 
 A recipe is a named, complete configuration in `d2v_ds/recipes`; `d2v-ds recipes` lists them. A YAML
-file has the same keys as nested mappings. Settings that neither the recipe or file nor an override
-gives have the defaults below. `d2v-ds show RECIPE key.path=value ...` prints the resolved
-configuration as YAML, and the run folder stores it in `config.yaml`.
+file contains the same keys as nested mappings. Settings that are given neither in the recipe or
+file nor by an override have the defaults below. `d2v-ds show RECIPE key.path=value ...` prints the
+resolved configuration as YAML, and the run folder stores it in `config.yaml`.
 
-- Values are read as YAML: `1e-3`, `true`, `null`, `[0.9, 0.98]`, `{{speech: a, text: b}}`. Quote an
-  override that the shell would change.
+- Values are read as YAML: `1e-3`, `true`, `null`, `[0.9, 0.98]`, `{{speech: a, text: b}}`. Quote
+  overrides that contain characters special to the shell.
 - The setting determines the type: `run.steps=7e2` is 700, and `run.steps=1.5` is an error. An
   unknown setting, a wrong type or a value out of range is reported in one line that begins with the
   path of the setting, with exit code 2.
-- Later overrides win. `section={{...}}` replaces the whole section, and settings that the mapping
-  omits have their defaults.
+- Later overrides take precedence. `section={{...}}` replaces the whole section, and settings that
+  the mapping omits have their defaults.
 - `modality.NAME=null` removes a modality from a joint recipe, together with its entries in
   `data.shards`, `data.weights` and `batch.size`.
 - `compat=fairseq` changes the settings that [differences.md](differences.md) lists. Other overrides
-  win over it.
+  take precedence over it.
 
 ## Resuming
 
 `d2v-ds train` with the same run folder resumes automatically. These settings may change:
 {may_change}.
-Other changes are refused by name unless `--allow KEY` is given. `run.steps` is also the length of
-the learning-rate schedule.
+Any other change is refused, with the name of the setting, unless `--allow KEY` is given.
+`run.steps` is also the length of the learning-rate schedule.
 
 ## Files for engine.config
 

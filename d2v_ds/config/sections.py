@@ -33,7 +33,7 @@ class Run:
     """Optimizer steps, also the length of the learning-rate schedule."""
 
     threads: int = 0
-    """torch threads per rank; 0: as many as the rank has cores."""
+    """torch threads per rank; 0: one per core of the rank."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class Data:
     third-party tars, or a URL pattern of tars to stream."""
 
     weights: dict[str, float] = field(default_factory=dict)
-    """{source: share of the steps}, in any unit; empty: equal shares."""
+    """{source: relative share of the steps}; need not sum to 1. Empty: equal shares."""
 
     workers: int = 2
     """Loader processes per rank, divided among the sources with at least one for each; 0: decode in
     the training process."""
 
     max_bad: float = 0.001
-    """The share of bad samples above which the run ends."""
+    """The fraction of bad samples above which the run ends with an error."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class Optim:
     """The final learning rate of both cosine schedules."""
 
     decay_all: bool = False
-    """Apply weight decay to biases, norms and scales as well, which fairseq does in effect."""
+    """Apply weight decay to biases, norms and scales as well, as fairseq does in effect."""
 
     adam_eps: Literal["torch", "fairseq"] = "torch"
     """torch: add eps after the bias correction of the second moment; fairseq: before it."""

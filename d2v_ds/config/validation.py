@@ -99,8 +99,8 @@ def validate_sources(config: Config) -> None:
 
 
 def require_one_each(config: Config) -> None:
-    """Raises UserError if a run has several modalities and not a batch size and a shard set for
-    each."""
+    """Raises UserError if a run with several modalities lacks a batch size or a shard set for one
+    of them."""
     names, shards, size = sorted(config.modality), config.data.shards, config.batch.size
     several = f"{len(names)} modalities; give one each for {', '.join(names)}, for example"
     if isinstance(shards, str) and shards and len(names) > 1:
@@ -127,7 +127,7 @@ def validate_weights(config: Config) -> None:
     missing = [source for source in sources if source not in weights]
     if weights and missing:
         raise UserError(
-            f"data.weights.{missing[0]}: must be given, as other sources have a weight "
+            f"data.weights.{missing[0]}: must be given, because other sources have a weight "
             f"({', '.join(weights)})"
         )
 

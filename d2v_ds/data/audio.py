@@ -46,7 +46,7 @@ class Info:
 
 
 def info(source: bytes | Path) -> Info:
-    """What the header says. Raises ValueError if it is not audio, empty, or a truncated WAV."""
+    """The header. Raises ValueError if the source is not audio, is empty, or is a truncated WAV."""
     with Recording(source) as recording:
         return recording.info
 
@@ -89,8 +89,10 @@ class Recording:
             self.file.close()
 
     def pcm(self, start: int = 0, frames: int = -1, channel: int | None = None) -> NDArray[Any]:
-        """As `decode`, but the stored int16 [S] if audio of up to 16 bits needs no mean, which for a
-        plain WAV are a view of its bytes."""
+        """As `decode`, but returns the stored int16 [S] if 16-bit audio needs no mean.
+
+        For a plain WAV the result is a view of its bytes.
+        """
         wanted = self.info.frames - start if frames < 0 else frames
         stop = start + wanted
         if not 0 < wanted <= self.info.frames - start:
@@ -107,7 +109,8 @@ class Recording:
 
 
 def _read(file: soundfile.SoundFile, start: int, stop: int) -> NDArray[Any]:
-    """Frames [S, channels], int16 or float32."""
+    """As `decode`, but 16-bit audio that needs no mean stays int16 [S], as it is stored; of a
+    plain WAV it is a view."""
     # Reading int16 is several times faster than float32, which libsndfile needs for wider samples
     # and for float files, whose values it does not scale to integers.
     exact = file.subtype in ("PCM_16", "PCM_S8", "PCM_U8")
@@ -161,7 +164,7 @@ def _open(source: bytes | Path) -> soundfile.SoundFile:
         raise ValueError("is empty")
     if head[:4] == b"RIFF" and head[8:] == b"WAVE":  # libsndfile reads a truncated one silently
         if _promised(head) > size + 1:  # the last pad byte may be missing
-            raise ValueError(f"is truncated: {size} bytes, its header says {_promised(head)}")
+            raise ValueError(f"is truncated: {size} of {_promised(head)} bytes")
     try:
         file = soundfile.SoundFile(
             io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
@@ -207,8 +210,8 @@ def to_int16(x: Waveform) -> NDArray[np.int16]:
 
 ZERO_CROSSINGS = 32  # of the sinc, on each side
 ROLLOFF = 0.95  # of the lower Nyquist frequency: the window's transition then ends at it
-BLOCK = 1 << 20  # numbers of unfolded input at a time
-MAX_KERNEL = 1 << 24  # numbers; above it the rates have no small ratio
+BLOCK = 1 << 20  # elements of unfolded input at a time
+MAX_KERNEL = 1 << 24  # elements; above this the rates have no small ratio
 
 
 def resampling_reach(old: int, new: int) -> int:
@@ -250,7 +253,7 @@ def _sinc_kernel(old: int, new: int) -> tuple[int, int, int, NDArray[np.float64]
     cutoff = ROLLOFF * min(1.0, new / old)  # of the input's Nyquist frequency
     reach = resampling_reach(old, new)
     if (2 * reach + old) * new > MAX_KERNEL:
-        raise ValueError(f"the ratio of its rate to the wanted one is not small ({old}:{new})")
+        raise ValueError(f"the ratio of its rate to the target rate is not small ({old}:{new})")
     repeats = max(1, reach // old)
     old, new = old * repeats, new * repeats
     taps = np.arange(-reach, old + reach)[:, None]

@@ -1,6 +1,6 @@
-"""Checksums of samples, 32 bits; the index that holds them names the kind.
+"""32-bit checksums of samples. The index that contains them names the kind.
 
-xxh3 costs a tenth of the time of reading. crc32, of the standard library, is used for sets that are
+xxh3 takes a tenth of the reading time. crc32, from the standard library, is used for sets that are
 written without the package xxhash.
 """
 
@@ -35,7 +35,7 @@ def checksum_of(kind: str) -> Checksum | None:
     if kind == "crc32":
         return zlib.crc32
     if kind != "xxh3":
-        raise UserError(f"checksum {kind!r}: this version knows xxh3, crc32 and none")
+        raise UserError(f"checksum {kind!r}: this version supports xxh3, crc32 and none")
     if xxhash is None:
         raise UserError("checksum 'xxh3': needs the package xxhash; install it")
     return xxh3

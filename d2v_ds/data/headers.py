@@ -27,7 +27,7 @@ HeaderReader = Callable[[BinaryIO, Member], Length]
 
 @dataclass(frozen=True)
 class SampleFormat:
-    """What the samples of a modality look like in a tar: all that indexing it needs to know."""
+    """The format of a modality's samples in a tar: everything that is needed to index it."""
 
     modality: str
     length_unit: str

@@ -29,7 +29,7 @@ Box = tuple[int, int, int, int]  # left, top, width, height
 
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels in [0, 1], by channel
 STD = (0.229, 0.224, 0.225)
-ATTEMPTS = 10  # to place a crop of the wanted area and aspect ratio
+ATTEMPTS = 10  # at placing a crop of the drawn area and aspect ratio
 ASPECT = (3 / 4, 4 / 3)
 RESIZE = 256 / 224  # the shorter side before a centre crop, relative to the crop
 
@@ -52,7 +52,7 @@ def _as_value_error() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.simplefilter("ignore", UserWarning)  # of odd metadata
+            warnings.simplefilter("ignore", UserWarning)  # about unusual metadata
             yield
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot be read as an image ({error})") from None
@@ -103,7 +103,7 @@ def _encode(image: Image.Image, kind: str) -> bytes:
 def random_crop(
     image: Image.Image, size: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> Pixels:
-    """A random crop, with a share of the area in `scale` and a random aspect ratio, resized
+    """A random crop, with a fraction of the area in `scale` and a random aspect ratio, resized
     (bicubic) to size x size: torchvision's RandomResizedCrop, which MAE, BEiT and data2vec use.
     Raises ValueError."""
     return crop(image, random_box(image.width, image.height, scale, rng), size)

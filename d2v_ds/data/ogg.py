@@ -13,8 +13,8 @@ REVERSED = bytes(
 
 
 def ogg_problem(data: bytes) -> str:
-    """The damage; "" if all checksums of pages are correct, no page is missing, and the last one
-    marks the end of the stream."""
+    """The damage; "" if the checksums of all pages are correct, no page is missing, and the last
+    page ends the stream."""
     at, page, last = 0, 0, 0
     while at < len(data):
         head = data[at : at + HEADER]
@@ -30,13 +30,13 @@ def ogg_problem(data: bytes) -> str:
         if head[5] & 2:  # the first page of a stream; streams may follow each other
             page = sequence
         if sequence != page:
-            return f"is damaged: Ogg page {page} lacks before byte {at}"
+            return f"is damaged: Ogg page {page} is missing before byte {at}"
         page, last, at = page + 1, head[5], at + size
     return "" if last & END_OF_STREAM else "is truncated: its last Ogg page does not end the stream"
 
 
 def _checksum(page: bytes) -> int:
-    """CRC-32 as Ogg has it, from the highest bit on and without inversions, by way of zlib's."""
+    """Ogg's CRC-32 (highest bit first, no inversions), computed with zlib's."""
     blank = page[:22] + bytes(4) + page[26:]
     mirrored = zlib.crc32(blank.translate(REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{mirrored:032b}"[::-1], 2)

@@ -1,9 +1,9 @@
-"""An index for third-party WebDataset tars, from headers alone: nothing is copied or decoded.
+"""An index for third-party WebDataset tars, from headers only: nothing is copied or decoded.
 
     NAME.tar ... -> members (tar_scan.py), lengths (headers.py) -> NAME.idx ..., index.json
 
-The result is a shard set as shard_format.py describes it, beside the tars or in a folder of its
-own. Standard library only.
+The result is a shard set as described in shard_format.py, next to the tars or in a separate
+folder. Standard library only.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from d2v_ds.data.tar_scan import DamagedTar, Member, members, samples
 from d2v_ds.errors import UserError
 from d2v_ds.files import write_atomically
 
-MAX_BAD = 0.01  # share of samples without a usable length
+MAX_BAD = 0.01  # fraction of samples without a usable length
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def index_set(
 ) -> ShardSet:
     """Writes an .idx for each tar, then index.json, into `out`; the tars stay where they are.
 
-    formats: the format of the samples, or several to choose from by the first tar's members.
+    formats: the format of the samples, or candidates, one of which matches the first tar's members.
     checksum: "none", or a kind that checksum.py knows, for which every payload is read. run: `map`,
     or a parallel one, in any order. Raises UserError if there are no tars, if they are in several
     folders, if one is damaged, if samples have different sample rates or too many have no usable
@@ -99,7 +99,7 @@ def index_set(
 
 
 def guess_format(tar: Path, formats: Sequence[SampleFormat]) -> SampleFormat:
-    """The format that the members of the first sample have. Raises UserError."""
+    """The format of the first sample's members. Raises UserError."""
     with tar.open("rb") as file:
         try:
             _, group = next(samples(members(file)), ("", {}))
@@ -118,8 +118,8 @@ def guess_format(tar: Path, formats: Sequence[SampleFormat]) -> SampleFormat:
 
 
 def index_tar(job: tuple[Path, SampleFormat, str], one_rate: bool = True) -> IndexedTar:
-    """(tar, format, kind of checksum) -> its index. one_rate: samples at another rate than the
-    first are left out. Raises UserError."""
+    """(tar, format, kind of checksum) -> its index. one_rate: samples whose rate differs from
+    that of the first are left out. Raises UserError."""
     tar, form, kind = job
     names, checksum = form.fields, checksum_of(kind)
     keys: list[str] = []
@@ -133,7 +133,9 @@ def index_tar(job: tuple[Path, SampleFormat, str], one_rate: bool = True) -> Ind
                     length = _length(file, group, form)
                     rate = rate or length.rate
                     if one_rate and length.rate != rate:
-                        raise ValueError(f"is at {length.rate} Hz, those before it at {rate} Hz")
+                        raise ValueError(
+                            f"has {length.rate} Hz, but earlier samples have {rate} Hz"
+                        )
                 except ValueError as error:
                     left_out.append((key, str(error)))
                     continue
@@ -147,7 +149,7 @@ def index_tar(job: tuple[Path, SampleFormat, str], one_rate: bool = True) -> Ind
                     checksums.append(checksum(data) if checksum and member else 0)
         except DamagedTar as error:
             raise UserError(
-                f"{tar}: {error}; copy it again, or convert what is left: {_convert(form)}"
+                f"{tar}: {error}; copy it again, or convert the undamaged part: {_convert(form)}"
             ) from None
         size = file.seek(0, os.SEEK_END)
     idx = index_bytes(names, size, keys, offsets, sizes, checksums, lengths, kind)

@@ -16,8 +16,8 @@ from typing import BinaryIO, NamedTuple
 
 BLOCK = tarfile.BLOCKSIZE
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
-ERRORS = "backslashreplace"  # keeps names distinct that are not UTF-8
-MAX_NAME = 1 << 20  # bytes of a long name or of pax headers; more means damage
+ERRORS = "backslashreplace"  # keeps names that are not UTF-8 distinct
+MAX_NAME = 1 << 20  # bytes of a long name or of pax headers; larger values mean damage
 
 
 NAME = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)", re.DOTALL)

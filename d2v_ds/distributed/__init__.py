@@ -1,11 +1,11 @@
-"""Processes of a run: who they are, how they meet, agree and stop, and how they are started.
+"""Processes of a run: ranks, rendezvous, collectives, stopping and launching.
 
     world.py          the environment of srun, torchrun or the launcher -> World
     rendezvous.py     how the ranks of a Slurm step find rank 0
     process_group.py  World -> torch.distributed
     collectives.py    small exchanges between ranks, on the host
     stop.py           signals and STOP files -> one agreement on all ranks
-    launcher.py       N ranks on this machine, without a launcher of the site
+    launcher.py       N ranks on this machine, without an external launcher
 
-Knows torch.distributed and nothing of training.
+Depends on torch.distributed, not on training code.
 """

@@ -45,8 +45,8 @@ def all_true(flag: bool) -> bool:
 
 
 def on_all_ranks(action: Callable[[], T]) -> list[T]:
-    """Runs `action` on every rank; its results, by rank. A failure on one rank is raised on all:
-    UserError, Superseded and AssertionError unchanged, anything else as RankFailed."""
+    """Runs `action` on every rank and returns its results by rank. A failure on one rank is raised
+    on all: UserError, Superseded and AssertionError unchanged, anything else as RankFailed."""
     result: Any = None
     failure: Exception | None = None
     cause: Exception | None = None
@@ -77,7 +77,7 @@ def barrier() -> None:
 
 
 def sums_right(device: torch.device, seconds: float = 30.0) -> bool:
-    """Whether an all-reduce over all ranks is correct and finishes in time. All ranks together."""
+    """Whether an all-reduce over all ranks is correct and finishes in time. Collective."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return True
     ranks = dist.get_world_size()
@@ -94,8 +94,8 @@ def sums_right(device: torch.device, seconds: float = 30.0) -> bool:
 
 
 class RankSums:
-    """Sums numbers over the ranks, on the host, in the background. Constructed, and begun each
-    time, by all ranks together. With a single rank nothing is communicated."""
+    """Sums numbers over the ranks, on the host, in the background. Collective: all ranks must
+    construct it, and call `begin` each time. A single rank communicates nothing."""
 
     def __init__(self, world: int) -> None:
         self._group: Any = None
@@ -103,7 +103,7 @@ class RankSums:
             self._group = dist.new_group(backend="gloo")  # never waits for a GPU
 
     def begin(self, *numbers: float) -> Callable[[], list[float]]:
-        """Begins to sum; the result, when called, waits for the sums. Integers below 2**53 are
+        """Starts the sums and returns a function that waits for them. Integers below 2**53 are
         exact."""
         if self._group is None:
             return lambda: list(numbers)

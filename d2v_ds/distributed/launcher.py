@@ -28,8 +28,8 @@ def launch(
     """Runs `command arguments` as ranks 0 .. ranks - 1 on this machine and waits; returns the exit
     code.
 
-    Rank 0 writes to this process's output; of the other ranks, the last lines of the first one that
-    failed are shown. SIGTERM, SIGUSR2 and SIGINT are forwarded. If a rank fails, the others have
+    Rank 0 writes to this process's output. If another rank is the first to fail, its last lines are
+    shown. SIGTERM, SIGUSR2 and SIGINT are forwarded. If a rank fails, the others have
     `failing_grace` seconds to end, or `stopping_grace` after a stop signal, since they may be
     saving. Then all are killed with the processes that they started, and the exit code is that of
     the first failing rank. No rank outlives this process.
@@ -80,7 +80,7 @@ def free_port() -> int:
 def start_rank(
     rank: int, ranks: int, port: int, command: Sequence[str], errors: Path | None
 ) -> subprocess.Popen[bytes]:
-    """Starts one rank in a session of its own, so that Ctrl-C reaches it only once, through the
+    """Starts one rank in its own session, so that Ctrl-C reaches it only once, through the
     launcher. errors: the file for its standard error; None for this process's own output."""
     environment = {
         **os.environ,
@@ -108,7 +108,7 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> None:
-    """Linux: this process is killed as soon as its parent ends, however the parent ends."""
+    """Linux: this process is killed as soon as its parent ends, for whatever reason."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 

@@ -26,7 +26,7 @@ def meet(world: World) -> Store:
     """The store of this step's ranks; no two steps ever share one.
 
     Rank 0 opens it on a port that the system chooses, and sends the port and the step's key to
-    whoever connects to the first free one of PORTS ports that all ranks know. Raises UserError if
+    every client of the first free one of PORTS ports that all ranks know. Raises UserError if
     none of these is free, RuntimeError if rank 0 is not found.
     """
     ports = [world.port, *(port_of(world.key, attempt) for attempt in range(1, PORTS))]
@@ -54,7 +54,7 @@ def _first_free(world: World, ports: Sequence[int]) -> socket.socket:
 
 
 def _greet(listener: socket.socket, greeting: bytes) -> None:
-    """Sends the greeting to everyone who connects; ranks of other jobs try the next port."""
+    """Sends the greeting to every client; ranks of other jobs try the next port."""
     while True:
         with contextlib.suppress(OSError), listener.accept()[0] as asker:
             asker.sendall(greeting)
@@ -65,6 +65,6 @@ def _ask(world: World, port: int) -> int | None:
     try:
         with socket.create_connection((world.address, port), timeout=5) as asked:
             name, key, store_port = asked.makefile("rb").readline(200).decode().split()
-    except (OSError, ValueError):  # nobody, or another program
+    except (OSError, ValueError):  # no answer, or another program
         return None
     return int(store_port) if (name, key) == ("d2v_ds", world.key) else None

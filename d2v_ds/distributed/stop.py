@@ -16,8 +16,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 class StopFlag:
     """Whether the run should stop after this step: a signal to any rank, or a file STOP in the run
-    folder. A context manager, inside which signals only set the flag; entered by all ranks
-    together, after the process group exists."""
+    folder. A context manager in which signals only set the flag. Collective: all ranks must
+    enter it, after the process group exists."""
 
     def __init__(self, run_dir: Path | None = None) -> None:
         self.reason = ""  # on this rank: the name of the signal or the file
@@ -41,7 +41,7 @@ class StopFlag:
         self.reason = signal.Signals(number).name
 
     def agreed(self) -> bool:
-        """True on all ranks once any of them was asked to stop. All ranks call it together."""
+        """True on all ranks once any of them was asked to stop. Collective."""
         on_rank_0 = not dist.is_initialized() or dist.get_rank() == 0
         if on_rank_0 and not self.reason:  # one rank polls the file system
             self.reason = next((str(file) for file in self._files if file.exists()), "")

@@ -27,8 +27,8 @@ class World:
 
     @staticmethod
     def from_environment(environ: Mapping[str, str] | None = None) -> World:
-        """From torchrun's variables (deepspeed and the launcher set them too), else srun's, else
-        a single process. Raises UserError for inconsistent variables."""
+        """From torchrun's variables (deepspeed and the launcher set them too), otherwise from
+        srun's, otherwise a single process. Raises UserError for inconsistent variables."""
         env = os.environ if environ is None else environ
         if "RANK" in env and "WORLD_SIZE" in env:
             rank, local_rank, size = "RANK", "LOCAL_RANK", "WORLD_SIZE"
@@ -57,7 +57,7 @@ class World:
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = env.get(name, "" if default is None else str(default))
     if not text.isdecimal():
-        raise UserError(f"{name}: expected a whole number in the environment, got {text!r}")
+        raise UserError(f"{name}: expected an integer in the environment, got {text!r}")
     return int(text)
 
 
@@ -68,12 +68,12 @@ def first_host(nodelist: str) -> str:
 
 
 def port_of(key: str, attempt: int = 0) -> int:
-    """A port that follows from `key`, below the ephemeral ports."""
+    """A port derived from `key`, below the ephemeral ports."""
     return 20000 + stable_hash(key, attempt) % 10000
 
 
 def cores_of_rank() -> int:
-    """The cores of this rank: those that srun assigned, else its share of this machine's."""
+    """The number of cores of this rank: as assigned by srun, otherwise an equal share."""
     cores = len(os.sched_getaffinity(0))
     if "SLURM_STEP_NUM_TASKS" in os.environ:  # without binding, every rank sees all cores
         return min(cores, int(os.environ.get("SLURM_CPUS_PER_TASK", cores)))

@@ -1,8 +1,8 @@
-"""The seam between the algorithm and what trains it: a small protocol with two implementations.
+"""The interface between the algorithm and the training engine: a protocol with two implementations.
 
 local.py is plain torch in one process, the reference that the other is tested against. zero.py is
 DeepSpeed ZeRO 0 to 3 on any number of ranks. The EMA, checkpoints and resume use only `partitions`,
-`refresh` and `publish`, so they do not know the ZeRO stage.
+`refresh` and `publish`, so they do not depend on the ZeRO stage.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from d2v_ds.errors import UserError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Pieces = Mapping[str, tuple[int, Tensor]]
-"""What a rank owns of some parameters: {name: (offset in the flattened parameter, flat fp32
-values)}."""
+"""The elements of some parameters that a rank owns: {name: (offset in the flattened parameter, flat
+fp32 values)}."""
 
 EmaKind = Literal["ema", "ema_compensation"]
 
@@ -41,7 +41,7 @@ class ParamGroup:
 
 @dataclass(frozen=True)
 class Partition:
-    """What this rank owns of one parameter: live, flat fp32 views of equal length."""
+    """The elements of one parameter that this rank owns: live, flat fp32 views of equal length."""
 
     offset: int  # of the first element in the flattened parameter
     master: Tensor
@@ -77,19 +77,20 @@ class Engine(Protocol):
         finite if that step was skipped."""
 
     def partitions(self) -> dict[str, Partition]:
-        """By parameter name, without the parameters of which this rank owns nothing. The views
-        stay the same for the engine's lifetime."""
+        """The partitions of this rank by parameter name; parameters without elements on this rank
+        are missing. The views stay the same for the engine's lifetime."""
 
     def refresh(self) -> None:
-        """Updates the low-precision weights after masters were written. All ranks together."""
+        """Updates the low-precision weights after masters were written. Collective: all ranks must
+        call it."""
 
     def publish(self, module: nn.Module, values: Pieces) -> None:
         """Writes values into the frozen `module`, a submodule of the wrapped one, cast to its
-        dtype; names are relative to `module`, and every rank gives what it owns.
+        dtype; names are relative to `module`, and every rank passes what it owns.
 
-        An all-gather under stages 0 to 2, from partition to partition under stage 3. All ranks
-        call it together, each time with the same names, offsets and lengths, which are those of
-        trainable parameters in averaged groups.
+        Stage 0 copies locally, stages 1 and 2 all-gather, stage 3 copies from partition to
+        partition. Collective: all ranks must call it, each time with the same names, offsets and
+        lengths, which are those of trainable parameters in averaged groups.
         """
 
 

@@ -1,7 +1,7 @@
 """Which rank owns which part of which parameter, and a frozen module with the same layout.
 
     own extents --gather_layout--> [R, P, 3] on every rank --check_layout--> covered exactly once
-    fp32 values of what this rank owns --FlatCopy--> a frozen module, whole on every rank
+    fp32 values that this rank owns --FlatCopy--> a frozen module, whole on every rank
 
 R ranks, P parameters.
 """
@@ -24,7 +24,7 @@ all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_te
 
 def gather_layout(names: Iterable[str], own: Mapping[str, Extent], device: torch.device) -> Tensor:
     """[R, P, 3] int64 on the host: each rank's extent of each of `names`, zeros if it owns nothing.
-    All ranks call it together with the same names."""
+    Collective: all ranks must call it with the same names."""
     rows = [own.get(name, (0, 0, 0)) for name in names]
     mine = torch.tensor(rows, dtype=torch.int64, device=device)  # [P, 3]
     gathered = mine.new_empty(dist.get_world_size() * len(mine), 3)

@@ -1,7 +1,8 @@
-"""The reference engine: plain torch in one process, fp32 or bf16 with fp32 masters.
+"""The reference engine: plain torch in one process, in fp32, or in bf16 with fp32 masters.
 
-What ZeRO does with buffers and collectives is a visible line here: gradients are summed in fp32,
-checked and clipped, AdamW updates the masters, and the low-precision weights are a copy of them.
+The operations that ZeRO performs with buffers and collectives are explicit here: gradients are
+summed in fp32, checked and clipped, AdamW updates the masters, and the low-precision weights are a
+copy of them.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class LocalEngine:
         self._module = module.to(device)
         self._clip = optim.clip
         self._weights = {n: p for group in groups for n, p in group.parameters.items()}
-        self._masters = self._weights
+        self._masters = self._weights  # in fp32 the weights are the masters
         if precision == "bf16":
             self._masters = {n: nn.Parameter(p.detach().clone()) for n, p in self._weights.items()}
             for parameter in module.parameters():
@@ -73,10 +74,12 @@ class LocalEngine:
     def step(self, lr: float, weight_decay: float, active: str) -> bool:
         parts = ("", active)
         stepping = [self._masters[n] for g in self.groups if g.part in parts for n in g.parameters]
+        gradients = []
         for master in stepping:
-            if master.grad is None:  # unused parameters have a zero gradient, as under ZeRO
+            if master.grad is None:  # unused, but moments and weight decay still apply, as in ZeRO
                 master.grad = torch.zeros_like(master)
-        self._grad_norm = get_total_norm([m.grad for m in stepping if m.grad is not None])
+            gradients.append(master.grad)
+        self._grad_norm = get_total_norm(gradients)
         finite = bool(self._grad_norm.isfinite())
         if finite:
             if self._clip > 0:
@@ -115,7 +118,7 @@ class LocalEngine:
 
 @torch.no_grad()
 def publish_whole(module: nn.Module, values: Pieces) -> None:
-    """`publish` if every rank has all values: no communication."""
+    """`publish` without communication, if every rank has all values."""
     weights = [module.get_parameter(name).view(-1) for name in values]
     for (name, (offset, value)), weight in zip(values.items(), weights, strict=True):
         assert offset == 0 and len(value) == len(weight), f"only a part of {name} is given"

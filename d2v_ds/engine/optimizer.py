@@ -56,7 +56,7 @@ class AdamW(torch.optim.AdamW):
     The other groups are hidden from `step`, because a zero gradient is not the same as no step:
     moments would decay and weight decay would apply. Each group counts its own Adam steps for the
     bias correction. No group is active before the first `prepare`, so that the step which DeepSpeed
-    takes by itself at the start (stage 0 in bf16) changes nothing.
+    takes during its initialisation (stage 0 in bf16) changes nothing.
 
     adam_eps "fairseq" adds eps before the bias correction of the second moment, as fairseq's Adam
     does (fairseq/optim/adam.py): m / (sqrt(v) + eps) * sqrt(1 - b2^t) equals what torch computes
@@ -80,15 +80,16 @@ class AdamW(torch.optim.AdamW):
             betas=optim.betas,
             eps=optim.eps,
             weight_decay=0.0,
-            # One pass over memory. On a CPU the fused kernel's last digits depend on an element's
-            # index in the tensor, thus on ranks and stage; those of plain operations do not.
+            # One pass over memory. On a CPU the last digits of the fused kernel depend on an
+            # element's index in the tensor, and therefore on ranks and stage. Plain operations do
+            # not have this dependence.
             fused=on_gpu,
             foreach=False,
         )
 
     def create_state(self, parameters: Iterable[Tensor]) -> None:
-        """Zero moments and Adam steps for `parameters`: equivalent to none, but readable and
-        writable before the first step."""
+        """Creates zero moments and Adam steps for `parameters`. This is equivalent to no state, but
+        readable and writable before the first step."""
         for p in parameters:
             assert not self.state[p], "an optimizer step was taken before the first one"
             self.state[p].update(

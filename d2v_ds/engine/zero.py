@@ -1,9 +1,9 @@
-"""The cluster engine: DeepSpeed ZeRO stages 0 to 3; the only file that knows DeepSpeed.
+"""The cluster engine: DeepSpeed ZeRO stages 0 to 3. The only file that uses DeepSpeed.
 
-The run configuration and a file of ds_configs/ become one DeepSpeed engine around the task. At the
-start it is determined once, and checked, which part of which parameter is where in DeepSpeed's flat
-fp32 masters; from then on `partitions`, `refresh` and `publish` are copies between tensors. Most of
-what depends on the stage is in `find_masters` and below.
+The run configuration and a file of ds_configs/ define one DeepSpeed engine around the task. At
+start-up, the location of every parameter in DeepSpeed's flat fp32 masters is determined and
+verified once. After that, `partitions`, `refresh` and `publish` are copies between tensors. Most of
+the stage-dependent code is in `find_masters` and below.
 
 R ranks, P parameters.
 """
@@ -36,7 +36,7 @@ from d2v_ds.errors import UserError
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "zero_optimization.round_robin_gradients": (
         (True,),
-        "it was seen to train to different weights; remove it",
+        "it led to different weights in tests; remove it",
     ),
     "zero_optimization.compute_grad_norm": (
         (False,),
@@ -206,8 +206,8 @@ class ZeroEngine:
             self._copies[module].publish(values)
 
     def _lay_out(self, module: nn.Module, values: Pieces) -> FlatCopy:
-        """A flat copy in which each parameter of the frozen module has the place of an averaged one
-        with the same extents on all ranks, whatever its name."""
+        """A flat copy in which each parameter of the frozen module takes the slot of an
+        averaged parameter with the same extents on all ranks, regardless of its name."""
         free: dict[tuple[int, ...], deque[tuple[int, int]]] = defaultdict(deque)
         names = list(self._weights)
         sizes = [len(group["params"][0]) for group in self._adamw.param_groups]  # per rank
@@ -226,7 +226,7 @@ class ZeroEngine:
             if not layout[:, i, 1].any():
                 continue  # not published
             places = free[signature(layout[:, i])]
-            assert places, f"{name} is partitioned unlike every averaged parameter"
+            assert places, f"{name} is not partitioned like any averaged parameter"
             index, start = places.popleft()
             copy.place(name, parameter, index, self.ranks * sizes[index], start, given.get(name))
         return copy
@@ -236,7 +236,7 @@ class ZeroEngine:
 
 
 def check_settings(ds_config: Mapping[str, Any], precision: str, device: torch.device) -> int:
-    """The ZeRO stage. Raises UserError for settings that cannot work here."""
+    """The ZeRO stage. Raises UserError for settings that this engine does not support."""
     stage = lookup(ds_config, "zero_optimization.stage")
     if stage not in (0, 1, 2, 3):
         raise UserError(
@@ -265,14 +265,14 @@ def lookup(config: Mapping[str, Any], path: str) -> Any:
 
 
 def run_settings(precision: str, optim: Optim, accumulation: int) -> dict[str, Any]:
-    """What the run configuration owns, as DeepSpeed settings. The micro-batch size is nominal:
-    DeepSpeed sees neither samples nor tokens."""
+    """The DeepSpeed settings that the run configuration owns. The micro-batch size is nominal,
+    because DeepSpeed does not process samples or tokens."""
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optim.clip,
         "zero_allow_untested_optimizer": True,  # required for any subclass of AdamW
-        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would be compiled at run time
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's would be compiled at run time
         "steps_per_print": None,
     }
     if precision != "fp32":
@@ -350,7 +350,7 @@ def find_masters(
             index, start, size = optimizer.grad_position[optimizer.get_param_id(p)]
             offset = rank * size
             length = min(size, p.ds_numel - offset)  # type: ignore[attr-defined]
-            if length > 0:  # the last part is padded, those after it are only padding
+            if length > 0:  # the last part is padded; later parts are only padding
                 found[name] = _Master(flats[index], start, offset, length)
         return flats, found
     flats = [group["params"][0] for group in engine.basic_optimizer.param_groups]
@@ -374,7 +374,7 @@ def publish_partitioned(module: nn.Module, values: Pieces, rank: int) -> None:
     for name, (offset, value) in values.items():
         piece = module.get_parameter(name).ds_tensor.view(-1)  # type: ignore[attr-defined]
         assert offset == rank * len(piece) and len(value) <= len(piece), (
-            f"{name}: the frozen parameter is partitioned unlike the given values"
+            f"{name}: the partition of the frozen parameter does not match the given values"
         )
         pieces.append(piece[: len(value)])
     if pieces:

@@ -1,9 +1,10 @@
-"""The shard set that a person names: a set, a folder of tars that others made, or a URL prefix.
+"""What data.shards names: a shard set, a folder of third-party tars, or a URL prefix.
 
     data.shards --find_set--> ShardSet
 
-Tars without an index get one when they are first used, beside them or, where nothing can be written
-there, in the cache's folder (shard_cache.py). Tars at URLs are no set (loader/stream.py).
+Tars without an index are indexed when they are first used. The index is written next to them or, if
+their folder is read-only, into the cache's folder (data/cache/). Tars at URLs are not a set; they
+are streamed (stream.py).
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ log = logging.getLogger("d2v_ds")
 
 
 def find_set(where: str | Path, modality: str = "", check_tars: bool = True) -> ShardSet:
-    """As open_set, which it is for a folder that holds a set. Raises UserError."""
+    """The set; for a folder with a set the same as open_set. Raises UserError."""
     if stream_tars(str(where)):
         raise UserError(
-            f"{where}: are tars without an index, which only training can stream; give a folder "
-            "or a URL prefix with a shard set (`d2v-shards index` makes one of tars)"
+            f"{where}: names tars without an index, which only training can stream; give a folder "
+            "or a URL prefix with a shard set (`d2v-shards index` makes one from tars)"
         )
     if is_remote(str(where)):
         return open_remote(str(where), modality)
@@ -43,31 +44,30 @@ def find_set(where: str | Path, modality: str = "", check_tars: bool = True) -> 
         return open_set(root, modality, check_tars)
     tars = sorted(root.glob("*.tar"))
     if not tars:
-        return open_set(root, modality, check_tars)  # says what is wrong
+        return open_set(root, modality, check_tars)  # raises the error
     return open_set(_indexed(root, tars, modality), modality, check_tars)
 
 
 def stream_tars(where: str) -> list[str]:
-    """The tars that a URL or a command names by itself, with `{000..127}` and `{a,b}` as shells
-    have them; empty where it names a set or a folder. Raises UserError."""
+    """The tars that a URL or command names, with `{000..127}` and `{a,b}` expanded as in a shell;
+    empty if it names a set or a folder. Raises UserError."""
     command = where.startswith("pipe:")
     if "{}" in where or not re.search(r"\.tar\b" if command else r"\.tar($|[?#])", where):
         return []
     if is_remote(where):
-        # Other braces of a command are its own.
+        # Other braces are part of the command.
         parts = re.split(r"(\{(?:\d+\.\.\d+|[\w-]+(?:,[\w-]+)+)\})", where)
         choices = [list(braceexpand(p)) if i % 2 else [p] for i, p in enumerate(parts)]
         return ["".join(choice) for choice in itertools.product(*choices)]
     if not Path(where).is_dir():
         raise UserError(
-            f"{where}: tars of this machine are named by their folder; it gets an index when it is "
-            "first used"
+            f"{where}: local tars are named by their folder, which is indexed when it is first used"
         )
     return []
 
 
 def _indexed(root: Path, tars: list[Path], modality: str) -> Path:
-    """The folder with the index, made once by whoever comes first."""
+    """The folder with the index, which the first process to need it makes."""
     out = root
     if not os.access(root, os.W_OK):
         facts = [str(root.resolve())]

@@ -1,11 +1,10 @@
-"""The mixture: which source gives which optimizer step, and a Loader for each of them.
+"""The mixture: which source each optimizer step comes from, and a loader for each source.
 
-    (weights, seed, step) --source_of--> source --its Loader--> StepBatch
-                                                                with every source's cursor
-A source is a shard set of one modality: speech, or speech/libri beside speech/cv. All micro-batches
-of a step on all ranks are of one source, as a pure function of the step, so nothing of the mixture
-itself needs saving; and each source is read in its own order, the same as in a run that has it
-alone.
+    (weights, seed, step) --source_of--> source --its loader--> StepBatch with all sources' cursors
+
+A source is a shard set of one modality: speech, or speech/libri and speech/cv. All micro-batches of
+a step come from one source on all ranks. The source is a pure function of the step, so the mixture
+has no state to save, and each source is read in the same order as in a run of its own.
 """
 
 from __future__ import annotations
@@ -23,33 +22,33 @@ from d2v_ds.loader.loader import Loader
 from d2v_ds.loader.stream import StreamLoader
 from d2v_ds.seeding import SOURCE_ORDER, permutation
 
-BLOCK = 100  # steps whose sources are shuffled together, at least
+BLOCK = 100  # at least this many steps have their sources shuffled together
 
 
 @dataclasses.dataclass(frozen=True)
 class Shares:
-    """The exact share of the steps that each source has: their sum is 1."""
+    """The exact share of each source in the steps; they sum to 1."""
 
     of: tuple[Fraction, ...]
 
     @classmethod
     def from_weights(cls, weights: Sequence[float]) -> Shares:
-        """Of weights above 0, read as the decimals that people write."""
+        """From weights above 0, which are taken as exact decimals."""
         exact = [Fraction(repr(weight)) for weight in weights]
         return cls(tuple(weight / sum(exact) for weight in exact))
 
     @property
     def block(self) -> int:
-        """Steps of a block: enough that `counts` never has the heaviest source step back."""
+        """The number of steps in a block: enough for `counts` never to decrease."""
         return max(BLOCK, len(self.of) ** 2)
 
     def counts(self, block: int) -> list[int]:
-        """Steps of each source in the first `block` blocks.
+        """The number of steps of each source in the first `block` blocks.
 
-        All but the heaviest get the whole part of their share, and it the rest: so none ever has
-        fewer after more blocks (the heaviest gains at least n of n * n steps, the n - 1 others at
-        most one each above their share), and at a block's end each is within one step of its
-        share, the heaviest within n - 1.
+        Every source but the heaviest gets its share rounded down, and the heaviest gets the rest.
+        So the counts never decrease from block to block (the heaviest source gains at least n of
+        n * n steps, the n - 1 others at most one more than their share), and after each block every
+        source is within one step of its share, the heaviest within n - 1.
         """
         heaviest = self.of.index(max(self.of))
         steps = block * self.block
@@ -59,12 +58,12 @@ class Shares:
 
 
 def shares_of(config: Config) -> Shares:
-    """Of a run's sources, in their order."""
+    """The shares of a run's sources, in order."""
     return Shares.from_weights([config.data.weights.get(s, 1.0) for s in config.sources])
 
 
 def source_of(shares: Shares, seed: int, step: int) -> int:
-    """The place of the source of step `step` (from 0)."""
+    """The index of the source of step `step` (from 0)."""
     return _order(shares, seed, step // shares.block)[step % shares.block]
 
 
@@ -77,8 +76,8 @@ def _order(shares: Shares, seed: int, block: int) -> list[int]:
 
 
 def divide_workers(workers: int, shares: Shares) -> list[int]:
-    """Of `workers` processes each source's: by share, but one at least, so that every source is
-    decoded ahead; none where there are none."""
+    """The number of worker processes of each source, out of `workers`: by its share, but at least
+    one, so that every source is decoded in advance; none if `workers` is 0."""
     if workers == 0:
         return [0] * len(shares.of)
     own = [1] * len(shares.of)
@@ -89,23 +88,23 @@ def divide_workers(workers: int, shares: Shares) -> list[int]:
 
 
 class Mixture:
-    """The optimizer steps of a run over one or more sources, each with its Loader."""
+    """The optimizer steps of a run over one or more sources, each with a loader."""
 
     def __init__(
         self, loaders: Mapping[str, Loader | StreamLoader], shares: Shares, seed: int
     ) -> None:
-        assert len(loaders) == len(shares.of), "one share a source"
+        assert len(loaders) == len(shares.of), "one share per source"
         self.loaders, self.shares, self.seed = dict(loaders), shares, seed
         self.names = list(loaders)
 
     @property
     def cursor(self) -> dict[str, dict[str, Any]]:
-        """Where each source's Loader stands: what a checkpoint keeps."""
+        """The cursors of all sources: what a checkpoint stores."""
         return {name: loader.cursor for name, loader in self.loaders.items()}
 
     def next(self, step: int) -> StepBatch:
-        """The next batch of the source whose turn step `step` is, with the cursor after it. A
-        step that was not taken is asked for again, and gets the source's following batch."""
+        """The next batch of step `step`'s source, with all cursors after it. A skipped step is
+        requested again and gets the next batch of the same source."""
         name = self.names[source_of(self.shares, self.seed, step)]
         batch = next(self.loaders[name])
         return dataclasses.replace(batch, source=name, cursor=self.cursor)

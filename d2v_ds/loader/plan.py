@@ -1,9 +1,10 @@
-"""The plan: lengths in the index -> which samples make which micro-batch of which step.
+"""The plan: lengths in the index -> which samples are in which micro-batch of which step.
 
     lengths -> shuffled order of an epoch -> pools -> sorted, cut into lots -> shuffled -> Step
 
-A pure function of (lengths, the modality's crop, seed, epoch, batch.size, batch.micro_batches);
-nothing is read, and ranks and workers do not appear. A sample is identified by its number in the
+A pure function of (lengths, the modality's settings, seed, epoch, batch.size,
+batch.micro_batches). Nothing is read, and neither ranks nor workers appear. Lengths are in the
+modality's length_unit, costs in its batch_unit. A sample is identified by its number in the
 set, counted over the shards in the order of index.json; a lot is the samples of one micro-batch.
 """
 
@@ -24,50 +25,51 @@ from d2v_ds.seeding import LOT_ORDER, SAMPLE_ORDER, SHARD_ORDER, permutation
 
 SampleIds = npt.NDArray[np.int64]
 
-WINDOW = 65_536  # samples of neighbouring shards that are shuffled together
-POOL = 4_096  # samples that are sorted by cost together: about 0.5 % padding
-POOL_STEPS = 16  # and at least so many steps, so that rounding to whole steps costs little
-SPARE = 8  # samples beside a lot that can stand in for it
+WINDOW = 65_536  # samples of adjacent shards that are shuffled together
+POOL = 4_096  # samples that are sorted by cost together; gives about 0.5 % padding
+POOL_STEPS = 16  # a pool has at least this many steps, so that rounding to whole steps is cheap
+SPARE = 8  # samples of similar cost that can replace those of a lot
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step reads on all ranks."""
+    """The samples of one optimizer step, over all ranks."""
 
     epoch: int
     lots: Sequence[SampleIds]  # the samples of each micro-batch
-    spare: Sequence[SampleIds]  # others of about their cost, should none of a lot be of use
-    masked: Sequence[int] | None  # tokens of each micro-batch; None: known when they are drawn
-    units: float  # seconds of audio, images or tokens of all, after cropping
+    spare: Sequence[SampleIds]  # others of similar cost, in case no sample of a lot is usable
+    masked: Sequence[int] | None  # tokens of each micro-batch; None: unknown until masks are drawn
+    units: float  # seconds of audio, images or tokens in total, after cropping
     cursor: dict[str, int]  # after this step
 
 
 @dataclass(frozen=True)
 class EpochStats:
-    """The first epoch in numbers; the number of steps of others differs a little."""
+    """The first epoch in numbers; other epochs may have slightly more or fewer steps."""
 
     steps: int
     samples: int
     left_out: int  # too short to be used
     units: float  # seconds of audio, images or tokens, after cropping
-    padding: float  # share of the padded batches that is padding
+    padding: float  # share of padding in the batches
 
 
-START = {"epoch": 0, "step": 0, "pool": 0, "pool_step": 0}  # steps done in the epoch, in the pool
+# A cursor; step: done in the epoch; pool_step: done in the pool.
+START = {"epoch": 0, "step": 0, "pool": 0, "pool_step": 0}
 
 
 class BatchPlan:
     """The steps of every epoch.
 
-    Shards are shuffled, then the samples within windows of neighbouring shards, so that reading
-    stays within a few shards. This order is cut into pools; a pool is sorted by cost and cut into
-    lots whose padded cost is at most size / micro_batches; the lots are shuffled and dealt to
-    steps, micro_batches to each. Every usable sample comes once an epoch; only where single
-    samples fill a lot, up to micro_batches - 1 at the end of an epoch are left for other epochs.
-    No more than the pool at hand is ever computed, so a seek takes milliseconds in any set.
+    Shards are shuffled, then the samples within windows of adjacent shards, so that reading stays
+    within a few shards at a time. This order is cut into pools. A pool is sorted by cost and cut
+    into lots whose padded cost is at most size / micro_batches; the lots are shuffled and assigned
+    to steps, micro_batches per step. Every usable sample occurs once per epoch. The exception: if
+    single samples fill a lot, up to micro_batches - 1 samples at the end of an epoch are left out.
+    Only the current pool is computed, so seeking takes milliseconds in a set of any size.
 
-    lengths: of all samples, one array a shard, in the unit of the index. Raises UserError when they
-    do not make one step.
+    lengths: of all samples, one array per shard, in the unit of the index. Raises UserError if they
+    are not enough for one step.
     """
 
     def __init__(
@@ -82,25 +84,25 @@ class BatchPlan:
         self.seed, self.micro_batches, self.limit = seed, micro_batches, size / micro_batches
         self.bounds = np.cumsum([0, *map(len, lengths)])  # sample ids at which shards begin
         self.lengths = np.concatenate(lengths)
-        # The modality is asked once for each length that occurs, not for each sample.
+        # The modality is called once for each distinct length, not for each sample.
         self.distinct, counts = np.unique(self.lengths, return_counts=True)
         distinct = [int(length) for length in self.distinct]
         self.usable = np.array([modality.crop(n) > 0 for n in distinct], dtype=bool)
         self.cost = np.zeros(len(distinct))
         masked = np.zeros(len(distinct), dtype=np.int64)
-        drawn = False  # the number of masked tokens
+        varies = False  # whether the number of masked tokens of a length is random
         for kind in np.flatnonzero(self.usable):
             self.cost[kind] = modality.cost(distinct[kind])
             tokens = modality.masked_tokens(distinct[kind])
-            masked[kind], drawn = tokens or 0, drawn or tokens is None
-        self.masked = None if drawn else masked
+            masked[kind], varies = tokens or 0, varies or tokens is None
+        self.masked = None if varies else masked
         assert (self.cost[self.usable] > 0).all(), f"{modality.name}: a sample costs nothing"
         self.used = np.array([len(self.usable_in(shard)) for shard in range(len(lengths))])
         self.samples = int(self.used.sum())
         self._require_one_step(modality, size)
         mean_cost = float((self.cost * counts).sum()) / self.samples
         pools = max(1, self.samples // max(POOL, int(POOL_STEPS * size / mean_cost)))
-        # Multiples of micro_batches, so that only the last pool can have samples over.
+        # Multiples of micro_batches, so that only the last pool can have samples left over.
         self.pools = [
             self.samples * i // pools // micro_batches * micro_batches for i in range(pools)
         ] + [self.samples]
@@ -162,13 +164,13 @@ class BatchPlan:
         )
 
     def _lots(self, order: _Order, pool: int) -> list[_Dealt]:
-        """The lots of a pool with what is spare, in the order in which they are dealt to steps."""
+        """The lots of a pool with their spare samples, in the order of the steps."""
         ids = order.slice(self.pools[pool], self.pools[pool + 1])
         cost = self.cost[self.kinds(ids)]
-        # Stable, so that samples of equal cost stay in their random order.
+        # A stable sort, so that samples of equal cost stay in random order.
         descending = np.argsort(-cost, kind="stable")
         bounds = cut(cost[descending].tolist(), self.limit, self.micro_batches)
-        if not bounds:  # each sample fills a lot: the last ones of this random order are left over
+        if not bounds:  # each sample fills a lot; the last ones of this order are left out
             descending = np.arange(len(cost) // self.micro_batches * self.micro_batches)
             bounds = list(range(len(descending) + 1))
         shuffled = permutation(len(bounds) - 1, self.seed, LOT_ORDER, order.epoch, pool)
@@ -176,7 +178,7 @@ class BatchPlan:
         return [_deal(sorted_, bounds[i], bounds[i + 1]) for i in shuffled]
 
     def stats(self) -> EpochStats:
-        """Cuts the whole first epoch: a few seconds for a million samples."""
+        """Plans the whole first epoch: a few seconds for a million samples."""
         order = _Order(self, 0)
         lots = [lot for pool in range(len(self.pools) - 1) for lot, _ in self._lots(order, pool)]
         costs = [self.cost[self.kinds(lot)] for lot in lots]
@@ -191,11 +193,12 @@ class BatchPlan:
         )
 
 
-_Dealt = tuple[SampleIds, SampleIds]  # a lot, and what is spare
+_Dealt = tuple[SampleIds, SampleIds]  # a lot and its spare samples
 
 
 def _deal(pool: SampleIds, start: int, stop: int) -> _Dealt:
-    """The lot of a sorted pool between two bounds, and its neighbours: costlier ones first."""
+    """The lot between two bounds of a sorted pool, and its neighbours: costlier ones first, which
+    can be cut to size, while cheaper ones have to be repeated."""
     before = pool[max(0, start - SPARE) : start][::-1]
     after = pool[stop : stop + SPARE]
     return pool[start:stop], np.concatenate([before, after])[:SPARE]
@@ -238,7 +241,7 @@ class _Order:
 
 
 def require_room(modality: Modality, size: float, lots: int, most: float) -> None:
-    """Raises UserError when a sample that costs `most` fits no micro-batch of a step's `lots`."""
+    """Raises UserError if a sample of cost `most` is too large for a micro-batch."""
     if most <= size / lots:
         return
     unit, fewer = modality.batch_unit, int(size // most)
@@ -254,12 +257,12 @@ def require_room(modality: Modality, size: float, lots: int, most: float) -> Non
 
 
 def cut(costs: Sequence[float], limit: float, multiple: int) -> list[int]:
-    """Bounds of lots of consecutive samples, whose number is a multiple of `multiple`.
+    """The bounds of lots of consecutive samples; the number of lots is a multiple of `multiple`.
 
     costs: descending, none above limit. The padded cost of a lot, the number of its samples times
-    its first cost, is at most `limit`. There are as few lots as that allows; they are made about
-    equal by bisection for the lowest limit with which as many suffice. Empty when there are fewer
-    samples than lots, which only a number of samples that is no multiple itself can bring about.
+    its first cost, is at most `limit`. The number of lots is as small as that allows; bisection
+    finds the lowest limit for which this number suffices, which makes the lots about equal. Empty
+    if there are fewer samples than lots.
     """
     wanted = -(-_count(costs, limit) // multiple) * multiple
     if wanted > len(costs):
@@ -275,7 +278,7 @@ def cut(costs: Sequence[float], limit: float, multiple: int) -> list[int]:
 
 
 def _greedy(costs: Sequence[float], limit: float) -> list[int]:
-    """Bounds of the fewest lots that stay within `limit`: each takes as many samples as fit."""
+    """The bounds of the fewest lots within `limit`: each takes as many samples as fit."""
     bounds = [0]
     while bounds[-1] < len(costs):
         start = bounds[-1]
@@ -288,7 +291,7 @@ def _count(costs: Sequence[float], limit: float) -> int:
 
 
 def _split(costs: Sequence[float], bounds: list[int], wanted: int) -> list[int]:
-    """Halves the costliest lots until there are as many as wanted."""
+    """Halves the costliest lots until there are `wanted` of them."""
     lots = [(-costs[a] * (b - a), a, b) for a, b in pairwise(bounds) if b - a > 1]
     heapq.heapify(lots)
     while len(bounds) <= wanted:

@@ -1,6 +1,6 @@
-"""The samples of a run that cannot be used: told once each, and few.
+"""The bad samples of a run: each is reported once, and too many of them end the run.
 
-Made.bad --add--> log, RUN/bad_samples/rankNNNNN.jsonl; too many of them end the run
+Made.bad --add--> log, RUN/bad_samples/rankNNNNN.jsonl
 """
 
 from __future__ import annotations
@@ -12,34 +12,34 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from d2v_ds.errors import UserError
-from d2v_ds.loader.reading import REMEDY, Bad
+from d2v_ds.loader.reading import REMEDY, BadSample
 
 log = logging.getLogger("d2v_ds")
 
-MAX_BAD = 0.001  # share of samples that cannot be used, above which a run ends
-FIRST = 1_000  # samples: the share is never taken of fewer
-NAMED = 3  # of the bad ones, where they are too many
-LOGGED = 20  # of them, before only the file tells
-STAND_IN = "another sample stands in for it"
+MAX_BAD = 0.001  # share of bad samples above which a run ends
+FIRST = 1_000  # the share is computed of at least this many samples
+NAMED = 3  # bad samples that the error names
+LOGGED = 20  # bad samples that are logged; later ones are only written to the file
+REPLACED = "it is replaced by another sample"
 
 
 class Quarantine:
-    """Of one rank. file: a line of JSON for each bad sample is added to it; None: nowhere. most:
-    the share of bad ones among the samples read."""
+    """The bad samples of one rank. file: gets a line of JSON for each; None: no file. most: the
+    largest allowed share of the samples read."""
 
     def __init__(self, file: Path | None = None, most: float = MAX_BAD) -> None:
         self.file, self.most = file, most
         self.read = 0
-        self.bad: dict[tuple[str, str], Bad] = {}  # by tar and key
+        self.bad: dict[tuple[str, str], BadSample] = {}  # by tar and key
 
-    def add(self, read: int, bad: Sequence[Bad], then: str = STAND_IN) -> None:
-        """After `read` more samples of which these were bad, again or for the first time. then:
-        what becomes of them. Raises UserError when they have become too many."""
+    def add(self, read: int, bad: Sequence[BadSample], then: str = REPLACED) -> None:
+        """Records that of `read` more samples these were bad, whether for the first time or not.
+        then: what happens to them. Raises UserError if there are too many."""
         self.read += read
         for each in bad:
             if (each.tar, each.key) not in self.bad:
                 self.bad[each.tar, each.key] = each
-                self._tell(each, then)
+                self._report(each, then)
         if bad and len(self.bad) > self.most * max(self.read, FIRST):
             raise UserError(
                 f"{len(self.bad)} of the first {self.read} samples cannot be used, more than "
@@ -48,9 +48,11 @@ class Quarantine:
                 + f". {REMEDY}"
             )
 
-    def _tell(self, bad: Bad, then: str) -> None:
+    def _report(self, bad: BadSample, then: str) -> None:
         if len(self.bad) <= LOGGED:
-            more = "" if len(self.bad) < LOGGED else f"; of more, {self.file or 'nothing'} tells"
+            more = ""
+            if len(self.bad) == LOGGED:
+                more = f"; more are only listed in {self.file}" if self.file else "; more follow"
             log.warning("%s; %s%s", bad, then, more)
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)

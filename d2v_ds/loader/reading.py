@@ -1,7 +1,7 @@
 """Reading: sample id -> members, and the samples of a micro-batch -> Batch.
 
-Runs in the loader's worker processes, or in the training process where there are none. A member is
-read by one os.pread at the place that the index names: no tar is ever walked through.
+Runs in the loader's worker processes, or in the training process if there are none. A member is
+read with one os.pread at its offset in the index; tars are never scanned.
 """
 
 from __future__ import annotations
@@ -24,24 +24,22 @@ from d2v_ds.loader.plan import SampleIds
 from d2v_ds.modalities.base import Modality
 from d2v_ds.seeding import CROP, MASK, generator
 
-OPEN_SHARDS = 64  # that a reader holds, each with its index
-REMEDY = (
-    "Copy the shard again or convert again; `d2v-shards verify` lists all that is wrong with a set"
-)
+OPEN_SHARDS = 64  # kept open by a reader, each with its index
+REMEDY = "Copy the shard again or convert again; `d2v-shards verify` lists every fault of a set"
 
 
 @dataclass(frozen=True, slots=True)
 class _OpenShard:
     file: int
     index: ShardIndex
-    columns: list[tuple[int, str]]  # of the index: the fields to read
-    width: int  # of the index
+    columns: list[tuple[int, str]]  # (column in the index, field) of the fields to read
+    width: int  # columns of the index
     checksum: Checksum | None
 
 
 class Reader:
-    """Samples of a set by id. fields: the members to read. verify: whether their checksums
-    are compared, each time."""
+    """Reads samples of a set by id. fields: the members to read. verify: compare checksums at every
+    read."""
 
     def __init__(self, shards: ShardSet, fields: Sequence[str], verify: bool = True) -> None:
         self.shards, self.fields, self.verify = shards, frozenset(fields), verify
@@ -49,15 +47,15 @@ class Reader:
         self.open: OrderedDict[int, _OpenShard] = OrderedDict()  # least recent first
 
     def read(self, sample_id: int) -> dict[str, bytes]:
-        """Those of `fields` that the sample has. Raises ValueError when their bytes are not those
-        that the index is of, and UserError when the shard cannot be read."""
+        """The members among `fields` that the sample has. Raises ValueError if their bytes have
+        changed since they were indexed, UserError if the shard cannot be read."""
         shard, row = self._locate(sample_id)
         one = self._opened(shard)
         index, members = one.index, {}
         for column, field in one.columns:
             i = row * one.width + column
             offset, size = index.offsets[i], index.sizes[i]
-            if not offset:
+            if not offset:  # the sample has no such member
                 continue
             try:
                 member = members[field] = os.pread(one.file, size, offset)
@@ -77,13 +75,13 @@ class Reader:
         shard, row = self._locate(sample_id)
         return int(self._opened(shard).index.lengths[row])
 
-    def bad(self, sample_id: int, reason: str) -> Bad:
+    def bad(self, sample_id: int, reason: str) -> BadSample:
         entry = self.shards.shards[self._locate(sample_id)[0]]
         tar = self.shards.urls.get(entry.name) or str(self.shards.tar(entry))
-        return Bad(sample_id, tar, self.key(sample_id), reason)
+        return BadSample(sample_id, tar, self.key(sample_id), reason)
 
     def name(self, sample_id: int) -> str:
-        """A sample for people: its tar and its key."""
+        """A sample in messages: its tar and its key."""
         return str(self.bad(sample_id, "")).removesuffix(": ")
 
     def close(self) -> None:
@@ -91,7 +89,7 @@ class Reader:
             os.close(self.open.popitem()[1].file)
 
     def _locate(self, sample_id: int) -> tuple[int, int]:
-        """Shard and row in it."""
+        """(shard, row in the shard)."""
         shard = bisect_right(self.bounds, sample_id) - 1
         return shard, sample_id - self.bounds[shard]
 
@@ -121,12 +119,10 @@ class Reader:
         return UserError(f"{tar}: cannot be read ({error.strerror})")
 
 
-def read_samples(shards: ShardSet, keys: Sequence[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, members) of every sample of a set, in its order; those of `keys` that it has.
-
-    Raises UserError for a sample whose bytes have changed.
-    """
-    reader = Reader(shards, keys)
+def read_samples(shards: ShardSet, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, members) of every sample of a set, in the order of the set, with the members among
+    `fields` that it has. Raises UserError for a sample whose bytes have changed."""
+    reader = Reader(shards, fields)
     try:
         for sample_id in range(shards.samples):
             try:
@@ -140,17 +136,17 @@ def read_samples(shards: ShardSet, keys: Sequence[str]) -> Iterator[tuple[str, d
 
 @dataclass(frozen=True)
 class Lot:
-    """What it takes to make one micro-batch, anywhere."""
+    """What a worker needs to make one micro-batch."""
 
     epoch: int
     index: int  # of the micro-batch in its step
     samples: SampleIds
     spare: SampleIds
-    masked: int | None  # tokens, as planned; None: not planned
+    masked: int | None  # the planned number of masked tokens; None: not planned
 
 
 @dataclass(frozen=True)
-class Bad:
+class BadSample:
     """A sample that cannot be used."""
 
     sample_id: int
@@ -163,10 +159,10 @@ class Bad:
 
 
 class Made(NamedTuple):
-    """A micro-batch, and which of its samples others stand in for."""
+    """A micro-batch, and which of its samples were replaced."""
 
     batch: Batch
-    bad: tuple[Bad, ...]
+    bad: tuple[BadSample, ...]
 
     def own(self) -> Made:
         return self._replace(batch=self.batch.own())
@@ -175,20 +171,20 @@ class Made(NamedTuple):
 class MicroBatches:
     """Lot -> Made. Crops and masks are drawn from (seed, epoch, sample).
 
-    In place of a sample that cannot be used stands the one before it in the lot, which is at least
-    as long, cut to the planned length; else the nearest after it, repeated; else a spare one. So
-    sizes and numbers of masked tokens are as planned, and nothing depends on ranks or workers.
+    A bad sample is replaced by the one before it in the lot, which is at least as long, cut to the
+    planned length; else by the nearest one after it, repeated; else by a spare one. So sizes and
+    numbers of masked tokens stay as planned, and nothing depends on ranks or workers.
     """
 
     def __init__(self, reader: Reader, modality: Modality, seed: int) -> None:
         self.reader, self.modality, self.seed = reader, modality, seed
 
     def __call__(self, lot: Lot, reading: Callable[[int], None]) -> Made:
-        """reading: is told the sample_id of each sample before it is read. Raises UserError when a
-        shard cannot be read, and when neither a sample of the lot nor a spare one can be used."""
+        """reading: called with each sample id before it is read. Raises UserError if a shard cannot
+        be read, or if neither a sample of the lot nor a spare one is usable."""
         ids = lot.samples.tolist()
         found: list[Any] = []
-        bad: list[Bad] = []
+        bad: list[BadSample] = []
         for sample_id in ids:
             reading(sample_id)
             found.append(self._example(lot.epoch, sample_id, bad))
@@ -201,6 +197,7 @@ class MicroBatches:
                     used[i] = _stand_in(ids, i, stand_ins)
                     length = self.reader.length(sample_id)
                     examples[i] = self.modality.fit(stand_ins[used[i]], length)
+        # Masks belong to the planned samples, also of replaced ones: so their number is as planned.
         rngs = [generator(self.seed, MASK, lot.epoch, sample_id) for sample_id in ids]
         batch = self.modality.collate(examples, rngs, lot.index)
         keys = tuple(self.reader.key(sample_id) for sample_id in used)
@@ -209,20 +206,21 @@ class MicroBatches:
         )
         return Made(dataclasses.replace(batch, keys=keys), tuple(bad))
 
-    def _example(self, epoch: int, sample_id: int, bad: list[Bad]) -> Any:
-        """The decoded sample; None, and told in `bad`, when it cannot be used."""
+    def _example(self, epoch: int, sample_id: int, bad: list[BadSample]) -> Any:
+        """The decoded sample; None, and an entry in `bad`, if it cannot be used."""
         rng = generator(self.seed, CROP, epoch, sample_id)
         try:
             example = self.modality.decode(self.reader.read(sample_id), rng)
+            # `fit` returns the same object if the size is as planned.
             if self.modality.fit(example, self.reader.length(sample_id)) is not example:
-                raise ValueError("has not the length that the index says")
+                raise ValueError("its length differs from that in the index")
         except ValueError as error:
             bad.append(self.reader.bad(sample_id, str(error)))
             return None
         return example
 
-    def _spare(self, lot: Lot, bad: list[Bad]) -> dict[int, Any]:
-        ignored: list[Bad] = []  # each is counted in the lot that it belongs to
+    def _spare(self, lot: Lot, bad: list[BadSample]) -> dict[int, Any]:
+        ignored: list[BadSample] = []  # they are counted in the lots that they belong to
         for sample_id in lot.spare.tolist():
             example = self._example(lot.epoch, sample_id, ignored)
             if example is not None:

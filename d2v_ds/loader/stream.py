@@ -38,7 +38,7 @@ from d2v_ds.loader.find_set import require_tars
 from d2v_ds.loader.loader import Loader
 from d2v_ds.loader.plan import require_room
 from d2v_ds.loader.quarantine import Quarantine
-from d2v_ds.loader.reading import Bad
+from d2v_ds.loader.reading import BadSample
 from d2v_ds.modalities import sample_formats
 from d2v_ds.modalities.base import Modality
 from d2v_ds.seeding import SHARD_ORDER, TAR_GROUP, bit_generator, permutation
@@ -221,7 +221,7 @@ class StreamLoader:
             path.with_suffix(".idx").write_bytes(indexed.idx)
         return indexed
 
-    def _set_of(self, group: _Group) -> tuple[ShardSet, list[Bad]]:
+    def _set_of(self, group: _Group) -> tuple[ShardSet, list[BadSample]]:
         """The set that a group is, once it is there, and the samples that are not in it."""
         found = [future.result() for future in group.found]
         shards = ShardSet(
@@ -234,7 +234,7 @@ class StreamLoader:
             urls={f"{number:06d}": self.tars[number] for number in group.tars},
         )
         left_out = [
-            Bad(-1, self.tars[number], key, reason)
+            BadSample(-1, self.tars[number], key, reason)
             for number, tar in zip(group.tars, found, strict=True)
             for key, reason in tar.left_out
         ]

@@ -1,4 +1,4 @@
-"""The contract of a modality. Each has one file, and other code finds it only in the registry.
+"""The contract of a modality. Each has one file and is accessed only through the registry.
 
     tar members --decode--> example --collate--> Batch --front_end, trunk, predictor--> predictions
     headers of tar members --header_readers--> lengths in the index of third-party tars
@@ -56,7 +56,7 @@ class ModalityConfig:
     features, positions, context."""
 
     extra_tokens: int = 0
-    """Learned tokens in front of the others, without positions. The last one is the class token."""
+    """Learned tokens prepended to the sequence, without positions. The last is the class token."""
 
     cls_weight: float = 0.0
     """Weight of the class loss relative to the loss of one view's masked tokens. In the class loss
@@ -71,10 +71,10 @@ class ModalityConfig:
     micro-batch, as in fairseq, so that the micro-batch changes the objective."""
 
     prenet_depth: int = 0
-    """The number of blocks of this modality's own in front of the shared trunk (the prenet)."""
+    """The number of modality-specific blocks before the shared trunk (the prenet)."""
 
     prenet_dropout: float = 0.0
-    """Dropout in front of the prenet, after the norm."""
+    """Dropout before the prenet, after the norm."""
 
     prenet_layer_drop: float = 0.0
     """LayerDrop of the prenet."""
@@ -93,7 +93,7 @@ class ModalityConfig:
     it."""
 
     padded_statistics: bool = False
-    """As fairseq: only attention ignores padding, while target statistics and convolutions include
+    """As in fairseq: only attention ignores padding; target statistics and convolutions include
     it."""
 
     def __post_init__(self) -> None:
@@ -117,8 +117,8 @@ class Modality(ABC):
     instance is built from its settings: `Speech(SpeechConfig(...))`.
 
     A subclass that lacks a method, or an attribute without a default, raises TypeError when the
-    class is defined. The message names all that is missing. An intermediate class is declared with
-    `abstract=True`.
+    class is defined. The message names everything that is missing. An intermediate class is
+    declared with `abstract=True`.
     """
 
     name: ClassVar[str]
@@ -130,7 +130,7 @@ class Modality(ABC):
     length_unit: ClassVar[str]
     """The unit of lengths in a shard set's index: "frames", "pixels", "tokens"."""
 
-    keys: ClassVar[tuple[str, ...]]
+    extensions: ClassVar[tuple[str, ...]]
     """Extensions of the tar members that hold a sample, without the dot. A sample has one of
     them."""
 
@@ -139,16 +139,16 @@ class Modality(ABC):
 
     header_readers: ClassVar[Mapping[str, HeaderReader]] = {}
     """{extension: reader of a sample's length from the member's header}, in order of preference.
-    Third-party tars are indexed by them."""
+    They are used to index third-party tars."""
 
-    packed_keys: ClassVar[Mapping[str, str]] = {}
+    packed_extensions: ClassVar[Mapping[str, str]] = {}
     """{key: extension of the member that holds many samples of it, one per row}."""
 
     converter: ClassVar[str] = ""
     """The d2v-shards command that converts corpora of this modality; "": none."""
 
     baseline_name: ClassVar[str] = ""
-    """The name of what `baseline` returns, for tables."""
+    """The name of the `baseline` features, for tables."""
 
     config: Any
 
@@ -234,7 +234,7 @@ class Modality(ABC):
 
     @abstractmethod
     def front_end(self, model: TransformerConfig) -> FrontEnd:
-        """The parts in front of the shared trunk."""
+        """The modules before the shared trunk."""
 
     @abstractmethod
     def predictor(self, model: TransformerConfig) -> nn.Module:
@@ -263,7 +263,7 @@ class Modality(ABC):
         [t, u] along both axes."""
 
 
-REQUIRED = ("name", "batch_unit", "length_unit", "keys", "Config")
+REQUIRED = ("name", "batch_unit", "length_unit", "extensions", "Config")
 
 
 def check_json(members: Mapping[str, bytes]) -> None:
@@ -277,7 +277,7 @@ def extra_tokens(
 ) -> ExtraTokens | None:
     """The extra tokens of a front end; None if the settings have none.
 
-    N(0, 1) by default, as in the released configurations with a class token. A token of zeros in
-    front of a LayerNorm would have a gradient that is thousands of times larger than any other.
+    N(0, 1) by default, as in the released configurations with a class token. A token of zeros
+    before a LayerNorm would have a gradient that is thousands of times larger than any other.
     """
     return ExtraTokens(config.extra_tokens, dim, init) if config.extra_tokens else None

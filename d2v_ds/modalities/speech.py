@@ -30,7 +30,7 @@ from d2v_ds.transformer import Alibi, TransformerConfig
 
 Waveform = npt.NDArray[np.float32]
 
-LONG = 4  # only the crop is decoded of recordings that are longer than this many crops
+LONG = 4  # of recordings longer than this many crops, only the crop is decoded
 CONTAINERS = ("flac", "wav", "mp3", "ogg", "opus")  # extensions of recordings in a set
 SILENCE = 1e-9  # mean square of samples in [-1, 1]: one quantisation step of 16-bit audio
 
@@ -57,19 +57,19 @@ class MaskConfig:
     """Masks of data2vec 2.0 (fairseq compute_block_mask_1d) or 1.0 (compute_mask_indices)."""
 
     kind: Literal["blocks", "spans"] = "blocks"
-    """blocks (2.0): blocks at random positions that cover exactly the share prob of the tokens;
+    """blocks (2.0): blocks at random positions that cover exactly the fraction prob of the tokens;
     spans (1.0): spans from random starts, whose number of tokens varies; adjust and inverse are
     not used."""
 
     prob: float = 0.5
-    """The share of tokens to mask, between 0 and 1."""
+    """The fraction of tokens to mask, between 0 and 1."""
 
     length: int = 5
     """Length of a block or span in tokens; for images, the side of a square in patches."""
 
     adjust: float = 0.05
-    """Added to the share when blocks are drawn, because blocks overlap. Does not change the number
-    of masked tokens."""
+    """Added to prob when blocks are drawn, because blocks overlap. Does not change the number of
+    masked tokens."""
 
     inverse: bool = False
     """Draw the visible tokens in blocks instead of the masked ones."""
@@ -90,7 +90,7 @@ class SpeechConfig(ModalityConfig):
     prenet_dropout: float = 0.1
 
     sample_rate: int = 16_000
-    """Sample rate in Hz. Recordings with another rate are bad samples."""
+    """Sample rate in Hz. Recordings with a different rate are bad samples."""
 
     crop_seconds: float = 20.0
     """Longer recordings are cropped to this length at a random position."""
@@ -99,7 +99,7 @@ class SpeechConfig(ModalityConfig):
     """Shorter recordings are left out."""
 
     convs: tuple[tuple[int, int, int], ...] = PUBLISHED_CONVS
-    """Convolutions of the feature extractor, as (channels, kernel, stride). The default makes 50
+    """Convolutions of the feature extractor, as (channels, kernel, stride). The default yields 50
     tokens per second."""
 
     positions: PositionsConfig = field(default_factory=PositionsConfig)
@@ -113,7 +113,7 @@ class SpeechConfig(ModalityConfig):
         super().__post_init__()
         if not self.convs:
             raise ValueError("convs: needs at least one (channels, kernel, stride)")
-        if frames(round(self.min_seconds * self.sample_rate), self.convs) < 2:
+        if token_count(round(self.min_seconds * self.sample_rate), self.convs) < 2:
             raise ValueError(
                 f"min_seconds={self.min_seconds} is shorter than two frames of the convolutions"
             )
@@ -123,8 +123,8 @@ class SpeechConfig(ModalityConfig):
             )
 
 
-def frames(samples: int, convs: Sequence[tuple[int, int, int]]) -> int:
-    """The number of frames T that the convolutions make of S samples."""
+def token_count(samples: int, convs: Sequence[tuple[int, int, int]]) -> int:
+    """The number of tokens T (20 ms each) that the convolutions produce from S audio samples."""
     for _, kernel, stride in convs:
         samples = (samples - kernel) // stride + 1 if samples >= kernel else 0
     return samples
@@ -138,7 +138,7 @@ def normalised(
     if the audio is silent."""
     unit = audio.INT16_SCALE if pcm.dtype == np.int16 else 1.0
     waveform = torch.from_numpy(pcm.astype(np.float32))
-    eps = 1e-5 * unit**2
+    eps = 1e-5 * unit**2  # int16 is not divided by its scale, so eps is multiplied by it
     # fairseq raw_audio_dataset.py: layer norm over the utterance, in [-1, 1]
     scaled, _, rstd = torch.native_layer_norm(waveform, waveform.shape, None, None, eps)
     if audible and 1 / float(rstd) ** 2 - eps < SILENCE * unit**2:
@@ -202,7 +202,7 @@ class Speech(Modality):
     name: ClassVar[str] = "speech"
     batch_unit: ClassVar[str] = "s"
     length_unit: ClassVar[str] = "frames"
-    keys: ClassVar[tuple[str, ...]] = ("flac", "wav")
+    extensions: ClassVar[tuple[str, ...]] = ("flac", "wav")
     header_readers: ClassVar[dict[str, HeaderReader]] = {"flac": headers.flac, "wav": headers.wav}
     converter: ClassVar[str] = "speech"
     baseline_name: ClassVar[str] = "mean log-mel"
@@ -222,7 +222,7 @@ class Speech(Modality):
         data, rate = members[name], about["sample_rate"]
         info = audio.info(data)
         if info.rate != rate:
-            raise ValueError(f"{name}: {info.rate} Hz; the set says {rate} Hz")
+            raise ValueError(f"{name}: has {info.rate} Hz, but the set has {rate} Hz")
         if data[:4] == b"OggS" and (problem := ogg_problem(data)):
             raise ValueError(f"{name}: {problem}")
         check_json(members)
@@ -235,7 +235,7 @@ class Speech(Modality):
         return self.crop(length) / self.config.sample_rate
 
     def masked_tokens(self, length: int) -> int | None:
-        T, mask = frames(self.crop(length), self.config.convs), self.config.mask
+        T, mask = token_count(self.crop(length), self.config.convs), self.config.mask
         if mask.kind == "spans":
             return None
         return self.views * block_count(T, prob=mask.prob, inverse=mask.inverse)
@@ -243,23 +243,23 @@ class Speech(Modality):
     def warnings(self) -> list[str]:
         positions = self.config.positions
         reach = 1 + positions.depth * (positions.kernel - 1)
-        crop = frames(self.max_samples, self.config.convs)
+        crop = token_count(self.max_samples, self.config.convs)
         if reach < crop:
             return []
         return [
             f"modality.speech.positions: {positions.depth} convolutions with kernel "
-            f"{positions.kernel} see {reach} frames, the whole crop of {crop}. Such runs are known "
-            "to collapse. Raise modality.speech.crop_seconds, or lower depth or kernel."
+            f"{positions.kernel} cover {reach} frames, the whole crop of {crop}. Such runs are "
+            "known to collapse. Raise modality.speech.crop_seconds, or lower depth or kernel."
         ]
 
     def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Waveform:
         """The waveform [S], normalised to zero mean and unit variance over the recording, then
         cropped.
 
-        A recording longer than LONG crops holds many utterances. Only its crop is decoded, and the
-        crop itself is normalised.
+        A recording longer than LONG crops contains many utterances. Only its crop is decoded, and
+        only the crop is normalised.
         """
-        data = next(sample[key] for key in self.keys if key in sample)
+        data = next(sample[key] for key in self.extensions if key in sample)
         with audio.Recording(data) as recording:
             return self._piece(recording, rng)
 
@@ -272,7 +272,7 @@ class Speech(Modality):
         kept = self.crop(found.frames)
         if not kept:
             raise ValueError(
-                f"is {found.frames} samples long, too short: at least {self.min_samples} are needed"
+                f"is {found.frames} audio samples long, but at least {self.min_samples} are needed"
             )
         start = int(rng.integers(found.frames - kept + 1))
         if found.frames > LONG * self.max_samples:
@@ -286,12 +286,12 @@ class Speech(Modality):
     def collate(
         self, examples: Sequence[Waveform], rngs: Sequence[np.random.Generator], index: int
     ) -> Batch:
-        T = [frames(len(example), self.config.convs) for example in examples]
-        masks = [self.mask(t, rng) for t, rng in zip(T, rngs, strict=True)]
+        counts = [token_count(len(example), self.config.convs) for example in examples]
+        masks = [self.draw_masks(T, rng) for T, rng in zip(counts, rngs, strict=True)]
         valid = None
         if self.config.padded_statistics:
-            masks = [np.pad(m, ((0, 0), (0, max(T) - m.shape[1]))) for m in masks]
-            valid = np.arange(max(T)) < np.array(T)[:, None]
+            masks = [np.pad(m, ((0, 0), (0, max(counts) - m.shape[1]))) for m in masks]
+            valid = np.arange(max(counts)) < np.array(counts)[:, None]
         return Batch(
             modality=self.name,
             index=index,
@@ -300,7 +300,7 @@ class Speech(Modality):
             **mask_indices(masks, removed=self.config.masked == "removed", valid=valid),
         )
 
-    def mask(self, T: int, rng: np.random.Generator) -> Mask:
+    def draw_masks(self, T: int, rng: np.random.Generator) -> Mask:
         """The masks of one sample's views, [M, T]."""
         mask = self.config.mask
         if mask.kind == "spans":
@@ -317,7 +317,7 @@ class Speech(Modality):
 
     def unmasked(self, examples: Sequence[Waveform]) -> Batch:
         nothing = [
-            np.zeros((1, frames(len(example), self.config.convs)), dtype=bool)
+            np.zeros((1, token_count(len(example), self.config.convs)), dtype=bool)
             for example in examples
         ]
         return Batch(
@@ -328,7 +328,7 @@ class Speech(Modality):
         return np.zeros(self.max_samples, dtype=np.float32)
 
     def baseline(self, example: Waveform) -> npt.NDArray[np.float32]:
-        """Mean log-mel spectrum [bands] without its level, the strongest of the plain baselines."""
+        """Mean log-mel spectrum [bands], with its level removed."""
         mel = np.asarray(audio.log_mel(example, self.config.sample_rate), dtype=np.float32)
         mean: npt.NDArray[np.float32] = (mel - mel.mean()).mean(0)
         return mean

@@ -4,8 +4,8 @@ data2vec 2.0: fairseq examples/data2vec/models/modalities/text.py; 1.0: fairseq
 examples/data2vec/models/data2vec_text.py.
 
 A sample is the tokenizer's ids, including special ones, so that reading it is one copy and needs no
-tokenizer. Ids of a packed block have the fields u16 or u32; a labelled text is a one-dimensional
-.npy array of uint16 or uint32.
+tokenizer. The ids of a packed block are in the field u16 or u32; a labelled text is a
+one-dimensional .npy array of uint16 or uint32.
 
 B samples, M masked views per sample, R = B * M rows, T tokens, V ids in the vocabulary, D width.
 """
@@ -47,20 +47,21 @@ class MaskConfig:
     """Masks of data2vec 2.0 (fairseq random_masking) or 1.0 (MaskTokensDataset)."""
 
     kind: Literal["uniform", "spans"] = "uniform"
-    """uniform (2.0): single tokens, exactly the share prob of them; length is not used. spans
+    """uniform (2.0): single tokens, exactly the fraction prob of them; length is not used. spans
     (1.0): spans from random starts, whose number of tokens varies."""
 
     prob: float = 0.48
-    """The share of tokens to mask, between 0 and 1."""
+    """The fraction of tokens to mask, between 0 and 1."""
 
     length: int = 1
     """Length of a block or span in tokens; for images, the side of a square in patches."""
 
     random_prob: float = 0.0
-    """With masked=replaced, the share of masked tokens that the student reads as a random token."""
+    """With masked=replaced, the fraction of masked tokens that become a random token in the
+    student's input."""
 
     keep_prob: float = 0.0
-    """With masked=replaced, the share of masked tokens that the student reads unchanged."""
+    """With masked=replaced, the fraction of masked tokens that the student reads unchanged."""
 
     def __post_init__(self) -> None:
         if not 0 < self.prob < 1:
@@ -97,9 +98,9 @@ class TextConfig(ModalityConfig):
     """Longer blocks are cropped to this number of tokens at a random position."""
 
     position_std: float = BERT_STD
-    """Initial standard deviation of the learned positions. The default, that of the tokens, is as
-    published. Positions are easy to predict, and short runs that learn them first learn little
-    else; a smaller value avoids that."""
+    """Initial standard deviation of the learned positions. The default is the published value, the
+    same as for tokens. Positions are easy to predict, and short runs that learn them first learn
+    little else; a smaller value avoids this."""
 
     dropout: float = 0.1
     """Dropout of the student's embeddings."""
@@ -108,7 +109,7 @@ class TextConfig(ModalityConfig):
 
     text_teacher: Literal["whole", "masked"] = "whole"
     """whole: the teacher reads the whole text; masked: it reads only the masked tokens, and padding
-    in place of the others, as fairseq's 1.0 does."""
+    instead of the others, as in fairseq's 1.0."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,10 +125,10 @@ class TextConfig(ModalityConfig):
         if self.max_tokens < 2:
             raise ValueError(f"max_tokens={self.max_tokens} must be at least 2")
         if self.masked == "replaced" and self.views > 1 and self.text_teacher == "masked":
-            raise ValueError(f"text_teacher=masked takes views=1, got {self.views}")
+            raise ValueError(f"text_teacher=masked requires views=1, got {self.views}")
         if self.text_teacher == "masked" and self.cls_weight > 0:
             raise ValueError(
-                f"text_teacher=masked takes cls_weight=0, got {self.cls_weight}: the class loss "
+                f"text_teacher=masked requires cls_weight=0, got {self.cls_weight}: the class loss "
                 "needs targets of the whole text"
             )
 
@@ -161,8 +162,8 @@ class Text(Modality):
     name: ClassVar[str] = "text"
     batch_unit: ClassVar[str] = "tokens"
     length_unit: ClassVar[str] = "tokens"
-    keys: ClassVar[tuple[str, ...]] = ("u16", "u32", "npy")
-    packed_keys: ClassVar[dict[str, str]] = {"u16": "npy", "u32": "npy"}
+    extensions: ClassVar[tuple[str, ...]] = ("u16", "u32", "npy")
+    packed_extensions: ClassVar[dict[str, str]] = {"u16": "npy", "u32": "npy"}
     header_readers: ClassVar[dict[str, HeaderReader]] = {"npy": headers.npy}
     converter: ClassVar[str] = "text"
     baseline_name: ClassVar[str] = "bag of words"
@@ -175,7 +176,7 @@ class Text(Modality):
         check_json(members)
         size = about.get("tokenizer", {}).get("vocab_size")
         if size is not None and ids.max(initial=0) >= size:
-            raise ValueError(f"has token id {ids.max()}, its tokenizer has {size} ids")
+            raise ValueError(f"has token id {ids.max()}, but its tokenizer has {size} ids")
         return len(ids)
 
     def crop(self, length: int) -> int:
@@ -213,7 +214,8 @@ class Text(Modality):
         ids = read_ids(sample)
         if ids.max(initial=0) >= self.config.vocab_size:
             raise ValueError(
-                f"has token id {ids.max()}, modality.text.vocab_size is {self.config.vocab_size}"
+                f"has token id {ids.max()}, but modality.text.vocab_size is "
+                f"{self.config.vocab_size}"
             )
         start, kept = 0, min(len(ids), self.config.max_tokens)
         if rng is not None:
@@ -229,7 +231,7 @@ class Text(Modality):
         self, examples: Sequence[Tokens], rngs: Sequence[np.random.Generator], index: int
     ) -> Batch:
         config, longest = self.config, max(map(len, examples))
-        masks = [self.mask(len(e), rng) for e, rng in zip(examples, rngs, strict=True)]
+        masks = [self.draw_masks(len(e), rng) for e, rng in zip(examples, rngs, strict=True)]
         replaced: list[Tokens] = []  # one per view
         if config.masked == "replaced":
             for example, mask, rng in zip(examples, masks, rngs, strict=True):
@@ -253,7 +255,7 @@ class Text(Modality):
             **mask_indices(masks, removed=config.masked == "removed", valid=valid),
         )
 
-    def mask(self, T: int, rng: np.random.Generator) -> Mask:
+    def draw_masks(self, T: int, rng: np.random.Generator) -> Mask:
         """The masks of one block's views, [M, T]."""
         mask = self.config.mask
         if mask.kind == "uniform":
@@ -287,7 +289,7 @@ class Text(Modality):
         return np.full(self.config.max_tokens, self.config.vocab_size - 1, dtype=np.int64)
 
     def baseline(self, example: Tokens) -> npt.NDArray[np.float32]:
-        """The share of each id among the block's tokens, [V]."""
+        """The relative frequency of each id in the block, [V]."""
         counts = np.bincount(example, minlength=self.config.vocab_size)
         return (counts / len(example)).astype(np.float32)
 

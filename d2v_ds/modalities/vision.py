@@ -36,31 +36,31 @@ class MaskConfig:
     """Masks of data2vec 2.0 (fairseq compute_block_mask_2d) or 1.0 (beit/masking_generator.py)."""
 
     kind: Literal["blocks", "beit"] = "blocks"
-    """blocks (2.0): squares at random positions that cover exactly the share prob of the patches;
+    """blocks (2.0): squares at random positions that cover exactly the fraction prob of patches;
     beit (1.0): BEiT's rectangles, which cover at most mask.patches; prob, length, adjust and
     inverse are not used."""
 
     prob: float = 0.8
-    """The share of tokens to mask, between 0 and 1."""
+    """The fraction of tokens to mask, between 0 and 1."""
 
     length: int = 3
     """Length of a block or span in tokens; for images, the side of a square in patches."""
 
     adjust: float = 0.07
-    """Added to the share when blocks are drawn, because blocks overlap. Does not change the number
-    of masked tokens."""
+    """Added to prob when blocks are drawn, because blocks overlap. Does not change the number of
+    masked tokens."""
 
     inverse: bool = True
     """Draw the visible tokens in blocks instead of the masked ones."""
 
     patches: int = 120
-    """beit: the number of patches to mask, at most."""
+    """beit: the maximum number of patches to mask."""
 
     min_patches: int = 16
     """beit: the smallest area of a rectangle, in patches."""
 
     max_patches: int | None = None
-    """beit: the largest area of a rectangle, in patches; null: the number that is left to mask."""
+    """beit: the largest area of a rectangle, in patches; null: the number still to mask."""
 
     def __post_init__(self) -> None:
         if not 0 < self.prob < 1:
@@ -88,7 +88,7 @@ class VisionConfig(ModalityConfig):
     offset between patches (1.0)."""
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Range of the share of an image's area that a training crop covers."""
+    """Range of the fraction of an image's area that a training crop covers."""
 
     jitter: float = 0.0
     """Strength of random changes of brightness, contrast and saturation, in [0, 1]; 0: none."""
@@ -103,13 +103,13 @@ class VisionConfig(ModalityConfig):
             )
         T = (self.image_size // self.patch_size) ** 2
         if self.mask.kind == "beit" and self.mask.patches >= T:
-            raise ValueError(f"mask.patches={self.mask.patches} is not below the {T} patches")
-        if self.positions == "relative" and self.extra_tokens != 1:
             raise ValueError(
-                f"positions=relative takes extra_tokens=1, the class token, got {self.extra_tokens}"
+                f"mask.patches={self.mask.patches} must be below {T}, the number of patches"
             )
+        if self.positions == "relative" and self.extra_tokens != 1:
+            raise ValueError(f"positions=relative requires extra_tokens=1, got {self.extra_tokens}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(f"crop_scale={self.crop_scale} must rise within (0, 1]")
+            raise ValueError(f"crop_scale={self.crop_scale} must be [min, max] within (0, 1]")
         if not 0 <= self.jitter <= 1:
             raise ValueError(f"jitter={self.jitter} must be in [0, 1]")
 
@@ -163,7 +163,7 @@ class Vision(Modality):
     name: ClassVar[str] = "vision"
     batch_unit: ClassVar[str] = "images"
     length_unit: ClassVar[str] = "pixels"
-    keys: ClassVar[tuple[str, ...]] = ("jpg", "jpeg", "png", "webp")
+    extensions: ClassVar[tuple[str, ...]] = ("jpg", "jpeg", "png", "webp")
     header_readers: ClassVar[dict[str, HeaderReader]] = {
         "jpg": headers.jpeg,
         "jpeg": headers.jpeg,
@@ -177,7 +177,7 @@ class Vision(Modality):
 
     @classmethod
     def check_sample(cls, members: Mapping[str, bytes], about: Mapping[str, Any]) -> int:
-        found = [key for key in members if key in cls.keys]
+        found = [key for key in members if key in cls.extensions]
         if len(found) != 1:
             raise ValueError(f"has {len(found)} images, expected one")
         _, w, h = images.inspect(members[found[0]])
@@ -201,7 +201,7 @@ class Vision(Modality):
         """Pixels uint8 [3, H, W] of a random crop, flipped with probability 1/2; without rng, of
         the central crop."""
         config = self.config
-        data = next(sample[key] for key in self.keys if key in sample)
+        data = next(sample[key] for key in self.extensions if key in sample)
         if rng is None:
             return images.centre_crop(images.open_image(data), config.image_size)
         # BEiT flips before the crop; the distribution is the same.
@@ -224,11 +224,11 @@ class Vision(Modality):
             inputs=torch.from_numpy(np.stack(examples)),
             views=self.views,
             **mask_indices(
-                [self.mask(rng) for rng in rngs], removed=self.config.masked == "removed"
+                [self.draw_masks(rng) for rng in rngs], removed=self.config.masked == "removed"
             ),
         )
 
-    def mask(self, rng: np.random.Generator) -> Mask:
+    def draw_masks(self, rng: np.random.Generator) -> Mask:
         """The masks of one image's views, [M, T]."""
         mask, grid = self.config.mask, self.config.grid
         if mask.kind == "beit":

@@ -3,7 +3,7 @@
 Listing or loading a recipe imports no torch. `d2v-ds show NAME` prints the resolved configuration.
 Comments cite the source of the numbers: "fairseq" is facebookresearch/fairseq at 3d262bb,
 examples/data2vec/config; "data2vec_vision" is facebookresearch/data2vec_vision at af9a363; "the
-paper" is cited for numbers that are in no file.
+paper" is cited for numbers that no file contains.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ def load(source: str, overrides: list[str]) -> Config:
         raw = load_yaml(Path(source))
     else:
         raise UserError(
-            f"{source!r}: no such recipe{suggestion(source, RECIPES)}. The name of a file ends "
-            "with .yaml or .yml."
+            f"{source!r}: no such recipe{suggestion(source, RECIPES)}. Names of configuration "
+            "files end with .yaml or .yml."
         )
-    # compat=fairseq as an override replaces settings of the recipe or file. Other overrides win
-    # over it.
+    # compat=fairseq as an override replaces settings of the recipe or file. Other overrides take
+    # precedence over it.
     asked = [o for o in overrides if o.partition("=")[0] == "compat"]
     apply_compat(apply_overrides(raw, asked), over=bool(asked))
     return decode(Config, without_dropped(apply_overrides(raw, overrides)))

@@ -13,13 +13,13 @@ from d2v_ds.recipes.vision import vision_base, vision_tiny
 def joint_base() -> dict[str, Any]:
     """data2vec 2.0 on speech, images and text in one trunk: 165 M parameters, 85 M shared."""
     raw = together(speech_base(), vision_base(), text_base())
-    # The three recipes differ in the following. final_norm is that of speech and text, because
-    # vision's final LayerNorm only equalises the scale of the targets; top_k is between 8, 10 and
-    # 12; dropout is that of speech and text. Vision has no prenet, so that every modality has
-    # twelve blocks.
+    # The three recipes differ in the following settings. final_norm is taken from speech and text,
+    # because vision's final LayerNorm only equalises the scale of the targets; top_k is between 8,
+    # 10 and 12; dropout is taken from speech and text. Vision has no prenet, so that every modality
+    # has twelve blocks.
     raw["target"] = {"top_k": 10, "layer_norm": "instance", "final_norm": "none", "source": "ffn"}
     raw["modality"]["vision"]["prenet_depth"] = 0
-    raw["batch"]["micro_batches"] = 16  # those of speech are half as long as in speech_base
+    raw["batch"]["micro_batches"] = 16  # speech micro-batches are half as long as in speech_base
     # Every step trains the trunk. Its learning rate is the geometric mean of the three; warm-up and
     # annealing take the same share of the steps as in vision_base.
     raw["teacher"] = {"decay": 0.9998, "decay_end": 0.99999, "anneal_steps": 475_000}
@@ -30,8 +30,8 @@ def joint_base() -> dict[str, Any]:
 def joint_tiny() -> dict[str, Any]:
     """data2vec 2.0 on speech, images and text for a laptop: 1.7 M parameters."""
     raw = together(speech_tiny(), vision_tiny(), text_tiny())
-    # One target and one optimizer for all, those of speech_tiny. text_tiny has the same, except for
-    # the numbers of steps.
+    # All modalities use the target and the optimizer of speech_tiny. text_tiny has the same ones,
+    # except for the numbers of steps.
     raw["run"]["steps"] = 900
     raw["data"]["weights"] = {"speech": 1.0, "vision": 1.0, "text": 1.0}
     raw["teacher"]["anneal_steps"] = 675

@@ -69,7 +69,7 @@ def speech_large() -> dict[str, Any]:
 def speech_tiny() -> dict[str, Any]:
     """data2vec 2.0 for a laptop: 1 M parameters, trains in about two minutes on a CPU."""
     # Not published: tuned on the Free Spoken Digit Dataset. Three settings matter most: a decoder
-    # initialised with zeros, positions that see much less than a crop, and eight views.
+    # initialised with zeros, positions that cover much less than a crop, and eight views.
     return {
         "run": {"steps": 400},
         "data": {"workers": 1},

@@ -8,7 +8,7 @@ from typing import Any
 def vision_base() -> dict[str, Any]:
     """data2vec 2.0 ViT-B/16 on ImageNet-1k: 88 M parameters, 256 images per step."""
     # fairseq v2/base_images_only_task.yaml, unless a comment states otherwise. The steps are 75
-    # epochs of ImageNet's 1.28 M images; the paper's 150 epochs are as many steps with 512 images.
+    # epochs of ImageNet's 1.28 M images; the paper's 150 epochs are the same steps with 512 images.
     return {
         "run": {"steps": 375_300},
         "batch": {"size": 256.0, "micro_batches": 16},  # 16 GPUs x 16 images

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, code, host, and environment variables with secrets masked."""
+"""The environment of a run: versions, code, host, and variables with secrets masked."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def code_files() -> list[Path]:
 
 
 def code_hash() -> str:
-    """A hash that two machines share exactly if they run the same code."""
+    """A hash that is equal on two machines if and only if they run the same code."""
     digest = hashlib.sha256()
     for path in code_files():
         digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes() + b"\0")

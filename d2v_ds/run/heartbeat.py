@@ -1,4 +1,4 @@
-"""Heartbeats: what each rank is doing, written every few seconds, read by others.
+"""Heartbeats: the state of each rank, written every few seconds and read by other processes.
 
     watchdog of a rank --beat--> heartbeat/rankNNNNN.json --heartbeats--> status, other watchdogs
 
@@ -23,9 +23,8 @@ class Heartbeat:
     phase: str  # starting, data, training, saving, ended
     since: float  # when the phase began, in seconds since 1970
     time: float  # when this was written: old if the process is stopped, whatever its phase
-    busy_seconds: float = 0.0  # per step, waiting for data or in forward, where no rank waits for
-    # another
-    wait_seconds: float = 0.0  # per step, of these, waiting for data
+    busy_seconds: float = 0.0  # per step, for data and forward, in which no rank waits for another
+    wait_seconds: float = 0.0  # per step, the part of busy_seconds spent waiting for data
 
 
 def beat(run: RunFolder, heartbeat: Heartbeat) -> None:

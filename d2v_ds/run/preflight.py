@@ -1,6 +1,6 @@
-"""What can be checked before training.
+"""Checks before training.
 
-`check` examines the settings without importing torch, so that most mistakes are reported at once.
+`check` examines the settings without importing torch, so that most errors are reported immediately.
 `examine` runs on every rank, then `unfit` compares all findings: whether the ranks can train
 together, and which node cannot take part.
 """
@@ -28,12 +28,12 @@ MIN_FREE = 200e6  # bytes on the run's disk, for logs and metrics; checkpoints c
 
 
 def check(config: Config, ranks: int) -> None:
-    """Raises UserError if settings, shard sets, ranks and run folder do not fit together."""
+    """Raises UserError if settings, shard sets, ranks and run folder are not consistent."""
     require_divisible(config.batch.micro_batches, ranks)
     load_engine_config(config.engine.config)
     if config.engine.config == "local" and ranks > 1:
         raise UserError(
-            f"engine.config: local runs on one rank, this run has {ranks}; use zero0 .. zero3"
+            f"engine.config: local runs on one rank, but this run has {ranks}; use zero0 .. zero3"
         )
     if not config.modality:
         raise UserError("modality: a run needs at least one, for example modality.speech")
@@ -48,7 +48,7 @@ def check(config: Config, ranks: int) -> None:
 
 
 def require_shards(config: Config, modality: str, ranks: int) -> None:
-    """Raises UserError unless data.shards names sound shard sets for the modality."""
+    """Raises UserError unless data.shards names valid shard sets for the modality."""
     sources = {s: path for s, path in config.sources.items() if modality_of(s) == modality}
     setting = "data.shards" if len(config.modality) == 1 else f"data.shards.{modality}"
     if not all(sources.values()) or not config.sources:
@@ -78,7 +78,7 @@ class UnfitNodes(RuntimeError):
 
 @dataclass(frozen=True)
 class Finding:
-    """What one rank found."""
+    """The findings of one rank."""
 
     node: str
     code: str
@@ -97,7 +97,7 @@ def leave_token(run: RunFolder) -> Path:
 
 
 def examine(config: Config, token: Path, right_sum: bool) -> Finding:
-    """What this rank finds. right_sum: whether an all-reduce over all ranks was correct."""
+    """The findings of this rank. right_sum: whether an all-reduce over all ranks was correct."""
     sees_run = token.exists()
     return Finding(
         node=node_name(),
@@ -134,13 +134,13 @@ def unfit(findings: Sequence[Finding]) -> dict[str, str]:
             )
         for finding in findings:
             if getattr(finding, key) != counts[0][0]:
-                reasons.setdefault(finding.node, f"has different {what} than most ranks")
+                reasons.setdefault(finding.node, f"differs in {what} from most ranks")
     wrong = [finding.node for finding in findings if not finding.right_sum]
     if len(wrong) == len(findings) > 1:
         raise UserError(
-            "an all-reduce over the ranks is wrong or does not finish on every node; check the "
+            "an all-reduce over the ranks fails on all nodes (wrong sum or timeout); check the "
             "network (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME; NCCL_DEBUG=INFO logs more)"
         )
     for node in wrong:
-        reasons.setdefault(node, "its all-reduce over the ranks is wrong or does not finish")
+        reasons.setdefault(node, "an all-reduce over the ranks fails (wrong sum or timeout)")
     return reasons

@@ -1,7 +1,7 @@
-"""Before training, all ranks check together whether they can train together.
+"""All ranks check before training whether they can train together.
 
 preflight.examine on every rank --all-gather--> preflight.unfit --> the node of each rank, or
-UnfitNodes, upon which the batch script continues without those nodes
+UnfitNodes, after which the batch script requeues the job without these nodes
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ log = logging.getLogger("d2v_ds")
 
 
 def check_ranks(config: Config, device: torch.device) -> list[str]:
-    """The node of each rank. Raises UnfitNodes or UserError, on all ranks alike."""
+    """The node of each rank. Raises UnfitNodes or UserError on all ranks."""
     run = RunFolder(config.run_dir)
     token = on_rank_0(lambda: preflight.leave_token(run))
     findings = all_gather(preflight.examine(config, token, sums_right(device)))
@@ -44,7 +44,7 @@ def check_ranks(config: Config, device: torch.device) -> list[str]:
 
 
 def report_unfit(error: preflight.UnfitNodes) -> int:
-    """Names the nodes, also to the batch script; returns the exit code. All ranks together."""
+    """Reports the nodes to the user and the batch script; returns the exit code. Collective."""
     if own_rank() == 0:
         print(f"d2v-ds: {error}", file=sys.stderr)
         if folder := os.environ.get("D2V_JOB_LOGS"):

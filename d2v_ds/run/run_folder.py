@@ -1,7 +1,7 @@
 """The run folder: where everything of a run is stored, and which process may write to it.
 
     RUN/
-      config.yaml  environment.json        what runs, and on what
+      config.yaml  environment.json        configuration; versions, hosts, variables
       code/HASH.tar.gz                     the code of each start, by its hash in environment.json
       logs/JOB.RESTART/rank00000.txt       one folder per start, one log per rank
       metrics.jsonl  tb/                   curves
@@ -39,7 +39,7 @@ class Generation:
 
     number: int  # 1 for the first start of the run
     job: str  # the Slurm job, or `local`
-    restart: int  # how often this job was requeued
+    restart: int  # the number of times that this job was requeued
     process: str  # HOST:PID of rank 0: distinguishes two starts that claimed simultaneously
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ class RunFolder:
         return self.root / "DONE"
 
     def logs(self, generation: Generation) -> Path:
-        """What one start leaves: logs, stack traces, what the batch script found."""
+        """The files of one start: logs, stack traces, findings of the batch script."""
         return self.root / "logs" / f"{generation.job}.{generation.restart}"
 
     def log(self, generation: Generation, rank: int) -> Path:
@@ -112,7 +112,7 @@ class RunFolder:
         return self.checkpoints / f"{step:08d}"
 
     def steps(self) -> list[int]:
-        """Steps of the published checkpoints, ascending, sound or not."""
+        """Steps of the published checkpoints, ascending, valid or not."""
         if not self.checkpoints.is_dir():
             return []
         names = (path.name for path in self.checkpoints.iterdir())
@@ -141,7 +141,7 @@ def claim_generation(run: RunFolder, job: str, restart: int | None = None) -> Ge
 
 def _take_over(run: RunFolder) -> None:
     """Replaces metrics and event files by copies: an older start may still hold the originals open,
-    and what it writes then is lost with them."""
+    and its later writes are lost with them."""
     for path in (run.metrics, *run.tensorboard.glob("events.*")):
         if path.exists():
             aside = path.with_name(f".{os.getpid()}.tmp")

@@ -1,4 +1,4 @@
-"""What a run is doing, read from its folder: from a login node, while it trains or afterwards.
+"""The state of a run, read from its folder, during or after training, from any login node.
 
     metrics.jsonl, checkpoints/, heartbeat/, GENERATION, DONE, STOPPED --> a few lines
 
@@ -68,7 +68,8 @@ def describe(root: Path) -> str:
     lines = [f"run          {root}", f"state        {_state(run, beats, now)}"]
     lines.append(f"step         {step} of {steps}")
     if row and row.get("step_s") and step < steps:
-        lines.append(f"time left    {duration((steps - step) * row['step_s'])} at the latest speed")
+        left = duration((steps - step) * row["step_s"])
+        lines.append(f"time left    {left} at the current speed")
     if len(config["modality"]) > 1:
         lines.append(f"modalities   {_by_modality(config['modality'], row or {})}")
     saved = run.steps()
@@ -84,8 +85,8 @@ def describe(root: Path) -> str:
     if len(beats) > 1:
         slow = max(beats, key=lambda b: b.busy_seconds)
         lines.append(
-            f"slowest rank {slow.rank} on {slow.host}: {slow.busy_seconds:.3f} s per step before "
-            f"it waits for other ranks, {slow.wait_seconds:.3f} s of it waiting for data"
+            f"slowest rank {slow.rank} on {slow.host}: {slow.busy_seconds:.3f} s per step, without "
+            f"waits for other ranks; {slow.wait_seconds:.3f} s of this waiting for data"
         )
     return "\n".join(lines)
 

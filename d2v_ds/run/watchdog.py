@@ -6,8 +6,8 @@
     a newer start of the run --> exit code 1, before anything else is written
 
 The batch script also asks for stack traces, by writing `hung` itself, if a rank stops sending
-heartbeats (a stopped process, a lost node). Without D2V_HANG_SECONDS no process is ever ended,
-since a person may be using a debugger.
+heartbeats (a stopped process, a lost node). Without D2V_HANG_SECONDS no process is terminated
+for hanging, because someone may be using a debugger.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class Watchdog:
         beat(self.run, dataclasses.replace(self._beat, time=time.time()))
 
     def _accuse(self, text: str) -> None:
-        """Records which rank hangs; the first rank to find out does so for all."""
+        """Records which rank hangs. The first rank that detects it does this for all."""
         try:
             with self._hung.open("x") as file:
                 file.write(text + "\n")
@@ -143,7 +143,7 @@ class Watchdog:
         self._say(text)
 
     def _leave(self, code: int, text: str = "") -> None:
-        """Ends the process immediately, whatever its main thread is doing."""
+        """Ends the process immediately, regardless of the state of its main thread."""
         if text:
             self._say(text)
         for handler in log.handlers:

@@ -31,7 +31,7 @@ from d2v_ds.transformer import Trunk
 
 GIB = 2**30
 LONGEST = 2**40  # longer than any crop
-FREE = 0.1  # share of a GPU's memory reserved for driver, communication and fragmentation
+FREE = 0.1  # fraction of a GPU's memory reserved for driver, communication and fragmentation
 
 
 def describe(
@@ -190,7 +190,8 @@ def fit(
             f"{name}: activations of {samples * cost:g} {unit} take "
             f"{needs[0][samples] / GIB:.2f} GiB, or {needs[1][samples] / GIB:.2f} GiB with "
             "model.checkpoint_activations=true",
-            "  fits at no ZeRO stage: use more ranks, raise batch.micro_batches or lower batch.size"
+            "  does not fit at any ZeRO stage: use more ranks, raise batch.micro_batches or lower "
+            "batch.size"
             if stage is None
             else f"  smallest ZeRO stage that fits: engine.config=zero{stage}",
             f"  {f'largest micro-batch ({unit})':<28}{'plain':>14}{'checkpointed':>14}",
@@ -203,7 +204,7 @@ def fit(
         lines.append(
             f"smallest ZeRO stage that fits all modalities: engine.config=zero{max(fitting)}"
             if len(fitting) == len(stages)
-            else "the run fits at no ZeRO stage, because not all of its modalities do"
+            else "the run does not fit at any ZeRO stage, because not all of its modalities fit"
         )
     return [*lines, f"a checkpoint takes {checkpoint_bytes(P, A) / 1e9:.3g} GB on disk"]
 
@@ -228,8 +229,8 @@ def activations(
 def most_samples(needed: Mapping[int, int], room: int) -> int:
     """The number of samples that fit into `room` bytes. needed: as `activations` returns it.
 
-    Memory grows more slowly for few samples, because a part of it is constant. A straight line
-    between two numbers therefore never estimates too little.
+    Memory grows more slowly for few samples, because a part of it is constant. Linear interpolation
+    between two measured numbers therefore never underestimates it.
     """
     numbers = list(needed)
     if needed[1] > room:

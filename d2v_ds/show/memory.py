@@ -4,8 +4,8 @@
     task, examples --forward and backward on the meta device--> activation_bytes of a micro-batch
     the same on a CPU or GPU --> measured_activations
 
-On the meta device the model runs on tensors without content, so that its own allocations are
-counted, for any modality.
+On the meta device the model runs on tensors without data. Its actual allocations are counted, for
+any modality.
 
 P trained parameters, A parameters that the teacher averages.
 """
@@ -104,7 +104,7 @@ def measured_activations(task: Pretrain, batch: Batch) -> tuple[int, float]:
 
 
 def run_once(task: nn.Module, batch: Batch) -> None:
-    """Runs forward and backward of one micro-batch. Frees every gradient at once, because
+    """Runs forward and backward of one micro-batch. Frees every gradient immediately, because
     state_bytes counts gradients."""
 
     def drop(p: Tensor) -> None:

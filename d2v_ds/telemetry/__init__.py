@@ -1,4 +1,4 @@
-"""What a run reports while it trains: rows and curves, pictures, heartbeats, a console line.
+"""The reports of a run while it trains: rows and curves, pictures, heartbeats, a console line.
 
     sums and times of steps --step_done, once per cadence--> metrics.jsonl, tb/, log, watchdog
 
@@ -96,8 +96,8 @@ class Telemetry(Observer):
     def step_done(
         self, batch: StepBatch, settings: StepSettings, step: int, samples: int, grad_norm: Tensor
     ) -> None:
-        """After every step that was taken, the `step`-th, with `samples` seen so far. All ranks
-        call it together. grad_norm is copied to the host once per cadence."""
+        """Call it after every applied step. step: its number; samples: seen so far. Collective: all
+        ranks must call it. grad_norm is copied to the host once per cadence."""
         self.steps += 1
         self.samples += batch.samples
         self.bad += batch.bad
@@ -121,7 +121,7 @@ class Telemetry(Observer):
         rows = self._by_modality()
         passed = time.perf_counter() - self.since
         waited = self.seconds.get("data", 0.0)
-        busy = waited + self.seconds.get("forward", 0.0)  # where no rank waits for another one
+        busy = waited + self.seconds.get("forward", 0.0)  # in which no rank waits for another
         longest_wait, bad = torch.tensor(waited), torch.tensor(self.bad)
         if dist.is_initialized():
             dist.all_reduce(longest_wait, op=dist.ReduceOp.MAX)  # all ranks wait for the slowest
@@ -133,7 +133,7 @@ class Telemetry(Observer):
                 **named(rows, self.several),
                 "lr": settings.lr,
                 "weight_decay": settings.weight_decay,
-                "decay": settings.decay,
+                "decay": settings.ema_decay,
                 "skipped": float(self.skipped),
                 "step_s": passed / self.steps,
                 "samples_s": self.samples / passed,
@@ -148,8 +148,8 @@ class Telemetry(Observer):
         self._reset()
 
     def _by_modality(self) -> dict[str, dict[str, float]]:
-        """The scalars of each modality that took steps, on rank 0; begins new windows. All ranks
-        call it together, having taken the same steps."""
+        """The scalars of each modality that took steps, on rank 0; begins new windows. Collective:
+        all ranks must call it after the same steps."""
         rows = {}
         for name, window in self.windows.items():
             if window.steps == 0:
@@ -177,8 +177,8 @@ class Telemetry(Observer):
 
 
 def named(values: Mapping[str, Mapping[str, float]], several: bool) -> dict[str, float]:
-    """{modality or source: {NAME: value}} as a row has them: under NAME, or under NAME/OF in a run
-    with several."""
+    """{modality or source: {NAME: value}} as entries of a row: NAME, or NAME/OF in a run with
+    several."""
     return {
         f"{name}/{of}" if several else name: value
         for of, row in values.items()

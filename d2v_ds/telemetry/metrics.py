@@ -26,7 +26,7 @@ from torch import Tensor
 from d2v_ds.run.run_folder import RunFolder
 
 # Our name -> TensorBoard's, for the scalars of the loop; a task adds its own (Report.tags).
-# NAME/OF, the value of one modality or source, is shown under TAG/OF; loss/speech under
+# NAME/OF, the value of one modality or source, is shown as TAG/OF, and loss/speech as
 # loss/speech.
 TAGS = {
     "lr": "optim/lr",
@@ -44,7 +44,7 @@ TAGS = {
 
 
 class Accumulator:
-    """Sums of what the task reports, over micro-batches, steps and ranks.
+    """Sums of the reported quantities over micro-batches, steps and ranks.
 
     In fp64: over the 1e6 masked tokens of a cadence, fp32 sums of squares leave two digits of a
     spread that is small compared to the mean. Names and shapes must not change between two calls
@@ -66,13 +66,11 @@ class Accumulator:
         self._total += packed
 
     def reduce(self) -> dict[str, npt.NDArray[np.float64]]:
-        """Sums over all ranks since the last call, on the host; empty if nothing was added. All
-        ranks call it together, having added the same names."""
+        """Sums over all ranks since the last call, on the host; empty if nothing was added. A
+        collective: all ranks must call it with the same names."""
         if self._total is None:
             return {}
-        code = zlib.crc32(
-            repr(self._layout).encode()
-        )  # a checksum: ranks that differ would add up nonsense
+        code = zlib.crc32(repr(self._layout).encode())  # detects ranks that report different sums
         packed = torch.cat([self._total.new_tensor([code]), self._total])
         if dist.is_initialized():
             dist.all_reduce(packed)
@@ -112,8 +110,8 @@ class MetricsWriter:
         self._events = SummaryWriter(str(run.tensorboard), purge_step=step + 1 if step else 0)
 
     def scalars(self, step: int, samples: int, values: Mapping[str, float]) -> None:
-        """One row, after `step` steps and `samples` samples. Names have a tag, or are NAME/OF where
-        NAME has one. A value that is not finite becomes null in the row."""
+        """One row, after `step` steps and `samples` samples. Every name has a tag, or is NAME/OF if
+        NAME has a tag. A value that is not finite becomes null in the row."""
         now = time.time()
         row: dict[str, Any] = {"step": step, "samples": samples, "time": round(now, 3)}
         for name, value in values.items():

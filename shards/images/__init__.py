@@ -22,7 +22,7 @@ DESCRIPTION = (
     "Converts images to a shard set. jpg, png and webp files are stored unchanged, other formats "
     "as png. An interrupted conversion resumes if the same command is run again."
 )
-# The first layout that recognises SOURCE is used, so general ones stand at the end.
+# The first layout that recognises SOURCE is used, so general layouts come last.
 LAYOUTS: list[type[ImageLayout]] = [ImageNet, WebDataset, Manifest, Parquet, Folder]
 
 
@@ -33,19 +33,19 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         default=None,
         metavar="N",
         help="downsize larger images so that the shorter side is N pixels, with quality 95; other "
-        "images are not encoded again",
+        "images are not re-encoded",
     )
     parser.add_argument(
         "--label-key",
         default="label",
         metavar="NAME",
-        help="column of manifests and Parquet that holds the class (%(default)s)",
+        help="column of manifests and Parquet files with the class (%(default)s)",
     )
     parser.add_argument(
         "--image-key",
         default="image",
         metavar="NAME",
-        help="column of Parquet that holds the image (%(default)s)",
+        help="column of Parquet files with the image (%(default)s)",
     )
 
 

@@ -81,8 +81,8 @@ def _csv_rows(file: io.TextIOWrapper, source: Path) -> Iterator[tuple[int, dict[
         header = next(rows, [])
         if "path" not in header or len(set(header)) != len(header):
             raise UserError(
-                f"{source}: the first line must name the columns, each only once, and one of them "
-                f"`path`; found {', '.join(header) or 'none'}"
+                f"{source}: the first line must name the columns, including `path`, without "
+                f"duplicates; found {', '.join(header) or 'none'}"
             )
         for cells in rows:
             if not cells:

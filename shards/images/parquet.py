@@ -34,7 +34,7 @@ class Parquet(ImageLayout):
 
     @classmethod
     def open(cls, source: Path, options: ImageOptions) -> Parquet:
-        """Reads the schema of the first sound file."""
+        """Reads the schema of the first readable file."""
         layout = super().open(source, options)
         key = options.image_key
         for file in layout._files():

@@ -6,8 +6,8 @@ from pathlib import Path
 
 
 def path(name: str) -> Path:
-    """The folder of an embedded corpus: "speech", "images" or "text". Its README.md names source
-    and licence."""
+    """The folder of a bundled corpus: "speech", "images" or "text". Its README.md names the source
+    and the licence."""
     folder = Path(__file__).parent / name
-    assert folder.is_dir(), f"no embedded corpus {name!r}"
+    assert folder.is_dir(), f"no bundled corpus {name!r}"
     return folder

@@ -1,4 +1,4 @@
-"""Makes samples/images: grey tiles of 32 x 32 pixels from ten pictures with free licences.
+"""Creates samples/images: grey tiles of 32 x 32 pixels from ten pictures with free licences.
 
     python -m shards.samples.make_images PICTURES [OUT]    # PICTURES: the folder skimage/data
 
@@ -34,8 +34,8 @@ PICTURES = {
     "rocket": "rocket.jpg",
 }
 SIDE = 32  # pixels
-LARGEST = 800  # pixels of a side; larger pictures are halved
-FLAT = 4.0  # standard deviation of grey; tiles below are left out
+LARGEST = 800  # pixels of a side; larger pictures are scaled to half size
+FLAT = 4.0  # standard deviation of grey; tiles with less contrast are left out
 TRAINED = 0.75  # share of a picture's width
 SPLITS = {
     "train": (200, 16),

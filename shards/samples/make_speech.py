@@ -1,4 +1,4 @@
-"""Makes samples/speech, a subset of the Free Spoken Digit Dataset as FLAC with three manifests.
+"""Creates samples/speech, a subset of the Free Spoken Digit Dataset as FLAC with three manifests.
 
     python -m shards.samples.make_speech FSDD [OUT]      # FSDD: the folder with recordings/
 
@@ -16,8 +16,8 @@ from d2v_ds.data import audio
 
 LIMIT = 2_000_000  # bytes, over all files
 
-# Training recordings per speaker and digit, starting with index 5. The recordings of nicolas are
-# small (a quarter of those of the first three speakers), so there are more of them.
+# Training recordings per speaker and digit, starting with index 5. The recordings of nicolas are a
+# quarter of the size of the first three speakers' recordings, so there are more of them.
 TRAIN = {"george": 6, "jackson": 6, "lucas": 6, "yweweler": 9, "nicolas": 21}
 SEEN = 1  # recordings per training speaker and digit, starting with index 0
 UNSEEN = {"theo": 10}  # recordings per digit of a speaker that is not in the training data

@@ -1,4 +1,4 @@
-"""Makes samples/text from WikiText-2: articles for training, and paragraphs labelled by topic.
+"""Creates samples/text from WikiText-2: articles for training, and paragraphs labelled by topic.
 
     python -m shards.samples.make_text FOLDER [OUT]    # FOLDER: contains valid.txt and test.txt
 

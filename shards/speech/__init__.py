@@ -1,7 +1,7 @@
 """d2v-shards speech: recordings -> samples of mono 16-bit FLAC.
 
-The table of layouts and the options; converter.py makes the members of a sample, joining.py makes
-long samples of short recordings.
+The table of layouts and the options; converter.py makes the members of a sample, joining.py joins
+short recordings into longer samples.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ DESCRIPTION = (
     "Converts recordings (wav, flac, mp3, ogg, opus) to a shard set of mono 16-bit FLAC. "
     "An interrupted conversion resumes if the same command is run again."
 )
-# The first layout that recognises SOURCE is used, so general ones stand at the end.
+# The first layout that recognises SOURCE is used, so general layouts come last.
 LAYOUTS: list[type[SpeechLayout]] = [
     CommonVoice,
     WebDataset,
@@ -104,7 +104,7 @@ def read(arguments: argparse.Namespace) -> Corpus:
     from shards.speech.converter import SpeechConverter
 
     if arguments.join and arguments.max_seconds:
-        raise UserError("--join and --max-seconds exclude each other; use one of them")
+        raise UserError("--join and --max-seconds cannot be combined; use one of them")
     layout = open_source(LAYOUTS, arguments.layout, arguments.source, None)
     converter = SpeechConverter(
         layout,

@@ -166,13 +166,15 @@ class SpeechConverter:
             raise ValueError(problem)
         info = audio.info(data)
         if self.channel is not None and self.channel >= info.channels:
-            raise ValueError(f"has no channel {self.channel}, only {info.channels}, from 0 on")
+            raise ValueError(
+                f"has no channel {self.channel}: it has {info.channels}, numbered from 0"
+            )
         start, frames = 0, info.frames
         if item.part:
             start, stop = (round(seconds * info.rate) for seconds in item.part)
             if not 0 <= start < min(stop, info.frames):
                 raise ValueError(
-                    f"is {info.frames / info.rate:g} s long, so it has no such segment"
+                    f"is {info.frames / info.rate:g} s long, but its segment is outside of it"
                 )
             if stop > info.frames + info.rate // 10:  # manifests round
                 raise ValueError(
@@ -180,7 +182,8 @@ class SpeechConverter:
                 )
             frames = min(stop, info.frames) - start
         if frames < self.min_seconds * info.rate:
-            raise TooShort(f"is {frames / info.rate:g} s long, --min-seconds {self.min_seconds:g}")
+            seconds = frames / info.rate
+            raise TooShort(f"is {seconds:g} s long, below --min-seconds {self.min_seconds:g}")
         return Recording(data, info, start, frames)
 
     def _length(self, recording: Recording) -> int:
@@ -189,8 +192,8 @@ class SpeechConverter:
 
     def _decode(self, recording: Recording, start: int, stop: int) -> Samples:
         """Frames start to stop at the rate of the set, equal to that range of the whole recording:
-        the frames around it are decoded too if resampling needs them. Also called when the file's
-        own bytes are stored, because decoding is what detects damage."""
+        the frames around it are decoded too if resampling needs them. Also called when the bytes
+        of the file are stored unchanged, because decoding detects damage."""
         old, new = recording.info.rate, self.sample_rate
         divisor = math.gcd(old, new)
         old, new = old // divisor, new // divisor

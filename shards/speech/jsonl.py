@@ -56,7 +56,7 @@ def _sample(root: Path, line: bytes) -> Sample:
         raise ValueError("is not a JSON object")
     found = [row.pop(name) for name in PATHS if name in row]
     if len(found) != 1 or not isinstance(found[0], str) or not found[0] or "\0" in found[0]:
-        raise ValueError(f"needs {' or '.join(PATHS)}, a string")
+        raise ValueError(f"needs exactly one of {' and '.join(PATHS)}, a string")
     path = found[0]
     part = _part(row)
     stem = os.path.splitext(path)[0]
@@ -71,11 +71,11 @@ def _part(row: dict[str, Any]) -> tuple[float, float] | None:
     """(start, end) in seconds, None for the whole file. Raises ValueError."""
     times = {name: row[name] for name in TIMES if row.get(name) is not None}
     if not all(type(t) in (int, float) and 0 <= t < 1e9 for t in times.values()):
-        raise ValueError(f"{', '.join(TIMES)} are seconds, 0 or more")
+        raise ValueError(f"{', '.join(TIMES)} must be in seconds, 0 or more")
     start = times.get("offset", times.get("start"))
     if start is None:  # `duration` without a start is the duration of the file
         return None
     end = times.get("end", start + times["duration"] if "duration" in times else None)
     if end is None or end <= start:
-        raise ValueError("begins at a time and needs a duration or an end after it")
+        raise ValueError("has a start, so it needs a duration, or an end after the start")
     return start, end

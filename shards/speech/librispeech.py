@@ -58,7 +58,7 @@ class LibriSpeech(SpeechLayout):
                 yield Sample(key, (Input(path),), columns, size_of(folder / name))
             for stem in texts:
                 where = os.path.relpath(folder / stem, self.root)
-                rejected.append((where, "has a transcript and no recording"))
+                rejected.append((where, "has a transcript but no recording"))
         if not number:
             raise UserError(f"{self.root}: contains no {', '.join(AUDIO)} file")
 

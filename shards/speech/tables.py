@@ -35,12 +35,12 @@ def rows(path: Path, needed: str) -> Iterator[tuple[int, dict[str, str]]]:
     """(line number, row by column). Raises UserError if the header lacks the column `needed` or
     names a column twice, and if a row and the header differ in length."""
     columns: list[str] = []
-    rule = f"the first line must name the columns, separated by TAB, and one of them `{needed}`"
+    rule = f"the first line must name the columns, separated by TAB, including `{needed}`"
     for number, line in lines_of(path):
         if not columns:
             columns = line.split("\t")
             if needed not in columns or len(set(columns)) != len(columns):
-                raise UserError(f"{path}: {rule}, each only once; found {line[:200]!r}")
+                raise UserError(f"{path}: {rule}, without duplicates; found {line[:200]!r}")
         elif line:
             cells = line.split("\t")
             if len(cells) != len(columns):

@@ -76,5 +76,5 @@ def _columns(
             else:
                 columns[LABELS[field]] = data.decode().strip()
         except (ValueError, RecursionError) as error:
-            rejected.append((f"{where}.{field}", f"{error}; its recording does not get it"))
+            rejected.append((f"{where}.{field}", f"{error}; the recording is kept without it"))
     return columns

@@ -1,4 +1,4 @@
-"""d2v-shards text: the table of layouts and the options; packing.py makes samples of documents."""
+"""d2v-shards text: table of layouts and options; packing.py turns documents into samples."""
 
 from __future__ import annotations
 

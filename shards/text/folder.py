@@ -14,7 +14,7 @@ from shards.walking import wanted
 @dataclass(frozen=True)
 class Folder(TextLayout):
     name = "folder"
-    help = "folder tree with files of the formats above, also mixed"
+    help = "folder tree with files of one or more of the formats above"
     takes = "folder"
 
     formats: tuple[TextFormat, ...] = ()

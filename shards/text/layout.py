@@ -3,9 +3,9 @@
     file or folder --parts--> inputs (byte ranges between documents, row groups)
     input --documents--> (name, text, columns), one after the other
 
-A part is what one process reads at a time, so its size only bounds the work that is lost when the
-process is killed. Text is UTF-8 and stays unchanged, except for a byte order mark and the newline
-that ends a line.
+A part is the unit that one process reads at a time, so its size only limits the work that is lost
+if the process is killed. Text is UTF-8 and stays unchanged, except for a byte order mark and the
+newline that ends a line.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The common part of plain text and JSON lines: files of lines, cut into parts between documents.
 
-A compressed file cannot be entered in the middle, so it is one part.
+A compressed file cannot be read from the middle, so it is one part.
 """
 
 from __future__ import annotations

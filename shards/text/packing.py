@@ -156,7 +156,7 @@ class LabelledText(_TextConverter):
 
 
 def _rest(samples: list[Sample], rejected: list[Rejected], used: int) -> Converted:
-    """The documents that were left out, and by how much documents outnumber inputs."""
+    """The documents that were left out, and the number of documents beyond that of inputs."""
     parts = sum(len(sample.inputs) for sample in samples)
     return Converted("", (), 0, tuple(rejected), found=max(0, used + len(rejected) - parts))
 

@@ -1,4 +1,4 @@
-"""Plain text. --document says whether a document is a line, a paragraph or a file."""
+"""Plain text. --document sets whether a document is a line, a paragraph or a file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PIECES: dict[str, Pieces] = {
 
 class PlainText(LineFormat):
     name = "txt"
-    help = "plain text, .txt or .text (also .gz, .zst); documents as --document says"
+    help = "plain text, .txt or .text (also .gz, .zst); documents as set by --document"
     extensions = (".txt", ".text")
     compressed = True
 

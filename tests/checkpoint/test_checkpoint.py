@@ -145,14 +145,14 @@ def test_shared_adam_step_must_agree(run: RunFolder, generation: Generation) -> 
     [
         (
             {"student.trunk.bias": (9,)},
-            "checkpoint 7 was written with student.trunk.bias of shape [7], this run has [9]. "
+            "checkpoint 7 was written with student.trunk.bias of shape [7], but this run has [9]. "
             "Resuming needs the same model; choose another run.dir.",
         ),
         (
             {"student.new": (2,), "student.trunk.weight": (5, 6)},
-            "checkpoint 7 was written with student.trunk.weight of shape [6, 5], this run has "
-            "[5, 6] (2 parameters differ in total). Resuming needs the same model; choose another "
-            "run.dir.",
+            "checkpoint 7 was written with student.trunk.weight of shape [6, 5], but this run "
+            "has [5, 6] (2 parameters differ in total). Resuming needs the same model; choose "
+            "another run.dir.",
         ),
         (
             {"student.new": (2,)},
@@ -186,7 +186,7 @@ def test_a_gap_is_never_published(run: RunFolder, generation: Generation) -> Non
     state = pieces.whole(0)
     averages = state.ema["ema"]
     averages["teacher.trunk.bias"] = (0, averages["teacher.trunk.bias"][1][:-1])
-    with pytest.raises(AssertionError, match=r"ema of teacher.trunk.bias: ends at 6"):
+    with pytest.raises(AssertionError, match=r"ema of teacher.trunk.bias: the pieces end at 6"):
         save(run, generation, 7, state)
     del state.ema["ema_compensation"]["teacher.trunk.bias"]
     averages["teacher.trunk.bias"] = (0, torch.zeros(7))
@@ -242,7 +242,7 @@ def test_another_format_is_never_passed_over(
     save(run, generation, 6, pieces.whole(0))
     monkeypatch.setattr("d2v_ds.checkpoint.write.FORMAT", 1)
     save(run, generation, 7, pieces.whole(0))
-    with pytest.raises(UserError, match=r"00000007: has checkpoint format 1, this d2v_ds reads 2"):
+    with pytest.raises(UserError, match=r"00000007: has checkpoint format 1, but this d2v_ds"):
         checkpoint.newest_verified(run)
 
 
@@ -299,7 +299,7 @@ def test_no_checkpoint_at_all(run: RunFolder) -> None:
 
 def test_all_damaged_needs_a_person(run: RunFolder, generation: Generation) -> None:
     flip_bit(save(run, generation, 7, pieces.whole(0)) / "rank00000.safetensors")
-    with pytest.raises(UserError, match="none of the 1 checkpoints is sound"):
+    with pytest.raises(UserError, match="none of the 1 checkpoints is valid"):
         checkpoint.newest_verified(run)
 
 

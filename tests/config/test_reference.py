@@ -109,11 +109,11 @@ def test_every_setting_is_there_and_its_default_is_the_default() -> None:
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        (int, "whole number"),
+        (int, "integer"),
         (float | None, "number or null"),
         (Literal["a", "b", "c"], "a, b or c"),
         (tuple[float, float], "list of 2 numbers"),
-        (tuple[tuple[int, int, int], ...], "list of lists of 3 whole numbers"),
+        (tuple[tuple[int, int, int], ...], "list of lists of 3 integers"),
         (str | dict[str, str], "string or mapping of names to strings"),
     ],
 )
@@ -206,8 +206,8 @@ def test_an_unknown_path_is_an_error_with_a_suggestion(
 def test_a_modality_from_outside_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(REGISTRY, "series", "tests.helpers.sensor:Sensor")
     text = as_text("modality.series")
-    assert "modality.series.crop (whole number; default 200)\n    Readings that" in text
-    assert "modality.series.views (whole number; default 2)\n    Masked views per sample" in text
+    assert "modality.series.crop (integer; default 200)\n    Readings that" in text
+    assert "modality.series.views (integer; default 2)\n    Masked views per sample" in text
 
 
 def test_only_model_and_modality_import_torch() -> None:

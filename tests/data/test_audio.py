@@ -108,7 +108,7 @@ def test_not_audio(read, tmp_path: Path) -> None:  # type: ignore[no-untyped-def
 @pytest.mark.parametrize("read", [audio.info, audio.decode])
 def test_truncated_wav(read, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     data = encoded(noise())
-    with pytest.raises(ValueError, match="is truncated: 4022 bytes, its header says 8044"):
+    with pytest.raises(ValueError, match="is truncated: 4022 of 8044 bytes"):
         read(data[:4022])
     (tmp_path / "x.wav").write_bytes(data[:4022])
     with pytest.raises(ValueError, match="is truncated"):

@@ -26,7 +26,7 @@ def test_values() -> None:
 
 
 def test_kinds_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="'md5': this version knows xxh3, crc32 and none"):
+    with pytest.raises(UserError, match="'md5': this version supports xxh3, crc32 and none"):
         checksum_of("md5")
     monkeypatch.setattr(checksum, "xxhash", None)
     with pytest.raises(UserError, match="'xxh3': needs the package xxhash; install it"):

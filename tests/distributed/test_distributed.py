@@ -68,9 +68,9 @@ def test_world_of_srun() -> None:
 @pytest.mark.parametrize(
     ("env", "message"),
     [
-        ({"RANK": "x", "WORLD_SIZE": "2"}, r"RANK: expected a whole number .*'x'"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, r"RANK: expected an integer .*'x'"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, r"RANK=2 is not in 0 \.\. WORLD_SIZE=2 - 1"),
-        ({"SLURM_STEP_NUM_TASKS": "2"}, r"SLURM_PROCID: expected a whole number .*''"),
+        ({"SLURM_STEP_NUM_TASKS": "2"}, r"SLURM_PROCID: expected an integer .*''"),
     ],
 )
 def test_an_environment_that_makes_no_sense(env: dict[str, str], message: str) -> None:

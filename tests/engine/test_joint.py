@@ -80,7 +80,7 @@ class Trainer:
             stage=stage,
             precision=precision,
             accumulation=MICRO_BATCHES // self.world,
-            zero=BUCKETS["zero_optimization"],
+            zero=BUCKETS,
         )
 
     def step(self, modality: str, step: int) -> list[float]:

@@ -25,7 +25,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 STUDENT = [name for name in SHAPES if name.startswith("student.")]
 TEACHER = [name for name in SHAPES if name.startswith("teacher.")]
-STATE = {"step": 7, "samples": 123, "position": {"epoch": 1, "step": 3}, "config": {"lr": 1e-3}}
+STATE = {"step": 7, "samples": 123, "cursor": {"epoch": 1, "step": 3}, "config": {"lr": 1e-3}}
 
 Cuts = dict[str, list[int]]  # name -> ascending cut points, one fewer than ranks
 Pieces = dict[str, tuple[int, Tensor]]

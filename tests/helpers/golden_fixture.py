@@ -24,7 +24,7 @@ from d2v_ds.config import Config
 from d2v_ds.config.compat import apply_compat
 from d2v_ds.config.decoding import decode
 from d2v_ds.key_maps import FAIRSEQ, Rule, to_ours, to_theirs
-from d2v_ds.modalities.speech import frames
+from d2v_ds.modalities.speech import token_count
 from d2v_ds.pretrain import Pretrain
 from tests import ROOT
 
@@ -205,7 +205,7 @@ class Fixture:
         if valid.shape[1] == T:
             return valid
         convs = self.config.modality["speech"]["convs"]
-        lengths = np.array([frames(int(n), convs) for n in valid.sum(1)])
+        lengths = np.array([token_count(int(n), convs) for n in valid.sum(1)])
         return np.arange(T) < lengths[:, None]
 
 

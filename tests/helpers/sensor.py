@@ -76,7 +76,7 @@ class Sensor(Modality):
     name: ClassVar[str] = "series"
     batch_unit: ClassVar[str] = "numbers"
     length_unit: ClassVar[str] = "numbers"
-    keys: ClassVar[tuple[str, ...]] = ("series", "array")
+    extensions: ClassVar[tuple[str, ...]] = ("series", "array")
     header_readers: ClassVar[dict[str, HeaderReader]] = {"series": read_header}
     baseline_name: ClassVar[str] = "mean and spread"
     Config: ClassVar[type[ModalityConfig]] = SensorConfig
@@ -88,7 +88,7 @@ class Sensor(Modality):
 
     @classmethod
     def _readings(cls, sample: Mapping[str, bytes]) -> npt.NDArray[np.int16]:
-        data = next(sample[key] for key in cls.keys if key in sample)
+        data = next(sample[key] for key in cls.extensions if key in sample)
         readings = np.frombuffer(data, "<i2")
         if (readings < 0).any():
             raise ValueError("has negative numbers")

@@ -74,7 +74,7 @@ def take(
 ) -> list[float]:
     """One step on this rank's micro-batches; their losses. must: the step may not be skipped."""
     losses = Losses()
-    settings = StepSettings(step=step, lr=lr, weight_decay=weight_decay, decay=decay)
+    settings = StepSettings(step=step, lr=lr, weight_decay=weight_decay, ema_decay=decay)
     taken = train_step(engine, ema, step_batch(batches, count), settings, seed=0, observer=losses)
     assert taken or not must, f"step {step} was skipped"
     return losses.values

@@ -186,7 +186,7 @@ class Trainer:
             step=step,
             lr=plan.optim.lr * (1 + step % 3),
             weight_decay=plan.optim.weight_decay,
-            decay=plan.decay,
+            ema_decay=plan.decay,
         )
         losses = Losses()
         applied = train_step(

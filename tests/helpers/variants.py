@@ -92,7 +92,7 @@ def examples(task: Pretrain, *sizes: int) -> list[Any]:
 
 def tokens_of(modality: Any, example: Any) -> int:
     if modality.name == "speech":
-        return speech.frames(len(example), modality.config.convs)
+        return speech.token_count(len(example), modality.config.convs)
     return len(example) if modality.name == "text" else int(np.prod(modality.config.grid))
 
 
@@ -101,9 +101,10 @@ def draw(task: Pretrain, samples: Sequence[Any]) -> list[Any]:
     modality = modality_of(task)
     rngs = [seeding.generator(0, i) for i in range(len(samples))]
     if modality.name == "vision":
-        return [modality.mask(rng) for rng in rngs]
+        return [modality.draw_masks(rng) for rng in rngs]
     return [
-        modality.mask(tokens_of(modality, s), rng) for s, rng in zip(samples, rngs, strict=True)
+        modality.draw_masks(tokens_of(modality, s), rng)
+        for s, rng in zip(samples, rngs, strict=True)
     ]
 
 

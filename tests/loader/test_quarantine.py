@@ -143,7 +143,7 @@ def test_each_is_told_once(
     assert [json.loads(line) for line in file.read_text().splitlines()] == [
         {"sample_id": 68, "tar": tar, "key": "s2-11", "reason": reason}
     ]
-    told = f"{tar}, sample 's2-11': {reason}; another sample stands in for it"
+    told = f"{tar}, sample 's2-11': {reason}; it is replaced by another sample"
     assert [record.message for record in caplog.records] == [told]
 
 
@@ -158,7 +158,7 @@ def test_too_many_end_the_run(own: ShardSet, tmp_path: Path, workers: int) -> No
     message = str(caught.value)
     assert message.startswith("4 of the first ") and message.count("sample 's") == 3
     assert " samples cannot be used, more than data.max_bad=0.003 allows: " in message
-    assert message.endswith("`d2v-shards verify` lists all that is wrong with a set")
+    assert message.endswith("`d2v-shards verify` lists every fault of a set")
     assert len(file.read_text().splitlines()) == 4
 
 
@@ -188,6 +188,6 @@ def test_a_sample_of_another_length_than_the_index_says(tmp_path: Path) -> None:
     with closing(loader):
         steps = list(islice(loader, 3))
     assert [bad.reason for bad in loader.quarantine.bad.values()] == [
-        "has not the length that the index says"
+        "its length differs from that in the index"
     ]
     assert sum(step.bad for step in steps) == 1

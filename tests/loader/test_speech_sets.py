@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from d2v_ds.data.shard_format import ShardSet, open_set
 from d2v_ds.loader.loader import Loader
 from d2v_ds.loader.reading import read_samples
-from d2v_ds.modalities.speech import Speech, SpeechConfig, frames
+from d2v_ds.modalities.speech import Speech, SpeechConfig, token_count
 from shards import samples
 from shards.cli import main as d2v_shards
 
@@ -61,7 +61,7 @@ def test_an_epoch_of_real_speech(speech: ShardSet) -> None:
         for batch in step.micro_batches:
             B, S = batch.inputs.shape
             assert B == len(batch.keys) and S <= 3 * 16_000
-            assert batch.seen.shape == (2 * B, frames(S, CONFIG.convs))
+            assert batch.seen.shape == (2 * B, token_count(S, CONFIG.convs))
             assert 0.5 < float(batch.inputs.std()) < 2  # normalised over the utterance, padded
 
 
@@ -147,7 +147,7 @@ def test_other_widths_and_channels() -> None:
     [
         (np.full(32_000, 7, np.int16), "is silent"),
         (np.zeros(32_000, np.int16), "is silent"),
-        (tone(0.5), "is 8000 samples long, too short"),
+        (tone(0.5), "is 8000 audio samples long, but at least"),
         (np.full(32_000, np.nan, np.float32), "contains NaN or infinite samples"),
     ],
 )

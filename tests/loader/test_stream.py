@@ -296,7 +296,7 @@ def test_what_is_streamed_and_what_cannot_be() -> None:
     assert stream_tars("pipe:zcat a.tar.gz") == ["pipe:zcat a.tar.gz"]
     for other in ("https://h/set", "https://h/a.tar/set", "pipe:cat /sets/a.tar.d/{}", "/data/set"):
         assert stream_tars(other) == []
-    with pytest.raises(UserError, match="tars of this machine are named by their folder"):
+    with pytest.raises(UserError, match="local tars are named by their folder"):
         find_set("/data/a-{000..127}.tar")
     with pytest.raises(UserError, match="without an index, which only training can stream"):
         find_set("https://h/a-{0..1}.tar", "speech")

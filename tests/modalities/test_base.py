@@ -37,7 +37,7 @@ def members_of(kind: type[Modality], *left_out: str) -> dict[str, Any]:
 def test_a_subclass_with_everything_is_accepted() -> None:
     kind = type("Whole", (Modality,), members_of(Sensor))
     assert issubclass(kind, Modality) and kind.name == "series"
-    assert kind.packed_keys == {} and kind.converter == "" and kind.baseline_name == ""
+    assert kind.packed_extensions == {} and kind.converter == "" and kind.baseline_name == ""
 
 
 @pytest.mark.parametrize("name", [*REQUIRED, *sorted(METHODS)])

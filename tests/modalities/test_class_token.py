@@ -249,5 +249,5 @@ def test_a_teacher_of_masked_text_has_no_class_loss() -> None:
     """It sees only a part of the text, so its targets have no meaningful mean."""
     settings = {"masked": "replaced", "views": 1, "text_teacher": "masked"}
     create_modalities({"text": settings | {"extra_tokens": 1}})
-    with pytest.raises(UserError, match="text_teacher=masked takes cls_weight=0, got 1"):
+    with pytest.raises(UserError, match="text_teacher=masked requires cls_weight=0, got 1"):
         create_modalities({"text": settings | {"extra_tokens": 1, "cls_weight": 1}})

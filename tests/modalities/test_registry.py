@@ -63,7 +63,7 @@ class Case:
         return Loader(self.shards, self.modality, seed=1, size=size, micro_batches=4, **more)
 
     def samples(self, number: int) -> list[dict[str, bytes]]:
-        keys = [key for key in self.modality.keys if key in self.shards.fields]
+        keys = [key for key in self.modality.extensions if key in self.shards.fields]
         return [sample for _, sample in islice(read_samples(self.shards, keys), number)]
 
     def rng(self, *path: int) -> np.random.Generator:
@@ -101,8 +101,13 @@ def test_it_is_registered_under_its_own_name(case: Case) -> None:
     assert issubclass(modality.Config, ModalityConfig) and isinstance(
         modality.config, modality.Config
     )
-    assert modality.batch_unit and modality.length_unit and modality.keys and modality.baseline_name
-    assert not any(key.startswith(".") for key in modality.keys)
+    assert (
+        modality.batch_unit
+        and modality.length_unit
+        and modality.extensions
+        and modality.baseline_name
+    )
+    assert not any(key.startswith(".") for key in modality.extensions)
     with pytest.raises(UserError, match=rf"modality\.{modality.name}\.wrong: no such setting"):
         create_modalities({modality.name: {"wrong": 1}})
 
@@ -210,7 +215,7 @@ def train(case: Case, steps: int) -> tuple[list[float], Pretrain, dict[str, floa
     with closing(case.loader()) as loader:
         for number, step in enumerate(islice(loader, steps)):
             watching = Watching()
-            settings = StepSettings(step=number, lr=1e-3, weight_decay=0.01, decay=0.9)
+            settings = StepSettings(step=number, lr=1e-3, weight_decay=0.01, ema_decay=0.9)
             assert train_step(engine, ema, step, settings, seed=0, observer=watching)
             losses.append(sum(watching.values))
     return losses, task, task.report.summarize(accumulator.reduce(), steps)

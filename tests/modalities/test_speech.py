@@ -11,7 +11,7 @@ import pytest
 from d2v_ds import seeding
 from d2v_ds.errors import UserError
 from d2v_ds.modalities import create_modalities
-from d2v_ds.modalities.speech import PUBLISHED_CONVS, Speech, SpeechConfig, frames, pad
+from d2v_ds.modalities.speech import PUBLISHED_CONVS, Speech, SpeechConfig, pad, token_count
 
 
 def test_lengths_and_costs() -> None:
@@ -20,14 +20,17 @@ def test_lengths_and_costs() -> None:
         *(0, 16_000, 50_000, 64_000)
     ]
     assert modality.cost(32_000) == 2.0 and modality.cost(10**6) == 4.0
-    assert modality.masked_tokens(10**6) == 3 * (frames(64_000, PUBLISHED_CONVS) // 2)
+    assert modality.masked_tokens(10**6) == 3 * (token_count(64_000, PUBLISHED_CONVS) // 2)
     assert len(modality.largest()) == 64_000
 
 
 @pytest.mark.parametrize("T", [1, 2, 50, 999])
 def test_samples_of_frames_are_the_inverse_of_frames_of_samples(T: int) -> None:
     samples = Speech(SpeechConfig()).samples(T)
-    assert frames(samples, PUBLISHED_CONVS) == T and frames(samples - 1, PUBLISHED_CONVS) == T - 1
+    assert (
+        token_count(samples, PUBLISHED_CONVS) == T
+        and token_count(samples - 1, PUBLISHED_CONVS) == T - 1
+    )
 
 
 def test_a_batch_of_waveforms() -> None:

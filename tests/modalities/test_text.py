@@ -49,7 +49,7 @@ def test_blocks_of_ids_are_read(kind: Any) -> None:
         (npy([5, 6])[:-1], "cannot be read as a .npy array"),
         (npy([5, 6], np.int64), "holds int64 of shape (2,)"),
         (npy([[5, 6]]), "holds uint16 of shape (1, 2)"),
-        (npy([5, 50]), "has token id 50, modality.text.vocab_size is 50"),
+        (npy([5, 50]), "has token id 50, but modality.text.vocab_size is 50"),
     ],
 )
 def test_data_that_is_no_block_of_ids(data: bytes, message: str) -> None:
@@ -117,7 +117,7 @@ def test_the_picture_of_text_has_a_column_per_token() -> None:
             "must be 0 or more, and their sum at most 1",
         ),
         ({"mask": {"length": 0}}, "length=0 must be at least 1"),
-        ({"masked": "replaced", "text_teacher": "masked"}, "takes views=1, got 8"),
+        ({"masked": "replaced", "text_teacher": "masked"}, "requires views=1, got 8"),
         ({"specials": 50_265}, "specials=50265 must be in [0, 50265)"),
     ],
 )

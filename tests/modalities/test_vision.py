@@ -86,13 +86,13 @@ def test_fixed_positions() -> None:
     ("settings", "message"),
     [
         ({"image_size": 30}, "image_size=30 is not a multiple of patch_size=16"),
-        ({"image_size": 32, "mask": {"kind": "beit"}}, "mask.patches=120 is not below the 4"),
+        ({"image_size": 32, "mask": {"kind": "beit"}}, "mask.patches=120 must be below 4,"),
         (
             {"positions": "relative", "extra_tokens": 0},
-            "takes extra_tokens=1, the class token, got 0",
+            "requires extra_tokens=1, got 0",
         ),
         ({"cls_weight": 1.0, "extra_tokens": 0}, "cls_weight=1.0 needs extra_tokens"),
-        ({"crop_scale": [0.5, 0.2]}, "crop_scale=(0.5, 0.2) must rise within"),
+        ({"crop_scale": [0.5, 0.2]}, "crop_scale=(0.5, 0.2) must be [min, max]"),
         ({"jitter": 2.0}, "jitter=2.0 must be in [0, 1]"),
         ({"mask": {"prob": 1.0}}, "prob=1.0 must be between 0 and 1"),
         ({"masked": "dropped"}, "expected one of removed, replaced"),

@@ -33,7 +33,7 @@ def test_a_sound_run_passes(shards: Path, tmp_path: Path) -> None:
     ("settings", "ranks", "message"),
     [
         ([], 3, r"batch\.micro_batches: 4 is not divisible by 3 ranks"),
-        (["engine.config=local"], 2, r"engine\.config: local runs on one rank, this run has 2"),
+        (["engine.config=local"], 2, r"engine\.config: local runs on one rank, but this run has"),
         (["engine.config=zero7"], 1, r"engine\.config: 'zero7' is neither a JSON file"),
         (["data.shards="], 1, r"data\.shards: must name a shard set"),
         (["data.shards=/nowhere"], 1, "/nowhere: no such shard set"),

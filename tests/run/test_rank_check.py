@@ -38,9 +38,9 @@ def test_ranks_that_fit_together() -> None:
     ("changed", "reason"),
     [
         ({"sees_run": False, "free": 0}, "does not see the run folder"),
-        ({"code": "old"}, "has different code than most ranks"),
-        ({"config": "old"}, "has different settings than most ranks"),
-        ({"right_sum": False}, "its all-reduce over the ranks is wrong or does not finish"),
+        ({"code": "old"}, "differs in code from most ranks"),
+        ({"config": "old"}, "differs in settings from most ranks"),
+        ({"right_sum": False}, "an all-reduce over the ranks fails (wrong sum or timeout)"),
     ],
 )
 def test_the_node_that_differs_is_named(changed: dict[str, Any], reason: str) -> None:
@@ -60,7 +60,7 @@ def test_what_no_other_node_would_mend(changed: dict[str, Any], message: str) ->
 
 
 def test_sums_that_are_wrong_everywhere_are_no_nodes_fault() -> None:
-    with pytest.raises(UserError, match="on every node; check the network"):
+    with pytest.raises(UserError, match=r"on all nodes .*; check the network"):
         unfit([finding("a", right_sum=False), finding("b", right_sum=False)])
 
 
@@ -95,9 +95,9 @@ def test_all_ranks_learn_the_nodes(run_ranks: RunRanks, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ranks", "how", "answer"),
     [
-        (3, "other settings", "unfit: node node1: has different settings than most ranks"),
+        (3, "other settings", "unfit: node node1: differs in settings from most ranks"),
         (2, "other settings", "error: the ranks have different settings: node0 / node1; start all"),
-        (2, "wrong sums", "unfit: node node1: its all-reduce over the ranks is wrong or does"),
+        (2, "wrong sums", "unfit: node node1: an all-reduce over the ranks fails"),
     ],
 )
 def test_all_ranks_raise_alike(

@@ -59,7 +59,7 @@ def test_a_run_that_trains(run: RunFolder) -> None:
     write_beat(run, 1, phase="data", since=time.time() - 65, busy_seconds=0.5)
     found = shown(run)
     assert found["state"] == "running: data, for 0:01:05"
-    assert found["step"] == "31 of 50" and found["time left"] == "0:00:38 at the latest speed"
+    assert found["step"] == "31 of 50" and found["time left"] == "0:00:38 at the current speed"
     assert found["checkpoint"] == "step 30 (of 3 kept)"
     assert found["started"] == "2 times, last as job 7, restart 1"
     assert found["slowest rank"].startswith("1 on node1: 0.500 s per step before")

@@ -53,10 +53,10 @@ def test_every_option_has_a_help_text() -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--rate", "16k"], "16k: expected a whole number from 1000 to 192000"),
-        (["--jobs", "0"], "0: expected a whole number from 1"),
+        (["--rate", "16k"], "16k: expected an integer from 1000 to 192000"),
+        (["--jobs", "0"], "0: expected an integer from 1"),
         (["--shard-size", "big"], "'big' is not a size; give one such as 256MB"),
-        (["--max-bad", "200%"], "200%: expected a share, for example 1% or 0.01"),
+        (["--max-bad", "200%"], "200%: expected a fraction, for example 1% or 0.01"),
         (["--join-seconds", "0"], "0: expected a number from 0.1"),
     ],
 )

@@ -340,8 +340,8 @@ def test_nothing_usable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     "text, message",
     [
         ("", "the first line must name the columns"),
-        ("name\tlabel\na.wav\t1\n", "one of them `path`, each only once; found 'name\\tlabel'"),
-        ("path\tpath\na\tb\n", "each only once"),
+        ("name\tlabel\na.wav\t1\n", "including `path`, without duplicates; found 'name\\tlabel'"),
+        ("path\tpath\na\tb\n", "without duplicates"),
         ("path\tlabel\n", "lists no recordings"),
         ("path\tlabel\na.wav\n", "line 2: 1 columns, but the header has 2"),
         ("path\na.wav\n\na.wav\n", "line 4: a.wav is listed twice"),

@@ -143,7 +143,7 @@ def test_the_loader_decodes_it(tmp_path: Path) -> None:
         write(tmp_path / f"in/{i}.{'png' if i % 2 else 'jpg'}", picture("PNG" if i % 2 else "JPEG"))
     assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
     modality = Vision(VisionConfig(image_size=16, patch_size=4))
-    for _, sample in read_samples(open_set(tmp_path / "out"), modality.keys):
+    for _, sample in read_samples(open_set(tmp_path / "out"), modality.extensions):
         assert modality.decode(sample, None).shape == (3, 16, 16)
 
 
@@ -341,11 +341,11 @@ def test_a_sample_without_one_image_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.csv", b"file,label\nx,y\n", "each only once, and one of them `path`"),
+        ("a.csv", b"file,label\nx,y\n", "including `path`, without duplicates"),
         ("a.csv", b"path,label\nx\n", "line 2: 1 columns, but the header has 2"),
         ("a.csv", b"", "found none"),
         ("a.csv", b"path,label\n", "lists no images"),
-        ("a.tsv", b"path\tpath\n", "each only once"),
+        ("a.tsv", b"path\tpath\n", "without duplicates"),
         ("a.csv", b"path\n\xff\n", "is not UTF-8"),
         ("a.jsonl", b'{"path": "x"}\n{"pth": "x"}\n', "line 2: has no `path`; did you mean 'pth'?"),
         ("a.jsonl", b"[]", "line 1: is not a JSON object"),

@@ -175,5 +175,5 @@ def test_tiles_of_the_splits_come_from_different_parts(tmp_path: Path) -> None:
 
 
 def test_unknown_corpus() -> None:
-    with pytest.raises(AssertionError, match="no embedded corpus 'music'"):
+    with pytest.raises(AssertionError, match="no bundled corpus 'music'"):
         samples.path("music")

@@ -75,7 +75,7 @@ def test_librispeech(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         "duration": 0.3,
     }
     assert "text" not in rows["dev-clean/84/121123/84-121123-0002"]
-    lost = {"dev-clean/84/121123/84-121123-0009": "has a transcript and no recording"}
+    lost = {"dev-clean/84/121123/84-121123-0009": "has a transcript but no recording"}
     assert quarantine(out) == lost
     assert convert(tmp_path / "LibriSpeech", tmp_path / "strict") == 2, (
         "a quarter of the inputs is more than --max-bad"
@@ -193,8 +193,8 @@ def test_jsonl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     left_out = quarantine(out)
     assert len(found) == 3 and len(left_out) == 8
     assert "its segment ends later" in left_out["long.wav, 2 to 4"]
-    assert "it has no such segment" in left_out["long.wav, 5 to 6"]
-    assert "needs a duration or an end" in left_out["train.jsonl, line 6"]
+    assert "but its segment is outside of it" in left_out["long.wav, 5 to 6"]
+    assert "needs a duration, or an end" in left_out["train.jsonl, line 6"]
     assert "are seconds" in left_out["train.jsonl, line 7"]
     assert "path or audio_filepath" in left_out["train.jsonl, line 8"]
     assert "not a JSON object" in left_out["train.jsonl, line 9"]
@@ -218,7 +218,7 @@ def test_webdataset_tars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert (found["a/1"]["json"]["text"], found["a/1"]["json"]["label"]) == ("eins", "7")
     assert found["a/2"]["json"]["speaker"] == "theo"
     assert quarantine(out) == {
-        "s-1.tar, a/3.json": "is not an object; its recording does not get it",
+        "s-1.tar, a/3.json": "is not an object; the recording is kept without it",
         "s-1.tar, a/4": "has no recording, only txt",
     }
     assert convert(tmp_path / "in/s-0.tar", tmp_path / "one", *ALL) == 0
@@ -283,7 +283,7 @@ def test_channels(tmp_path: Path) -> None:
         if name == "left":
             assert is_as(found["mono"]["flac"], mono)
         else:
-            assert "has no channel 1, only 1" in quarantine(out)["mono.wav"]
+            assert "has no channel 1: it has 1" in quarantine(out)["mono.wav"]
     assert convert(tmp_path / "in", tmp_path / "mix", *ALL) == 0
     mixed = audio.decode(contents(tmp_path / "mix")["stereo"]["flac"])
     assert np.abs(mixed - x.mean(axis=1) / 32768).max() <= 0.5 / 32768 + 1e-7
@@ -295,7 +295,8 @@ def test_min_seconds_does_not_count_as_damage(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert convert(tmp_path / "in", out, "--min-seconds", "2", "-j1") == 0
     assert sorted(contents(out)) == ["2", "3"]
-    assert quarantine(out) == {f"{i}.wav": f"is {i + 0.5} s long, --min-seconds 2" for i in (0, 1)}
+    reasons = {f"{i}.wav": f"is {i + 0.5} s long, below --min-seconds 2" for i in (0, 1)}
+    assert quarantine(out) == reasons
     assert json.loads((out / "index.json").read_text())["quarantined"] == 2
 
 
@@ -354,7 +355,7 @@ def test_a_layout_that_is_not_there(
 
 def test_joining_and_dividing_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:
     line = refused(capsys, "in", "out", "--join", "speaker", "--max-seconds", "9")
-    assert "--join and --max-seconds exclude each other" in line
+    assert "--join and --max-seconds cannot be combined" in line
 
 
 # ---------------------------------------------------------------------------------- damaged formats

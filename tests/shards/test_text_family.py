@@ -59,7 +59,7 @@ def blocks(folder: Path) -> Iterator[tuple[str, list[int]]]:
     """(key, ids) as the loader reads them."""
     shards = open_set(folder, "text")
     modality = Text(TextConfig(vocab_size=4096, mask_id=4095, max_tokens=10**6))
-    for key, sample in read_samples(shards, modality.keys):
+    for key, sample in read_samples(shards, modality.extensions):
         yield key, modality.decode(sample, None).tolist()
 
 

@@ -102,8 +102,8 @@ DAMAGE: list[tuple[Callable[[Path, int], None], list[str]]] = [
     (flip_payload, ["sha256", CHECKSUM]),
     (flip_header, ["sha256", "at KEY.flac: damaged header (bad checksum) at byte"]),
     (zero, ["sha256", "at KEY.flac: zeros", CHECKSUM]),
-    (cut_at_member, ["bytes, index.json says", "KEY.flac: ends without its end", CHECKSUM]),
-    (cut_in_payload, ["bytes, index.json says", "KEY.flac: its", "extend past the end", CHECKSUM]),
+    (cut_at_member, ["bytes, but index.json has", "KEY.flac: ends without its end", CHECKSUM]),
+    (cut_in_payload, ["but index.json has", "KEY.flac: its", "extend past the end", CHECKSUM]),
     (remove, ["speech-000001.tar: No such file"]),
     (flip_index, ["speech-000001.idx: is damaged"]),
     (remove_index, ["speech-000001.idx: missing"]),
@@ -173,7 +173,7 @@ def test_content_is_really_decoded(
         ("cut", other, b"{}", frames),
     ]
     text = problems(build(tmp_path / "set", [rows]), capsys)
-    assert f"sample 'length': has length {frames}, the index says {frames + 1}" in text
+    assert f"sample 'length': has length {frames}, but the index has {frames + 1}" in text
     assert "sample 'json'" in text and "sample 'list': json: is not an object" in text
     assert "sample 'cut'" in text and "sample 'good'" not in text
 
@@ -184,7 +184,7 @@ def test_wrong_rate(
     folder = build(tmp_path / "set", [[("a", flac[0], b"{}", flac[1])]])
     file = folder / INDEX_FILE
     file.write_text(file.read_text().replace('"sample_rate": 8000', '"sample_rate": 16000'))
-    assert "flac: 8000 Hz; the set says 16000 Hz" in problems(folder, capsys)
+    assert "flac: has 8000 Hz, but the set has 16000 Hz" in problems(folder, capsys)
 
 
 def test_keys_used_twice(

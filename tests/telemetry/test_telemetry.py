@@ -54,7 +54,7 @@ def steps(
             source=modality,
             bad=step % 2,
         )
-        settings = StepSettings(step=step - 1, lr=0.1, weight_decay=0.01, decay=0.99)
+        settings = StepSettings(step=step - 1, lr=0.1, weight_decay=0.01, ema_decay=0.99)
         telemetry.step_done(step_batch, settings, step, 8 * step, torch.tensor(float(step)))
 
 
