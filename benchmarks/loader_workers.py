@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +78,7 @@ def _arrays(batch: Batch) -> dict[str, Any]:
 
 def _batch(item: tuple[dict[str, Any], Any]) -> Made:
     fields, bad = item
-    tensors = {
+    tensors: Any = {
         k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in fields.items()
     }
     return Made(Batch(**tensors), bad)
@@ -95,7 +96,7 @@ def data_loader(
     loader = DataLoader(
         Lots(make, arrays),
         batch_size=None,
-        sampler=lots,  # type: ignore[arg-type]
+        sampler=lots,
         num_workers=workers,
         multiprocessing_context=CONTEXT,
         prefetch_factor=2,
@@ -120,8 +121,8 @@ def loader_workers(
 
 VARIANTS: dict[str, Callable[..., Any]] = {
     "LoaderWorkers": loader_workers,
-    "DataLoader, tensors": lambda *given: data_loader(*given, arrays=False),
-    "DataLoader, numpy arrays": lambda *given: data_loader(*given, arrays=True),
+    "DataLoader, tensors": partial(data_loader, arrays=False),
+    "DataLoader, numpy arrays": partial(data_loader, arrays=True),
 }
 
 
