@@ -15,6 +15,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from d2v_ds.batch import StepBatch
 from d2v_ds.config import Config, modality_of
 from d2v_ds.config.decoding import decode, dump_yaml, to_dict
 from d2v_ds.config.resume import refuse_changes
-from d2v_ds.data.cache.stage import own_copy
-from d2v_ds.distributed.collectives import on_rank_0, own_rank
+from d2v_ds.data.cache.stage import stage
+from d2v_ds.data.shard_format import ShardSet, open_set
+from d2v_ds.distributed.collectives import on_all_ranks, on_rank_0, own_rank
 from d2v_ds.distributed.world import World
 from d2v_ds.engine import Engine
 from d2v_ds.errors import UserError
@@ -40,7 +42,7 @@ from d2v_ds.modalities.base import Modality
 from d2v_ds.run import environment
 from d2v_ds.run.rank_check import warn_of_too_few_cores
 from d2v_ds.run.run_folder import Generation, RunFolder, claim_generation
-from d2v_ds.run.watchdog import Watchdog
+from d2v_ds.run.watchdog import PATIENT, Watchdog
 from d2v_ds.step import create_engine_and_ema
 from d2v_ds.task import Task
 from d2v_ds.teacher import Ema
@@ -236,8 +238,26 @@ def create_mixture(
         else:
             shards = find_set(path, modality.name)
             modality.check_set(shards.about)
-            loaders[source] = Loader(own_copy(shards, watchdog), modality, **settings)
+            loaders[source] = Loader(local_copy(shards, watchdog), modality, **settings)
     return Mixture(loaders, shares, config.run.seed)
+
+
+def local_copy(shards: ShardSet, watchdog: Watchdog) -> ShardSet:
+    """The set that this node reads: its own copy if D2V_STAGE names a folder, else `shards`. A
+    remote set has a cache instead. Collective: all ranks must call it. Raises UserError on all."""
+    folder = os.environ.get("D2V_STAGE")
+    if not folder or shards.remote:
+        return shards
+    alive = partial(watchdog.mark, "copying shards", 0)
+
+    def copy() -> Path | None:
+        path = stage(shards, Path(folder), alive)
+        watchdog.mark(PATIENT, 0)  # other nodes may take longer, and are watched by their own ranks
+        return path
+
+    own = on_all_ranks(copy)[watchdog.rank]
+    watchdog.mark("starting", 0)
+    return open_set(own, shards.modality) if own else shards
 
 
 def describe_run(config: Config, run: RunFolder, nodes: list[str]) -> None:

@@ -1,9 +1,11 @@
-"""Files from elsewhere: whole, or an error.
+"""Downloads: the complete content of a URL, or an error.
 
-    URL --download--> a file;  URL --fetch--> an open one, and its SHA-256;  URL --read_all--> bytes
+    URL --download--> file;  URL --fetch--> open file and its SHA-256;  URL --read_all--> bytes
 
-http(s) is read by the standard library, `pipe:COMMAND` is what a command writes, all else (s3, gs,
-hf ...) is read by fsspec. What may change by waiting is tried again, as long as TRY_FOR.
+The standard library reads http(s), and a shell reads `pipe:COMMAND`. fsspec reads other schemes
+(s3, gs, hf ...) for which its package is installed; webdataset's `gopen` reads the rest of those
+that it knows, by command-line tools (gs, hf, ais, scp, sftp ...). Temporary errors are retried for
+TRY_FOR.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ Result = TypeVar("Result")
 
 log = logging.getLogger("d2v_ds")
 
-TRY_FOR = 240.0  # seconds, before a download is given up
-PAUSE, LONGEST_PAUSE = 0.5, 15.0  # seconds between tries: doubles
-SILENCE = 60.0  # seconds without a byte
+TRY_FOR = 240.0  # seconds of retries before a download fails
+PAUSE, LONGEST_PAUSE = 0.5, 15.0  # seconds between retries; the pause doubles
+SILENCE = 60.0  # seconds without a byte after which a connection has failed
 CHUNK = 1 << 20  # bytes
-FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+COMMAND_NOT_FOUND = 127  # exit code of a shell
 
 
 def is_remote(where: str) -> bool:
@@ -44,13 +47,16 @@ def is_remote(where: str) -> bool:
 def url_of(where: str, name: str) -> str:
     if where.startswith("pipe:"):
         if "{}" not in where:
-            raise UserError(f"data.shards: {where!r} has no {{}} in place of a file's name")
+            raise UserError(f"data.shards: {where!r} needs {{}} where the file name belongs")
         return where.replace("{}", name)
     return f"{where.rstrip('/')}/{name}"
 
 
 def download(url: str, path: Path) -> None:
-    """A whole file of unknown size. Raises UserError; OSError of this machine's disk."""
+    """Downloads a file of unknown size to `path`.
+
+    Raises UserError if that fails, and OSError for errors of the local disk.
+    """
     with path.open("wb") as file:
 
         def whole() -> None:
@@ -62,29 +68,33 @@ def download(url: str, path: Path) -> None:
 
 
 def try_again(work: Callable[[], Result], url: str) -> Result:
-    """Until it succeeds, or has failed for TRY_FOR. What does not change by waiting is raised at
-    once."""
+    """Returns `work()`, which is retried for TRY_FOR if it fails with a temporary error.
+
+    Raises UserError when the time is up. Permanent errors are raised immediately.
+    """
     until, pause = 0.0, PAUSE
     while True:
         began = time.monotonic()
         try:
             return work()
         except (EOFError, OSError, http.client.HTTPException) as error:
-            if isinstance(error, OSError) and (error.filename or error.errno in FULL):
-                raise  # of this machine's disk
+            if isinstance(error, OSError) and (error.filename or error.errno in DISK_FULL):
+                raise  # an error of the local disk
             failed = time.monotonic()
-            if not until or failed - began > 2 * SILENCE:  # it went well for a while
+            if not until or failed - began > 2 * SILENCE:  # a new outage
                 until, pause = failed + TRY_FOR, PAUSE
             if failed + pause > until:
-                raise UserError(f"{url}: cannot be downloaded ({error})") from None
-            log.warning("%s: %s; trying again in %g s", url, error, pause)
+                raise UserError(f"{url}: the download failed ({error})") from None
+            log.warning("%s: %s; retrying in %g s", url, error, pause)
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def fetch(url: str, file: BinaryIO, size: int | None = None) -> str:
-    """Appends what is at a URL; its SHA-256. Raises EOFError when it is not of the given size, or
-    not of the one that the other side said."""
+    """Appends the content of a URL to `file` and returns its SHA-256.
+
+    Raises EOFError if the size is not `size` or, without `size`, not the one that the server sent.
+    """
     digest, found = hashlib.sha256(), 0
     with contextlib.closing(_Answer(url)) as answer:
         while chunk := answer.stream.read(CHUNK):
@@ -106,7 +116,7 @@ def read_all(url: str) -> bytes:
     return content
 
 
-_running: set[subprocess.Popen[bytes]] = set()  # commands that background threads wait for
+_running: set[subprocess.Popen[bytes]] = set()  # commands that background threads read from
 
 
 @atexit.register
@@ -116,13 +126,15 @@ def _kill_running() -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:  # else its number may be another's by now
+    if process.poll() is None:  # otherwise its PID may belong to another process
         os.killpg(process.pid, signal.SIGKILL)
 
 
 class _Answer:
-    """What another machine sends. Raises UserError where nothing is to be had at that URL, and what
-    `try_again` knows where that may change."""
+    """The open content of a URL.
+
+    Raises UserError for permanent errors and, for temporary ones, errors that `try_again` retries.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -135,16 +147,16 @@ class _Answer:
                 shell=True,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
-                start_new_session=True,  # to be killed with all that it starts
+                start_new_session=True,  # so that its children are killed with it
             )
             _running.add(self.process)
             self.stream = self.process.stdout
         elif url.startswith(("http://", "https://")):
-            self._ask_http()
+            self._open_http()
         else:
-            self._ask_fsspec()
+            self._open_other()
 
-    def _ask_http(self) -> None:
+    def _open_http(self) -> None:
         try:
             self.stream = urllib.request.urlopen(self.url, timeout=SILENCE)
         except urllib.error.HTTPError as error:
@@ -155,7 +167,7 @@ class _Answer:
         length = self.stream.headers.get("Content-Length")
         self.size = int(length) if length else None
 
-    def _ask_fsspec(self) -> None:
+    def _open_other(self) -> None:
         scheme = self.url.partition("://")[0]
         try:
             import fsspec
@@ -164,19 +176,32 @@ class _Answer:
         except FileNotFoundError:
             raise UserError(f"{self.url}: not found") from None
         except (ImportError, ValueError) as error:
-            raise UserError(
-                f"{self.url}: {scheme}:// needs fsspec and its package for it ({error}); install "
-                "them, or give `pipe:COMMAND {}`"
-            ) from None
+            from webdataset.gopen import gopen, gopen_schemes
+
+            if scheme not in gopen_schemes:
+                raise UserError(
+                    f"{self.url}: {scheme}:// requires fsspec and its package for this scheme "
+                    f"({error}); install them, or use `pipe:COMMAND {{}}`"
+                ) from None
+            self.stream = gopen(self.url, "rb")
 
     def check(self, found: int, expected: int | None) -> None:
-        if self.process and (code := self.process.wait()):
+        """Raises EOFError if the command failed or the content has an unexpected size."""
+        code = self._exit_code()
+        if code == COMMAND_NOT_FOUND:
+            raise UserError(f"{self.url}: the command was not found on this machine")
+        if code:
             raise EOFError(f"the command ended with exit code {code}")
         if expected is not None and found != expected:
             raise EOFError(f"ended after {found} of {expected} bytes")
 
+    def _exit_code(self) -> int:
+        process = self.process or getattr(self.stream, "proc", None)  # proc: of webdataset's Pipe
+        return process.wait() if process else 0
+
     def close(self) -> None:
-        self.stream.close()
+        with contextlib.suppress(OSError):  # webdataset's Pipe: its command was interrupted
+            self.stream.close()
         if self.process:
             _kill(self.process)
             self.process.wait()

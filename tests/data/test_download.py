@@ -1,4 +1,4 @@
-"""Files from elsewhere: what is tried again, how long, and what is not."""
+"""Downloads: which errors are retried, how long, and which are not."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Line:
-    """Breaks so many times, each after some seconds."""
+    """Fails `breaks` times, each time after `after` seconds."""
 
     def __init__(self, breaks: int, after: float, error: OSError) -> None:
         self.left, self.after, self.error = breaks, after, error
@@ -32,24 +32,24 @@ class Line:
         return "whole"
 
 
-def test_an_outage_is_waited_for_but_not_for_ever() -> None:
+def test_an_outage_is_retried_for_a_limited_time() -> None:
     reset = ConnectionResetError("reset")
     assert download.try_again(Line(3, 0.0, reset), "u") == "whole"
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"u: cannot be downloaded \(reset\)"):
+    with pytest.raises(UserError, match=r"u: the download failed \(reset\)"):
         download.try_again(Line(1000, 0.0, reset), "u")
     assert 0.2 < time.monotonic() - start < 5.0
 
 
 def test_the_time_before_an_outage_does_not_count() -> None:
-    """Three times more than TRY_FOR in all, and each break comes after a stretch that went well."""
+    """The total exceeds TRY_FOR three times, but each failure starts a new outage."""
     assert download.try_again(Line(4, 0.3, ConnectionResetError("reset")), "u") == "whole"
 
 
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "full"), PermissionError(errno.EACCES, "no", "/x")]
 )
-def test_errors_of_this_machine_are_told_at_once(error: OSError) -> None:
+def test_errors_of_the_local_disk_are_raised_immediately(error: OSError) -> None:
     line = Line(1000, 0.0, error)
     with pytest.raises(OSError) as caught:
         download.try_again(line, "u")
@@ -61,10 +61,32 @@ def test_a_command(tmp_path: Path) -> None:
     download.download(f"pipe:cat {tmp_path}/a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"12345"
     with pytest.raises(
-        UserError, match=r"cannot be downloaded \(the command ended with exit code 3"
+        UserError, match=r"the download failed \(the command ended with exit code 3"
     ):
         download.download("pipe:echo half; exit 3", tmp_path / "b")
     download.download(
         f"pipe:test -e {tmp_path}/c || {{ touch {tmp_path}/c; exit 1; }}; echo ok", tmp_path / "b"
     )
-    assert (tmp_path / "b").read_bytes() == b"ok\n", "nothing is left of the first try"
+    assert (tmp_path / "b").read_bytes() == b"ok\n", "the first attempt left nothing"
+
+
+def test_a_command_that_does_not_exist_is_not_retried(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the command was not found on this machine"):
+        download.download("pipe:no-such-command-here x", tmp_path / "a")
+
+
+def test_a_scheme_of_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gopen reads what fsspec does not know, here by a command that the user registers."""
+    from webdataset.gopen import gopen_pipe, gopen_schemes
+
+    (tmp_path / "a").write_bytes(b"12345")
+
+    def tape(url: str, mode: str, bufsize: int) -> object:
+        name = url.removeprefix("tape://")
+        return gopen_pipe(f"pipe:cat {tmp_path / name} || exit 4", mode, bufsize)
+
+    monkeypatch.setitem(gopen_schemes, "tape", tape)
+    download.download("tape://a", tmp_path / "b")
+    assert (tmp_path / "b").read_bytes() == b"12345"
+    with pytest.raises(UserError, match=r"tape://nothing: the download failed \(.*exit 4"):
+        download.download("tape://nothing", tmp_path / "b")

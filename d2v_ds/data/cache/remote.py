@@ -1,13 +1,13 @@
-"""Remote shard sets, through a cache on this node's own disk that is bounded in bytes.
+"""Remote shard sets, read through a cache on the node's own disk.
 
-    URL/index.json, URL/*.idx --open_remote--> ShardSet;  URL/NAME.tar --open_shard--> an open file
+    URL/index.json, URL/*.idx --open_remote--> ShardSet;  URL/NAME.tar --open_shard--> open file
 
-A set is named by its URL prefix, or a command (download.py). A shard is downloaded when it is read
-or about to be, once a node however many processes want it, held against size and hash in
-index.json, and renamed when it is whole. Where the cache is full the shards go that were not used
-for longest, but never one that is open in some process.
+A set is given by its URL prefix or by a command (download.py). A shard is downloaded shortly before
+it is read, once per node, however many processes need it. It is checked against the size and hash
+in index.json and renamed when it is complete. When the cache is full, the least recently used
+shards are removed, except those that a process has open.
 
-D2V_CACHE names the cache's folder, D2V_CACHE_BYTES its size (200GB).
+D2V_CACHE is the folder of the cache, D2V_CACHE_BYTES its size (default: 200GB).
 """
 
 from __future__ import annotations
@@ -29,57 +29,56 @@ from typing import BinaryIO
 from d2v_ds.data.download import fetch, read_all, try_again, url_of
 from d2v_ds.data.shard_format import INDEX_FILE, ShardEntry, ShardSet, open_set, read_lengths
 from d2v_ds.errors import UserError
+from d2v_ds.files import format_size, locked, parse_size
 
 log = logging.getLogger("d2v_ds")
 
 DEFAULT_BYTES = "200GB"
-TOGETHER = 16  # downloads of indexes at a time
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+INDEX_DOWNLOADS = 16  # at the same time
 
 
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """A folder of this node and how many bytes of shards it may hold."""
+    """A folder of this node, and the maximum size of its shards in bytes."""
 
     folder: Path
     limit: int
 
     @staticmethod
     def from_environment() -> Cache:
-        """Raises UserError."""
-        own = Path(tempfile.gettempdir(), f"d2v_ds-{os.getuid()}")
-        text = os.environ.get("D2V_CACHE_BYTES", DEFAULT_BYTES)
-        found = re.fullmatch(r"(\d+) *([KMGT]B)?", text)
-        if not found:
-            raise UserError(f"D2V_CACHE_BYTES: {text!r} is no size; give one like 200GB")
-        folder = Path(os.environ.get("D2V_CACHE") or own)
-        return Cache(folder, int(found[1]) * UNITS[found[2] or ""])
+        """The cache that D2V_CACHE and D2V_CACHE_BYTES describe. Raises UserError."""
+        default = Path(tempfile.gettempdir(), f"d2v_ds-{os.getuid()}")
+        try:
+            limit = parse_size(os.environ.get("D2V_CACHE_BYTES", DEFAULT_BYTES))
+        except ValueError as error:
+            raise UserError(f"D2V_CACHE_BYTES: {error}") from None
+        return Cache(Path(os.environ.get("D2V_CACHE") or default), limit)
 
 
 def open_remote(where: str, modality: str = "", cache: Cache | None = None) -> ShardSet:
-    """The set at a URL prefix; its indexes are downloaded, its tars are not. Raises UserError."""
+    """The set at a URL prefix. Downloads its indexes, but no tars. Raises UserError."""
     cache = cache or Cache.from_environment()
     content = try_again(lambda: read_all(url_of(where, INDEX_FILE)), url_of(where, INDEX_FILE))
     name = re.sub(r"\W+", "_", where.rstrip("/").rpartition("/")[2])[:40]
     folder = cache.folder / f"{name}-{hashlib.sha256(where.encode() + content).hexdigest()[:16]}"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / ".lock"):
+        with locked(folder / ".lock"):
             aside = folder / f"{INDEX_FILE}.tmp"
             if not (folder / INDEX_FILE).exists():
                 aside.write_bytes(content)
                 aside.replace(folder / INDEX_FILE)
             shards = open_set(folder, modality, check_tars=False)
             shards = dataclasses.replace(shards, remote=where)
-            with ThreadPoolExecutor(TOGETHER) as pool:
+            with ThreadPoolExecutor(INDEX_DOWNLOADS) as pool:
                 list(pool.map(lambda entry: _fetch_index(shards, entry), shards.shards))
     return shards
 
 
 def open_shard(shards: ShardSet, entry: ShardEntry, cache: Cache | None = None) -> int:
-    """A file descriptor of one of its tars, which stays in the cache as long as that is open.
+    """A file descriptor of one of its tars. The tar stays in the cache until it is closed.
 
-    Raises UserError when it cannot be downloaded or is not what index.json says.
+    Raises UserError if the download fails or the tar differs from index.json.
     """
     path = shards.tar(entry)
     while True:
@@ -87,17 +86,17 @@ def open_shard(shards: ShardSet, entry: ShardEntry, cache: Cache | None = None) 
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             fcntl.flock(file, fcntl.LOCK_SH)
             if os.fstat(file).st_nlink:
-                os.utime(file)  # used now
+                os.utime(file)  # most recently used
                 return file
-            os.close(file)  # it was removed before it was locked
-        with writing(path.parent), _locked(path.with_suffix(".lock")):
+            os.close(file)  # removed before it was locked
+        with writing(path.parent), locked(path.with_suffix(".lock")):
             if not path.exists():
                 _fetch_shard(shards, entry, cache or Cache.from_environment())
 
 
 def keep_near(shards: ShardSet, upcoming: Iterable[int], cache: Cache | None = None) -> None:
-    """Downloads the shards that come next, by number, as far as they fill half of the cache, and
-    tells that the ones already there are needed."""
+    """Downloads the next shards, given by number, up to half of the cache's size, and marks those
+    that are already there as recently used."""
     cache = cache or Cache.from_environment()
     held, seen = 0, set[int]()
     for number in upcoming:
@@ -110,15 +109,17 @@ def keep_near(shards: ShardSet, upcoming: Iterable[int], cache: Cache | None = N
 
 
 class OwnFolder:
-    """A folder in the cache for files that are this process's alone: removed when it is closed, or,
-    should the process be killed, when the next one makes such a folder. It does not count in the
-    cache's size. Raises UserError."""
+    """A folder in the cache for temporary files of this process. Raises UserError.
+
+    It is removed by `close` or, if the process is killed, when another process creates such a
+    folder. It does not count towards the size of the cache.
+    """
 
     def __init__(self, cache: Cache | None = None) -> None:
         parent = (cache or Cache.from_environment()).folder / "own"
         with writing(parent):
             parent.mkdir(parents=True, exist_ok=True)
-            with _locked(parent / ".lock"):
+            with locked(parent / ".lock"):
                 for left in parent.glob("*/"):
                     _remove_unused(left)
                 self.path = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
@@ -160,9 +161,7 @@ def _fetch_shard(shards: ShardSet, entry: ShardEntry, cache: Cache) -> None:
             file.seek(0)
             digest = fetch(url, file, entry.bytes)
             if digest != entry.sha256:
-                raise UserError(
-                    f"{url}: is not what {INDEX_FILE} says (its SHA-256 differs); upload it again"
-                )
+                raise UserError(f"{url}: its SHA-256 differs from {INDEX_FILE}; upload it again")
 
         try:
             try_again(whole, url)
@@ -177,18 +176,18 @@ def _fetch_shard(shards: ShardSet, entry: ShardEntry, cache: Cache) -> None:
 
 @contextlib.contextmanager
 def _room_for(aside: Path, size: int, cache: Cache) -> Iterator[BinaryIO]:
-    """An open file of that size, for which others have made room."""
-    with _locked(cache.folder / ".lock"):
+    """A new open file of this size; removes other shards to make room for it."""
+    with locked(cache.folder / ".lock"):
         _evict(cache, size)
         file = aside.open("wb")
-        fcntl.flock(file, fcntl.LOCK_EX)  # who holds it is at work on it
+        fcntl.flock(file, fcntl.LOCK_EX)  # locked while it is being written
         file.truncate(size)
     with file:
         yield file
 
 
 def _evict(cache: Cache, size: int) -> None:
-    """Removes shards until `size` bytes more fit, those not used for longest first."""
+    """Removes the least recently used shards until `size` more bytes fit."""
     files = [*cache.folder.glob("*/*.tar"), *cache.folder.glob("*/*.tar.tmp")]
     found = sorted(
         (stat.st_mtime_ns, stat.st_size, file) for file in files if (stat := _stat(file))
@@ -201,11 +200,11 @@ def _evict(cache: Cache, size: int) -> None:
             held -= each
     if held + size > cache.limit:
         log.warning(
-            "%s holds %.3g GB of shards that are all in use, D2V_CACHE_BYTES allows %.3g GB with "
-            "the next one; raise it, or the same shards will be downloaded again and again",
+            "%s: the shards in use and the next one take %s, but D2V_CACHE_BYTES is %s; raise it, "
+            "or the same shards will be downloaded repeatedly",
             cache.folder,
-            (held + size) / 1e9,
-            cache.limit / 1e9,
+            format_size(held + size),
+            format_size(cache.limit),
         )
 
 
@@ -217,7 +216,7 @@ def _stat(file: Path) -> os.stat_result | None:
 
 
 def _remove_unused(path: Path) -> bool:
-    """Removes a file, or a folder with all that is in it, that no process has locked."""
+    """Removes a file or folder that no process has locked. Returns whether it was removed."""
     try:
         opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -236,15 +235,8 @@ def _remove_unused(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    with file.open("w") as opened:
-        fcntl.flock(opened, fcntl.LOCK_EX)
-        yield
-
-
-@contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """This machine's errors as UserError."""
+    """Turns errors of the local disk into UserError."""
     try:
         yield
     except OSError as error:

@@ -1,10 +1,10 @@
-"""Shards on each node's own disk: read once over the network, then as often as there are epochs.
+"""Copies of shard sets on node-local disks.
 
-    D2V_STAGE names a folder of the node --> the set is copied there, once a node --> its copy
+    set on a shared file system --stage--> its copy below D2V_STAGE, made once per node
 
-A copy is checked against the set's checksums, kept for the jobs that come after, and not made when
-it does not fit; then the set is read where it lies. Everything else stays as it is: the plan, the
-order of the samples and the configuration do not know about the copy.
+A copy is checked against the checksums of the set and kept for later jobs. A set that does not fit
+is read in place. Nothing else depends on the copy: the plan, the order of the samples and the
+configuration are the same.
 """
 
 from __future__ import annotations
@@ -13,51 +13,30 @@ import fcntl
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-from d2v_ds.data.shard_format import INDEX_FILE, ShardSet, open_set
-from d2v_ds.distributed.collectives import on_all_ranks
+from d2v_ds.data.shard_format import INDEX_FILE, ShardSet
 from d2v_ds.errors import UserError
-from d2v_ds.run.watchdog import PATIENT, Watchdog
+from d2v_ds.files import format_size
 
 log = logging.getLogger("d2v_ds")
 
-SPARE = 0.05  # share of the disk that stays free
+SPARE = 0.05  # fraction of the disk that stays free
 CHUNK = 16 * 2**20  # bytes
 
 
-def own_copy(shards: ShardSet, watchdog: Watchdog) -> ShardSet:
-    """The set to read from on this node; a remote one has its own cache. All ranks call it
-    together. Raises UserError on all."""
-    folder = os.environ.get("D2V_STAGE")
-    if not folder or shards.remote:
-        return shards
-    alive = partial(watchdog.mark, "copying shards", 0)
-
-    def copy() -> Path | None:
-        path = stage(shards, Path(folder), alive)
-        watchdog.mark(PATIENT, 0)  # other nodes may take long; theirs are watched themselves
-        return path
-
-    own = on_all_ranks(copy)[watchdog.rank]
-    watchdog.mark("starting", 0)
-    return open_set(own, shards.modality) if own else shards
-
-
 def stage(shards: ShardSet, folder: Path, alive: Callable[[], None]) -> Path | None:
-    """The folder of a whole copy of the set below `folder`; None if there is no room for one.
+    """The folder of a complete copy of the set below `folder`, or None if the disk is too small.
 
-    However many processes of this node call it, one copies and the others wait for it. alive: is
-    called again and again meanwhile. Raises UserError when what was read is not what the set's
-    index promises, or `folder` cannot be written.
+    If several processes of a node call it, one copies and the others wait. alive: called
+    repeatedly in the meantime. Raises UserError if a tar differs from the set's index or `folder`
+    cannot be written.
     """
     index = (shards.root / INDEX_FILE).read_bytes()
-    if shards.tars:  # they will lie beside the index
+    if shards.tars:  # the copy has them next to the index
         index = json.dumps({k: v for k, v in json.loads(index).items() if k != "tars"}).encode()
     target = folder / "d2v_ds" / f"{shards.root.name}-{hashlib.sha256(index).hexdigest()[:16]}"
     try:
@@ -76,7 +55,7 @@ def stage(shards: ShardSet, folder: Path, alive: Callable[[], None]) -> Path | N
             aside.replace(target / INDEX_FILE)
     except OSError as error:
         raise UserError(f"D2V_STAGE: cannot copy {shards.root} to {target}: {error}") from None
-    log.info("%s is copied to %s", shards.root, target)
+    log.info("%s was copied to %s", shards.root, target)
     return target
 
 
@@ -96,18 +75,19 @@ def _fits(shards: ShardSet, target: Path) -> bool:
     if missing <= disk.free - SPARE * disk.total:
         return True
     log.warning(
-        "%s is not copied to %s: it needs %.3g GB, %.3g GB are free, of which %.3g stay",
+        "%s is not copied to %s and will be read in place: it takes %s; %s is free, of which %s "
+        "must remain",
         shards.root,
         target,
-        missing / 1e9,
-        disk.free / 1e9,
-        SPARE * disk.total / 1e9,
+        format_size(missing),
+        format_size(disk.free),
+        format_size(SPARE * disk.total),
     )
     return False
 
 
 def _copy(source: Path, target: Path, sha256: str | None, alive: Callable[[], None]) -> None:
-    """Copies one file, unless it is there: under its name it is whole and was checked."""
+    """Copies one file unless it exists. A file has its final name only when it was checked."""
     if (target / source.name).exists():
         return
     aside = target / f"{source.name}.tmp"
@@ -120,7 +100,7 @@ def _copy(source: Path, target: Path, sha256: str | None, alive: Callable[[], No
     if sha256 and digest.hexdigest() != sha256:
         aside.unlink()
         raise UserError(
-            f"{source}: is not what the set's index says (its SHA-256 differs); "
-            f"`d2v-shards verify {source.parent}` says more"
+            f"{source}: its SHA-256 differs from the set's index; copy the set again "
+            f"(`d2v-shards verify {source.parent}` lists every fault)"
         )
     aside.replace(target / source.name)

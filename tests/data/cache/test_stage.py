@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from d2v_ds.data.cache import stage as staging
-from d2v_ds.data.cache.stage import own_copy, stage
+from d2v_ds.data.cache.stage import stage
 from d2v_ds.data.shard_format import ShardSet, open_set, set_json
 from d2v_ds.errors import UserError
 from d2v_ds.run.watchdog import Watchdog
+from d2v_ds.start import local_copy
 from shards import samples
 from shards.cli import main
 
@@ -86,7 +87,7 @@ def test_processes_of_one_node_copy_once(shards: ShardSet, tmp_path: Path) -> No
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
     errors = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0]
-    assert sum("is copied to" in error for error in errors) == 1
+    assert sum("was copied to" in error for error in errors) == 1
 
 
 def test_damage_on_the_way_is_found(shards: ShardSet, tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_damage_on_the_way_is_found(shards: ShardSet, tmp_path: Path) -> None:
     data = bytearray(tar.read_bytes())
     data[len(data) // 2] ^= 1
     tar.write_bytes(data)
-    with pytest.raises(UserError, match=rf"{tar.name}: is not what the set's index says"):
+    with pytest.raises(UserError, match=rf"{tar.name}: its SHA-256 differs from the set's index"):
         stage(open_set(broken), tmp_path / "local", lambda: None)
     assert not list((tmp_path / "local").rglob("index.json"))
 
@@ -128,7 +129,7 @@ def test_the_variable_decides(
 ) -> None:
     monkeypatch.delenv("D2V_STAGE", raising=False)
     watchdog = Watchdog(0, 1)
-    assert own_copy(shards, watchdog) is shards
+    assert local_copy(shards, watchdog) is shards
     monkeypatch.setenv("D2V_STAGE", str(tmp_path))
-    copy = own_copy(shards, watchdog)
+    copy = local_copy(shards, watchdog)
     assert copy.root.is_relative_to(tmp_path) and copy.shards == shards.shards
