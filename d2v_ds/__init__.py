@@ -14,7 +14,7 @@ called. Bad input raises UserError, whose message says what to change.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -24,7 +24,10 @@ from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
 
 if TYPE_CHECKING:
+    from webdataset import DataPipeline
+
     from d2v_ds.encoder import PretrainedEncoder
+    from d2v_ds.modalities.base import Modality
 
 __version__ = "0.1.0"
 
@@ -53,6 +56,28 @@ def open_shards(where: str | Path, modality: str = "") -> ShardSet:
     from d2v_ds.loader.find_set import find_set
 
     return find_set(where, modality)
+
+
+def webdataset(
+    shards: str | Path | ShardSet,
+    modality: str | Modality,
+    *,
+    decode: bool = True,
+    shuffle: int = 0,
+    seed: int = 0,
+    handler: Callable[[Exception], bool] | None = None,
+) -> DataPipeline:
+    """The samples of a shard set or of tars, as a webdataset pipeline that can be extended
+    (`.map`, `.batched` ...) and given to a DataLoader.
+
+    Each item has `__key__`, `__url__` and the decoded sample, `example`. d2v_ds.loader.webdataset
+    describes the arguments. Raises UserError.
+    """
+    from d2v_ds.loader import webdataset as module
+
+    return module.webdataset(
+        shards, modality, decode=decode, shuffle=shuffle, seed=seed, handler=handler
+    )
 
 
 def load_encoder(

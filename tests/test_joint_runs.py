@@ -142,7 +142,7 @@ def test_the_encoder_is_probed_for_one_modality(undisturbed: Run, tmp_path: Path
     gallery, test = map(str, sets["vision"])
     with pytest.raises(UserError, match="this run has several; name one"):
         run_knn(root, gallery=gallery, tests=[test])
-    with pytest.raises(UserError, match="holds vision, this run reads text"):
+    with pytest.raises(UserError, match="holds vision, but text is required"):
         run_knn(root, gallery=gallery, tests=[test], modality="text")
 
 
@@ -210,7 +210,7 @@ def test_missing_and_foreign_shards_of_a_joint_run_are_named(sets: dict[str, Pat
 
     assert refused(text="").startswith("data.shards.text: must name a shard set, for example")
     assert refused(vision="-") == "data.shards.vision: must be given (has: speech, text)"
-    assert refused(text=str(sets["vision"])).endswith("holds vision, this run reads text")
+    assert refused(text=str(sets["vision"])).endswith("holds vision, but text is required")
     with pytest.raises(UserError, match=r"data\.shards\.speech: must name a shard set"):
         check(recipes.load("joint_tiny", []), 1)
 

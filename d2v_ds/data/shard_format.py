@@ -1,28 +1,29 @@
 """The contract between shards/ and the loader: a shard set on disk. Standard library only.
 
-A shard set is one folder, and one split (train and test are two sets):
+A shard set is one folder and one split; train and test are two sets:
 
     SET/
       speech-000000.tar    plain WebDataset tar; members KEY.flac, KEY.json
-      speech-000000.idx    binary index of that tar: where every member lies, checksums, lengths
+      speech-000000.idx    binary index of that tar: offsets, sizes, checksums, lengths
       index.json           the set: modality, unit, sample rate; sizes and hashes of its shards
       quarantine.jsonl     inputs that were left out, with the reason
 
-index.json is written last, atomically: without it the set is not finished. A length is in the
-modality's unit (speech: audio frames at the set's sample rate).
+index.json is written last and atomically; a folder without it is not a complete set. Lengths are in
+the modality's unit (speech: audio frames at the set's sample rate).
 
-An .idx is one line of JSON, padded with spaces so that the arrays behind it are aligned to 8 bytes,
-with the crc32 of them, then for n samples of f fields (extensions), little-endian, row by row:
+An .idx begins with one line of JSON, which has the crc32 of the rest and is padded with spaces so
+that the arrays after it are aligned to 8 bytes. The arrays follow, little-endian and in row-major
+order, for n samples with f fields (extensions):
 
     offset   i64[n, f]   of each payload in the tar; 0: the sample has no such member
-    size     u32[n, f]   of each payload, bytes
-    checksum u32[n, f]   of each payload (checksum.py); which one, the line of JSON says
+    size     u32[n, f]   of each payload, in bytes
+    checksum u32[n, f]   of each payload (checksum.py); the line of JSON names the kind
     length   u32[n]
-    key      u32[n + 1]  bounds of the keys in the blob that follows, UTF-8
+    key      u32[n + 1]  bounds of the keys in the UTF-8 blob that follows
 
-A payload is a member, or lies in one: of text, a tar member KEY.npy holds many blocks, and each is
-a sample of its own. With two fields a sample takes 40 bytes and its key, so the index of 20 million
-samples is about 1.5 GB on disk. Of all shards only the lengths are ever held, and read alone.
+A payload is a member or a part of one: in text sets, a tar member KEY.npy holds many blocks, and
+each is a sample. With two fields, a sample takes 40 bytes and its key, so the index of 20 million
+samples takes about 1.5 GB on disk. The loader keeps only the lengths of all shards in memory.
 """
 
 from __future__ import annotations
@@ -62,13 +63,13 @@ class ShardSet:
     root: Path
     modality: str
     length_unit: str  # frames, pixels or tokens
-    sample_rate: int  # frames a second; 0 where there is no such thing
+    sample_rate: int  # frames per second; 0 if the modality has none
     fields: tuple[str, ...]  # members of every sample, without the dot
     shards: tuple[ShardEntry, ...]
-    tars: Path | None = None  # where the tars lie, if not in root
+    tars: Path | None = None  # the folder of the tars, if it is not root
     about: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # index.json
-    remote: str = ""  # where they come from, if not from this machine (shard_cache.py)
-    urls: dict[str, str] = field(default_factory=dict)  # of streamed tars, by name, for people
+    remote: str = ""  # the URL prefix or command, if remote (cache/remote.py)
+    urls: dict[str, str] = field(default_factory=dict)  # of streamed tars, by name, for messages
 
     @property
     def samples(self) -> int:
@@ -87,7 +88,7 @@ class ShardSet:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The index of one shard. The arrays are read-only views, row by row: np.frombuffer wraps them
+    """The index of one shard. The arrays are read-only, row-major views: np.frombuffer wraps them
     without a copy, for example np.frombuffer(index.offsets, np.int64).reshape(index.count, -1)."""
 
     count: int
@@ -95,7 +96,7 @@ class ShardIndex:
     fields: tuple[str, ...]
     offsets: memoryview[int]  # int64 [count * fields]
     sizes: memoryview[int]  # uint32 [count * fields]
-    checksum: str  # their kind
+    checksum: str  # the kind of the checksums
     checksums: memoryview[int]  # uint32 [count * fields]
     lengths: memoryview[int]  # uint32 [count]
     key_bounds: memoryview[int]  # uint32 [count + 1]
@@ -106,15 +107,16 @@ class ShardIndex:
 
 
 def open_set(path: str | Path, modality: str = "", check_tars: bool = True) -> ShardSet:
-    """The shard set in a folder, of the given modality ("": of any).
+    """The shard set in a folder. modality: the required modality; "": any.
 
-    Looks at index.json and the sizes of the tars, not into them. Raises UserError when the folder
-    is no finished set of this modality or (check_tars) a tar is missing or of another size.
+    Reads index.json and checks the sizes of the tars, but does not read them. Raises UserError if
+    the folder is not a complete set of this modality, or (check_tars) if a tar is missing or has
+    another size.
     """
     root = Path(path)
     raw = _read_set_file(root)
     if modality and raw["modality"] != modality:
-        raise UserError(f"{root}: holds {raw['modality']}, this run reads {modality}")
+        raise UserError(f"{root}: holds {raw['modality']}, but {modality} is required")
     try:
         shards = tuple(
             ShardEntry(**{f.name: entry[f.name] for f in fields(ShardEntry)})
@@ -135,7 +137,7 @@ def open_set(path: str | Path, modality: str = "", check_tars: bool = True) -> S
             f"{root / INDEX_FILE}: is damaged ({error!r}); convert the corpus again"
         ) from None
     if not result.samples:
-        raise UserError(f"{root}: is a shard set without samples; convert a corpus that has some")
+        raise UserError(f"{root}: the shard set has no samples; convert a corpus that has some")
     for shard in shards if check_tars else ():
         _check_tar(result.tar(shard), shard.bytes)
     return result
@@ -152,7 +154,7 @@ def _read_set_file(root: Path) -> dict[str, Any]:
     if not isinstance(raw, dict) or raw.get("format") != FORMAT or "modality" not in raw:
         found = raw.get("format") if isinstance(raw, dict) else None
         raise UserError(
-            f"{file}: format {found!r}, this version reads format {FORMAT}; "
+            f"{file}: has format {found!r}, but this version reads format {FORMAT}; "
             "convert the corpus again with this version's d2v-shards"
         )
     return raw
@@ -163,10 +165,10 @@ def _why_no_set(root: Path) -> str:
     if not root.exists():
         return f"{root}: no such shard set; {make}"
     if not root.is_dir():
-        return f"{root}: is a file, a shard set is a folder with an {INDEX_FILE}; {make}"
+        return f"{root}: is a file, but a shard set is a folder with an {INDEX_FILE}; {make}"
     names = os.listdir(root)
     if PLAN_FILE in names:
-        return f"{root}: its conversion has not finished; run the same d2v-shards command again"
+        return f"{root}: its conversion is not complete; run the same d2v-shards command again"
     if any(name.endswith(".tar") for name in names):
         return (
             f"{root}: has tars but no {INDEX_FILE}, so d2v-shards did not write them; "
@@ -174,8 +176,8 @@ def _why_no_set(root: Path) -> str:
         )
     below = sorted(name for name in names if (root / name / INDEX_FILE).is_file())
     if below:
-        return f"{root}: is not a shard set itself, but these in it are: {', '.join(below)}"
-    return f"{root}: no {INDEX_FILE} in it, so it is not a shard set; {make}"
+        return f"{root}: is not a shard set, but contains some: {', '.join(below)}"
+    return f"{root}: is not a shard set, because it has no {INDEX_FILE}; {make}"
 
 
 def _check_tar(path: Path, size: int) -> None:
@@ -183,28 +185,29 @@ def _check_tar(path: Path, size: int) -> None:
         found = path.stat().st_size
     except FileNotFoundError:
         raise UserError(
-            f"{path}: missing, though {INDEX_FILE} lists it; copy it again or convert again"
+            f"{path}: is missing, but {INDEX_FILE} lists it; copy it again or convert again"
         ) from None
     if found != size:
         raise UserError(
-            f"{path}: has {found} bytes, {INDEX_FILE} says {size}; copy it again or convert again"
+            f"{path}: has {found} bytes, but {INDEX_FILE} lists {size}; copy it again or "
+            "convert again"
         )
 
 
 def fingerprint(shards: ShardSet) -> str:
-    """Of the set's content: sha256 over the hashes of its shards, in order."""
+    """A hash of the set's content: the SHA-256 over the hashes of its shards, in order."""
     return hashlib.sha256("\n".join(s.sha256 for s in shards.shards).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------- one shard's index
 
-PLAN_FILE = "plan.json"  # of a conversion that has not finished
+PLAN_FILE = "plan.json"  # of a conversion that is not complete
 ALIGNMENT = 8
-HEAD_MOST = 1 << 16  # bytes of the line of JSON
+HEAD_MOST = 1 << 16  # maximum bytes of the line of JSON
 
 
 def read_index(path: str | Path) -> ShardIndex:
-    """One .idx, read whole. Raises UserError naming the file when it is missing or damaged."""
+    """Reads a complete .idx. Raises UserError with its name if it is missing or damaged."""
     path = Path(path)
     with _index_file(path) as file:
         raw = file.read()
@@ -235,8 +238,8 @@ def read_index(path: str | Path) -> ShardIndex:
 
 
 def read_lengths(path: Path, entry: ShardEntry) -> array[int]:
-    """The lengths in one .idx, without the rest of it. Raises UserError naming the file when it is
-    missing, damaged, or of another tar than `entry`."""
+    """Reads only the lengths of an .idx. Raises UserError, which names the file, if it is missing,
+    damaged, or belongs to another tar than `entry`."""
     with _index_file(path) as file:
         try:
             head = _Head.parse(file.readline(HEAD_MOST))
@@ -267,14 +270,14 @@ class _Head:
     tar_bytes: int
     fields: tuple[str, ...]
     checksum: str
-    crc32: int  # of all that follows
+    crc32: int  # of the rest of the file
 
     @staticmethod
     def parse(line: bytes) -> _Head:
         """Raises ValueError, KeyError, TypeError."""
         raw = json.loads(line)
         if raw["format"] != INDEX_FORMAT:
-            raise ValueError(f"format {raw['format']}, this version reads {INDEX_FORMAT}")
+            raise ValueError(f"has format {raw['format']}, but this version reads {INDEX_FORMAT}")
         return _Head(
             len(line),
             raw["samples"],
@@ -285,7 +288,7 @@ class _Head:
         )
 
     def arrays(self) -> list[tuple[Literal["q", "I"], int, int]]:
-        """(type, first byte, bytes) of each, in order."""
+        """(type, first byte, bytes) of each array, in order."""
         cells = self.samples * len(self.fields)
         numbers: list[tuple[Literal["q", "I"], int]] = [
             ("q", cells),
@@ -303,7 +306,7 @@ class _Head:
 
     @property
     def end(self) -> int:
-        """Where the blob of keys begins."""
+        """The first byte of the blob of keys."""
         _, first, size = self.arrays()[-1]
         return first + size
 
@@ -312,7 +315,7 @@ def _index_file(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except FileNotFoundError:
-        raise UserError(f"{path}: missing; copy it again or convert the corpus again") from None
+        raise UserError(f"{path}: is missing; copy it again or convert the corpus again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
@@ -356,7 +359,7 @@ def index_bytes(
 
 
 def set_json(shards: ShardSet, **about: Any) -> str:
-    """The content of index.json. `about`: what readers need not know (options, converter, ...)."""
+    """The content of index.json. about: information for people (options, converter, ...)."""
     return json.dumps(
         {
             "format": FORMAT,

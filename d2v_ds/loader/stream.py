@@ -1,13 +1,14 @@
-"""A stream: tars at URLs, read a few at a time, of which nothing is known before they are there.
+"""Streaming of tars at URLs, a few at a time. Their contents are unknown in advance.
 
     URL-{000000..000127}.tar --this rank's part, shuffled--> groups --download, read headers-->
         a small set on this node's disk --an epoch of a Loader--> StepBatch, summed over the ranks
 
-The fallback where nothing can be indexed: each rank draws from tars of its own, so what is in a
-step depends on the number of ranks, and ranks are not at the same place of an epoch. A run goes on
-at the group of tars behind the one that rank 0 was reading, so some samples come again and some do
-not come in that epoch. All that a Loader does with a set it does with a group of tars: pools of
-like lengths, planned micro-batches, stand-ins for bad samples, workers.
+This is the fallback for tars that cannot be indexed. Each rank reads its own tars, so the content
+of a step depends on the number of ranks, and ranks progress through an epoch independently. On
+resume, a run continues with the group of tars after the one that rank 0 was reading; some samples
+of that epoch are repeated and some are skipped. A Loader reads each group of tars as it would read
+a set, with the same pools of similar lengths, planned micro-batches, replacements of bad samples
+and workers.
 """
 
 from __future__ import annotations
@@ -45,21 +46,21 @@ from d2v_ds.seeding import SHARD_ORDER, TAR_GROUP, bit_generator, permutation
 
 log = logging.getLogger("d2v_ds")
 
-TOGETHER = 4  # tars of a group, at most: a rank has two groups on the disk, one of them to come
-LONGEST = 2**31 - 1  # length of a sample
-START = {"epoch": 0, "step": 0, "group": 0}  # steps in all; groups of the epoch begun by rank 0
+GROUP_TARS = 4  # at most; a rank has two groups on disk, and reads one of them
+LONGEST = 2**31 - 1  # maximum length of a sample
+START = {"epoch": 0, "step": 0, "group": 0}  # step: in total; group: the next one of rank 0
 
 T = TypeVar("T")
 
 
 class StreamLoader:
-    """This rank's part of every optimizer step over tars at URLs, for ever: iterates StepBatch, as
-    Loader, whose settings it shares.
+    """Iterates this rank's part of every optimizer step over tars at URLs, endlessly: StepBatch.
+    The settings are those of Loader.
 
-    cursor: that of a StepBatch; what its group of tars has left is passed over. Raises UserError
-    for fewer tars than ranks, a modality that headers tell nothing about, settings that do not fit
-    each other; while iterating, when a tar cannot be downloaded or is damaged, an epoch has not one
-    step, or too many samples cannot be used; and what Workers raises.
+    cursor: of a StepBatch; the rest of its group of tars is skipped. Raises UserError if there are
+    fewer tars than ranks, if the modality has no header readers, or if settings conflict; while
+    iterating, if a tar cannot be downloaded or is damaged, if an epoch has less than one step, or
+    if too many samples cannot be used; and the errors of LoaderWorkers.
     """
 
     def __init__(
@@ -93,9 +94,9 @@ class StreamLoader:
         self.cursor = {**START, **(cursor or {})}
         if self.cursor["step"]:
             log.warning(
-                "%s, and %d more tars: a stream does not go on exactly where it stopped. The rest "
-                "of the tars that rank 0 was reading is passed over; of other ranks some samples "
-                "may come again, or not in this epoch",
+                "%s and %d more tars: a stream does not resume exactly. The rest of the tars that "
+                "rank 0 was reading is skipped; some samples of other ranks may be repeated or "
+                "skipped in this epoch",
                 tars[0],
                 len(tars) - 1,
             )
@@ -103,15 +104,15 @@ class StreamLoader:
         self.sums = RankSums(world)
         self.groups = map(self._fetch, self._groups())
         self.upcoming = next(self.groups)
-        self.passed_over = ""  # why, the last time
+        self.skipped = ""  # the reason for which the last group was skipped
         self.steps = self._steps()
         self.ahead: tuple[StepBatch, Callable[[], list[float]]] | None = None
 
     def describe(self) -> str:
-        """What an epoch is, for people."""
+        """One line about an epoch."""
         return (
-            f"{len(self.tars)} tars without an index, {len(self.tars) / self.world:.4g} for each "
-            "rank; what is in them shows as they come, and a resume is not exact"
+            f"{len(self.tars)} tars without an index, {len(self.tars) / self.world:.4g} per rank; "
+            "their contents are unknown in advance, and a resume is not exact"
         )
 
     def __iter__(self) -> Iterator[StepBatch]:
@@ -119,7 +120,7 @@ class StreamLoader:
 
     def __next__(self) -> StepBatch:
         batch, sums = self.ahead or self._next_step()
-        self.ahead = self._next_step()  # its sums are made while this step is taken
+        self.ahead = self._next_step()  # it is summed over the ranks during this step
         masked, samples, units = sums()
         self.cursor = {**batch.cursor, "step": self.cursor["step"] + 1}
         return dataclasses.replace(
@@ -139,14 +140,14 @@ class StreamLoader:
         return batch, self.sums.begin(batch.count, batch.samples, batch.units)
 
     def _steps(self) -> Generator[StepBatch]:
-        """Steps of this rank's micro-batches alone."""
-        last_step = self.upcoming.epoch  # the epoch that it was in
+        """Steps of the micro-batches of this rank only."""
+        last_step = self.upcoming.epoch  # the epoch of the last step
         while True:
             group, self.upcoming = self.upcoming, next(self.groups)
             if group.epoch > last_step + 1:
                 raise UserError(
-                    f"data.shards: rank {self.rank} found not one step in an epoch of "
-                    f"{len(self.tars)} tars for {self.world} ranks ({self.passed_over})"
+                    f"data.shards: an epoch of {len(self.tars)} tars for {self.world} ranks has "
+                    f"less than one step on rank {self.rank} ({self.skipped})"
                 )
             shards, left_out = self._set_of(group)
             bad = len(left_out)
@@ -158,11 +159,11 @@ class StreamLoader:
             shutil.rmtree(group.folder)
 
     def _steps_of(self, group: _Group, shards: ShardSet) -> Iterator[StepBatch]:
-        """One epoch of a set. None where it has less than one step."""
+        """One epoch of a set; nothing if it has less than one step."""
         seed = bit_generator(self.seed, TAR_GROUP, group.epoch, self.rank, group.number)
         try:
             if not shards.shards:
-                raise UserError("they have no sample that can be used")
+                raise UserError("they have no usable sample")
             loader = Loader(
                 shards,
                 self.modality,
@@ -173,11 +174,11 @@ class StreamLoader:
                 quarantine=self.quarantine,
             )
         except UserError as error:
-            self.passed_over = str(error)
+            self.skipped = str(error)
             tars = ", ".join(self.tars[number] for number in group.tars)
-            log.warning("%s: passed over: %s", tars, error)
+            log.warning("%s: skipped: %s", tars, error)
             return
-        first = self.rank * self.own  # micro-batches are counted behind those of other ranks
+        first = self.rank * self.own  # the index of its first micro-batch in the step
         with closing(loader):
             for batch in islice(loader, loader.stats.steps):
                 yield dataclasses.replace(
@@ -190,18 +191,18 @@ class StreamLoader:
                 )
 
     def _groups(self) -> Iterator[tuple[int, int, list[int]]]:
-        """(epoch, group, numbers of its tars), from the cursor on, for ever."""
+        """(epoch, group, numbers of its tars), endlessly, starting at the cursor."""
         epoch, first = self.cursor["epoch"], self.cursor["group"]
         while True:
             order = permutation(len(self.tars), self.seed, SHARD_ORDER, epoch)
             own = order[self.rank :: self.world]
-            groups = np.array_split(own, -(-len(own) // TOGETHER))
+            groups = np.array_split(own, -(-len(own) // GROUP_TARS))
             for number in range(first, len(groups)):
                 yield epoch, number, groups[number].tolist()
             epoch, first = epoch + 1, 0
 
     def _fetch(self, place: tuple[int, int, list[int]]) -> _Group:
-        """Begins to download a group."""
+        """Starts the download of a group."""
         epoch, number, tars = place
         folder = self.folder.path / f"{epoch}-{number}"
         folder.mkdir()
@@ -209,12 +210,12 @@ class StreamLoader:
         return _Group(epoch, number, tars, folder, found)
 
     def _get(self, folder: Path, number: int) -> IndexedTar:
-        """Downloads a tar, and reads its headers."""
+        """Downloads a tar and reads its headers."""
         path = folder / f"{number:06d}.tar"
         with writing(folder):
             download(self.tars[number], path)
             try:
-                # Rates are not compared: decoding does so, with that of the settings.
+                # Sample rates are not compared here: decoding compares each with the setting.
                 indexed = index_tar((path, self.form, "none"), one_rate=False)
             except UserError as error:
                 raise UserError(str(error).replace(str(path), self.tars[number])) from None
@@ -222,13 +223,13 @@ class StreamLoader:
         return indexed
 
     def _set_of(self, group: _Group) -> tuple[ShardSet, list[BadSample]]:
-        """The set that a group is, once it is there, and the samples that are not in it."""
+        """Waits for a group. Returns it as a set, and the samples that are not in the set."""
         found = [future.result() for future in group.found]
         shards = ShardSet(
             group.folder,
             self.modality.name,
             self.form.length_unit,
-            0,  # each sample has its own rate
+            0,  # unknown; each sample has its own
             self.form.fields,
             tuple(tar.entry for tar in found if tar.entry.samples),
             urls={f"{number:06d}": self.tars[number] for number in group.tars},
@@ -241,13 +242,13 @@ class StreamLoader:
         return shards, left_out
 
     def close(self) -> None:
-        """Ends the workers and removes the tars; iterating is over."""
+        """Ends the workers and removes the tars. Iteration is over."""
         self.steps.close()
         self.folder.close()
 
 
 class _Group(NamedTuple):
-    """Tars that are read, and shuffled, together."""
+    """Tars that are read and shuffled together."""
 
     epoch: int
     number: int
@@ -257,13 +258,13 @@ class _Group(NamedTuple):
 
 
 def in_background(work: Callable[[], T]) -> Future[T]:
-    """Begins it in a thread that, unlike a pool's, does not keep the process from ending."""
+    """Runs it in a thread that, unlike those of a pool, does not keep the process from ending."""
     future: Future[T] = Future()
 
     def run() -> None:
         try:
             future.set_result(work())
-        except BaseException as error:  # for whoever waits for it
+        except BaseException as error:  # raised by `result`
             future.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()

@@ -104,7 +104,7 @@ def test_damaged_index(tmp_path: Path, damage: str) -> None:
 
 
 def test_missing_index(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"x\.idx: missing"):
+    with pytest.raises(UserError, match=r"x\.idx: is missing"):
         read_index(tmp_path / "x.idx")
 
 
@@ -124,10 +124,10 @@ def test_no_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such shard set; make one with `d2v-shards"):
         open_set(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file: is a file, a shard set is a folder"):
+    with pytest.raises(UserError, match="file: is a file, but a shard set is a folder"):
         open_set(tmp_path / "file")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: no index\.json in it"):
+    with pytest.raises(UserError, match=r"empty: is not a shard set, because"):
         open_set(tmp_path / "empty")
 
 
@@ -142,20 +142,20 @@ def test_tars_without_index(tmp_path: Path) -> None:
 def test_unfinished_conversion(tmp_path: Path) -> None:
     (tmp_path / PLAN_FILE).write_text("{}")
     (tmp_path / "speech-000000.tar").write_bytes(b"")
-    with pytest.raises(UserError, match="not finished; run the same d2v-shards command again"):
+    with pytest.raises(UserError, match="not complete; run the same d2v-shards command again"):
         open_set(tmp_path)
 
 
 def test_folder_of_sets(tmp_path: Path) -> None:
     write_set(tmp_path / "train")
     write_set(tmp_path / "test")
-    with pytest.raises(UserError, match="but these in it are: test, train"):
+    with pytest.raises(UserError, match="but contains some: test, train"):
         open_set(tmp_path)
 
 
 def test_another_modality(tmp_path: Path) -> None:
     write_set(tmp_path / "set", modality="images")
-    with pytest.raises(UserError, match="set: holds images, this run reads speech"):
+    with pytest.raises(UserError, match="set: holds images, but speech is required"):
         open_set(tmp_path / "set", "speech")
 
 
@@ -163,10 +163,10 @@ def test_missing_and_cut_tar(tmp_path: Path) -> None:
     written = write_set(tmp_path / "set")
     tar = written.tar(written.shards[1])
     tar.write_bytes(b"x")
-    with pytest.raises(UserError, match=r"speech-000001\.tar: has 1 bytes, index\.json says 4"):
+    with pytest.raises(UserError, match=r"speech-000001\.tar: has 1 bytes, but index.json lists"):
         open_set(tmp_path / "set")
     tar.unlink()
-    with pytest.raises(UserError, match=r"speech-000001\.tar: missing, though index\.json lists"):
+    with pytest.raises(UserError, match=r"speech-000001\.tar: is missing, but index\.json lists"):
         open_set(tmp_path / "set")
     assert open_set(tmp_path / "set", check_tars=False) == written
 
@@ -178,7 +178,7 @@ def test_damaged_set_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"index\.json: not valid JSON"):
         open_set(tmp_path / "set")
     file.write_text(json.dumps({**whole, "format": 2}))
-    with pytest.raises(UserError, match="format 2, this version reads format 1"):
+    with pytest.raises(UserError, match="format 2, but this version reads format 1"):
         open_set(tmp_path / "set")
     file.write_text("[]")
     with pytest.raises(UserError, match="format None"):
@@ -187,7 +187,7 @@ def test_damaged_set_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"index\.json: is damaged"):
         open_set(tmp_path / "set")
     file.write_text(json.dumps({**whole, "shards": []}))
-    with pytest.raises(UserError, match="without samples"):
+    with pytest.raises(UserError, match="has no samples"):
         open_set(tmp_path / "set")
 
 

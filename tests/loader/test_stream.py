@@ -25,7 +25,7 @@ from d2v_ds.errors import UserError
 from d2v_ds.loader import stream as stream_module
 from d2v_ds.loader.find_set import find_set, stream_tars
 from d2v_ds.loader.quarantine import Quarantine
-from d2v_ds.loader.stream import TOGETHER, StreamLoader
+from d2v_ds.loader.stream import GROUP_TARS, StreamLoader
 from d2v_ds.modalities.speech import Speech, SpeechConfig
 from tests.helpers.corpora import recording
 from tests.helpers.http_server import Server, start, stop
@@ -93,7 +93,7 @@ def test_an_epoch_has_every_sample_once(far: Server, cache: Path, workers: int) 
             held.append(len(list(cache.glob("own/*/*/*.tar"))))
             assert step.cursor["epoch"] == 1
     assert Counter(key for step in steps for key in keys(step)) == Counter(ALL)
-    assert 0 < max(held) <= 2 * TOGETHER, "and no more on the disk"
+    assert 0 < max(held) <= 2 * GROUP_TARS, "and no more on the disk"
     assert not list(cache.glob("own/*/")), "nothing is left of it"
     assert [step.cursor["step"] for step in steps] == list(range(1, len(steps) + 1))
     for step in steps:
@@ -152,12 +152,12 @@ def test_going_on_passes_over_what_was_being_read(
         begun = [next(loader) for _ in range(2)]
         rest = first_epoch(loader)
     group = {key for step in [*begun, *rest] if step.cursor["group"] == 1 for key in keys(step)}
-    assert len(group) == TOGETHER * CLIPS
+    assert len(group) == GROUP_TARS * CLIPS
     with closing(stream(far.url, cursor=begun[-1].cursor)) as loader:
         after = first_epoch(loader)
     assert {key for step in after for key in keys(step)} == ALL - group
     assert after[0].cursor["step"] == 3
-    assert "a stream does not go on exactly where it stopped" in caplog.text
+    assert "a stream does not resume exactly" in caplog.text
 
 
 # --------------------------------------------------------------------------------- what goes wrong
@@ -232,21 +232,21 @@ def test_samples_that_cannot_be_used_are_told(
         list(islice(loader, 12))
 
 
-def test_tars_with_less_than_a_step_are_passed_over(
+def test_tars_with_less_than_a_step_are_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("d2v_ds"), "propagate", True)
-    monkeypatch.setattr(stream_module, "TOGETHER", 1)
+    monkeypatch.setattr(stream_module, "GROUP_TARS", 1)
     for i, clips in enumerate([some_clips(8), some_clips(1, 8), some_clips(8, 9), {}]):
         url = write_tar(tmp_path / f"{i}.tar", clips).replace(f"{i}.tar", "{0..3}.tar")
     with closing(stream(url)) as loader:
         found = {key for step in first_epoch(loader) for key in keys(step)}
     assert found == {f"clip{i}" for i in range(17)} - {"clip8"}
-    assert "1.tar: passed over: data.shards: 1 of 1 samples are long enough" in caplog.text
-    assert "3.tar: passed over: they have no sample that can be used" in caplog.text
+    assert "1.tar: skipped: data.shards: 1 of 1 samples are long enough" in caplog.text
+    assert "3.tar: skipped: they have no usable sample" in caplog.text
     with (
         closing(stream(url.replace("0..3", "1,3"))) as loader,
-        pytest.raises(UserError, match="rank 0 found not one step in an epoch of 2 tars for 1 ran"),
+        pytest.raises(UserError, match="an epoch of 2 tars for 1 ranks has less than one step"),
     ):
         next(loader)
 
@@ -339,10 +339,10 @@ def test_a_run_streams_and_goes_on(far: Server, tmp_path: Path) -> None:
     run = Run(tmp_path / "run", "speech_tiny", *settings, "modality.speech.min_seconds=0.3")
     done = run.train("run.steps=3", "save.every=3", "data.workers=1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "an epoch: 10 tars without an index, 5 for each rank" in done.stdout
+    assert "an epoch: 10 tars without an index, 5 per rank" in done.stdout
     done = run.train("run.steps=5", "save.every=3", "data.workers=0")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "a stream does not go on exactly where it stopped" in done.stdout
+    assert "a stream does not resume exactly" in done.stdout
     assert list(run.losses()) == [1, 2, 3, 4, 5]
     refused = Run(tmp_path / "other", "speech_tiny", *settings).train(nproc=16)
     assert refused.returncode == 2 and "batch.micro_batches" in refused.stderr

@@ -51,7 +51,7 @@ def test_mistakes_are_named(
 
 def test_a_set_of_another_modality(shards: Path, tmp_path: Path) -> None:
     text = recipes.load("text_tiny", [f"data.shards={shards}", f"run.dir={tmp_path}"])
-    with pytest.raises(UserError, match="holds vision, this run reads text"):
+    with pytest.raises(UserError, match="holds vision, but text is required"):
         check(text, 1)
 
 

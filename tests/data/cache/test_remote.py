@@ -70,7 +70,7 @@ def test_a_remote_set_is_read_as_a_local_one(far: Server, cache: Cache, shards: 
     assert content(find_set(far.url)) == content(shards)
     names = [f"{entry.name}.tar" for entry in shards.shards]
     assert [far.asked[name] for name in names] == [1] * 4
-    with pytest.raises(UserError, match="holds series, this run reads speech"):
+    with pytest.raises(UserError, match="holds series, but speech is required"):
         find_set(far.url, "speech")
 
 
