@@ -18,6 +18,8 @@ DEMO := runs/demo$(if $(filter-out speech,$(MODALITY)),-$(MODALITY))
 # Two ranks, on GPUs or on the CPU; one rank if there is only one GPU.
 RANKS := $(shell [ "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" = 1 ] && echo 1 || echo 2)
 SEED ?= 0
+# Two test files at a time: the multi-rank tests already keep two cores busy each.
+PARALLEL := -n 2 --dist loadgroup
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -51,10 +53,10 @@ lint: setup
 	$(BIN)/mypy
 
 test: setup lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PARALLEL)
 
 test-all: setup lint
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" $(PARALLEL)
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests import ROOT
 from tests.helpers.rank_pool import Pool
 
 # A shell starts what runs in its background with Ctrl-C ignored, and so would be every process
@@ -19,6 +20,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same examples in every run of the same code: what fails, fails again.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+
+# Files that take minutes. With several workers they start first, so that none runs alone at the end.
+LONG = ("slurm/", "test_train.py", "test_tiny_recipes.py", "test_docs.py", "test_joint_runs.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Gives each file to one worker, because its tests share fixtures, and tests/slurm/ as a whole,
+    because its tests share a cluster."""
+
+    def group(item: pytest.Item) -> str:
+        path = item.path.relative_to(ROOT / "tests").as_posix()
+        return "slurm/" if path.startswith("slurm/") else path
+
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=lambda item: LONG.index(group(item)) if group(item) in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")

@@ -2,10 +2,15 @@
 
     URL --download--> file;  URL --fetch--> open file and its SHA-256;  URL --read_all--> bytes
 
-The standard library reads http(s), and a shell reads `pipe:COMMAND`. fsspec reads other schemes
-(s3, gs, hf ...) for which its package is installed; webdataset's `gopen` reads the rest of those
-that it knows, by command-line tools (gs, hf, ais, scp, sftp ...). Temporary errors are retried for
-TRY_FOR.
+Who reads a URL, in this order:
+
+1. http(s): the standard library; `pipe:COMMAND`: a shell
+2. schemes that this program registered in `webdataset.gopen.gopen_schemes`, and those of
+   USE_AIS_FOR: their handler
+3. schemes of fsspec whose package is installed (s3, gs, hf, file ...): fsspec
+4. the other schemes of webdataset (ais, scp, sftp, htgs ...): its handlers, by command-line tools
+
+Temporary errors are retried for TRY_FOR.
 """
 
 from __future__ import annotations
@@ -19,10 +24,11 @@ import logging
 import os
 import signal
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -127,7 +133,34 @@ def _kill_running() -> None:
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     if process.poll() is None:  # otherwise its PID may belong to another process
-        os.killpg(process.pid, signal.SIGKILL)
+        if os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()
+
+
+# ------------------------------------------------------------------------------------- schemes
+
+Schemes = Mapping[str, Callable[..., Any]]
+
+
+def registered_schemes() -> Schemes:
+    """The handlers that this program registered in webdataset.gopen."""
+    gopen = sys.modules.get("webdataset.gopen")
+    schemes: Schemes = gopen.gopen_schemes if gopen else {}
+    return {
+        name: call
+        for name, call in schemes.items()
+        if getattr(call, "__module__", "") != "webdataset.gopen"
+    }
+
+
+def register_schemes(schemes: Schemes) -> None:
+    """Registers handlers of another process in this one."""
+    if schemes:
+        from webdataset.gopen import gopen_schemes
+
+        gopen_schemes.update(schemes)
 
 
 class _Answer:
@@ -169,6 +202,9 @@ class _Answer:
 
     def _open_other(self) -> None:
         scheme = self.url.partition("://")[0]
+        of_ais = os.environ.get("USE_AIS_FOR", "").split(":")
+        if scheme in of_ais or scheme in registered_schemes():
+            return self._open_gopen()
         try:
             import fsspec
 
@@ -176,18 +212,39 @@ class _Answer:
         except FileNotFoundError:
             raise UserError(f"{self.url}: not found") from None
         except (ImportError, ValueError) as error:
-            from webdataset.gopen import gopen, gopen_schemes
+            from webdataset.gopen import gopen_schemes
 
-            if scheme not in gopen_schemes:
-                raise UserError(
-                    f"{self.url}: {scheme}:// requires fsspec and its package for this scheme "
-                    f"({error}); install them, or use `pipe:COMMAND {{}}`"
-                ) from None
+            if scheme in gopen_schemes:
+                return self._open_gopen()
+            raise UserError(
+                f"{self.url}: {scheme}:// requires fsspec and its package for this scheme "
+                f"({error}); install them, or use `pipe:COMMAND {{}}`"
+            ) from None
+        except OSError:
+            raise
+        except Exception as error:  # each package has its own kinds
+            raise ConnectionError(f"{type(error).__name__}: {error}") from None
+
+    def _open_gopen(self) -> None:
+        from webdataset.gopen import gopen
+
+        try:
             self.stream = gopen(self.url, "rb")
+        except (ImportError, FileNotFoundError) as error:  # of the command-line tool
+            raise UserError(
+                f"{self.url}: webdataset cannot read it ({error}); install what is missing, or use "
+                "`pipe:COMMAND {}`"
+            ) from None
+        process = getattr(self.stream, "proc", None)
+        if process:
+            self.process = process
+            _running.add(process)
 
     def check(self, found: int, expected: int | None) -> None:
         """Raises EOFError if the command failed or the content has an unexpected size."""
-        code = self._exit_code()
+        if expected is not None and found > expected:
+            raise EOFError(f"has more than {expected} bytes")
+        code = self.process.wait() if self.process else 0
         if code == COMMAND_NOT_FOUND:
             raise UserError(f"{self.url}: the command was not found on this machine")
         if code:
@@ -195,14 +252,10 @@ class _Answer:
         if expected is not None and found != expected:
             raise EOFError(f"ended after {found} of {expected} bytes")
 
-    def _exit_code(self) -> int:
-        process = self.process or getattr(self.stream, "proc", None)  # proc: of webdataset's Pipe
-        return process.wait() if process else 0
-
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # webdataset's Pipe: its command was interrupted
-            self.stream.close()
         if self.process:
             _kill(self.process)
             self.process.wait()
             _running.discard(self.process)
+        with contextlib.suppress(OSError):  # webdataset's Pipe raises it for a killed command
+            self.stream.close()

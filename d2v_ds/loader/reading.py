@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from d2v_ds.batch import Batch
 from d2v_ds.data.cache.remote import open_shard
 from d2v_ds.data.checksum import Checksum, checksum_of
+from d2v_ds.data.download import register_schemes, registered_schemes
 from d2v_ds.data.shard_format import ShardIndex, ShardSet, read_index
 from d2v_ds.errors import UserError
 from d2v_ds.loader.plan import SampleIds
@@ -45,6 +46,14 @@ class Reader:
         self.shards, self.fields, self.verify = shards, frozenset(fields), verify
         self.bounds = list(accumulate((shard.samples for shard in shards.shards), initial=0))
         self.open: OrderedDict[int, _OpenShard] = OrderedDict()  # least recent first
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "schemes": registered_schemes()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a worker, which may have to download as well."""
+        register_schemes(state.pop("schemes"))
+        vars(self).update(state)
 
     def read(self, sample_id: int) -> dict[str, bytes]:
         """The members among `fields` that the sample has. Raises ValueError if their bytes have

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import time
 from pathlib import Path
 
@@ -75,18 +76,81 @@ def test_a_command_that_does_not_exist_is_not_retried(tmp_path: Path) -> None:
         download.download("pipe:no-such-command-here x", tmp_path / "a")
 
 
-def test_a_scheme_of_webdataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """gopen reads what fsspec does not know, here by a command that the user registers."""
-    from webdataset.gopen import gopen_pipe, gopen_schemes
+# ---------------------------------------------------------------------------------------- schemes
+
+
+def tape(url: str, mode: str, bufsize: int) -> object:
+    """A handler for tape:///PATH; it reads by a command, as those of webdataset do."""
+    from webdataset.gopen import gopen_pipe
+
+    return gopen_pipe(f"pipe:cat {url.removeprefix('tape://')} || exit 4", mode, bufsize)
+
+
+def test_a_scheme_that_only_webdataset_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from webdataset.gopen import gopen_schemes
 
     (tmp_path / "a").write_bytes(b"12345")
-
-    def tape(url: str, mode: str, bufsize: int) -> object:
-        name = url.removeprefix("tape://")
-        return gopen_pipe(f"pipe:cat {tmp_path / name} || exit 4", mode, bufsize)
-
     monkeypatch.setitem(gopen_schemes, "tape", tape)
-    download.download("tape://a", tmp_path / "b")
+    download.download(f"tape://{tmp_path}/a", tmp_path / "b")
     assert (tmp_path / "b").read_bytes() == b"12345"
-    with pytest.raises(UserError, match=r"tape://nothing: the download failed \(.*exit 4"):
-        download.download("tape://nothing", tmp_path / "b")
+    with pytest.raises(UserError, match=r"tape:///nothing: the download failed \(.*exit (code )?4"):
+        download.download("tape:///nothing", tmp_path / "b")
+
+
+def test_a_registered_scheme_comes_before_fsspec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsspec has a `file` and a `memory`; what a program registers is what it wants."""
+    from webdataset import gopen
+
+    (tmp_path / "a").write_bytes(b"12345")
+    assert download.read_all(f"file://{tmp_path}/a") == b"12345"
+    assert download.registered_schemes() == {}
+    monkeypatch.setitem(gopen.gopen_schemes, "memory", lambda *given: io.BytesIO(b"own"))
+    assert download.read_all("memory://anything") == b"own"
+    assert list(download.registered_schemes()) == ["memory"]
+
+
+def test_missing_tools_of_webdataset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=r"ais://a/b: webdataset cannot read it \(.*'ais'"):
+        download.read_all("ais://a/b")
+    monkeypatch.setenv("USE_AIS_FOR", "s3:memory")
+    from webdataset.gopen import gopen_ais, gopen_schemes
+
+    monkeypatch.setitem(gopen_schemes, "memory", gopen_ais)  # as webdataset does on import
+    with pytest.raises(UserError, match=r"memory://a/b: webdataset cannot read it \(.*'ais'"):
+        download.read_all("memory://a/b")
+
+
+def test_errors_of_fsspec_are_retried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its packages raise errors of their own kinds."""
+    import fsspec
+
+    class Timeout(Exception):
+        pass
+
+    def fail(*given: object) -> None:
+        raise Timeout("no answer")
+
+    monkeypatch.setattr(fsspec, "open", fail)
+    with pytest.raises(UserError, match=r"x: the download failed \(Timeout: no answer\)"):
+        download.try_again(lambda: download.read_all("s3://b/x"), "s3://b/x")
+
+
+@pytest.mark.parametrize("scheme", ["pipe:", "hangs://"])
+def test_a_command_with_too_much_output_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
+) -> None:
+    from webdataset.gopen import gopen_pipe, gopen_schemes
+
+    command = "echo 123; sleep 60"
+    monkeypatch.setitem(
+        gopen_schemes, "hangs", lambda url, mode, bufsize: gopen_pipe(f"pipe:{command}", mode)
+    )
+    start = time.monotonic()
+    with (tmp_path / "b").open("wb") as file, pytest.raises(EOFError, match="more than 2 bytes"):
+        download.fetch(f"{scheme}{command}" if scheme == "pipe:" else "hangs://a", file, 2)
+    assert time.monotonic() - start < 20

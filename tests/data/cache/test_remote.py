@@ -26,6 +26,7 @@ from d2v_ds.errors import UserError
 from d2v_ds.loader.find_set import find_set
 from d2v_ds.loader.loader import Loader
 from d2v_ds.loader.reading import read_samples
+from tests.data.test_download import tape
 from tests.helpers.http_server import Server, start, stop
 from tests.helpers.series import modality as series_modality
 from tests.helpers.series import write_set
@@ -232,6 +233,26 @@ def test_a_command_instead_of_a_url(shards: ShardSet, cache: Cache) -> None:
     assert content(find_set(where)) == content(shards)
     with pytest.raises(UserError, match=r"needs {} where the file name belongs"):
         find_set("pipe:cat x")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_scheme_that_this_program_registered(
+    shards: ShardSet, cache: Cache, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    """Workers, which do not run the program's main script, know it as well."""
+    from webdataset.gopen import gopen_schemes
+
+    monkeypatch.setitem(gopen_schemes, "tape", tape)
+    monkeypatch.setattr("d2v_ds.loader.loader.keep_near", lambda *given: None)
+    found = find_set(f"tape://{shards.root}")
+    settings: dict[str, Any] = {"seed": 1, "size": 800, "micro_batches": 2}
+    with closing(Loader(found, series_modality(), workers=workers, **settings)) as loader:  # type: ignore[arg-type]
+        keys = [k for step in islice(loader, loader.stats.steps) for k in keys_of(step)]
+    assert sorted(keys) == sorted(key for key, _ in read_samples(shards, ()))
+
+
+def keys_of(step: Any) -> list[str]:
+    return [key for batch in step.micro_batches for key in batch.keys]
 
 
 def test_a_command_that_fails(
