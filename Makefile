@@ -18,7 +18,7 @@ DEMO := runs/demo$(if $(filter-out speech,$(MODALITY)),-$(MODALITY))
 # Two ranks, on GPUs or on the CPU; one rank if there is only one GPU.
 RANKS := $(shell [ "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" = 1 ] && echo 1 || echo 2)
 SEED ?= 0
-# Two test files at a time: the multi-rank tests already keep two cores busy each.
+# Two test processes: tests with several ranks occupy two cores by themselves.
 PARALLEL := -n 2 --dist loadgroup
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

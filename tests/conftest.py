@@ -22,7 +22,7 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
-# Files that take minutes. With several workers they start first, so that none runs alone at the end.
+# Files that take minutes. They start first, so that none runs alone at the end.
 LONG = ("slurm/", "test_train.py", "test_tiny_recipes.py", "test_docs.py", "test_joint_runs.py")
 
 

@@ -399,7 +399,7 @@ FOLDERS = ("d2v_ds", "docs", "tests", "shards", "slurm", "benchmarks", "ds_confi
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "CHANGELOG.md"])
 def test_files_and_variables_exist(page: str) -> None:
-    places = [ROOT, (ROOT / page).parent, ROOT / "tests", ROOT / "slurm"]
+    places = [ROOT, (ROOT / page).parent, *(ROOT / f for f in ("d2v_ds", "tests", "slurm"))]
     for word in words(page):
         if re.fullmatch(r"[\w./-]+\.(py|sh|sbatch|toml)|[\w./-]+/", word) and (
             not word.endswith("/") or word.split("/")[0] in FOLDERS

@@ -124,6 +124,7 @@ def test_each_third_party_system_has_one_home(package: str) -> None:
     for path in FILES:
         if any(str(path).startswith(home) for home in HOMES[package]):
             continue
-        found = [n for n in imports(path) if n.split(".")[0] == package]
-        found += [n for n in imports(path) if n.startswith(f"torch.utils.{package}")]
+        names = list(imports(path, typing_only=False))
+        found = [n for n in names if n.split(".")[0] == package]
+        found += [n for n in names if n.startswith(f"torch.utils.{package}")]
         assert not found, f"{path} imports {found}; {package} belongs in {HOMES[package]}"

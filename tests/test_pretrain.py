@@ -467,4 +467,4 @@ def test_positions_that_see_the_whole_crop_are_warned_of() -> None:
     [warning] = warnings(
         "modality.speech.positions={depth: 5, kernel: 19}", "modality.speech.crop_seconds=1.005"
     )
-    assert "see 91 frames, the whole crop of 50" in warning
+    assert "cover 91 frames, the whole crop of 50" in warning

@@ -232,7 +232,7 @@ def test_read_samples_names_a_changed_byte(own: ShardSet) -> None:
     assert str(caught.value) == (
         f"{own.root}/series-000002.tar, sample 's2-11': its .series has changed: the index has "
         "another checksum for it. Copy the shard again or convert again; `d2v-shards verify` lists "
-        "all that is wrong with a set"
+        "every fault of a set"
     )
     assert len(list(read_samples(own, ("json",)))) == 200
 

@@ -195,8 +195,8 @@ def test_jsonl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "its segment ends later" in left_out["long.wav, 2 to 4"]
     assert "but its segment is outside of it" in left_out["long.wav, 5 to 6"]
     assert "needs a duration, or an end" in left_out["train.jsonl, line 6"]
-    assert "are seconds" in left_out["train.jsonl, line 7"]
-    assert "path or audio_filepath" in left_out["train.jsonl, line 8"]
+    assert "must be in seconds" in left_out["train.jsonl, line 7"]
+    assert "exactly one of path and audio_filepath" in left_out["train.jsonl, line 8"]
     assert "not a JSON object" in left_out["train.jsonl, line 9"]
     assert all("is not JSON" in left_out[f"train.jsonl, line {n}"] for n in (10, 12))
 
@@ -370,7 +370,7 @@ def test_ogg_is_whole_or_left_out(kind: str) -> None:
     assert len(pages) > 3
     for size in (pages[-1], pages[-1] + 10, len(data) - 1, pages[2]):
         assert "is truncated" in ogg_problem(data[:size])
-    assert "page 2 lacks" in ogg_problem(data[: pages[2]] + data[pages[3] :])
+    assert "page 2 is missing" in ogg_problem(data[: pages[2]] + data[pages[3] :])
     flipped = bytearray(data)
     flipped[pages[2] + 200] ^= 1
     assert f"the checksum of its Ogg page at byte {pages[2]} is wrong" in ogg_problem(
