@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.multiprocessing
 from timing import Clock
-from torch import Tensor
+from torch import Tensor, multiprocessing
 
 from d2v_ds import recipes, seeding
 from d2v_ds.batch import StepBatch
@@ -134,7 +133,7 @@ def memory_rows() -> list[dict[str, Any]]:
     rows = []
     for ranks in RANKS:
         with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(memory_on_rank, (ranks, folder), ranks)
+            multiprocessing.spawn(memory_on_rank, (ranks, folder), ranks)  # type: ignore[attr-defined, no-untyped-call]
             measured = [json.loads(Path(folder, str(r)).read_text()) for r in range(ranks)]
         for stage in range(4):
             rows.append(max((of_rank[stage] for of_rank in measured), key=lambda r: r["bytes"]))

@@ -108,7 +108,7 @@ def race_reading(name: str, shards: ShardSet, root: Path) -> None:
         for _ in range(repeats):
             for tar in urls(shards):
                 with open(tar, "rb", buffering=0) as file:
-                    file.readinto(buffer)  # type: ignore[attr-defined]
+                    file.readinto(buffer)
         return len(order) * repeats
 
     def theirs() -> float:
@@ -336,7 +336,7 @@ def race_text(corpora: Corpora) -> None:
 
 
 def show_plan() -> None:
-    """Padding, loss and shuffle quality of batching and cropping, for 200,000 lengths."""
+    """Padding, lost audio and quality of shuffling, for 200,000 lengths."""
     rng = np.random.default_rng(0)
     lengths = np.array_split((utterance_seconds(200_000, rng) * RATE).astype(np.uint32), 100)
     modality = Speech(SpeechConfig())
@@ -350,13 +350,15 @@ def show_plan() -> None:
     batches = [shuffled[i : i + 6] for i in range(0, len(shuffled), 6)]
     padded = sum(int(batch.max()) * len(batch) for batch in batches)
     shortest = sum(int(batch.min()) * len(batch) for batch in batches)
-    print("\npadding and loss, 200,000 utterances, micro-batches of 62.5 s")
+    print("\npadding and lost audio, 200,000 utterances, micro-batches of 62.5 s")
     print(
-        f"  random batches: padding {1 - usable.sum() / padded:.1%}; cut to the shortest, ", end=""
+        f"  random batches: {1 - usable.sum() / padded:.1%} padding; cropped to the shortest, "
+        f"{1 - shortest / usable.sum():.1%} of the audio is lost"
     )
-    print(f"{1 - shortest / usable.sum():.1%} of the audio is lost")
-    print(f"  ours: padding {stats.padding:.2%}; beyond the crop of 20 s nothing is lost: ", end="")
-    print(f"{stats.units / (usable.sum() / RATE):.4%} of it is in an epoch of {stats.steps} steps")
+    print(
+        f"  planned batches: {stats.padding:.2%} padding; an epoch of {stats.steps} steps has "
+        f"{stats.units / (usable.sum() / RATE):.4%} of the audio (after the crop to 20 s)"
+    )
     orders = []
     for epoch in range(2):
         steps = itertools.takewhile(
@@ -365,11 +367,13 @@ def show_plan() -> None:
         )
         orders.append(np.concatenate([lot for step in steps for lot in step.lots]))
     ranks = [np.argsort(order) for order in orders]
+    print(f"  planning: {made:.2f} s of CPU time")
+    correlation = np.atleast_2d(np.corrcoef([*ranks, np.arange(len(ranks[0]))]))
     print(
-        f"  planning: {made:.2f} s of CPU for the set; shuffle: correlation of the ranks of samples"
+        "  shuffling: the rank correlation of the order of samples is "
+        f"{correlation[0, 1]:+.4f} between two epochs, "
+        f"{correlation[0, 2]:+.4f} between epoch and set"
     )
-    print(f"  in two epochs {np.corrcoef(ranks)[0, 1]:+.4f}, in the set and in an epoch")
-    print(f"  {np.corrcoef(ranks[0], np.arange(len(ranks[0])))[0, 1]:+.4f}")
 
 
 def race_all(corpora: Corpora, parts: list[str], root: Path) -> None:

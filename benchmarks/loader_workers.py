@@ -1,7 +1,8 @@
-"""LoaderWorkers against torch's DataLoader: the same plan, reader and micro-batches, in order.
+"""Compares LoaderWorkers with torch's DataLoader: same plan, reader and micro-batches, in order.
 
-Converts the embedded corpora, makes JPEG images, and takes micro-batches of the base recipes and
-smaller ones as fast as they come. The variants alternate in one process.
+It converts the bundled corpora, makes JPEG images, and reads micro-batches of the size of the base
+recipes, and smaller ones, as fast as possible. The variants alternate in one process. A part of
+loader.py.
 """
 
 from __future__ import annotations
@@ -50,18 +51,18 @@ class Case(NamedTuple):
 
 class Measured(NamedTuple):
     rate: float  # batches per second
-    trainer_ms: float  # processor time of this process per batch
+    trainer_ms: float  # CPU time of this process per batch
     worker_ms: float
-    first: float  # seconds to the first batch; the fork server is running
-    memory: float  # MB of the workers, shared pages divided among those that share them
+    first: float  # seconds to the first batch, when the fork server runs
+    memory: float  # of the workers, in MB (PSS)
 
 
 # ------------------------------------------------------------------------------------- the variants
 
 
 class Lots(Dataset[Any]):
-    """Makes a lot in a worker of a DataLoader. arrays: numpy arrays, which travel through the pipe,
-    in place of tensors, which travel through /dev/shm."""
+    """Makes micro-batches in the workers of a DataLoader. arrays: they are sent as numpy arrays,
+    through a pipe; otherwise as tensors, through /dev/shm."""
 
     def __init__(self, make: MicroBatches, arrays: bool) -> None:
         self.make, self.arrays = make, arrays
@@ -136,7 +137,7 @@ def lots_of(loader: Loader) -> Iterator[Lot]:
 
 
 def cpu_of(pids: list[int]) -> float:
-    """Seconds of processor time that these processes have used."""
+    """The CPU time of these processes, in seconds."""
     ticks = 0
     for pid in pids:
         values = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -58,7 +58,7 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
             with clock.timed("teacher"):
                 return targets(*arguments)
 
-        task.targets = timed_targets  # type: ignore[method-assign]
+        task.targets = timed_targets  # type: ignore[method-assign, assignment]
         rates.append(matmul_gflops(device))
         with clock.timed("data"):
             step_batch = mixture.next(step)
