@@ -26,6 +26,7 @@ settings.load_profile("repeatable")
 LONG = ("slurm/", "test_train.py", "test_tiny_recipes.py", "test_docs.py", "test_joint_runs.py")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Gives each file to one worker, because its tests share fixtures, and tests/slurm/ as a whole,
     because its tests share a cluster."""
