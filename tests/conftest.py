@@ -26,8 +26,8 @@ settings.load_profile("repeatable")
 LONG = ("slurm/", "test_train.py", "test_tiny_recipes.py", "test_docs.py", "test_joint_runs.py")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)  # xdist reads the marks first of all
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
     """Gives each file to one worker, because its tests share fixtures, and tests/slurm/ as a whole,
     because its tests share a cluster."""
 
@@ -38,6 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         item.add_marker(pytest.mark.xdist_group(group(item)))
     items.sort(key=lambda item: LONG.index(group(item)) if group(item) in LONG else len(LONG))
+    yield
 
 
 @pytest.fixture(scope="session")
