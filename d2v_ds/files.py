@@ -13,12 +13,14 @@ import importlib.resources
 import os
 import re
 import socket
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 TEMPORARY = ".tmp"
-BLOCK = 1 << 22  # bytes hashed at a time
+CHUNK = 1 << 22  # bytes read at a time
+WAITING = 0.5  # seconds between attempts to get a lock
 
 
 def temporary(path: Path) -> Path:
@@ -74,18 +76,44 @@ def _alive(pid: int) -> bool:
 
 
 @contextlib.contextmanager
-def locked(file: Path) -> Iterator[IO[str]]:
-    """Holds an exclusive lock on `file`, which is created if needed; yields it open."""
+def locked(file: Path, waiting: Callable[[], None] | None = None) -> Iterator[IO[str]]:
+    """Holds an exclusive lock on `file`, which is created if needed; yields it open.
+
+    waiting: called repeatedly until the lock is free, and at least once.
+    """
     with file.open("w") as opened:
-        fcntl.flock(opened, fcntl.LOCK_EX)
+        while waiting:
+            waiting()
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(WAITING)
+        else:
+            fcntl.flock(opened, fcntl.LOCK_EX)
         yield opened
 
 
 def sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def copy(source: IO[bytes], target: IO[bytes], progress: Callable[[int], None]) -> str:
+    """Copies the rest of an open file to another one; returns its SHA-256.
+
+    progress: called with the number of bytes read so far, before the last ones are written. It may
+    raise an error to end the copy.
+    """
+    digest, found = hashlib.sha256(), 0
+    while chunk := source.read(CHUNK):
+        found += len(chunk)
+        progress(found)
+        digest.update(chunk)
+        target.write(chunk)
     return digest.hexdigest()
 
 

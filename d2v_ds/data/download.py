@@ -18,7 +18,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
-import hashlib
 import http.client
 import logging
 import os
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from d2v_ds.errors import UserError
+from d2v_ds.files import copy
 
 Result = TypeVar("Result")
 
@@ -41,7 +41,6 @@ log = logging.getLogger("d2v_ds")
 TRY_FOR = 240.0  # seconds of retries before a download fails
 PAUSE, LONGEST_PAUSE = 0.5, 15.0  # seconds between retries; the pause doubles
 SILENCE = 60.0  # seconds without a byte after which a connection has failed
-CHUNK = 1 << 20  # bytes
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 COMMAND_NOT_FOUND = 127  # exit code of a shell
 
@@ -101,18 +100,17 @@ def fetch(url: str, file: BinaryIO, size: int | None = None) -> str:
 
     Raises EOFError if the size is not `size` or, without `size`, not the one that the server sent.
     """
-    digest, found = hashlib.sha256(), 0
+
+    def check_size(found: int) -> None:
+        if size is not None and found > size:
+            raise EOFError(f"has more than {size} bytes")
+
     with contextlib.closing(_Answer(url)) as answer:
-        while chunk := answer.stream.read(CHUNK):
-            found += len(chunk)
-            if size is not None and found > size:
-                break
-            digest.update(chunk)
-            file.write(chunk)
-        expected = answer.size if size is None else size
-        answer.check(found, expected)
+        start = file.tell()
+        digest = copy(answer.stream, file, check_size)
+        answer.check(file.tell() - start, answer.size if size is None else size)
     file.flush()
-    return digest.hexdigest()
+    return digest
 
 
 def read_all(url: str) -> bytes:
@@ -242,8 +240,6 @@ class _Answer:
 
     def check(self, found: int, expected: int | None) -> None:
         """Raises EOFError if the command failed or the content has an unexpected size."""
-        if expected is not None and found > expected:
-            raise EOFError(f"has more than {expected} bytes")
         code = self.process.wait() if self.process else 0
         if code == COMMAND_NOT_FOUND:
             raise UserError(f"{self.url}: the command was not found on this machine")

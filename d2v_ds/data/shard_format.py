@@ -194,6 +194,12 @@ def _check_tar(path: Path, size: int) -> None:
         )
 
 
+def require_sha256(tar: object, found: str, entry: ShardEntry, advice: str) -> None:
+    """Raises UserError unless the SHA-256 of a tar is that of its entry."""
+    if found != entry.sha256:
+        raise UserError(f"{tar}: its SHA-256 differs from {INDEX_FILE}; {advice}")
+
+
 def fingerprint(shards: ShardSet) -> str:
     """A hash of the set's content: the SHA-256 over the hashes of its shards, in order."""
     return hashlib.sha256("\n".join(s.sha256 for s in shards.shards).encode()).hexdigest()

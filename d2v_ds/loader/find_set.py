@@ -9,7 +9,6 @@ are streamed (stream.py).
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import itertools
 import logging
@@ -20,11 +19,13 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from d2v_ds.data.cache.remote import Cache, open_remote
+from d2v_ds.data.cache.folder import Cache
+from d2v_ds.data.cache.remote import open_remote
 from d2v_ds.data.download import is_remote
 from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE, ShardSet, open_set
 from d2v_ds.data.tar_index import index_set
 from d2v_ds.errors import UserError
+from d2v_ds.files import locked
 from d2v_ds.modalities import sample_formats
 
 log = logging.getLogger("d2v_ds")
@@ -76,8 +77,7 @@ def _indexed(root: Path, tars: list[Path], modality: str) -> Path:
         out = Cache.from_environment().folder / f"{root.name}-{digest}"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with (out / ".index.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(out / ".index.lock"):
             if not (out / INDEX_FILE).exists():
                 log.info("%s: has no index; reading the headers of %d tars", root, len(tars))
                 index_set(tars, out, sample_formats(modality))

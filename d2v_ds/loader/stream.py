@@ -29,7 +29,7 @@ import numpy as np
 
 from d2v_ds.batch import StepBatch
 from d2v_ds.config.validation import require_divisible
-from d2v_ds.data.cache.remote import OwnFolder, writing
+from d2v_ds.data.cache.folder import OwnFolder, writing
 from d2v_ds.data.download import download
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.data.tar_index import IndexedTar, index_tar

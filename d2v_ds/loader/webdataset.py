@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from d2v_ds.data.cache.remote import OwnFolder, open_shard, writing
+from d2v_ds.data.cache.folder import OwnFolder, writing
+from d2v_ds.data.cache.remote import open_shard
 from d2v_ds.data.checksum import checksum_of
 from d2v_ds.data.download import download, url_of
 from d2v_ds.data.shard_format import ShardEntry, ShardIndex, ShardSet, read_index

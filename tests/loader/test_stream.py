@@ -20,7 +20,7 @@ import webdataset
 
 from d2v_ds.batch import StepBatch
 from d2v_ds.data import download
-from d2v_ds.data.cache import remote as shard_cache
+from d2v_ds.data.cache.folder import OwnFolder
 from d2v_ds.errors import UserError
 from d2v_ds.loader import stream as stream_module
 from d2v_ds.loader.find_set import find_set, stream_tars
@@ -310,7 +310,7 @@ def test_what_is_streamed_and_what_cannot_be() -> None:
 
 def test_a_folder_of_a_killed_process_is_removed(cache: Path) -> None:
     code = (
-        "import os; from d2v_ds.data.cache.remote import OwnFolder; f = OwnFolder();"
+        "import os; from d2v_ds.data.cache.folder import OwnFolder; f = OwnFolder();"
         "(f.path / 'a.tar').touch(); print(f.path, flush=True); os.kill(os.getpid(), 9)"
     )
     killed = subprocess.run(
@@ -319,7 +319,7 @@ def test_a_folder_of_a_killed_process_is_removed(cache: Path) -> None:
     assert killed.returncode == -signal.SIGKILL
     left = Path(killed.stdout.strip())
     assert left.parent == cache / "own" and (left / "a.tar").exists()
-    first, second = shard_cache.OwnFolder(), shard_cache.OwnFolder()
+    first, second = OwnFolder(), OwnFolder()
     assert not left.exists() and first.path.exists()
     first.close()
     assert second.path.exists() and not first.path.exists()

@@ -16,43 +16,25 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
-import logging
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
 
+from d2v_ds.data.cache.folder import LOCK_FILE, Cache, added, writing
 from d2v_ds.data.download import fetch, read_all, try_again, url_of
-from d2v_ds.data.shard_format import INDEX_FILE, ShardEntry, ShardSet, open_set, read_lengths
-from d2v_ds.errors import UserError
-from d2v_ds.files import format_size, locked, parse_size
+from d2v_ds.data.shard_format import (
+    INDEX_FILE,
+    ShardEntry,
+    ShardSet,
+    open_set,
+    read_lengths,
+    require_sha256,
+)
+from d2v_ds.files import locked, write_atomically
 
-log = logging.getLogger("d2v_ds")
-
-DEFAULT_BYTES = "200GB"
-INDEX_DOWNLOADS = 16  # at the same time
-
-
-@dataclasses.dataclass(frozen=True)
-class Cache:
-    """A folder of this node, and the maximum size of its shards in bytes."""
-
-    folder: Path
-    limit: int
-
-    @staticmethod
-    def from_environment() -> Cache:
-        """The cache that D2V_CACHE and D2V_CACHE_BYTES describe. Raises UserError."""
-        default = Path(tempfile.gettempdir(), f"d2v_ds-{os.getuid()}")
-        try:
-            limit = parse_size(os.environ.get("D2V_CACHE_BYTES", DEFAULT_BYTES))
-        except ValueError as error:
-            raise UserError(f"D2V_CACHE_BYTES: {error}") from None
-        return Cache(Path(os.environ.get("D2V_CACHE") or default), limit)
+PARALLEL_DOWNLOADS = 16  # of indexes
 
 
 def open_remote(where: str, modality: str = "", cache: Cache | None = None) -> ShardSet:
@@ -63,14 +45,12 @@ def open_remote(where: str, modality: str = "", cache: Cache | None = None) -> S
     folder = cache.folder / f"{name}-{hashlib.sha256(where.encode() + content).hexdigest()[:16]}"
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / ".lock"):
-            aside = folder / f"{INDEX_FILE}.tmp"
+        with locked(folder / LOCK_FILE):
             if not (folder / INDEX_FILE).exists():
-                aside.write_bytes(content)
-                aside.replace(folder / INDEX_FILE)
+                write_atomically(folder / INDEX_FILE, content)
             shards = open_set(folder, modality, check_tars=False)
             shards = dataclasses.replace(shards, remote=where)
-            with ThreadPoolExecutor(INDEX_DOWNLOADS) as pool:
+            with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
                 list(pool.map(lambda entry: _fetch_index(shards, entry), shards.shards))
     return shards
 
@@ -108,136 +88,29 @@ def keep_near(shards: ShardSet, upcoming: Iterable[int], cache: Cache | None = N
         os.close(open_shard(shards, entry, cache))
 
 
-class OwnFolder:
-    """A folder in the cache for temporary files of this process. Raises UserError.
-
-    It is removed by `close` or, if the process is killed, when another process creates such a
-    folder. It does not count towards the size of the cache.
-    """
-
-    def __init__(self, cache: Cache | None = None) -> None:
-        parent = (cache or Cache.from_environment()).folder / "own"
-        with writing(parent):
-            parent.mkdir(parents=True, exist_ok=True)
-            with locked(parent / ".lock"):
-                for left in parent.glob("*/"):
-                    _remove_unused(left)
-                self.path = Path(tempfile.mkdtemp(prefix=f"{os.getpid()}-", dir=parent))
-                self._lock = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
-
-    def close(self) -> None:
-        if self._lock >= 0:
-            shutil.rmtree(self.path, ignore_errors=True)
-            os.close(self._lock)
-            self._lock = -1
-
-
-# ---------------------------------------------------------------------------------------- fetching
-
-
 def _fetch_index(shards: ShardSet, entry: ShardEntry) -> None:
     path = shards.index(entry)
     if path.exists():
         return
-    aside = path.with_suffix(".idx.tmp")
+    url = url_of(shards.remote, path.name)
+    with added(path) as file:
 
-    def whole() -> None:
-        with aside.open("wb") as file:
-            fetch(url_of(shards.remote, path.name), file)
-        read_lengths(aside, entry)
+        def whole() -> None:
+            file.seek(0)
+            file.truncate()
+            fetch(url, file)
+            read_lengths(Path(file.name), entry)
 
-    try_again(whole, url_of(shards.remote, path.name))
-    aside.replace(path)
+        try_again(whole, url)
 
 
 def _fetch_shard(shards: ShardSet, entry: ShardEntry, cache: Cache) -> None:
     path = shards.tar(entry)
     url = url_of(shards.remote, path.name)
-    aside = path.with_suffix(".tar.tmp")
-    with _room_for(aside, entry.bytes, cache) as file:
+    with cache.added(path, entry.bytes) as file:
 
         def whole() -> None:
             file.seek(0)
-            digest = fetch(url, file, entry.bytes)
-            if digest != entry.sha256:
-                raise UserError(f"{url}: its SHA-256 differs from {INDEX_FILE}; upload it again")
+            require_sha256(url, fetch(url, file, entry.bytes), entry, "upload it again")
 
-        try:
-            try_again(whole, url)
-            aside.rename(path)
-        except BaseException:
-            aside.unlink()
-            raise
-
-
-# --------------------------------------------------------------------------------------- the folder
-
-
-@contextlib.contextmanager
-def _room_for(aside: Path, size: int, cache: Cache) -> Iterator[BinaryIO]:
-    """A new open file of this size; removes other shards to make room for it."""
-    with locked(cache.folder / ".lock"):
-        _evict(cache, size)
-        file = aside.open("wb")
-        fcntl.flock(file, fcntl.LOCK_EX)  # locked while it is being written
-        file.truncate(size)
-    with file:
-        yield file
-
-
-def _evict(cache: Cache, size: int) -> None:
-    """Removes the least recently used shards until `size` more bytes fit."""
-    files = [*cache.folder.glob("*/*.tar"), *cache.folder.glob("*/*.tar.tmp")]
-    found = sorted(
-        (stat.st_mtime_ns, stat.st_size, file) for file in files if (stat := _stat(file))
-    )
-    held = sum(each for _, each, _ in found)
-    for _, each, file in found:
-        if held + size <= cache.limit and file.suffix != ".tmp":
-            continue
-        if _remove_unused(file):
-            held -= each
-    if held + size > cache.limit:
-        log.warning(
-            "%s: the shards in use and the next one take %s, but D2V_CACHE_BYTES is %s; raise it, "
-            "or the same shards will be downloaded repeatedly",
-            cache.folder,
-            format_size(held + size),
-            format_size(cache.limit),
-        )
-
-
-def _stat(file: Path) -> os.stat_result | None:
-    try:
-        return file.stat()
-    except FileNotFoundError:
-        return None
-
-
-def _remove_unused(path: Path) -> bool:
-    """Removes a file or folder that no process has locked. Returns whether it was removed."""
-    try:
-        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    except (FileNotFoundError, BlockingIOError):
-        return False
-    finally:
-        os.close(opened)
-    return True
-
-
-@contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turns errors of the local disk into UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"D2V_CACHE: cannot write {folder} ({error.strerror or error})") from None
+        try_again(whole, url)

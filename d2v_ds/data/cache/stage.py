@@ -9,23 +9,20 @@ configuration are the same.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 
-from d2v_ds.data.shard_format import INDEX_FILE, ShardSet
-from d2v_ds.errors import UserError
-from d2v_ds.files import format_size
+from d2v_ds.data.cache.folder import LOCK_FILE, added, writing
+from d2v_ds.data.shard_format import INDEX_FILE, ShardEntry, ShardSet, require_sha256
+from d2v_ds.files import copy, format_size, locked, write_atomically
 
 log = logging.getLogger("d2v_ds")
 
 SPARE = 0.05  # fraction of the disk that stays free
-CHUNK = 16 * 2**20  # bytes
 
 
 def stage(shards: ShardSet, folder: Path, alive: Callable[[], None]) -> Path | None:
@@ -39,33 +36,19 @@ def stage(shards: ShardSet, folder: Path, alive: Callable[[], None]) -> Path | N
     if shards.tars:  # the copy has them next to the index
         index = json.dumps({k: v for k, v in json.loads(index).items() if k != "tars"}).encode()
     target = folder / "d2v_ds" / f"{shards.root.name}-{hashlib.sha256(index).hexdigest()[:16]}"
-    try:
+    with writing(target, "D2V_STAGE"):
         target.mkdir(parents=True, exist_ok=True)
-        with (target / ".lock").open("w") as lock:
-            _wait_for(lock.fileno(), alive)
+        with locked(target / LOCK_FILE, waiting=alive):
             if (target / INDEX_FILE).exists():
                 return target
             if not _fits(shards, target):
                 return None
-            for shard in shards.shards:
-                _copy(shards.tar(shard), target, shard.sha256, alive)
-                _copy(shards.index(shard), target, None, alive)
-            aside = target / f"{INDEX_FILE}.tmp"
-            aside.write_bytes(index)
-            aside.replace(target / INDEX_FILE)
-    except OSError as error:
-        raise UserError(f"D2V_STAGE: cannot copy {shards.root} to {target}: {error}") from None
+            for entry in shards.shards:
+                _copy(shards.tar(entry), target, entry, alive)
+                _copy(shards.index(entry), target, None, alive)
+            write_atomically(target / INDEX_FILE, index)
     log.info("%s was copied to %s", shards.root, target)
     return target
-
-
-def _wait_for(lock: int, alive: Callable[[], None]) -> None:
-    while True:
-        alive()
-        try:
-            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(0.5)
 
 
 def _fits(shards: ShardSet, target: Path) -> bool:
@@ -86,21 +69,12 @@ def _fits(shards: ShardSet, target: Path) -> bool:
     return False
 
 
-def _copy(source: Path, target: Path, sha256: str | None, alive: Callable[[], None]) -> None:
-    """Copies one file unless it exists. A file has its final name only when it was checked."""
+def _copy(source: Path, target: Path, entry: ShardEntry | None, alive: Callable[[], None]) -> None:
+    """Copies one file unless it exists. entry: of a tar, which is checked against it."""
     if (target / source.name).exists():
         return
-    aside = target / f"{source.name}.tmp"
-    digest = hashlib.sha256()
-    with source.open("rb") as reader, aside.open("wb") as writer:
-        while chunk := reader.read(CHUNK):
-            digest.update(chunk)
-            writer.write(chunk)
-            alive()
-    if sha256 and digest.hexdigest() != sha256:
-        aside.unlink()
-        raise UserError(
-            f"{source}: its SHA-256 differs from the set's index; copy the set again "
-            f"(`d2v-shards verify {source.parent}` lists every fault)"
-        )
-    aside.replace(target / source.name)
+    with source.open("rb") as reader, added(target / source.name) as file:
+        digest = copy(reader, file, lambda found: alive())
+        if entry:
+            advice = f"copy the set again (`d2v-shards verify {source.parent}` lists every fault)"
+            require_sha256(source, digest, entry, advice)

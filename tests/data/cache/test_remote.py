@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from d2v_ds.data import download
-from d2v_ds.data.cache.remote import Cache, keep_near, open_remote, open_shard
+from d2v_ds.data.cache.folder import Cache
+from d2v_ds.data.cache.remote import keep_near, open_remote, open_shard
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
 from d2v_ds.loader.find_set import find_set
@@ -273,7 +274,8 @@ def test_by_fsspec(shards: ShardSet, cache: Cache) -> None:
 
 
 def test_settings_of_the_cache(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    for text, expected in (("12", 12), ("3KB", 3000), ("2 GB", 2 * 10**9)):
+    sizes = {"12": 12, "3KB": 3000, "2 GB": 2 * 10**9, "80G": 80 * 10**9, "1.5GB": 15 * 10**8}
+    for text, expected in {**sizes, "80GiB": 80 << 30}.items():
         monkeypatch.setenv("D2V_CACHE_BYTES", text)
         assert Cache.from_environment().limit == expected
     monkeypatch.setenv("D2V_CACHE_BYTES", "many")

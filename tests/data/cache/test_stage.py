@@ -99,7 +99,7 @@ def test_damage_on_the_way_is_found(shards: ShardSet, tmp_path: Path) -> None:
     data = bytearray(tar.read_bytes())
     data[len(data) // 2] ^= 1
     tar.write_bytes(data)
-    with pytest.raises(UserError, match=rf"{tar.name}: its SHA-256 differs from the set's index"):
+    with pytest.raises(UserError, match=rf"{tar.name}: its SHA-256 differs from index.json"):
         stage(open_set(broken), tmp_path / "local", lambda: None)
     assert not list((tmp_path / "local").rglob("index.json"))
 
@@ -120,7 +120,7 @@ def test_no_copy_where_there_is_no_room(
 
 def test_a_folder_that_cannot_be_written(shards: ShardSet, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"D2V_STAGE: cannot copy .* Not a directory"):
+    with pytest.raises(UserError, match=r"D2V_STAGE: cannot write .*Not a directory"):
         stage(shards, tmp_path / "file", lambda: None)
 
 
