@@ -19,7 +19,7 @@ DEMO := runs/demo$(if $(filter-out speech,$(MODALITY)),-$(MODALITY))
 RANKS := $(shell [ "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" = 1 ] && echo 1 || echo 2)
 SEED ?= 0
 # Two test processes: tests with several ranks occupy two cores by themselves.
-PARALLEL := -n 2 --dist loadgroup
+PARALLEL := -n 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

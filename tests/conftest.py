@@ -22,23 +22,35 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
-# Files that take minutes. They start first, so that none runs alone at the end.
-LONG = ("slurm/", "test_train.py", "test_tiny_recipes.py", "test_docs.py", "test_joint_runs.py")
+# Groups of tests that take minutes. They start first, so that none runs alone at the end.
+LONG = ("slurm", "test_train.py", "test_tiny_recipes.py", "test_docs.py", "test_joint_runs.py")
 
 
-@pytest.hookimpl(wrapper=True)  # xdist reads the marks first of all
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Iterator[None]:
-    """Gives each file to one worker, because its tests share fixtures, and tests/slurm/ as a whole,
+def group(nodeid: str) -> str:
+    """What one worker runs: a file, because its tests share fixtures, and all of tests/slurm/,
     because its tests share a cluster."""
+    path = nodeid.partition("::")[0].removeprefix("tests/")
+    return "slurm" if path.startswith("slurm/") else path
 
-    def group(item: pytest.Item) -> str:
-        path = item.path.relative_to(ROOT / "tests").as_posix()
-        return "slurm/" if path.startswith("slurm/") else path
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: LONG.index(group(item)) if group(item) in LONG else len(LONG))
-    yield
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def order(item: pytest.Item) -> int:
+        own = group(item.nodeid)
+        return LONG.index(own) if own in LONG else len(LONG)
+
+    items.sort(key=order)
+
+
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist may be missing
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group(nodeid)
+
+    config.option.loadscopereorder = False  # keeps the order of the tests
+    return Groups(config, log)
 
 
 @pytest.fixture(scope="session")
