@@ -6,7 +6,7 @@ from __future__ import annotations
 import zlib
 
 HEADER = 27  # bytes of a page before its segment table
-END_OF_STREAM = 4  # bit of the header type
+START_OF_STREAM, END_OF_STREAM = 2, 4  # bits of the header type
 REVERSED = bytes(
     int(f"{byte:08b}"[::-1], 2) for byte in range(256)
 )  # each byte with its bits reversed
@@ -27,7 +27,9 @@ def ogg_problem(data: bytes) -> str:
         sequence, checksum = (int.from_bytes(head[i : i + 4], "little") for i in (18, 22))
         if checksum != _checksum(data[at : at + size]):
             return f"is damaged: the checksum of its Ogg page at byte {at} is wrong"
-        if head[5] & 2:  # the first page of a stream; streams may follow each other
+        if head[5] & START_OF_STREAM:  # streams may follow each other
+            if at and not last & END_OF_STREAM:
+                return f"is damaged: the Ogg stream before byte {at} does not end"
             page = sequence
         if sequence != page:
             return f"is damaged: Ogg page {page} is missing before byte {at}"

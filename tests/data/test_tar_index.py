@@ -1,112 +1,21 @@
-"""Tars that others made, as a shard set: an index from headers alone, lengths as decoders say."""
+"""Third-party tars as a shard set: an index from headers alone, lengths as decoders report them."""
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import soundfile
-from PIL import Image
 
 from d2v_ds.data import audio
 from d2v_ds.data.shard_format import INDEX_FILE, open_set, read_index
 from d2v_ds.data.tar_index import guess_format, index_set
-from d2v_ds.data.tar_scan import Member
 from d2v_ds.errors import UserError
 from d2v_ds.modalities import sample_formats
 from shards.cli import main
+from tests.data.test_headers import WHOLE
 from tests.helpers.corpora import contents, put_tar, quarantine, recording
-
-
-def length_of(field: str, data: bytes) -> tuple[int, int]:
-    """By the payload's own header, which lies in the middle of a file."""
-    (read,) = (f.readers[field] for f in sample_formats() if field in f.readers)
-    return tuple(read(io.BytesIO(b"x" * 100 + data + b"y" * 100), Member("", 100, len(data))))
-
-
-def picture(kind: str, size: tuple[int, int] = (37, 21), **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, (200, 30, 90)).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def npy(array: Any) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
-# ------------------------------------------------------------------------------------------ lengths
-
-
-@pytest.mark.parametrize("kind", ["wav", "flac"])
-@pytest.mark.parametrize("rate, channels", [(16_000, 1), (44_100, 2), (8000, 6)])
-def test_length_of_audio(kind: str, rate: int, channels: int) -> None:
-    data = recording(kind, seconds=0.1234, rate=rate, channels=channels)
-    info = audio.info(data)
-    assert length_of(kind, data) == (info.frames, info.rate)
-
-
-def test_length_of_wav_with_other_chunks() -> None:
-    buffer = io.BytesIO()
-    with soundfile.SoundFile(buffer, "w", 22_050, 1, "PCM_24", format="WAV") as file:
-        file.title = "odd" * 7
-        file.write(np.zeros(777))
-    assert length_of("wav", buffer.getvalue()) == (777, 22_050)
-
-
-@pytest.mark.parametrize(
-    "field, data",
-    [
-        ("jpg", picture("JPEG")),
-        ("jpeg", picture("JPEG", progressive=True, exif=b"Exif\0\0" + bytes(30_000))),
-        ("jpg", picture("JPEG", restart_marker_blocks=1, comment=b"x" * 9000)),
-        ("png", picture("PNG")),
-        ("webp", picture("WEBP")),
-        ("webp", picture("WEBP", lossless=True)),
-        ("webp", picture("WEBP", exif=b"Exif\0\0" + bytes(100))),
-    ],
-)
-def test_length_of_pictures(field: str, data: bytes) -> None:
-    assert length_of(field, data) == (37 * 21, 0)
-
-
-def test_length_of_arrays() -> None:
-    assert length_of("npy", npy(np.zeros(99, np.uint16))) == (99, 0)
-    with pytest.raises(ValueError, match=r"^\.npy: cannot be read"):  # many samples, not one
-        length_of("npy", npy(np.zeros((7, 128), np.uint32)))
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, np.zeros(5, np.uint16), version=(2, 0))
-    assert length_of("npy", buffer.getvalue()) == (5, 0)
-
-
-WHOLE = {
-    "flac": recording("flac"),
-    "wav": recording("wav"),
-    "jpg": picture("JPEG"),
-    "png": picture("PNG"),
-    "webp": picture("WEBP"),
-    "npy": npy(np.zeros(99, np.uint16)),
-}
-
-
-@pytest.mark.parametrize("field", WHOLE)
-def test_what_is_none(field: str) -> None:
-    for data in (b"", b"x", b"x" * 500, WHOLE[field][:9], b"RIFF" + bytes(200)):
-        with pytest.raises(ValueError, match=rf"^\.{field}: "):
-            length_of(field, data)
-
-
-def test_truncated_payloads_that_headers_show() -> None:
-    for field in ("wav", "npy"):
-        with pytest.raises(ValueError, match="is truncated"):
-            length_of(field, WHOLE[field][:-8])
-
 
 # --------------------------------------------------------------------------------------------- sets
 
