@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-from tests import ROOT
 from tests.helpers.rank_pool import Pool
 
 # A shell starts what runs in its background with Ctrl-C ignored, and so would be every process
