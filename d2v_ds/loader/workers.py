@@ -8,7 +8,7 @@ multiprocessing's fork server: one process per rank, which has imported what the
 threads. Batches travel through a socket, so the size of /dev/shm does not matter.
 
 torch's DataLoader was measured against this (benchmarks/loader.py workers): it needs 5 to 50 % more
-processor time per batch, notices a dead worker only when its timeout is over, or hangs, and does
+CPU time per batch, notices a dead worker only when its timeout is over, or hangs, and does
 not know which sample a worker was reading.
 """
 
@@ -59,7 +59,7 @@ class LoaderWorkers:
 
     name: returns the name of a sample_id, for messages. Raises what a worker raised: a UserError
     unchanged, any other exception as RuntimeError with its traceback; ChildProcessError if a worker
-    died; TimeoutError if a worker made nothing for `patience` seconds.
+    died; TimeoutError if a worker produced no batch for `patience` seconds.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LoaderWorkers:
         patience: float,
     ) -> None:
         self.lots, self.name, self.patience = lots, name, patience
-        # Workers get the present environment: that of the server may be much older.
+        # Workers get the current environment, because that of the server may be outdated.
         source = pickle.dumps((sys.path, {**os.environ, **ONE_THREAD}, pickle.dumps(make)))
         start_server()
         self.workers = [_Worker(source) for _ in range(workers)]
@@ -101,7 +101,7 @@ class LoaderWorkers:
         try:
             if not worker.connection.poll(self.patience):
                 raise TimeoutError(
-                    f"loader worker {worker.pid} has made nothing for {self.patience:g} s; it is "
+                    f"loader worker {worker.pid} has produced no batch for {self.patience:g} s; it is "
                     f"reading {self._read_by(worker)}"
                 )
             good, item = pickle.loads(worker.connection.recv_bytes())
