@@ -101,8 +101,8 @@ class LoaderWorkers:
         try:
             if not worker.connection.poll(self.patience):
                 raise TimeoutError(
-                    f"loader worker {worker.pid} has produced no batch for {self.patience:g} s; it is "
-                    f"reading {self._read_by(worker)}"
+                    f"loader worker {worker.pid} has produced no batch for {self.patience:g} s; "
+                    f"it is reading {self._read_by(worker)}"
                 )
             good, item = pickle.loads(worker.connection.recv_bytes())
         except (EOFError, ConnectionError):

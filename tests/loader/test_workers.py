@@ -67,7 +67,8 @@ def test_a_stalled_worker_is_named_with_what_it_reads(shards: ShardSet) -> None:
             list(islice(loader, 10))
     assert str(caught.value).startswith("loader worker ")
     assert str(caught.value).endswith(
-        f" has produced no batch for 2 s; it is reading {shards.root}/series-000001.tar, sample 's1-2'"
+        " has produced no batch for 2 s; it is reading "
+        f"{shards.root}/series-000001.tar, sample 's1-2'"
     )
     with pytest.raises(StopIteration):
         next(loader)
