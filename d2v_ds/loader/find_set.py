@@ -35,8 +35,9 @@ def find_set(where: str | Path, modality: str = "", check_tars: bool = True) -> 
     """The set; for a folder with a set the same as open_set. Raises UserError."""
     if stream_tars(str(where)):
         raise UserError(
-            f"{where}: names tars without an index, which only training can stream; give a folder "
-            "or a URL prefix with a shard set (`d2v-shards index` makes one from tars)"
+            f"{where}: names tars without an index, which only training and d2v_ds.webdataset can "
+            "stream; give a folder or a URL prefix with a shard set (`d2v-shards index` makes one "
+            "from tars)"
         )
     if is_remote(str(where)):
         return open_remote(str(where), modality)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import subprocess
 import sys
 from collections import Counter
@@ -20,10 +19,9 @@ import webdataset
 
 from d2v_ds.batch import StepBatch
 from d2v_ds.data import download
-from d2v_ds.data.cache.folder import OwnFolder
 from d2v_ds.errors import UserError
 from d2v_ds.loader import stream as stream_module
-from d2v_ds.loader.find_set import find_set, stream_tars
+from d2v_ds.loader.find_set import stream_tars
 from d2v_ds.loader.quarantine import Quarantine
 from d2v_ds.loader.stream import GROUP_TARS, StreamLoader
 from d2v_ds.modalities.speech import Speech, SpeechConfig
@@ -287,43 +285,13 @@ def group_of(stat: Path) -> int:
     return 0 if state == "Z" else int(group)
 
 
-def test_what_is_streamed_and_what_cannot_be() -> None:
-    assert stream_tars("https://h/{a,b}-{08..10}.tar?x=1") == [
-        f"https://h/{name}-{i}.tar?x=1" for name in "ab" for i in ("08", "09", "10")
-    ]
-    command = "pipe:tar c {x,y} | awk '{print $1, $2}' > /my\\ dir/a-{0..1}.tar"
-    assert stream_tars(command)[3] == command.replace("{x,y}", "y").replace("{0..1}", "1")
-    assert stream_tars("pipe:zcat a.tar.gz") == ["pipe:zcat a.tar.gz"]
-    for other in ("https://h/set", "https://h/a.tar/set", "pipe:cat /sets/a.tar.d/{}", "/data/set"):
-        assert stream_tars(other) == []
-    with pytest.raises(UserError, match="local tars are named by their folder"):
-        find_set("/data/a-{000..127}.tar")
-    with pytest.raises(UserError, match="without an index, which only training can stream"):
-        find_set("https://h/a-{0..1}.tar", "speech")
+def test_settings_that_do_not_fit() -> None:
     with pytest.raises(UserError, match=r"2 tars without an index for 4 ranks.*Use at most 2 rank"):
         stream("https://h/a-{0..1}.tar", world=4)
     with pytest.raises(
         UserError, match=r"2 s in 4 micro-batches leaves 0.5 s .* up to 0.6. Use at"
     ):
         stream("https://h/a-{0..1}.tar", size=2.0)
-
-
-def test_a_folder_of_a_killed_process_is_removed(cache: Path) -> None:
-    code = (
-        "import os; from d2v_ds.data.cache.folder import OwnFolder; f = OwnFolder();"
-        "(f.path / 'a.tar').touch(); print(f.path, flush=True); os.kill(os.getpid(), 9)"
-    )
-    killed = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment()
-    )
-    assert killed.returncode == -signal.SIGKILL
-    left = Path(killed.stdout.strip())
-    assert left.parent == cache / "own" and (left / "a.tar").exists()
-    first, second = OwnFolder(), OwnFolder()
-    assert not left.exists() and first.path.exists()
-    first.close()
-    assert second.path.exists() and not first.path.exists()
-    second.close()
 
 
 # --------------------------------------------------------------------------------------- whole runs

@@ -1,5 +1,5 @@
 """Remote sets through the cache: a real HTTP server that cuts answers short, dies and comes back;
-one download a node; a bound in bytes that spares what is open. Tars without an index."""
+one download per node; a limit in bytes that spares open shards."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import hashlib
 import logging
 import multiprocessing
 import os
-import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -273,16 +272,6 @@ def test_by_fsspec(shards: ShardSet, cache: Cache) -> None:
         find_set("what://bucket/set")
 
 
-def test_settings_of_the_cache(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = {"12": 12, "3KB": 3000, "2 GB": 2 * 10**9, "80G": 80 * 10**9, "1.5GB": 15 * 10**8}
-    for text, expected in {**sizes, "80GiB": 80 << 30}.items():
-        monkeypatch.setenv("D2V_CACHE_BYTES", text)
-        assert Cache.from_environment().limit == expected
-    monkeypatch.setenv("D2V_CACHE_BYTES", "many")
-    with pytest.raises(UserError, match="D2V_CACHE_BYTES: 'many' is not a size"):
-        Cache.from_environment()
-
-
 def test_a_cache_that_cannot_be_written(
     far: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,70 +279,6 @@ def test_a_cache_that_cannot_be_written(
     monkeypatch.setenv("D2V_CACHE", str(tmp_path / "file"))
     with pytest.raises(UserError, match=r"D2V_CACHE: cannot write .*file"):
         open_remote(far.url)
-
-
-# ------------------------------------------------------------------------------ sets without index
-
-
-Scenario = Callable[[Path], Path]
-
-
-def test_tars_without_an_index_are_indexed_on_first_use(tmp_path: Path, cache: Cache) -> None:
-    folder = speech_tars(tmp_path / "tars")
-    first = find_set(folder, "speech")
-    assert first.root == folder and (folder / "index.json").exists()
-    assert first.samples == 6 and find_set(folder) == first
-    assert [key for key, _ in read_samples(first, ("wav",))] == [f"clip{i}" for i in range(6)]
-
-
-def test_in_the_cache_where_the_folder_is_read_only(
-    tmp_path: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = speech_tars(tmp_path / "tars")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as root may write anywhere
-    found = find_set(folder, "speech")
-    assert found.root.parent == cache.folder and found.tars == folder.resolve()
-    assert len(list(read_samples(found, ("wav",)))) == 6
-    assert sorted(os.listdir(folder)) == ["a-000000.tar", "a-000001.tar"]
-    assert find_set(folder, "speech") == found
-
-
-def test_a_damaged_tar_without_an_index_is_named(tmp_path: Path, cache: Cache) -> None:
-    folder = speech_tars(tmp_path / "tars")
-    os.truncate(folder / "a-000001.tar", 70_000)
-    with pytest.raises(UserError, match=r"a-000001.tar"):
-        find_set(folder, "speech")
-    shutil.rmtree(folder)
-    with pytest.raises(UserError, match="no such shard set"):
-        find_set(folder, "speech")
-
-
-def speech_tars(folder: Path) -> Path:
-    """As webdataset's own writer makes them."""
-    import io
-
-    import numpy as np
-    import soundfile
-    import webdataset
-
-    folder.mkdir()
-    with webdataset.ShardWriter(f"{folder}/a-%06d.tar", maxcount=3, verbose=0) as writer:
-        for i in range(6):
-            wav = io.BytesIO()
-            noise = np.random.default_rng(i).normal(0, 3000, 16_000 + i).astype(np.int16)
-            soundfile.write(wav, noise, 16_000, format="WAV", subtype="PCM_16")
-            writer.write({"__key__": f"clip{i}", "wav": wav.getvalue(), "json": {"i": i}})
-    return folder
-
-
-def test_the_loader_reads_plain_webdataset_tars(tmp_path: Path, cache: Cache) -> None:
-    from d2v_ds.modalities.speech import Speech, SpeechConfig
-
-    found = find_set(speech_tars(tmp_path / "tars"), "speech")
-    config = SpeechConfig(views=1, crop_seconds=1.0, min_seconds=0.5)
-    with closing(Loader(found, Speech(config), seed=0, size=6, micro_batches=2)) as loader:
-        batches = [b for step in islice(loader, loader.stats.steps) for b in step.micro_batches]
-    assert sorted(key for b in batches for key in b.keys) == [f"clip{i}" for i in range(6)]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files it leaves
