@@ -1,10 +1,11 @@
 """Compares the loader with other loaders on the same samples and prints tables.
 
-    python benchmarks/loader.py [--quick] [raw] [whole] [plan]
+    python benchmarks/loader.py [--quick] [raw] [whole] [plan] [workers]
 
 All data are synthetic: noise that resembles speech (syllables, pauses) as WAV and FLAC, images of
-blobs and edges as JPEG files of about 57 KB, and text with natural word frequencies. They are in
-the page cache, so the results measure CPU cost, not disk speed.
+blobs and edges as JPEG files of about 57 KB, and text with natural word frequencies; `workers` uses
+the embedded corpora as well. They are in the page cache, so the results measure CPU cost, not disk
+speed.
 
 Rates are samples per second of CPU time (user and system, including worker processes). The variants
 of a table are interleaved in one process, and the best round counts. On a busy machine the ratios

@@ -70,8 +70,8 @@ class Loader:
         self.cursor = {**START, "set": self.set_id, **(cursor or {})}
         if self.cursor["set"] != self.set_id:
             raise UserError(
-                f"data.shards: {shards.root} is not the shard set of the checkpoint, its content "
-                "differs. Go on with the same set or choose another run.dir"
+                f"data.shards: {shards.root} is not the shard set of the checkpoint; its content "
+                "differs. Continue with the same set or choose another run.dir"
             )
         self.modality = modality
         self.plan = BatchPlan(
@@ -143,7 +143,7 @@ class Loader:
         already has if the plan knows it."""
         try:
             made = [next(self.made) for _ in self.mine]
-            step = self.planned.popleft()  # the one that these lots are of: workers keep the order
+            step = self.planned.popleft()  # of these lots: workers keep the order
             bad = [each for micro_batch in made for each in micro_batch.bad]
             self.quarantine.add(sum(len(step.lots[i]) for i in self.mine), bad)
         except (UserError, OSError):

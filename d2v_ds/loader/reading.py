@@ -51,7 +51,7 @@ class Reader:
         return {**vars(self), "schemes": registered_schemes()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """In a worker, which may have to download as well."""
+        """Workers, which may have to download, get the schemes of the trainer."""
         register_schemes(state.pop("schemes"))
         vars(self).update(state)
 

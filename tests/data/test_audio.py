@@ -1,4 +1,4 @@
-"""audio: exact decoding, refused damage, resampling held against torchaudio's, features."""
+"""Audio: exact decoding, damage, resampling compared with torchaudio, features."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_resampled_sine(old: int, new: int) -> None:
 
 
 def test_nothing_aliases() -> None:
-    """A tone above the new Nyquist frequency is gone, not folded back."""
+    """A tone above the new Nyquist frequency is removed, not folded back."""
     y = audio.resample(sine(8_400, 48_000), 48_000, 16_000)
     assert abs(y[1000:-1000]).max() < 5e-3
 

@@ -1,4 +1,4 @@
-"""Checksums by name: values that must never change, and what is said where one cannot be made."""
+"""Checksums by name: values that must never change, and errors for unknown kinds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers.series import write_set
 
 
 def test_values() -> None:
-    """XXH3-64 of no bytes is 2d06800538d394c2 (its specification), of which 32 bits are kept."""
+    """XXH3-64 of no bytes is 2d06800538d394c2 (its specification); 32 bits are kept."""
     xxh3, crc32 = checksum_of("xxh3"), checksum_of("crc32")
     assert xxh3 and crc32
     assert xxh3(b"") == 0x38D394C2 and crc32(b"123456789") == 0xCBF43926
@@ -25,7 +25,7 @@ def test_values() -> None:
     assert checksum_of("none") is None and checksum.BEST == "xxh3"
 
 
-def test_kinds_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_and_unavailable_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="'md5': this version supports xxh3, crc32 and none"):
         checksum_of("md5")
     monkeypatch.setattr(checksum, "xxhash", None)
@@ -34,7 +34,7 @@ def test_kinds_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", ["crc32", "none"])
-def test_a_reader_takes_the_one_that_the_index_names(tmp_path: Path, kind: str) -> None:
+def test_a_reader_uses_the_kind_in_the_index(tmp_path: Path, kind: str) -> None:
     shards = write_set(tmp_path / "set", [[50] * 5])
     [entry] = shards.shards
     index = read_index(shards.index(entry))
@@ -61,6 +61,6 @@ def test_a_reader_takes_the_one_that_the_index_names(tmp_path: Path, kind: str) 
 def read(shards: ShardSet) -> int:
     reader = Reader(shards, shards.fields)
     try:
-        return sum(len(reader.read(position)) == 2 for position in range(shards.samples))
+        return sum(len(reader.read(sample_id)) == 2 for sample_id in range(shards.samples))
     finally:
         reader.close()

@@ -80,7 +80,7 @@ def test_a_command_that_does_not_exist_is_not_retried(tmp_path: Path) -> None:
 
 
 def tape(url: str, mode: str, bufsize: int) -> object:
-    """A handler for tape:///PATH; it reads by a command, as those of webdataset do."""
+    """A handler for tape:///PATH that reads with a command, like those of webdataset."""
     from webdataset.gopen import gopen_pipe
 
     return gopen_pipe(f"pipe:cat {url.removeprefix('tape://')} || exit 4", mode, bufsize)
@@ -102,7 +102,7 @@ def test_a_scheme_that_only_webdataset_knows(
 def test_a_registered_scheme_comes_before_fsspec(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """fsspec has a `file` and a `memory`; what a program registers is what it wants."""
+    """fsspec knows `file` and `memory` as well."""
     from webdataset.gopen import gopen_schemes
 
     (tmp_path / "a").write_bytes(b"12345")
@@ -120,13 +120,15 @@ def test_missing_tools_of_webdataset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("USE_AIS_FOR", "s3:memory")
     from webdataset.gopen import gopen_ais, gopen_schemes
 
-    monkeypatch.setitem(gopen_schemes, "memory", gopen_ais)  # as webdataset does on import
+    monkeypatch.setitem(
+        gopen_schemes, "memory", gopen_ais
+    )  # webdataset does this when it is imported
     with pytest.raises(UserError, match=r"memory://a/b: webdataset cannot read it \(.*'ais'"):
         download.read_all("memory://a/b")
 
 
 def test_errors_of_fsspec_are_retried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its packages raise errors of their own kinds."""
+    """The packages behind fsspec have error classes of their own."""
     import fsspec
 
     class Timeout(Exception):

@@ -89,7 +89,7 @@ def test_wav_chunks() -> None:
 
 
 def test_flac_without_a_length() -> None:
-    """As encoders write that cannot seek back."""
+    """Written by an encoder that could not seek back."""
     data = bytearray(WHOLE["flac"])
     data[21] &= 0xF0  # STREAMINFO: 36 bits of total samples
     data[22:26] = bytes(4)
@@ -118,7 +118,7 @@ def test_images(field: str, data: bytes) -> None:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 def test_large_images(kind: str) -> None:
-    """More than 8 and 12 bits a side."""
+    """Sides of more than 8 and 12 bits."""
     field = {"JPEG": "jpg"}.get(kind, kind.lower())
     assert length_of(field, picture(kind, (5000, 300))) == (5000 * 300, 0)
 

@@ -1,4 +1,4 @@
-"""Images: decoding, crops and augmentation, held against slow ones that are written out here."""
+"""Images: decoding, crops and augmentation, compared with slow implementations."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def rng(*path: int) -> np.random.Generator:
 
 
 def smooth(w: int, h: int, seed: int = 0) -> Image.Image:
-    """Random, without the finest detail."""
+    """A random image without fine detail."""
     coarse = rng(seed).integers(0, 256, (max(2, h // 8), max(2, w // 8), 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((w, h), Image.Resampling.BICUBIC)
 
@@ -54,7 +54,7 @@ def test_any_image_becomes_rgb(mode: str) -> None:
         (encoded(smooth(64, 64), "JPEG")[:-200], "cannot be read as an image"),
     ],
 )
-def test_a_damaged_image_is_told(data: bytes, message: str) -> None:
+def test_a_damaged_image_is_an_error(data: bytes, message: str) -> None:
     for read in (images.decode, images.inspect, images.to_png):
         with pytest.raises(ValueError, match=message):
             read(data)
@@ -62,7 +62,7 @@ def test_a_damaged_image_is_told(data: bytes, message: str) -> None:
         images.random_crop(images.open_image(data), 16, (0.2, 1.0), rng())
 
 
-def test_an_image_too_large_to_be_one_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_with_too_many_pixels_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     for read in (images.decode, images.open_image):
         with pytest.raises(ValueError, match="has too many pixels"):
@@ -110,7 +110,9 @@ def slow_box(w: int, h: int, scale: tuple[float, float], draw: np.random.Generat
     high=st.floats(0.01, 1.0),
     seed=st.integers(0, 10**6),
 )
-def test_boxes_are_those_of_a_slow_one(w: int, h: int, low: float, high: float, seed: int) -> None:
+def test_boxes_are_those_of_the_slow_implementation(
+    w: int, h: int, low: float, high: float, seed: int
+) -> None:
     scale = min(low, high), max(low, high)
     box = images.random_box(w, h, scale, rng(seed))
     assert box == slow_box(w, h, scale, rng(seed))
@@ -119,7 +121,7 @@ def test_boxes_are_those_of_a_slow_one(w: int, h: int, low: float, high: float, 
 
 
 def test_boxes_are_spread_as_published() -> None:
-    """Area even in `scale`, the logarithm of the aspect ratio even, places even."""
+    """Area, the logarithm of the aspect ratio, and offsets have uniform distributions."""
     boxes = np.array([images.random_box(1000, 1000, (0.2, 0.5), rng(i)) for i in range(4000)])
     left, _, w, h = boxes.T.astype(float)
     shares = [
@@ -128,13 +130,13 @@ def test_boxes_are_spread_as_published() -> None:
         left / (1000 - w),
     ]
     for share in shares:
-        # Kolmogorov and Smirnov's distance from the even one; 1.95 / sqrt(n) is one in a thousand
+        # Kolmogorov-Smirnov distance from the uniform distribution; p = 0.001 at 1.95 / sqrt(n)
         distance = np.abs(np.sort(share) - np.linspace(0, 1, len(share))).max()
         assert distance < 1.95 / math.sqrt(len(share))
 
 
 def test_random_crops_take_their_share_of_the_area() -> None:
-    """Red and green tell where a crop's corners lay: areas, aspect ratios and places vary."""
+    """Red and green encode the corners of a crop; areas, aspect ratios and offsets vary."""
     image, areas = gradient(256, 256), []
     for i in range(200):
         crop = images.random_crop(image, 32, (0.25, 0.5), rng(i)).astype(float)
@@ -187,7 +189,7 @@ def test_large_jpegs_are_decoded_small(mode: str) -> None:
     assert np.corrcoef(crop.reshape(-1), slow.reshape(-1))[0, 1] > 0.998
     image = images.open_image(data)
     images.crop(image, (0, 0, 199, 199), 100)
-    assert image.size == (1024, 800)  # below twice the size there is nothing to gain
+    assert image.size == (1024, 800)  # no gain below twice the size
 
 
 # ----------------------------------------------------------------------------------- augmentation
@@ -218,7 +220,7 @@ def slow_jitter(
     return x
 
 
-def test_jitter_is_that_of_a_slow_one() -> None:
+def test_jitter_is_that_of_the_slow_implementation() -> None:
     image, changed = smooth(40, 30), set()
     for i in range(100):
         ours = np.asarray(images.jitter(image, 0.4, rng(i)), dtype=float)

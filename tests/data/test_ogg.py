@@ -1,4 +1,4 @@
-"""Ogg files page by page: what is missing or changed, with pages that are made here."""
+"""Ogg files page by page: what is missing or changed, for synthetic pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""shard_format: the index on disk and every way in which a set can be unusable."""
+"""The format of shard sets: the index on disk, and every error of a set."""
 
 from __future__ import annotations
 

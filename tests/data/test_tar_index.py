@@ -32,7 +32,7 @@ def tars(tmp_path: Path) -> Path:
     return tmp_path / "tars"
 
 
-def test_index_beside_the_tars(tars: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_index_next_to_the_tars(tars: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {tar: tar.read_bytes() for tar in tars.iterdir()}
     assert main(["index", str(tars), "-j1"]) == 0
     assert capsys.readouterr().out == f"{tars}: 9 samples, 0.000 hours, 3 shards\n"
@@ -51,7 +51,7 @@ def test_index_beside_the_tars(tars: Path, capsys: pytest.CaptureFixture[str]) -
     assert ["cls", "9"] in rows and ["flac", "4"] in rows and ["7", "9"] in rows
 
 
-def test_index_elsewhere_over_processes(tars: Path, tmp_path: Path) -> None:
+def test_an_index_in_another_folder_with_several_processes(tars: Path, tmp_path: Path) -> None:
     out = tmp_path / "index"
     assert main(["index", str(tars), str(out), "--checksums", "-j2"]) == 0
     assert main(["index", str(tars), "--checksums", "-j1"]) == 0
@@ -63,9 +63,7 @@ def test_index_elsewhere_over_processes(tars: Path, tmp_path: Path) -> None:
     assert shards.tar(shards.shards[0]).samefile(tars / "part-0.tar")
 
 
-def test_later_damage_is_seen_with_checksums(
-    tars: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_checksums_detect_later_damage(tars: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["index", str(tars), "--checksums"]) == 0
     data = bytearray((tars / "part-1.tar").read_bytes())
     data[data.index(b"x/4.wav") + 512 + 900] ^= 1
@@ -130,7 +128,7 @@ def test_samples_without_a_length_are_left_out_or_too_many(
     assert quarantine(tars) == {"part-1.tar, c": "has only txt, none of flac, wav"}
 
 
-def test_one_rate_a_set(tars: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_sample_rate_per_set(tars: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put_tar(tars / "part-1.tar", [("a.wav", recording(rate=8000))])
     line = refused(capsys, tars)
     assert "a set has one sample rate (found 8000 Hz in part-1.tar, 16000 Hz in part-0.tar)" in line
@@ -154,7 +152,7 @@ def test_what_cannot_be_indexed(
         index_set([tars / "part-0.tar", other], tmp_path / "new", sample_formats("speech"))
 
 
-def test_what_was_indexed_is_one_set_to_plain_readers(tars: Path) -> None:
+def test_index_json_says_how_it_was_made(tars: Path) -> None:
     shutil.rmtree(tars.parent / "x", ignore_errors=True)
     assert main(["index", str(tars)]) == 0
     about = json.loads((tars / INDEX_FILE).read_text())

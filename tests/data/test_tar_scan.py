@@ -1,4 +1,4 @@
-"""The scan of a tar's headers: as tarfile and webdataset read sound tars; and damaged ones."""
+"""The scan of headers: intact tars as tarfile and webdataset read them, and damaged ones."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_tar_within_a_tar() -> None:
 
 def test_large_sizes_and_old_headers() -> None:
     member = tarfile.TarInfo("big.txt")
-    member.size = 9 << 30  # in base 256, for 11 octal digits hold 8 GiB
+    member.size = 9 << 30  # in base 256, because 11 octal digits only reach 8 GiB
     header = member.tobuf(tarfile.GNU_FORMAT)
     with pytest.raises(
         DamagedTar, match=r"big\.txt: its 9663676416 bytes extend past the end at byte 0"
@@ -86,7 +86,7 @@ def test_large_sizes_and_old_headers() -> None:
 
 def read_by_webdataset(path: Path) -> list[dict[str, Any]]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # it leaves its files to the collector
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves its files open
         result = list(wds.WebDataset([str(path)], shardshuffle=False, empty_check=False))
         gc.collect()
     return result
@@ -105,7 +105,7 @@ def test_samples_are_webdatasets(tmp_path: Path) -> None:
         assert {n: data[m.offset : m.offset + m.size] for n, m in group.items()} == fields
 
 
-def test_a_field_that_is_there_twice_begins_a_sample() -> None:
+def test_a_repeated_field_begins_a_sample() -> None:
     """webdataset raises an error there."""
     found = list(samples(scan(tar_of(["a.x", "a.y", "a.X"]))))
     assert [(key, list(group)) for key, group in found[1:] if key == "a"] == [("a", ["x"])]
@@ -150,12 +150,12 @@ def test_truncated() -> None:
 
 
 def test_two_archives_in_one_file() -> None:
-    """tarfile and webdataset see the first alone."""
+    """tarfile and webdataset only see the first."""
     found, error = damage_at(PLAIN + PLAIN)
     assert len(found) == 7 and "the end of one of several concatenated archives" in str(error)
 
 
-def test_what_lies_behind_damage_is_found() -> None:
+def test_members_after_damage_are_found() -> None:
     data = bytearray(PLAIN)
     data[AT : AT + 512] = b"\xff" * 512
     file = io.BytesIO(bytes(data))

@@ -1,4 +1,4 @@
-"""Another machine that shards come from: a real HTTP server that can be told to fail."""
+"""A real HTTP server on this machine, which can be made to fail."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from typing import Any
 
 @dataclass
 class Server:
-    """Files of a folder over HTTP."""
+    """Its URL, what it was asked for, and how it answers."""
 
     url: str
-    asked: Counter[str]  # how often for each file
-    answer: dict[str, Any] = field(default_factory=dict)  # file -> list of what to do in turn
+    asked: Counter[str]  # the number of requests for each file
+    answer: dict[str, Any] = field(default_factory=dict)  # file -> how to answer its next requests
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder; `state` counts, and says which answers are to fail and how."""
+    """Serves a folder; `state` counts requests and decides which ones fail."""
 
     def __init__(self, state: Server, *arguments: Any, **settings: Any) -> None:
         self.state = state

@@ -1,4 +1,4 @@
-"""Sensor readings (sensor.py) for tests of the loader, and shard sets of them in real tars."""
+"""Shard sets of sensor readings (sensor.py) in real tars, for tests of the loader."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def modality(crop: int = 200, least: int = 8) -> Sensor:
 
 
 def series(key: str, length: int) -> bytes:
-    """The content of a sample: follows from its key."""
+    """The content of a sample, which is a function of its key and length."""
     start = zlib.crc32(key.encode()) % 10_000
     return ((np.arange(length) + start) % 30_000).astype("<i2").tobytes()
 
@@ -32,8 +32,10 @@ def series(key: str, length: int) -> bytes:
 def write_set(
     root: Path, lengths: Sequence[Sequence[int]], broken: Mapping[str, bytes] | None = None
 ) -> ShardSet:
-    """A shard set with one shard for each sequence of lengths. Keys are s0-0, s0-1, s1-0, ...;
-    broken: content of some samples."""
+    """A shard set with one shard for each sequence of lengths; keys are s0-0, s0-1, s1-0 ...
+
+    broken: other content for some samples.
+    """
     root.mkdir(parents=True)
     entries = []
     for number, shard in enumerate(lengths):

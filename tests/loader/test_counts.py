@@ -1,4 +1,4 @@
-"""Masks whose number is drawn: the ranks add theirs up, step by step, and agree."""
+"""Random numbers of masked tokens: the ranks sum theirs at each step, and agree."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LENGTHS = [[20 + 37 * i % 200 for i in range(n)] for n in (30, 25)]
 
 
 class Drawn(Sensor):
-    """Some of the masked tokens of every sample are let go, by chance."""
+    """Drops some of the masked tokens of every sample at random."""
 
     def masked_tokens(self, length: int) -> None:  # type: ignore[override]
         return None
@@ -41,7 +41,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 
 def counts(root: Path, workers: int, cursor: dict[str, int] | None = None) -> list[Any]:
-    """(masked count of the step, this rank's own, cursor) of each step on this rank."""
+    """(masked tokens of the step, of this rank's micro-batches, cursor) of each step."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     loader = Loader(
         open_set(root, "series"),
@@ -76,7 +76,7 @@ def test_a_step_counts_the_masked_tokens_of_all_ranks(
         assert a[2] == b[2] == cursor
 
 
-def test_going_on_after_a_step_that_was_counted_ahead(
+def test_resuming_after_a_step_that_was_counted_in_advance(
     shards: ShardSet, run_ranks: Callable[..., list[Any]]
 ) -> None:
     whole = counts(shards.root, 0)

@@ -35,11 +35,11 @@ def test_tars_without_an_index_are_indexed_on_first_use(tmp_path: Path, cache: P
     assert [key for key, _ in read_samples(first, ("wav",))] == [f"clip{i}" for i in range(6)]
 
 
-def test_in_the_cache_where_the_folder_is_read_only(
+def test_the_index_of_a_read_only_folder_is_in_the_cache(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = speech_tars(tmp_path / "tars")
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # as root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
     found = find_set(folder, "speech")
     assert found.root.parent == cache and found.tars == folder.resolve()
     assert len(list(read_samples(found, ("wav",)))) == 6
@@ -58,7 +58,7 @@ def test_a_damaged_tar_without_an_index_is_named(tmp_path: Path, cache: Path) ->
 
 
 def speech_tars(folder: Path) -> Path:
-    """As webdataset's own writer makes them."""
+    """Tars written by webdataset."""
     folder.mkdir()
     with webdataset.ShardWriter(f"{folder}/a-%06d.tar", maxcount=3, verbose=0) as writer:
         for i in range(6):
@@ -77,7 +77,7 @@ def test_the_loader_reads_plain_webdataset_tars(tmp_path: Path, cache: Path) -> 
     assert sorted(key for b in batches for key in b.keys) == [f"clip{i}" for i in range(6)]
 
 
-def test_what_is_streamed_and_what_cannot_be() -> None:
+def test_tars_that_are_streamed_and_those_that_are_not() -> None:
     assert stream_tars("https://h/{a,b}-{08..10}.tar?x=1") == [
         f"https://h/{name}-{i}.tar?x=1" for name in "ab" for i in ("08", "09", "10")
     ]

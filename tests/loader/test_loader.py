@@ -32,7 +32,7 @@ from tests import ROOT
 from tests.helpers.series import modality as series_modality
 from tests.helpers.series import series, write_set
 
-EPOCH = 19  # steps of the first one
+EPOCH = 19  # steps of the first epoch
 LENGTHS = [[5 + 37 * i % 240 for i in range(n)] for n in (50, 7, 90, 33, 20)]
 
 
@@ -50,16 +50,16 @@ def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_loader(
-    shards: ShardSet, told: Path | None = None, max_bad: float = MAX_BAD, **changes: Any
+    shards: ShardSet, file: Path | None = None, max_bad: float = MAX_BAD, **changes: Any
 ) -> Loader:
-    """told: the file that tells of bad samples."""
+    """file: where bad samples are recorded."""
     settings: dict[str, Any] = {"seed": 3, "size": 1600, "micro_batches": 4} | changes
-    settings["quarantine"] = Quarantine(told, max_bad)
+    settings["quarantine"] = Quarantine(file, max_bad)
     return Loader(shards, series_modality(), **settings)  # type: ignore[arg-type]
 
 
 def digest(batch: Batch) -> tuple[int, tuple[str, ...], str]:
-    """All that a batch holds, to compare and to show."""
+    """The content of a batch, in a form that is easy to compare and to print."""
     content = hashlib.sha256()
     for name, value in vars(batch).items():
         content.update(name.encode())
@@ -71,7 +71,7 @@ def digest(batch: Batch) -> tuple[int, tuple[str, ...], str]:
 def global_steps(
     shards: ShardSet, steps: int, world: int = 1, **settings: Any
 ) -> tuple[list[list[Any]], dict[str, int]]:
-    """The batches of all ranks, step by step, and the cursor after them."""
+    """The batches of all ranks, for each step, and the cursor after the last one."""
     with ExitStack() as stack:
         loaders = [make_loader(shards, rank=r, world=world, **settings) for r in range(world)]
         for one in loaders:
@@ -86,14 +86,14 @@ def global_steps(
 
 @pytest.fixture(scope="module")
 def uninterrupted(shards: ShardSet) -> list[list[Any]]:
-    """Two epochs and more, one rank, no workers."""
+    """More than two epochs on one rank without workers."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("WINDOW", 60), ("POOL", 40), ("POOL_STEPS", 3)):
             patch.setattr(plan_module, name, value)
         return global_steps(shards, 40)[0]
 
 
-# ---------------------------------------------------------------------------------- what comes out
+# ----------------------------------------------------------------------------------------- batches
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -117,7 +117,7 @@ def test_global_batches_are_the_same_for_any_ranks_and_workers(
         (31, (2, 0), (4, 1)),
     ],
 )
-def test_resuming_on_other_ranks_and_workers_goes_on_exactly(
+def test_resuming_on_other_ranks_and_workers_is_exact(
     shards: ShardSet,
     uninterrupted: list[list[Any]],
     stop: int,
@@ -137,7 +137,7 @@ def test_the_resume_test_crosses_the_end_of_an_epoch(shards: ShardSet) -> None:
     assert (cursors[-1]["epoch"], cursors[-1]["step"]) == (1, 1)
 
 
-def test_every_sample_once_an_epoch_with_what_the_shards_hold(shards: ShardSet) -> None:
+def test_every_sample_once_per_epoch_with_its_content(shards: ShardSet) -> None:
     lengths = {f"s{s}-{i}": n for s, shard in enumerate(LENGTHS) for i, n in enumerate(shard)}
     usable = {key for key, n in lengths.items() if n >= 8}
     with closing(make_loader(shards)) as loader:
@@ -160,7 +160,7 @@ def test_every_sample_once_an_epoch_with_what_the_shards_hold(shards: ShardSet) 
 
 
 def test_crops_and_masks_change_from_epoch_to_epoch(shards: ShardSet) -> None:
-    """Of the samples that are longer than a crop, the others are always whole."""
+    """Only for samples longer than a crop; shorter ones are never cropped."""
     crops: dict[str, list[bytes]] = {}
     seen: dict[str, list[bytes]] = {}
     with closing(make_loader(shards)) as loader:
@@ -257,7 +257,7 @@ def test_a_set_that_changed_since_the_checkpoint(shards: ShardSet, own: ShardSet
         make_loader(changed, cursor=cursor)
 
 
-def test_a_set_without_what_the_modality_reads(shards: ShardSet) -> None:
+def test_a_set_without_the_modality_members(shards: ShardSet) -> None:
     modality: Any = series_modality()
     modality.extensions = ("flac", "wav")
     with pytest.raises(UserError) as caught:
@@ -313,7 +313,7 @@ print(*loader.workers.pids, flush=True)
 
 
 def trainer(shards: ShardSet, then: str) -> tuple[subprocess.Popen[str], list[int]]:
-    """A training process with two workers that then does `then`, and the workers' pids."""
+    """A training process with two workers that then runs `then`, and the PIDs of the workers."""
     code = TRAINER.format(root=str(shards.root), then=then)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -329,7 +329,7 @@ def trainer(shards: ShardSet, then: str) -> tuple[subprocess.Popen[str], list[in
 
 
 def alive(pids: Sequence[int]) -> list[int]:
-    """Of these processes, those that run (zombies do not)."""
+    """Those of these processes that are running, which zombies are not."""
     running = []
     for pid in pids:
         try:
@@ -387,7 +387,7 @@ def test_a_training_script_is_not_run_again_in_workers(shards: ShardSet, tmp_pat
 
 
 def test_workers_are_forked_from_a_process_without_threads(shards: ShardSet) -> None:
-    """A lock that a thread holds at the fork would stay closed in the child for ever."""
+    """A lock that a thread holds during the fork would never be released in the child."""
     with closing(make_loader(shards, workers=1)) as loader:
         next(loader)
         assert loader.workers
@@ -399,7 +399,7 @@ def test_workers_are_forked_from_a_process_without_threads(shards: ShardSet) -> 
 @pytest.mark.parametrize(
     ("then", "code"), [("pass", 0), ("raise ValueError", 1), ("loader.close()", 0)]
 )
-def test_a_trainer_ends_at_once_with_or_without_close(
+def test_a_trainer_ends_immediately_with_or_without_close(
     shards: ShardSet, then: str, code: int
 ) -> None:
     process, workers = trainer(shards, then)
@@ -408,8 +408,8 @@ def test_a_trainer_ends_at_once_with_or_without_close(
     assert gone(workers)
 
 
-def test_workers_go_on_after_signals_to_stop(shards: ShardSet) -> None:
-    """Launchers send them to every process; the trainer still has to finish its step and save."""
+def test_workers_continue_after_stop_signals(shards: ShardSet) -> None:
+    """Launchers send them to every process, but the trainer has to finish its step and save."""
     process, workers = trainer(
         shards, "sys.stdin.readline(); print(sum(next(loader).samples for _ in range(60)))"
     )
@@ -419,11 +419,11 @@ def test_workers_go_on_after_signals_to_stop(shards: ShardSet) -> None:
             os.kill(pid, number)
     time.sleep(0.2)
     assert alive(others) == others
-    out, _ = process.communicate("go on\n", timeout=60)
+    out, _ = process.communicate("continue\n", timeout=60)
     assert process.returncode == 0 and int(out) > 60
 
 
-def test_the_global_random_numbers_are_left_alone(shards: ShardSet) -> None:
+def test_the_global_random_numbers_do_not_change(shards: ShardSet) -> None:
     before = torch.get_rng_state()
     drain(make_loader(shards, workers=1), 2)
     assert torch.equal(torch.get_rng_state(), before)

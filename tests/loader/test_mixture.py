@@ -1,4 +1,4 @@
-"""The mixture: exact shares, a seek at any step, each source in the order it has alone."""
+"""The mixture: exact shares, a seek to any step, and each source as in a run of its own."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ WEIGHTS = st.lists(
 )
 
 
-def test_shares_are_those_of_the_decimals_that_were_written() -> None:
+def test_weights_are_exact_decimals() -> None:
     assert Shares.from_weights([0.1, 0.2, 0.7]).of == tuple(Fraction(n, 10) for n in (1, 2, 7))
     assert Shares.from_weights([1.0, 1.0, 1.0]).of == (Fraction(1, 3),) * 3
 
 
 @settings(deadline=None)
 @given(WEIGHTS, st.integers(0, 10**7))
-def test_counts_rise_with_the_blocks_and_stay_within_a_step_of_the_shares(
+def test_counts_never_decrease_and_stay_within_a_step_of_the_shares(
     weights: list[float], block: int
 ) -> None:
     shares = Shares.from_weights(weights)
@@ -45,8 +45,8 @@ def test_counts_rise_with_the_blocks_and_stay_within_a_step_of_the_shares(
         assert -1 < error <= 0 if i != heaviest else 0 <= error < max(1, len(weights) - 1)
 
 
-def test_many_small_sources_never_step_back() -> None:
-    """With blocks of a hundred steps the heaviest of 31 equal sources would."""
+def test_counts_of_many_small_sources_never_decrease() -> None:
+    """With blocks of 100 steps, those of the heaviest of 31 equal sources would decrease."""
     shares = Shares.from_weights([1.0] * 31)
     drawn = Counter(source_of(shares, 0, step) for step in range(10 * shares.block))
     assert max(drawn.values()) - min(drawn.values()) <= 31
@@ -69,7 +69,7 @@ def test_the_order_is_shuffled_and_follows_the_seed() -> None:
     orders = [tuple(source_of(shares, seed, s) for s in range(200)) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
     assert orders[0][:100] != orders[0][100:], "every block has its own order"
-    # It stays: a run that goes on years later draws the same.
+    # Pinned: a run that is resumed years later must draw the same sources.
     assert "".join(map(str, orders[0][:40])) == "1011011100101000111000101000100001001100"
 
 
@@ -117,19 +117,19 @@ def content(step: Any) -> Any:
     return step.source, step.cursor, [(b.keys, b.masked.tolist()) for b in step.micro_batches]
 
 
-def test_a_mixture_goes_on_from_any_step(tmp_path: Path) -> None:
+def test_a_mixture_resumes_from_any_step(tmp_path: Path) -> None:
     whole = mixture(tmp_path)
     steps = [content(whole.next(step)) for step in range(60)]
     whole.close()
     assert {source for source, *_ in steps} == set(LENGTHS)
-    assert steps[-1][1]["series/b"]["epoch"] > 0, "the case should pass an epoch's end"
+    assert steps[-1][1]["series/b"]["epoch"] > 0, "the steps must cross the end of an epoch"
     for middle in (1, 17, 43):
         rest = mixture(tmp_path, steps[middle - 1][1], workers=1 if middle == 17 else 0)
         assert [content(rest.next(step)) for step in range(middle, 60)] == steps[middle:]
         rest.close()
 
 
-def test_every_source_is_read_as_in_a_run_that_has_it_alone(tmp_path: Path) -> None:
+def test_every_source_is_read_as_in_a_run_of_its_own(tmp_path: Path) -> None:
     mixed = mixture(tmp_path)
     drawn = [mixed.next(step) for step in range(40)]
     mixed.close()
@@ -142,7 +142,7 @@ def test_every_source_is_read_as_in_a_run_that_has_it_alone(tmp_path: Path) -> N
         alone.close()
 
 
-def test_a_step_that_was_not_taken_gives_its_source_the_next_batch(tmp_path: Path) -> None:
+def test_a_skipped_step_gets_the_next_batch_of_its_source(tmp_path: Path) -> None:
     mixed = mixture(tmp_path)
     first, again = mixed.next(0), mixed.next(0)
     assert first.source == again.source
@@ -154,7 +154,7 @@ def test_a_step_that_was_not_taken_gives_its_source_the_next_batch(tmp_path: Pat
 
 
 class Drawn(Sensor):
-    """Whose masks differ in number, so that the ranks count them together."""
+    """Random numbers of masked tokens, which the ranks sum."""
 
     def masked_tokens(self, length: int) -> None:  # type: ignore[override]
         return None
@@ -180,7 +180,7 @@ def counts_of(root: str) -> list[tuple[str, int, int]]:
     return [(s.source, s.count, sum(len(b.masked) for b in s.micro_batches)) for s in steps]
 
 
-def test_counts_that_ranks_exchange_are_of_their_own_step(
+def test_ranks_sum_the_counts_of_the_same_step(
     tmp_path: Path, run_ranks: Callable[..., list[Any]]
 ) -> None:
     mixture(tmp_path).close()
@@ -191,6 +191,6 @@ def test_counts_that_ranks_exchange_are_of_their_own_step(
 
 
 @pytest.mark.parametrize("weights", [[1.0], [5.0, 1.0]])
-def test_a_seek_far_ahead_is_immediate(weights: list[float]) -> None:
+def test_seeking_far_ahead_is_fast(weights: list[float]) -> None:
     shares = Shares.from_weights(weights)
     assert source_of(shares, 0, 10**12) in range(len(weights))

@@ -46,7 +46,7 @@ def epoch(plan: BatchPlan, number: int = 0) -> list[Step]:
 
 
 def dealt(steps: Sequence[Step]) -> list[int]:
-    """Positions of all samples, in the order of reading."""
+    """The ids of all samples, in the order of reading."""
     return [int(p) for step in steps for lot in step.lots for p in lot]
 
 
@@ -66,7 +66,7 @@ def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_pools")
-def test_every_sample_comes_once_an_epoch() -> None:
+def test_every_sample_occurs_once_per_epoch() -> None:
     plan = make_plan(SHARDS)
     assert len(plan.pools) > 3
     for number in range(3):
@@ -81,8 +81,8 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
     assert first != dealt(epoch(make_plan(SHARDS, seed=1)))
 
 
-def test_shuffle_forgets_the_order_of_the_last_epoch() -> None:
-    """Rank correlation of a sample's place in two epochs, and of its place in the set."""
+def test_the_orders_of_two_epochs_are_uncorrelated() -> None:
+    """Rank correlation of samples in two epochs, and in the set and an epoch."""
     plan = make_plan([[50] * 500] * 8, size=400)
     place = np.argsort([dealt(epoch(plan, number)) for number in range(2)], axis=1)
     bound = 4.5 / np.sqrt(4000)
@@ -125,8 +125,8 @@ def test_masked_tokens_are_planned() -> None:
             assert masked == sum(modality.masked_tokens(int(plan.lengths[p])) for p in lot)
 
 
-def test_samples_over_wait_where_each_fills_a_lot() -> None:
-    """41 samples of the largest size in steps of 4: one a lot, and one is left for other epochs."""
+def test_samples_left_over_if_each_fills_a_lot() -> None:
+    """41 samples of the largest size in steps of 4: one per lot; one is left for other epochs."""
     plan = make_plan([[200] * 41], size=800)
     left = []
     for number in range(12):
@@ -162,7 +162,7 @@ def test_plan_properties(
             steps = epoch(plan, number)
             order = dealt(steps)
             assert len(set(order)) == len(order)
-            # Left for another epoch only where single samples fill a lot, and fewer than a step.
+            # Samples are left over only if single ones fill a lot, and fewer than a step.
             over = usable - len(order)
             assert over == 0 or (over < micro_batches and 1 in map(len, lots_of(steps)))
             for step in steps:
@@ -178,7 +178,7 @@ def test_plan_properties(
 
 
 def test_order_is_pinned() -> None:
-    """Must never change: runs that were stopped would go on with other batches."""
+    """Must never change: runs would resume with other batches."""
     steps = itertools.islice(make_plan([range(20, 40), range(100, 120)], seed=5).steps(), 2)
     assert lots_of(list(steps)) == PINNED_LOTS
     assert permutation(8, 3, 1).tolist() == PINNED_PERMUTATION
@@ -195,7 +195,7 @@ PINNED_PERMUTATION = [7, 1, 5, 3, 6, 0, 2, 4]
 
 
 def librispeech_like(samples: int) -> list[npt.NDArray[np.uint32]]:
-    """Seconds at 16 kHz: most utterances end at 12 to 17 s, a broad tail below, few above."""
+    """Seconds at 16 kHz: most utterances take 12 to 17 s, with a broad tail below and few above."""
     rng = np.random.default_rng(0)
     kind = rng.random(samples)
     seconds = np.where(kind < 0.3, rng.uniform(1.3, 12, samples), rng.normal(14.2, 1.3, samples))
@@ -204,7 +204,7 @@ def librispeech_like(samples: int) -> list[npt.NDArray[np.uint32]]:
 
 
 class Speechlike(Sensor):
-    """Published sizes: crops of 20 s, at least 2 s; the budget in seconds."""
+    """Published sizes: crops of 20 s, at least 2 s; costs in seconds."""
 
     def __init__(self) -> None:
         super().__init__(SensorConfig(crop=320_000, least=32_000))
@@ -230,7 +230,7 @@ def test_padding_is_at_most_one_percent_on_lengths_like_librispeech(
     assert stats.units / stats.steps >= 0.85 * size
 
 
-def test_upcoming_shards_are_those_that_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upcoming_shards_are_the_next_ones_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("WINDOW", 100), ("POOL", 100), ("POOL_STEPS", 1)):
         monkeypatch.setattr(plan_module, name, value)
     plan = make_plan([[50] * 50] * 12, size=800)
@@ -239,14 +239,14 @@ def test_upcoming_shards_are_those_that_are_read(monkeypatch: pytest.MonkeyPatch
         pool = list(steps)
         read = {sample_id // 50 for sample_id in dealt(pool)}
         ahead = list(itertools.islice(plan.upcoming(pool[0].cursor), 3))
-        assert read <= set(ahead), "two shards, or three where it begins within a window"
+        assert read <= set(ahead), "two shards, or three if it begins within a window"
     epochs = list(itertools.islice(plan.upcoming(START), 24))
     assert sorted(epochs[:12]) == sorted(epochs[12:]) == list(range(12))
     assert epochs[:12] != epochs[12:]
 
 
-def test_a_seek_takes_less_than_a_second_among_a_million_samples() -> None:
-    """CPU time of all that a resumed run plans before its first batch."""
+def test_seeking_among_a_million_samples_takes_less_than_a_second() -> None:
+    """CPU time of the planning before the first batch of a resumed run."""
     lengths = librispeech_like(1_000_000)
     modality = Speech(SpeechConfig())
     started = time.process_time()
@@ -265,9 +265,7 @@ def test_a_seek_takes_less_than_a_second_among_a_million_samples() -> None:
     room=st.floats(1, 30),
     multiple=st.integers(1, 10),
 )
-def test_cut_gives_the_fewest_lots_that_are_allowed(
-    costs: list[float], room: float, multiple: int
-) -> None:
+def test_cut_makes_as_few_lots_as_possible(costs: list[float], room: float, multiple: int) -> None:
     costs.sort(reverse=True)
     limit = max(costs[0], costs[0] * room)
     bounds = cut(costs, limit, multiple)

@@ -1,5 +1,5 @@
-"""Properties of the loader over anything that a run can meet: ranks that come and go neither lose
-nor repeat a sample, and damaged shards neither crash it nor pass unseen."""
+"""Properties of the loader for random runs: a changing number of ranks neither loses nor repeats a
+sample, and damaged shards neither crash the loader nor remain undetected."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def runs(draw: st.DrawFn) -> tuple[int, float, int, list[tuple[int, int]]]:
 def test_no_sample_is_lost_or_repeated_when_ranks_change(
     shards: ShardSet, run: tuple[int, float, int, list[tuple[int, int]]]
 ) -> None:
-    """A ledger of all samples of a run that is stopped and goes on on other numbers of ranks, past
-    the ends of epochs: in each whole epoch every sample once, and as one uninterrupted rank has."""
+    """A ledger of all samples of a run that is resumed on other numbers of ranks, across epochs:
+    each complete epoch has every sample once, in the same order as one uninterrupted rank."""
     seed, size, micro_batches, starts = run
     cursor: dict[str, Any] | None = None
     ledger: list[tuple[int, list[str]]] = []
@@ -96,7 +96,7 @@ def test_no_sample_is_lost_or_repeated_when_ranks_change(
 
 @st.composite
 def damages(draw: st.DrawFn) -> list[tuple[str, int, float, int]]:
-    """(what, shard, where in it, how much)."""
+    """(kind of damage, shard, relative offset, bytes)."""
     what = st.sampled_from(["flip", "zero", "cut", "idx flip", "idx cut", "noise"])
     one = st.tuples(what, st.integers(0, 3), st.floats(0, 0.999), st.integers(1, 4000))
     return draw(st.lists(one, min_size=1, max_size=4))
@@ -117,10 +117,10 @@ def harm(path: Path, what: str, where: float, much: int) -> None:
 
 
 def check_damaged(shards: ShardSet, folder: Path, damage: list[tuple[str, int, float, int]]) -> str:
-    """Reads an epoch of a damaged copy; what came of it."""
+    """Reads an epoch of a damaged copy and returns the outcome."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(shards.root, folder)
-    copy = open_set(folder)  # what comes later happens while the run goes on
+    copy = open_set(folder)  # the damage happens during the run
     for what, shard, where, much in damage:
         entry = copy.shards[shard]
         file = copy.index(entry) if what.startswith("idx") else copy.tar(entry)
@@ -135,17 +135,17 @@ def check_damaged(shards: ShardSet, folder: Path, damage: list[tuple[str, int, f
         return "error"
     batches = [batch for step in steps for batch in step.micro_batches]
     keys = [key for batch in batches for key in batch.keys]
-    assert len(keys) == samples, "as many as were planned"
-    assert SAMPLES.keys() - set(keys) <= bad, "none is left out in silence"
+    assert len(keys) == samples, "the planned number"
+    assert SAMPLES.keys() - set(keys) <= bad, "no sample is left out silently"
     assert sum(step.bad for step in steps) == len(bad)
-    assert not bad & set(keys), "a bad one is not used"
+    assert not bad & set(keys), "bad samples are not used"
     for batch in batches:
         check_content(batch)
     return "bad" if bad else "whole"
 
 
 def check_content(batch: Batch) -> None:
-    """Every row is a piece of what its key stands for, repeated where it stands in."""
+    """Every row is a piece of the sample of its key, repeated if it replaces a longer one."""
     for key, row, seen in zip(batch.keys, batch.inputs.numpy(), batch.seen[::2], strict=True):
         start = zlib.crc32(key.encode()) % 10_000
         whole = np.frombuffer(series(key, SAMPLES[key]), "<i2")
@@ -156,7 +156,7 @@ def check_content(batch: Batch) -> None:
 
 @given(damage=damages())
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_damaged_shards_are_survived_and_seen(
+def test_damaged_shards_are_survived_and_detected(
     shards: ShardSet,
     tmp_path_factory: pytest.TempPathFactory,
     damage: list[tuple[str, int, float, int]],
@@ -167,7 +167,7 @@ def test_damaged_shards_are_survived_and_seen(
 @pytest.mark.slow
 @given(damage=damages())
 @settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-def test_damaged_shards_are_survived_and_seen_at_length(
+def test_damaged_shards_are_survived_and_detected_at_length(
     shards: ShardSet,
     tmp_path_factory: pytest.TempPathFactory,
     damage: list[tuple[str, int, float, int]],
@@ -175,11 +175,11 @@ def test_damaged_shards_are_survived_and_seen_at_length(
     check_damaged(shards, tmp_path_factory.getbasetemp() / "hurt", damage)
 
 
-def test_the_fuzz_test_meets_every_outcome(shards: ShardSet, tmp_path: Path) -> None:
+def test_the_fuzz_test_has_every_outcome(shards: ShardSet, tmp_path: Path) -> None:
     def outcome(*damage: tuple[str, int, float, int]) -> str:
         return check_damaged(shards, tmp_path / "hurt", list(damage))
 
-    assert outcome(("flip", 1, 0.0, 3)) == "whole", "a header, which nobody reads"
+    assert outcome(("flip", 1, 0.0, 3)) == "whole", "a header, which is not read"
     assert outcome(("zero", 2, 0.4, 4000)) == "bad"
     assert outcome(("cut", 0, 0.5, 1)) == "bad"
     assert outcome(("idx flip", 3, 0.5, 1)) == "error"

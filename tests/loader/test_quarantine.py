@@ -1,5 +1,5 @@
-"""Samples that cannot be used: found, told once, replaced by a rule that is the same on any ranks
-and workers, and an end to the run where they are many."""
+"""Bad samples: detected, reported once, replaced by the same rule for any number of ranks and
+workers; too many of them end the run."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def own(tmp_path: Path) -> ShardSet:
 
 
 def lose(shards: ShardSet) -> None:
-    """Half of a shard, after the loader has seen that its size is right."""
+    """Truncates a shard after its size was checked."""
     os.truncate(shards.tar(shards.shards[4]), 20_000)
 
 
@@ -55,7 +55,7 @@ def epoch(shards: ShardSet, **settings: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("harm", [flip, lose])
-def test_another_sample_stands_in_with_the_planned_size(own: ShardSet, harm: Damage) -> None:
+def test_a_replacement_has_the_planned_size(own: ShardSet, harm: Damage) -> None:
     sound = epoch(own)
     harm(own)
     hurt = epoch(own)
@@ -82,8 +82,8 @@ def test_another_sample_stands_in_with_the_planned_size(own: ShardSet, harm: Dam
     assert replaced == 1 if harm is flip else replaced > 5
 
 
-def test_a_stand_in_is_cut_to_size_or_repeated(tmp_path: Path) -> None:
-    """Of the lot in the order of cost: the one before a bad sample, or the one after the first."""
+def test_a_replacement_is_cut_to_size_or_repeated(tmp_path: Path) -> None:
+    """Lots are in the order of cost: the sample before a bad one, or the one after the first."""
     lengths = [200, 180, 160, 140]
     for bad, key, expected in (
         ("s0-2", "s0-1", np.frombuffer(series("s0-1", 180), "<i2")[:160]),
@@ -99,8 +99,8 @@ def test_a_stand_in_is_cut_to_size_or_repeated(tmp_path: Path) -> None:
         assert batch.seen[2 * at].sum() == len(expected) // STRIDE // 2
 
 
-def test_a_spare_sample_stands_in_for_a_whole_micro_batch(tmp_path: Path) -> None:
-    """Here each sample is a micro-batch."""
+def test_a_spare_sample_replaces_a_whole_micro_batch(tmp_path: Path) -> None:
+    """Each sample is a micro-batch."""
     shards = write_set(tmp_path / "set", [[200] * 12], {"s0-5": NEGATIVE[:400]})
     loader = make_loader(shards, size=800, micro_batches=4)
     with closing(loader):
@@ -111,7 +111,7 @@ def test_a_spare_sample_stands_in_for_a_whole_micro_batch(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("harm", [flip, lose])
-def test_the_same_ones_stand_in_on_any_ranks_and_workers(own: ShardSet, harm: Damage) -> None:
+def test_replacements_do_not_depend_on_ranks_and_workers(own: ShardSet, harm: Damage) -> None:
     harm(own)
     alone, cursor = global_steps(own, 2 * STEPS, max_bad=0.9)
     for world, workers in ((1, 2), (4, 0), (2, 1)):
@@ -125,7 +125,7 @@ def test_the_same_ones_stand_in_on_any_ranks_and_workers(own: ShardSet, harm: Da
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_each_is_told_once(
+def test_each_is_reported_once(
     own: ShardSet,
     tmp_path: Path,
     workers: int,
@@ -135,16 +135,16 @@ def test_each_is_told_once(
     monkeypatch.setattr(logging.getLogger("d2v_ds"), "propagate", True)
     flip(own)
     file = tmp_path / "run" / "bad_samples" / "rank00000.jsonl"
-    with closing(make_loader(own, workers=workers, told=file, max_bad=0.01)) as loader:
+    with closing(make_loader(own, workers=workers, file=file, max_bad=0.01)) as loader:
         bad = [step.bad for step in islice(loader, 2 * STEPS)]
-    assert sum(bad) == 2, "once an epoch"
+    assert sum(bad) == 2, "once per epoch"
     reason = "its .series has changed: the index has another checksum for it"
     tar = str(own.tar(own.shards[2]))
     assert [json.loads(line) for line in file.read_text().splitlines()] == [
         {"sample_id": 68, "tar": tar, "key": "s2-11", "reason": reason}
     ]
-    told = f"{tar}, sample 's2-11': {reason}; it is replaced by another sample"
-    assert [record.message for record in caplog.records] == [told]
+    logged = f"{tar}, sample 's2-11': {reason}; it is replaced by another sample"
+    assert [record.message for record in caplog.records] == [logged]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -152,7 +152,7 @@ def test_too_many_end_the_run(own: ShardSet, tmp_path: Path, workers: int) -> No
     for key in (b"s2-11", b"s2-30", b"s0-10", b"s4-2"):
         damage(own, int(key[1:2]), key)
     file = tmp_path / "bad.jsonl"
-    loader = make_loader(own, workers=workers, told=file, max_bad=0.003)
+    loader = make_loader(own, workers=workers, file=file, max_bad=0.003)
     with closing(loader), pytest.raises(UserError) as caught:
         list(islice(loader, STEPS))
     message = str(caught.value)
@@ -162,7 +162,7 @@ def test_too_many_end_the_run(own: ShardSet, tmp_path: Path, workers: int) -> No
     assert len(file.read_text().splitlines()) == 4
 
 
-def test_none_is_allowed_where_none_should_be(own: ShardSet) -> None:
+def test_no_bad_sample_is_allowed_with_0(own: ShardSet) -> None:
     flip(own)
     loader = make_loader(own, max_bad=0)
     with closing(loader), pytest.raises(UserError, match=r"1 of the first .*sample 's2-11'"):
@@ -170,7 +170,7 @@ def test_none_is_allowed_where_none_should_be(own: ShardSet) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_micro_batch_without_one_good_sample(tmp_path: Path, workers: int) -> None:
+def test_a_micro_batch_without_any_good_sample(tmp_path: Path, workers: int) -> None:
     keys = [f"s0-{i}" for i in range(20)]
     shards = write_set(tmp_path / "bad", [[50] * 20], dict.fromkeys(keys, NEGATIVE[:100]))
     loader = make_loader(shards, size=400, micro_batches=2, workers=workers)

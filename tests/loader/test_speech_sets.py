@@ -1,4 +1,4 @@
-"""The loader on real speech: FLAC shards that d2v-shards makes of the embedded corpus."""
+"""The loader on real speech: FLAC shards that d2v-shards makes from the embedded corpus."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_workers_decode_the_same_speech(speech: ShardSet) -> None:
     assert digests(speech, 0) == digests(speech, 2)
 
 
-def test_another_recording_stands_in_for_a_damaged_one(speech: ShardSet, tmp_path: Path) -> None:
+def test_a_damaged_recording_is_replaced(speech: ShardSet, tmp_path: Path) -> None:
     root = tmp_path / "damaged"
     shutil.copytree(speech.root, root)
     tar = sorted(root.glob("*.tar"))[0]
@@ -89,7 +89,7 @@ def test_another_recording_stands_in_for_a_damaged_one(speech: ShardSet, tmp_pat
 
 
 def tone(seconds: float, seed: int = 0) -> npt.NDArray[np.int16]:
-    """Something that is nowhere the same."""
+    """Noise, of which no two parts are equal."""
     rng = np.random.default_rng(seed)
     return rng.normal(300, 4000, round(16_000 * seconds)).astype(np.int16)
 
@@ -101,8 +101,8 @@ def encoded(samples: npt.NDArray[Any], kind: str, subtype: str = "PCM_16") -> by
 
 
 @pytest.mark.parametrize("kind", ["wav", "flac"])
-def test_the_whole_utterance_decides_on_mean_and_variance(kind: str) -> None:
-    """As torch's layer norm, then cropped (fairseq raw_audio_dataset.py)."""
+def test_mean_and_variance_are_those_of_the_whole_utterance(kind: str) -> None:
+    """Layer norm as in torch, then a crop (fairseq raw_audio_dataset.py)."""
     samples = tone(5)
     waveform = torch.from_numpy(samples.astype(np.float32) / 32768)
     expected = F.layer_norm(waveform, waveform.shape).numpy()
@@ -116,14 +116,14 @@ def test_the_whole_utterance_decides_on_mean_and_variance(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["wav", "flac"])
-def test_of_a_long_recording_only_the_crop_is_decoded(kind: str) -> None:
+def test_only_the_crop_of_a_long_recording_is_decoded(kind: str) -> None:
     samples = tone(15)
     data = encoded(samples, kind)
     crop = Speech(CONFIG).decode({kind: data}, np.random.default_rng(0))
     start = int(np.random.default_rng(0).integers(15 * 16_000 - 48_000 + 1))
     piece = torch.from_numpy(samples[start : start + 48_000].astype(np.float32) / 32768)
     np.testing.assert_allclose(crop, F.layer_norm(piece, piece.shape).numpy(), atol=2e-6)
-    if kind == "flac":  # damage elsewhere does not meet the decoder; the checksum is for that
+    if kind == "flac":  # the decoder does not see damage elsewhere, which checksums detect
         at = int(len(data) * (0.9 if start < 6 * 16_000 else 0.1))
         hurt = data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :]
         with pytest.raises(ValueError):
@@ -151,7 +151,7 @@ def test_other_widths_and_channels() -> None:
         (np.full(32_000, np.nan, np.float32), "contains NaN or infinite samples"),
     ],
 )
-def test_what_is_of_no_use_for_training(samples: npt.NDArray[Any], reason: str) -> None:
+def test_recordings_that_are_useless_for_training(samples: npt.NDArray[Any], reason: str) -> None:
     data = encoded(samples, "wav", "PCM_16" if samples.dtype == np.int16 else "FLOAT")
     with pytest.raises(ValueError, match=reason):
         Speech(CONFIG).decode({"wav": data}, np.random.default_rng(0))

@@ -1,4 +1,4 @@
-"""Tars at URLs that nobody has indexed: streamed by every rank for itself, from a real server."""
+"""Tars at URLs without an index: every rank streams its own from a real server."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from tests.helpers.http_server import Server, start, stop
 from tests.helpers.runs import Run, environment
 from tests.test_train import QUICK
 
-TARS, CLIPS = 10, 6  # tars, and clips in each
+TARS, CLIPS = 10, 6  # clips per tar
 CONFIG = SpeechConfig(views=1, crop_seconds=0.6, min_seconds=0.3)
 ALL = {f"clip{i}" for i in range(TARS * CLIPS)}
 
 
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As webdataset's own writer makes them."""
+    """Tars written by webdataset."""
     folder = tmp_path_factory.mktemp("far") / "tars"
     folder.mkdir()
     with webdataset.ShardWriter(f"{folder}/a-%06d.tar", maxcount=CLIPS, verbose=0) as writer:
@@ -91,8 +91,8 @@ def test_an_epoch_has_every_sample_once(far: Server, cache: Path, workers: int) 
             held.append(len(list(cache.glob("own/*/*/*.tar"))))
             assert step.cursor["epoch"] == 1
     assert Counter(key for step in steps for key in keys(step)) == Counter(ALL)
-    assert 0 < max(held) <= 2 * GROUP_TARS, "and no more on the disk"
-    assert not list(cache.glob("own/*/")), "nothing is left of it"
+    assert 0 < max(held) <= 2 * GROUP_TARS, "no more are on disk"
+    assert not list(cache.glob("own/*/")), "nothing is left"
     assert [step.cursor["step"] for step in steps] == list(range(1, len(steps) + 1))
     for step in steps:
         assert step.samples == len(keys(step)) and step.count == sum(
@@ -142,7 +142,7 @@ def test_ranks_read_tars_of_their_own_and_count_together(
     assert own[0] and own[1] and not own[0] & own[1]
 
 
-def test_going_on_passes_over_what_was_being_read(
+def test_a_resume_skips_the_group_that_was_being_read(
     far: Server, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("d2v_ds"), "propagate", True)
@@ -162,7 +162,7 @@ def test_going_on_passes_over_what_was_being_read(
 
 
 def test_damage_is_named_by_its_url(far: Server, tars: Path) -> None:
-    """webdataset would end the tar there in silence."""
+    """webdataset would end the tar there silently."""
     whole = (tars / "a-000003.tar").read_bytes()
     try:
         for harmed, reason in (
@@ -172,12 +172,12 @@ def test_damage_is_named_by_its_url(far: Server, tars: Path) -> None:
             (tars / "a-000003.tar").write_bytes(harmed)
             with closing(stream(far.url)) as loader, pytest.raises(UserError, match=reason) as e:
                 first_epoch(loader)
-            assert str(e.value).startswith("http://127.0.0.1"), "not a file of the cache"
+            assert str(e.value).startswith("http://127.0.0.1"), "the URL, not a file of the cache"
     finally:
         (tars / "a-000003.tar").write_bytes(whole)
 
 
-def test_what_the_server_does_not_have_and_what_it_cuts_short(far: Server) -> None:
+def test_missing_tars_and_incomplete_answers(far: Server) -> None:
     far.answer = {"a-000001.tar": ["short", 503, "short"]}
     with closing(stream(far.url)) as loader:
         assert len({key for step in first_epoch(loader) for key in keys(step)}) == len(ALL)
@@ -188,7 +188,7 @@ def test_what_the_server_does_not_have_and_what_it_cuts_short(far: Server) -> No
 
 
 def write_tar(path: Path, clips: dict[str, bytes]) -> str:
-    """The command that gives the tar."""
+    """Writes a tar; returns a URL that reads it by a command."""
     with webdataset.TarWriter(str(path)) as writer:
         for key, clip in clips.items():
             writer.write({"__key__": key, "flac" if clip[:4] == b"fLaC" else "wav": clip})
@@ -199,33 +199,33 @@ def some_clips(number: int, first: int = 0) -> dict[str, bytes]:
     return {f"clip{first + i}": recording("wav", seconds=0.5, seed=i) for i in range(number)}
 
 
-def test_samples_that_cannot_be_used_are_told(
+def test_bad_samples_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("d2v_ds"), "propagate", True)
     clips = {"clip0": recording("wav", seconds=1.0, rate=8_000), **some_clips(7, 1)}
-    clips["clip3"] = b"no recording"  # its header shows it
+    clips["clip3"] = b"no recording"  # visible in its header
     flac = bytearray(recording("flac", seconds=0.5))
     flac[len(flac) // 2 :] = bytes(len(flac) - len(flac) // 2)
-    clips["clip5"] = bytes(flac)  # decoding shows it, as of clip0
-    url, told = write_tar(tmp_path / "a.tar", clips), tmp_path / "bad.jsonl"
+    clips["clip5"] = bytes(flac)  # visible when it is decoded, as for clip0
+    url, lines = write_tar(tmp_path / "a.tar", clips), tmp_path / "bad.jsonl"
     settings: dict[str, Any] = {"size": 2.0, "micro_batches": 1}
-    with closing(stream(url, quarantine=Quarantine(told, 0.5), **settings)) as loader:
+    with closing(stream(url, quarantine=Quarantine(lines, 0.5), **settings)) as loader:
         steps = list(islice(loader, 12))
     assert {key for step in steps for key in keys(step)} == clips.keys() - {
         "clip0",
         "clip3",
         "clip5",
     }
-    found = {line["key"]: line for line in map(json.loads, told.read_text().splitlines())}
+    found = {line["key"]: line for line in map(json.loads, lines.read_text().splitlines())}
     assert found.keys() == {"clip0", "clip3", "clip5"}
-    assert len(told.read_text().splitlines()) == 3, "once each, however often they come"
+    assert len(lines.read_text().splitlines()) == 3, "once each"
     assert {line["tar"] for line in found.values()} == {url}
     assert found["clip0"]["reason"] == "is 8000 Hz, expected 16000 Hz"
     assert found["clip3"]["reason"] == ".wav: is not WAV"
     assert "clip3': .wav: is not WAV; it is left out" in caplog.text
     assert sum(step.bad for step in steps if step.cursor["epoch"] == 0) == 3
-    loader = stream(url, quarantine=Quarantine(told, 0.0), **settings)
+    loader = stream(url, quarantine=Quarantine(lines, 0.0), **settings)
     with closing(loader), pytest.raises(UserError, match=r"sample 'clip\d'.*more|cannot be used"):
         list(islice(loader, 12))
 
@@ -250,14 +250,14 @@ def test_tars_with_less_than_a_step_are_skipped(
 
 
 def test_groups_are_of_about_one_size(tmp_path: Path) -> None:
-    """The last one is no single tar, which might have less than a step."""
+    """The last group is not a single tar, which might have less than a step."""
     url = write_tar(tmp_path / "0.tar", some_clips(1)).replace("0.tar", "{0..8}.tar")
     with closing(stream(url)) as loader:
         groups = loader._groups()
         assert [len(next(groups)[2]) for _ in range(6)] == [3] * 6
 
 
-def test_a_download_that_hangs_does_not_keep_the_process(tmp_path: Path) -> None:
+def test_a_hanging_download_does_not_keep_the_process_from_ending(tmp_path: Path) -> None:
     hangs = f"echo $$ > {tmp_path}/pid; sleep 600; cat a.tar"
     code = f"""
 import sys; sys.path[:0] = {sys.path!r}
@@ -277,7 +277,7 @@ loader.close()
 
 
 def group_of(stat: Path) -> int:
-    """The process group of a process that has not ended."""
+    """The process group of a running process; 0 if it has ended."""
     try:
         state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
     except (FileNotFoundError, ProcessLookupError):
@@ -297,7 +297,7 @@ def test_settings_that_do_not_fit() -> None:
 # --------------------------------------------------------------------------------------- whole runs
 
 
-def test_a_run_streams_and_goes_on(far: Server, tmp_path: Path) -> None:
+def test_a_run_streams_and_resumes(far: Server, tmp_path: Path) -> None:
     settings = [
         f"data.shards={far.url}",
         *QUICK,

@@ -1,4 +1,4 @@
-"""Worker processes that stall, die or raise: the run is told which, and what was being read."""
+"""Worker processes that stall, die or raise: the error names the worker and its sample."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tests.helpers.sensor import Sensor, SensorConfig
 from tests.helpers.series import write_set
 from tests.loader.test_loader import alive, gone
 
-ODD = 77  # the length of the sample with which something happens
+ODD = 77  # the length of that sample
 
 
 class Odd(Sensor):
-    """One sample stalls the worker that decodes it, kills it, or meets a bug."""
+    """One sample stalls or kills the worker that decodes it, or triggers a bug."""
 
     def __init__(self, what: str) -> None:
         super().__init__(SensorConfig())
@@ -60,7 +60,7 @@ def odd_loader(shards: ShardSet, what: str, **settings: Any) -> Loader:
 
 def test_a_stalled_worker_is_named_with_what_it_reads(shards: ShardSet) -> None:
     with closing(odd_loader(shards, "stall")) as loader:
-        next(loader)  # the workers have started
+        next(loader)  # so that the workers have started
         assert loader.workers
         loader.workers.patience = 2
         with pytest.raises(TimeoutError) as caught:
@@ -119,7 +119,7 @@ def test_a_hanging_worker_ends_with_a_killed_trainer(shards: ShardSet) -> None:
 
 
 class Echo:
-    """Gives back what it is asked for, and arrays of it."""
+    """Returns the lot and arrays that depend on it."""
 
     def __call__(self, lot: int, reading: Any) -> Any:
         reading(lot)
@@ -142,8 +142,8 @@ def echo(lots: Iterator[int], workers: int) -> LoaderWorkers:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_what_is_made_comes_whole_and_in_order(workers: int) -> None:
-    """Also what is larger than the memory was so far."""
+def test_items_arrive_complete_and_in_order(workers: int) -> None:
+    """Also items much larger than the ones before."""
     with closing(echo(iter(range(14, 1000)), workers)) as made:
         for lot in range(14, 60):
             item = next(made)
@@ -162,9 +162,9 @@ def test_what_is_made_comes_whole_and_in_order(workers: int) -> None:
             next(made)
 
 
-def test_workers_see_the_environment_of_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not the one in which the first loader of this process was made: it says where the cache is,
-    and who may read a bucket."""
+def test_workers_have_the_present_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of the first loader of this process: the environment has the cache's folder and the
+    credentials of buckets."""
     for value in ("first", "second"):
         monkeypatch.setenv("D2V_CACHE", value)
         with closing(echo(iter(range(1000)), 1)) as made:

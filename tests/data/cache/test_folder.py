@@ -1,4 +1,4 @@
-"""The folder that a node's processes share: complete files, its size, files of one process."""
+"""Files that processes of a node share: complete, within a size; and folders of one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Remote sets through the cache: a real HTTP server that cuts answers short, dies and comes back;
+"""Remote sets through the cache: a real HTTP server that truncates answers, dies and comes back;
 one download per node; a limit in bytes that spares open shards."""
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def content(shards: ShardSet) -> list[Any]:
 
 def test_a_remote_set_is_read_as_a_local_one(far: Server, cache: Cache, shards: ShardSet) -> None:
     remote = find_set(far.url, "series")
-    assert tars(cache) == set(), "nothing but indexes yet"
+    assert tars(cache) == set(), "only indexes so far"
     assert (remote.shards, remote.modality) == (shards.shards, shards.modality)
     assert content(remote) == content(shards)
     assert content(find_set(far.url)) == content(shards)
@@ -87,7 +87,7 @@ def test_the_loader_on_a_remote_set(
     assert batches(find_set(far.url)) == batches(shards)
 
 
-def test_shards_come_before_they_are_read(far: Server, cache: Cache, shards: ShardSet) -> None:
+def test_shards_are_downloaded_in_advance(far: Server, cache: Cache, shards: ShardSet) -> None:
     found = find_set(far.url)
     settings: dict[str, Any] = {"seed": 1, "size": 800, "micro_batches": 2}
     with closing(Loader(found, series_modality(), **settings)) as loader:  # type: ignore[arg-type]
@@ -99,7 +99,7 @@ def test_shards_come_before_they_are_read(far: Server, cache: Cache, shards: Sha
         assert len(tars(cache)) == 4 and len(loader.reader.open) < 4
 
 
-def test_as_many_come_ahead_as_fill_half_of_the_cache(far: Server, cache: Cache) -> None:
+def test_at_most_half_of_the_cache_is_filled_in_advance(far: Server, cache: Cache) -> None:
     found = open_remote(far.url)
     small = Cache(cache.folder, 2 * (found.shards[2].bytes + found.shards[1].bytes))
     keep_near(found, iter([2, 1, 0, 3]), small)
@@ -107,7 +107,7 @@ def test_as_many_come_ahead_as_fill_half_of_the_cache(far: Server, cache: Cache)
     keep_near(found, iter([2, 2, 2]), Cache(cache.folder, 10**9))
 
 
-def test_answers_cut_short_and_errors_of_the_server_are_tried_again(
+def test_truncated_answers_and_errors_of_the_server_are_retried(
     far: Server, cache: Cache, shards: ShardSet
 ) -> None:
     far.answer = {
@@ -137,7 +137,7 @@ def test_a_server_that_dies_and_comes_back(
     assert found == [content(shards)]
 
 
-def test_a_server_that_stays_away(
+def test_a_server_that_does_not_come_back(
     shards: ShardSet, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(download, "TRY_FOR", 0.3)
@@ -151,11 +151,11 @@ def test_a_server_that_stays_away(
         open_remote(url)
 
 
-def test_what_is_not_there_or_has_changed(far: Server, cache: Cache) -> None:
+def test_missing_and_changed_files(far: Server, cache: Cache) -> None:
     with pytest.raises(UserError) as caught:
         open_remote(f"{far.url}-not")
     assert str(caught.value) == f"{far.url}-not/index.json: 404 File not found"
-    assert far.asked["index.json"] == 1, "asked once"
+    assert far.asked["index.json"] == 1, "it is not retried"
     remote = open_remote(far.url)
     far.answer = {"series-000002.tar": ["changed"], "series-000003.tar": [404]}
     with pytest.raises(UserError, match=r"series-000002.tar: its SHA-256 differs from index.json"):
@@ -165,7 +165,7 @@ def test_what_is_not_there_or_has_changed(far: Server, cache: Cache) -> None:
     assert not list(cache.folder.glob("*/*.tmp")) and tars(cache) == set()
 
 
-def test_the_cache_stays_within_its_bytes_and_spares_what_is_open(
+def test_the_cache_stays_within_its_size_and_spares_open_shards(
     far: Server, cache: Cache, shards: ShardSet
 ) -> None:
     a, b, c, d = shards.shards
@@ -181,16 +181,16 @@ def test_the_cache_stays_within_its_bytes_and_spares_what_is_open(
     first = use(b)
     for entry in (c, d, c):
         os.close(use(entry))
-        time.sleep(0.02)  # they are told apart by when they were used
+        time.sleep(0.02)  # so that the times of use differ
     os.close(use(a))
-    assert tars(cache) == {f"{e.name}.tar" for e in (a, b, c)}, "d was not used for longest"
+    assert tars(cache) == {f"{e.name}.tar" for e in (a, b, c)}, "d was the least recently used"
     os.close(use(d))
     os.close(first)
     os.close(use(a))
-    assert far.asked[f"{b.name}.tar"] == 1, "it was open all the time"
+    assert far.asked[f"{b.name}.tar"] == 1, "it was open"
 
 
-def test_more_in_use_than_allowed_is_logged(
+def test_open_shards_beyond_the_size_are_logged(
     far: Server, cache: Cache, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("d2v_ds"), "propagate", True)
@@ -209,7 +209,7 @@ def fetch_all(url: str, folder: str, start: Any) -> str:
     return hashlib.sha256(repr(content(open_remote(url))).encode()).hexdigest()
 
 
-def test_processes_of_one_node_download_once(far: Server, cache: Cache, shards: ShardSet) -> None:
+def test_processes_of_a_node_download_once(far: Server, cache: Cache, shards: ShardSet) -> None:
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager, context.Pool(3) as pool:
         barrier = manager.Barrier(3)
@@ -220,7 +220,7 @@ def test_processes_of_one_node_download_once(far: Server, cache: Cache, shards: 
     assert {far.asked[f"{e.name}.idx"] for e in shards.shards} == {1}
 
 
-def test_what_a_killed_download_left_is_removed(far: Server, cache: Cache) -> None:
+def test_the_file_of_a_killed_download_is_removed(far: Server, cache: Cache) -> None:
     remote = open_remote(far.url)
     left = remote.root / "series-000003.tar.tmp"
     left.write_bytes(bytes(10_000))
@@ -239,7 +239,7 @@ def test_a_command_instead_of_a_url(shards: ShardSet, cache: Cache) -> None:
 def test_a_scheme_that_this_program_registered(
     shards: ShardSet, cache: Cache, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    """Workers, which do not run the program's main script, know it as well."""
+    """Workers know it as well, although they do not run the main script."""
     from webdataset.gopen import gopen_schemes
 
     monkeypatch.setitem(gopen_schemes, "tape", tape)

@@ -1,4 +1,4 @@
-"""Copies of a shard set on a node's own disk: whole, checked, made once, or not made at all."""
+"""Copies of a shard set on a node's own disk: complete, checked, and made once if they fit."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_copy_is_the_set(shards: ShardSet, tmp_path: Path) -> None:
     marks: list[None] = []
     copy = stage(shards, tmp_path, lambda: marks.append(None))
     assert copy and hashes(copy) == hashes(shards.root)
-    assert len(marks) > len(shards.shards), "it says again and again that it is alive"
+    assert len(marks) > len(shards.shards), "it reports progress repeatedly"
     again = open_set(copy)
     assert again.shards == shards.shards and len(shards.shards) > 1
 
@@ -51,7 +51,7 @@ def test_a_second_call_reads_nothing(shards: ShardSet, tmp_path: Path) -> None:
     assert before == {f: f.stat().st_mtime_ns for f in copy.glob("*.tar")}
 
 
-def test_tars_that_lie_apart_from_their_index(shards: ShardSet, tmp_path: Path) -> None:
+def test_tars_in_another_folder_than_their_index(shards: ShardSet, tmp_path: Path) -> None:
     apart = tmp_path / "apart"
     apart.mkdir()
     for entry in shards.shards:
@@ -65,7 +65,7 @@ def test_tars_that_lie_apart_from_their_index(shards: ShardSet, tmp_path: Path) 
     )
 
 
-def test_a_copy_that_was_cut_short_goes_on(shards: ShardSet, tmp_path: Path) -> None:
+def test_an_incomplete_copy_is_completed(shards: ShardSet, tmp_path: Path) -> None:
     copy = stage(shards, tmp_path, lambda: None)
     assert copy
     (copy / "index.json").unlink()
@@ -77,7 +77,7 @@ def test_a_copy_that_was_cut_short_goes_on(shards: ShardSet, tmp_path: Path) -> 
     assert (copy / f"{first.name}.tar").stat().st_mtime_ns == kept
 
 
-def test_processes_of_one_node_copy_once(shards: ShardSet, tmp_path: Path) -> None:
+def test_processes_of_a_node_copy_once(shards: ShardSet, tmp_path: Path) -> None:
     code = (
         "import sys, logging; from pathlib import Path; logging.basicConfig(level=20)\n"
         "from d2v_ds.data.shard_format import open_set; from d2v_ds.data.cache.stage import stage\n"
@@ -90,7 +90,7 @@ def test_processes_of_one_node_copy_once(shards: ShardSet, tmp_path: Path) -> No
     assert sum("was copied to" in error for error in errors) == 1
 
 
-def test_damage_on_the_way_is_found(shards: ShardSet, tmp_path: Path) -> None:
+def test_damage_during_the_copy_is_detected(shards: ShardSet, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in shards.root.iterdir():
@@ -104,7 +104,7 @@ def test_damage_on_the_way_is_found(shards: ShardSet, tmp_path: Path) -> None:
     assert not list((tmp_path / "local").rglob("index.json"))
 
 
-def test_no_copy_where_there_is_no_room(
+def test_no_copy_if_it_does_not_fit(
     shards: ShardSet,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
