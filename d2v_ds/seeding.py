@@ -34,8 +34,8 @@ def generator(seed: int, *path: int) -> np.random.Generator:
 
 def bit_generator(seed: int, *path: int) -> np.random.Philox:
     """As `generator`, but the raw stream, which numpy guarantees to keep across versions."""
-    place = ",".join(map(str, (seed, *path))).encode()
-    key: Any = _Key(hashlib.blake2b(place, digest_size=16).digest())
+    text = ",".join(map(str, (seed, *path))).encode()
+    key: Any = _Key(hashlib.blake2b(text, digest_size=16).digest())
     return np.random.Philox(key)
 
 

@@ -21,4 +21,4 @@ def sound_members(
             return
         except DamagedTar as error:
             rejected.append((name, f"{error}: its content is lost"))
-            at = next_header(file, error.position)
+            at = next_header(file, error.offset)

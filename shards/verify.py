@@ -144,12 +144,12 @@ def _check_structure(
     starts = [member.offset for member in found]
     headers = {offset - BLOCK: i for i, offset in enumerate(index.offsets) if offset}
     for error in damage:
-        cell = headers.get(error.position)
+        cell = headers.get(error.offset)
         if cell is None:
             yield str(error)
         else:
             yield f"at {_member_name(index, keys, packed or {}, cell)[0]}: {error}"
-    damaged = {error.position for error in damage}
+    damaged = {error.offset for error in damage}
     used = set()
     for i, offset in enumerate(index.offsets):
         if not offset or offset - BLOCK in damaged:  # the sample has no such member
@@ -181,7 +181,7 @@ def _walk(file: BinaryIO, found: list[Member], damage: list[DamagedTar]) -> None
             return
         except DamagedTar as error:
             damage.append(error)
-            start = next_header(file, error.position)
+            start = next_header(file, error.offset)
 
 
 def _is_in(

@@ -33,9 +33,9 @@ class Member(NamedTuple):
 class DamagedTar(ValueError):
     """The damage and its offset, without the file's name."""
 
-    def __init__(self, reason: str, position: int) -> None:
-        super().__init__(f"{reason} at byte {position}")
-        self.position = position
+    def __init__(self, reason: str, offset: int) -> None:
+        super().__init__(f"{reason} at byte {offset}")
+        self.offset = offset
 
 
 def members(file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[Member]:
@@ -73,9 +73,9 @@ def members(file: BinaryIO, start: int = 0, end: int | None = None) -> Iterator[
             long_name, pax = "", {}
 
 
-def next_header(file: BinaryIO, position: int) -> int | None:
+def next_header(file: BinaryIO, offset: int) -> int | None:
     """The offset of the next intact header after a damaged one; None if there is none."""
-    at = position + BLOCK
+    at = offset + BLOCK
     file.seek(at)
     while len(block := file.read(BLOCK)) == BLOCK:
         try:

@@ -218,8 +218,9 @@ class _Order:
         self.window = -1
         self.ids = np.zeros(0, dtype=np.int64)  # of that window
 
-    def window_of(self, place: int) -> int:
-        return int(np.searchsorted(self.bounds, place, side="right")) - 1
+    def window_of(self, number: int) -> int:
+        """The window of sample `number` in this order."""
+        return int(np.searchsorted(self.bounds, number, side="right")) - 1
 
     def slice(self, start: int, stop: int) -> SampleIds:
         window = self.window_of(start)
@@ -234,8 +235,7 @@ class _Order:
         if window != self.window:
             shards = self.shards[self.first_shards[window] : self.first_shards[window + 1]]
             ids = np.concatenate([self.plan.usable_in(shard) for shard in shards])
-            place = (SAMPLE_ORDER, self.epoch, window)
-            shuffled = permutation(len(ids), self.plan.seed, *place)
+            shuffled = permutation(len(ids), self.plan.seed, SAMPLE_ORDER, self.epoch, window)
             self.window, self.ids = window, ids[shuffled]
         return self.ids
 

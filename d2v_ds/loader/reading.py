@@ -199,13 +199,13 @@ class MicroBatches:
             found.append(self._example(lot.epoch, sample_id, bad))
         examples, used = list(found), list(ids)
         if bad:
-            stand_ins = {i: e for i, e in zip(ids, found, strict=True) if e is not None}
-            stand_ins = stand_ins or self._spare(lot, bad)
+            usable = {i: e for i, e in zip(ids, found, strict=True) if e is not None}
+            usable = usable or self._spare(lot, bad)
             for i, sample_id in enumerate(ids):
                 if found[i] is None:
-                    used[i] = _stand_in(ids, i, stand_ins)
+                    used[i] = _replacement(ids, i, usable)
                     length = self.reader.length(sample_id)
-                    examples[i] = self.modality.fit(stand_ins[used[i]], length)
+                    examples[i] = self.modality.fit(usable[used[i]], length)
         # Masks belong to the planned samples, also of replaced ones: so their number is as planned.
         rngs = [generator(self.seed, MASK, lot.epoch, sample_id) for sample_id in ids]
         batch = self.modality.collate(examples, rngs, lot.index)
@@ -240,8 +240,8 @@ class MicroBatches:
         )
 
 
-def _stand_in(ids: Sequence[int], i: int, usable: Mapping[int, Any]) -> int:
-    """Which of the usable samples takes the place of ids[i]."""
+def _replacement(ids: Sequence[int], i: int, usable: Mapping[int, Any]) -> int:
+    """The usable sample that replaces ids[i]."""
     for sample_id in (*ids[:i][::-1], *ids[i:], *usable):
         if sample_id in usable:
             return sample_id

@@ -201,9 +201,9 @@ class StreamLoader:
                 yield epoch, number, groups[number].tolist()
             epoch, first = epoch + 1, 0
 
-    def _fetch(self, place: tuple[int, int, list[int]]) -> _Group:
+    def _fetch(self, group: tuple[int, int, list[int]]) -> _Group:
         """Starts the download of a group."""
-        epoch, number, tars = place
+        epoch, number, tars = group
         folder = self.folder.path / f"{epoch}-{number}"
         folder.mkdir()
         found = [in_background(partial(self._get, folder, tar)) for tar in tars]

@@ -128,16 +128,16 @@ AT = PLAIN.index(b"3.txt")
 
 
 def test_damaged_header() -> None:
-    for position in (AT, AT + 130, AT + 150):
+    for offset in (AT, AT + 130, AT + 150):
         data = bytearray(PLAIN)
-        data[position] ^= 4
+        data[offset] ^= 4
         found, error = damage_at(bytes(data))
-        assert found[-1] == "2.txt" and error.position == AT and "damaged header" in str(error)
+        assert found[-1] == "2.txt" and error.offset == AT and "damaged header" in str(error)
 
 
 def test_zeros_in_the_middle() -> None:
     found, error = damage_at(PLAIN[:AT] + bytes(512) + PLAIN[AT + 512 :])
-    assert found[-1] == "2.txt" and error.position == AT and "zeros" in str(error)
+    assert found[-1] == "2.txt" and error.offset == AT and "zeros" in str(error)
 
 
 def test_truncated() -> None:
@@ -160,7 +160,7 @@ def test_members_after_damage_are_found() -> None:
     data[AT : AT + 512] = b"\xff" * 512
     file = io.BytesIO(bytes(data))
     _, error = damage_at(bytes(data))
-    start = next_header(file, error.position)
+    start = next_header(file, error.offset)
     assert start is not None
     assert [member.name for member in members(file, start)] == ["4.txt", "5.txt"]
     assert next_header(file, len(data)) is None

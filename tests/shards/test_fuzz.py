@@ -220,8 +220,8 @@ def test_scan(data: bytes) -> None:
             found.extend(members(file, start))
             break
         except DamagedTar as error:
-            following = next_header(file, error.position)
-            assert following is None or following > error.position >= start
+            following = next_header(file, error.offset)
+            assert following is None or following > error.offset >= start
             start = following
     assert all(m.offset + m.size <= len(data) for m in found)
     assert sum(len(group) for _, group in samples(found)) <= len(found)
