@@ -106,7 +106,7 @@ DAMAGE: list[tuple[Callable[[Path, int], None], list[str]]] = [
     (cut_in_payload, ["but index.json has", "KEY.flac: its", "extend past the end", CHECKSUM]),
     (remove, ["speech-000001.tar: No such file"]),
     (flip_index, ["speech-000001.idx: is damaged"]),
-    (remove_index, ["speech-000001.idx: missing"]),
+    (remove_index, ["speech-000001.idx: is missing"]),
     (no_end, ["sha256", "damaged header"]),
 ]
 
