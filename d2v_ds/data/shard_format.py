@@ -39,7 +39,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from d2v_ds.data.checksum import BEST
+from d2v_ds.data.checksum import BEST, checksum_of
 from d2v_ds.errors import UserError
 
 FORMAT = 1  # of index.json
@@ -227,6 +227,9 @@ def read_index(path: str | Path) -> ShardIndex:
             raise ValueError(f"{len(data)} bytes, expected {end}")
         if zlib.crc32(data[head.size :]) != head.crc32:
             raise ValueError("its checksum is wrong")
+        checksum_of(head.checksum)
+    except UserError as error:  # of the kind of checksum
+        raise UserError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise _damaged(path, error) from None
     return ShardIndex(

@@ -111,6 +111,11 @@ class Reader:
             os.close(self.open.popitem(last=False)[1].file)
         entry = self.shards.shards[shard]
         index = read_index(self.shards.index(entry))
+        if index.fields != self.shards.fields:
+            raise UserError(
+                f"{self.shards.index(entry)}: is damaged: its fields are not those of the set. "
+                f"{REMEDY}"
+            )
         columns = [(i, name) for i, name in enumerate(index.fields) if name in self.fields]
         checksum = checksum_of(index.checksum) if self.verify else None
         try:
@@ -136,6 +141,8 @@ def read_samples(shards: ShardSet, fields: Sequence[str]) -> Iterator[tuple[str,
         for sample_id in range(shards.samples):
             try:
                 members = reader.read(sample_id)
+            except UserError:
+                raise  # of the shard
             except ValueError as error:
                 raise UserError(f"{reader.bad(sample_id, str(error))}. {REMEDY}") from None
             yield reader.key(sample_id), members
@@ -223,6 +230,8 @@ class MicroBatches:
             # `fit` returns the same object if the size is as planned.
             if self.modality.fit(example, self.reader.length(sample_id)) is not example:
                 raise ValueError("its length differs from that in the index")
+        except UserError:
+            raise  # of the shard
         except ValueError as error:
             bad.append(self.reader.bad(sample_id, str(error)))
             return None

@@ -103,6 +103,13 @@ def test_damaged_index(tmp_path: Path, damage: str) -> None:
         read_index(path)
 
 
+def test_an_unknown_kind_of_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "x.idx"
+    path.write_bytes(write_index(path).replace(b'"xxh3"', b'"md5!"'))
+    with pytest.raises(UserError, match=r"x\.idx: checksum 'md5!': this version supports xxh3"):
+        read_index(path)
+
+
 def test_missing_index(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"x\.idx: is missing"):
         read_index(tmp_path / "x.idx")

@@ -3,6 +3,7 @@ resuming, checksums, errors, and workers that neither stop early nor outlive the
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import signal
@@ -247,6 +248,33 @@ def test_an_index_of_another_tar(own: ShardSet) -> None:
     own.index(own.shards[0]).write_bytes(own.index(own.shards[1]).read_bytes())
     with pytest.raises(UserError, match=r"series-000000.idx: does not belong to its tar \(7 samp"):
         make_loader(own)
+
+
+def test_an_index_with_other_fields(own: ShardSet) -> None:
+    """The line of JSON in an index has no checksum."""
+    path = own.index(own.shards[1])
+    path.write_bytes(path.read_bytes().replace(b'"series"', b'"reries"', 1))
+    for read in (
+        lambda: drain(make_loader(own), EPOCH),
+        lambda: list(read_samples(own, ("json",))),
+    ):
+        with pytest.raises(UserError, match=r"series-000001.idx: is damaged: its fields are not"):
+            read()
+
+
+def test_a_read_error_is_an_error_of_the_shard(
+    own: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not a bad sample that would be replaced."""
+
+    def fail(*given: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(reading.os, "pread", fail)
+    with pytest.raises(UserError, match=r"series-00000\d.tar: cannot be read \(Input/output error"):
+        drain(make_loader(own, max_bad=0.9), EPOCH)
+    with pytest.raises(UserError, match=r"^/.*series-000000.tar: cannot be read \(Input/output"):
+        list(read_samples(own, ("json",)))
 
 
 def test_a_set_that_changed_since_the_checkpoint(shards: ShardSet, own: ShardSet) -> None:
