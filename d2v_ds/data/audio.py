@@ -224,8 +224,9 @@ def resample(x: Waveform, old: int, new: int) -> Waveform:
 
     The band-limited interpolation of Smith and Gossett (1984) as a matrix product: in numpy, so
     that converting needs no torch, and in float64, so that the result after rounding to 16 bits
-    does not depend on BLAS or the number of threads. Raises ValueError for rates without a small
-    ratio.
+    does not depend on BLAS or the number of threads. torchaudio's resampler, a float32 convolution,
+    gives other 16-bit values on CPUs with other instruction sets. Raises ValueError for rates
+    without a small ratio.
     """
     if old == new:
         return x
