@@ -22,6 +22,7 @@ import os
 import pickle
 import queue
 import signal
+import socket
 import sys
 import threading
 import traceback
@@ -30,9 +31,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from multiprocessing import connection as connections
 from multiprocessing import forkserver, resource_tracker
-from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from d2v_ds.distributed.launcher import die_with_parent
@@ -83,9 +85,9 @@ class LoaderWorkers:
                 self._ask(worker)
 
     def _ask(self, worker: _Worker) -> None:
-        message = pickle.dumps(next(self.lots))
+        parts = parts_of(next(self.lots))
         with contextlib.suppress(ConnectionError):  # it died; _answer raises when its turn comes
-            worker.connection.send_bytes(message)
+            send(worker.socket, parts)
         self.asked.append(worker)
 
     def __iter__(self) -> Iterator[Any]:
@@ -99,12 +101,13 @@ class LoaderWorkers:
 
     def _answer(self, worker: _Worker) -> Any:
         try:
-            if not worker.connection.poll(self.patience):
-                raise TimeoutError(
-                    f"loader worker {worker.pid} has produced no batch for {self.patience:g} s; "
-                    f"it is reading {self._read_by(worker)}"
-                )
-            good, item = pickle.loads(worker.connection.recv_bytes())
+            worker.socket.settimeout(self.patience)
+            good, item = receive(worker.socket)
+        except TimeoutError:
+            raise TimeoutError(
+                f"loader worker {worker.pid} has produced no batch for {self.patience:g} s; "
+                f"it is reading {self._read_by(worker)}"
+            ) from None
         except (EOFError, ConnectionError):
             raise ChildProcessError(
                 f"loader worker {worker.pid} died, possibly out of memory; it was reading "
@@ -134,7 +137,7 @@ class _Worker:
     """One process, as the rank sees it."""
 
     def __init__(self, source: bytes) -> None:
-        self.connection, theirs = CONTEXT.Pipe()
+        self.socket, theirs = socket.socketpair()
         self.reading = CONTEXT.RawValue("q", NOTHING)  # sample_id, in shared memory
         arguments = (source, theirs, self.reading)
         self.process = CONTEXT.Process(target=_work, args=arguments, daemon=True)
@@ -144,7 +147,7 @@ class _Worker:
         self.pid = self.process.pid or 0
 
     def close(self) -> None:
-        self.connection.close()
+        self.socket.close()
         self.process.kill()  # it blocks SIGTERM
         self.process.join(CLOSING)
         if self.process.exitcode is not None:
@@ -188,8 +191,8 @@ def _without_main() -> Iterator[None]:
 # ---------------------------------------------------------------------------------- in the worker
 
 
-def _work(source: bytes, connection: Connection, state: Any) -> None:
-    """Serves lots until the rank closes the connection or ends."""
+def _work(source: bytes, rank: socket.socket, state: Any) -> None:
+    """Serves lots until the rank closes the socket or ends."""
     if sys.platform == "linux":
         die_with_parent()  # the server
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -198,8 +201,8 @@ def _work(source: bytes, connection: Connection, state: Any) -> None:
     sys.path[:], environment, made = pickle.loads(source)
     os.environ.clear()
     os.environ.update(environment)
-    finished: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-    threading.Thread(target=_send, args=(connection, finished), daemon=True).start()
+    finished: queue.SimpleQueue[list[Any]] = queue.SimpleQueue()
+    threading.Thread(target=_send, args=(rank, finished), daemon=True).start()
 
     def reading(sample_id: int) -> None:
         state.value = sample_id
@@ -207,17 +210,17 @@ def _work(source: bytes, connection: Connection, state: Any) -> None:
     make = None
     while True:
         try:
-            lot = pickle.loads(connection.recv_bytes())
+            lot = receive(rank)
         except (EOFError, ConnectionError):
             os._exit(0)
         try:
             make = make or pickle.loads(made)
-            answer = pickled((True, make(lot, reading)))
+            answer = parts_of((True, make(lot, reading)))
         except UserError as error:
-            answer = pickled((False, error))
+            answer = parts_of((False, error))
         except Exception:
             message = f"in a loader worker:\n{traceback.format_exc()}"
-            answer = pickled((False, RuntimeError(message)))
+            answer = parts_of((False, RuntimeError(message)))
         finished.put(answer)
 
 
@@ -229,15 +232,18 @@ def _end_with_rank() -> None:
     os._exit(1)
 
 
-def _send(connection: Connection, finished: queue.SimpleQueue[memoryview]) -> None:
+def _send(rank: socket.socket, finished: queue.SimpleQueue[list[Any]]) -> None:
     """Sends items while the next lot is being made: the socket holds less than an item."""
     while True:
         with contextlib.suppress(ConnectionError):
-            connection.send_bytes(finished.get())
+            send(rank, finished.get())
+
+
+# ------------------------------------------------------------------------------------- transport
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles tensors as numpy arrays. multiprocessing's own would put them into /dev/shm."""
+    """Pickles tensors as numpy arrays, whose content can be sent without a copy."""
 
     def reducer_override(self, item: Any) -> Any:
         if isinstance(item, torch.Tensor):
@@ -245,7 +251,34 @@ class _Pickler(pickle.Pickler):
         return NotImplemented
 
 
-def pickled(item: Any) -> memoryview:
+def parts_of(item: Any) -> list[Any]:
+    """What is sent of an item: the number and sizes of its parts, its pickle, its arrays."""
+    arrays: list[pickle.PickleBuffer] = []
     content = io.BytesIO()
-    _Pickler(content, protocol=5).dump(item)
-    return content.getbuffer()
+    _Pickler(content, protocol=5, buffer_callback=arrays.append).dump(item)
+    parts = [content.getbuffer(), *(array.raw() for array in arrays)]
+    return [np.array([len(parts), *(part.nbytes for part in parts)], np.int64), *parts]
+
+
+def send(to: socket.socket, parts: list[Any]) -> None:
+    for part in parts:
+        to.sendall(part)
+
+
+def receive(source: socket.socket) -> Any:
+    """The item that was sent. Raises EOFError or ConnectionError if the other side has ended,
+    TimeoutError if it sends nothing for the socket's timeout."""
+    [count] = _read(source, 8).view(np.int64)
+    content, *arrays = [_read(source, size) for size in _read(source, 8 * count).view(np.int64)]
+    return pickle.loads(content.tobytes(), buffers=arrays)
+
+
+def _read(source: socket.socket, size: int) -> npt.NDArray[np.uint8]:
+    data = np.empty(size, np.uint8)
+    left = data.data
+    while left:
+        received = source.recv_into(left)
+        if not received:
+            raise EOFError
+        left = left[received:]
+    return data
