@@ -7,7 +7,7 @@ forked beside threads can inherit a lock that is never released. Workers are the
 multiprocessing's fork server: one process per rank, which has imported what they need and has no
 threads. Batches travel through a socket, so the size of /dev/shm does not matter.
 
-torch's DataLoader was measured against this (benchmarks/loader.py workers). It takes 7 to 125 %
+torch's DataLoader was measured against this (benchmarks/loader.py workers). It takes 10 to 115 %
 more CPU time per batch, notices a dead worker only when its timeout is over, or hangs, and does not
 know which sample a worker was reading.
 """
