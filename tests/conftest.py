@@ -11,12 +11,12 @@ from hypothesis import settings
 
 from tests.helpers.rank_pool import Pool
 
-# A shell starts what runs in its background with Ctrl-C ignored, and so would be every process
-# that a test starts and then interrupts.
+# A shell starts background jobs with SIGINT ignored. Processes of the tests would inherit that, and
+# the tests could not interrupt them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# The same examples in every run of the same code: what fails, fails again.
+# The same examples in every run of the same code, so that failures are reproducible.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 

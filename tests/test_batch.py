@@ -1,4 +1,4 @@
-"""Batches: the indices that follow from the masks, and moving between devices."""
+"""Batches: indices computed from the masks, and moving between devices."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_mask_indices_of_a_ragged_batch() -> None:
     assert torch.equal(replaced["masked"], found["masked"])
 
 
-def test_mask_indices_with_padding_among_the_tokens() -> None:
+def test_mask_indices_with_padding_between_tokens() -> None:
     drawn = [np.array([[True, False, False]]), np.array([[False, False, True]])]
     valid = np.array([[True, True, True], [True, False, False]])
     found = mask_indices(drawn, valid=valid)
@@ -48,7 +48,7 @@ def test_every_tensor_moves_and_is_copied(variant: str) -> None:
             assert value is other
 
 
-def test_what_hides_padding() -> None:
+def test_attention_masks_of_padding() -> None:
     drawn = [np.array([[True, False, False]] * 2), np.array([[True, False]] * 2)]
     batch = Batch("text", 0, torch.zeros(2, 3), views=2, **mask_indices(drawn))
     exists = batch.exists_views()

@@ -1,4 +1,4 @@
-"""The command d2v-ds: help, exit codes, the order of words, and fast answers to mistakes."""
+"""The command d2v-ds: help, exit codes, the order of arguments, and fast errors."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert output.err.count("\n") == 1
 
 
-def test_a_reader_that_closes_the_output_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_closed_output_pipe_is_not_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def closed(*arguments: object) -> int:
         raise BrokenPipeError
 

@@ -5,7 +5,7 @@ Fenced blocks of a page:
     sh       run in order, in one new folder per page that contains a link to shards/
     output   what the sh block before it prints: line by line; `...` stands for any text, and a
              line `...` for any number of lines
-    bash     needs something that the text before it names; its syntax and its words are checked
+    bash     has requirements that the text before it names; its syntax and names are checked
     python   compiled, and its imports are resolved
     text     pictures and folder trees; the entries of a tree exist
 """
@@ -164,7 +164,7 @@ def test_commands_run_and_print_what_the_page_shows(
 
 
 def compare(shown: list[str], printed: list[str], page: str) -> None:
-    """Whether the lines of an output block are those that were printed."""
+    """Asserts that the printed lines match the output block."""
     at, gap = 0, False
     for line in shown:
         if line.strip() == "...":
@@ -221,7 +221,7 @@ def test_folder_trees_are_real(finished: dict[str, Path]) -> None:
 
 
 def members(run: RunFolder) -> Iterator[Path]:
-    """What may be in a run folder, by its properties."""
+    """The paths of a run folder, from the properties of RunFolder."""
     for name in dir(RunFolder):
         if isinstance(getattr(RunFolder, name), property):
             yield getattr(run, name)
@@ -229,7 +229,7 @@ def members(run: RunFolder) -> Iterator[Path]:
 
 
 def entries(page: str, root: str) -> list[str]:
-    """The names directly below `root` in the folder tree that begins with it."""
+    """The names directly below `root` in the folder tree that starts with it."""
     [block] = [b for b in blocks(page) if b.kind == "text" and b.code.startswith(root)]
     names = []
     for line in block.code.splitlines()[1:]:
@@ -243,7 +243,8 @@ def entries(page: str, root: str) -> list[str]:
 def test_python_blocks_run(
     page: str, finished: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the folder of training.md, where a run is; except programs that start a command."""
+    """Runs the blocks in the folder of training.md, which contains a run. Programs that start a
+    command are skipped."""
     monkeypatch.chdir(finished["docs/training.md"])
     monkeypatch.setattr(speech, "LAYOUTS", [*speech.LAYOUTS])
     for _, block in blocks_of("python", pages=[page]):
@@ -317,7 +318,7 @@ PARSERS = {
 
 @cache
 def known_options() -> set[str]:
-    """Of both commands, of the benchmarks, and of sbatch where the batch scripts use them."""
+    """Options of both commands and the benchmarks, and the sbatch options in the batch scripts."""
     known = {o for each in PARSERS.values() for parser in each.values() for o in options(parser)}
     files = [*(ROOT / "slurm").iterdir(), *(ROOT / "benchmarks").glob("*.py"), ROOT / "Makefile"]
     for file in files:
@@ -359,7 +360,7 @@ SETTING = re.compile(
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/configuration.md"])
 def test_recipes_and_settings_exist(page: str) -> None:
-    """Not of the page that is generated from the settings, which has a test of its own."""
+    """Skips the page that is generated from the settings; it has its own test."""
     for word in words(page):
         if RECIPE.fullmatch(word):
             assert word in recipes.RECIPES, f"{page}: {word}"
@@ -407,7 +408,7 @@ def test_files_and_variables_exist(page: str) -> None:
             assert any((place / word).exists() for place in places), f"{page}: {word}"
         for module in re.findall(r"\b(?:d2v_ds|shards)(?:\.\w+)+", word):
             path = ROOT / module.replace(".", "/")
-            parts = (path, path.parent)  # of a module, or of a name in it
+            parts = (path, path.parent)  # path of a module, or of a name in a module
             assert any(p.with_suffix(".py").exists() or p.is_dir() for p in parts), (
                 f"{page}: {word}"
             )
@@ -420,7 +421,7 @@ def test_files_and_variables_exist(page: str) -> None:
         assert variable in source or variable in "D2V_REQUIRE_SLURM D2V_GOLDEN", variable
 
 
-def test_tags_are_those_of_the_code() -> None:
+def test_tags_match_the_code() -> None:
     tags = {*TAGS.values(), *PretrainReport.tags.values()}
     tags |= {f"mask/{name}" for name in ("MODALITY", *REGISTRY)}
     documented = set()
@@ -439,7 +440,7 @@ def is_folder(word: str) -> bool:
 
 
 @pytest.mark.parametrize("page", ["docs/training.md", "docs/slurm.md"])
-def test_exit_codes_are_those_of_the_code(page: str) -> None:
+def test_exit_codes_match_the_code(page: str) -> None:
     table = text_of(page).split("\n## Exit codes\n")[1].split("\n## ")[0]
     shown = {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.M)}
     assert shown == exit_codes.MEANING.keys() - {exit_codes.INTERRUPTED}

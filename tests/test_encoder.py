@@ -1,5 +1,5 @@
-"""A trained encoder as a plain module: the same numbers as inside the task, from a run folder and a
-checkpoint, student and teacher, with batches of unequal length."""
+"""A trained encoder, loaded as a plain module from a run folder or checkpoint, gives the same
+features as inside the task."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ WEIGHTS: tuple[Weights, ...] = ("student", "teacher")
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("variant", variants.VARIANTS)
-def test_it_gives_what_the_task_computes(variant: str, weights: Weights) -> None:
+def test_it_gives_the_features_of_the_task(variant: str, weights: Weights) -> None:
     task = variants.build(variant).eval()
-    with torch.no_grad():  # else teacher and student are equal
+    with torch.no_grad():  # otherwise teacher and student are equal
         for parameter in task.teacher.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     modality = variants.modality_of(task)
@@ -89,7 +89,7 @@ def test_padding_does_not_influence_features(run: Run) -> None:
                 torch.testing.assert_close(padded[i, :T], single[0], rtol=1e-4, atol=1e-5)
 
 
-def test_it_can_be_fine_tuned_and_its_task_stays(run: Run) -> None:
+def test_it_can_be_fine_tuned(run: Run) -> None:
     encoder = load_encoder(run.folder.root, modality="text").train()
     optimizer = torch.optim.SGD(encoder.parameters(), lr=0.1)
     before = features(encoder.eval())
@@ -98,7 +98,7 @@ def test_it_can_be_fine_tuned_and_its_task_stays(run: Run) -> None:
     assert not torch.equal(features(encoder.eval()), before)
 
 
-def test_mistakes_are_one_line(run: Run, tmp_path: Path) -> None:
+def test_errors_are_one_line(run: Run, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"this run has several; name one \(has: speech, text, vis"):
         load_encoder(run.folder.root)
     with pytest.raises(UserError, match="no 'smell' in this run"):

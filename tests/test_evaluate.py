@@ -1,4 +1,4 @@
-"""Probes: the kNN against a written-out one, features that do not depend on the batch, errors."""
+"""Probes: kNN compared with a reference implementation, batch-independent features, errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from shards.cli import main as shards_main
 
 
 def slow_knn(gallery: np.ndarray, labels: list[str], query: np.ndarray) -> str:
-    """One query, a number at a time."""
+    """The class of one query, computed in a loop over the gallery."""
     mean, std = gallery.mean(0), gallery.std(0) + 1e-6
     point = (query - mean) / std
     scored = []
@@ -41,7 +41,7 @@ def slow_knn(gallery: np.ndarray, labels: list[str], query: np.ndarray) -> str:
     return votes.most_common(1)[0][0]
 
 
-def test_knn_against_a_written_out_one() -> None:
+def test_knn_matches_a_reference_implementation() -> None:
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((4, 6))
     kinds = rng.integers(4, size=60)
@@ -53,7 +53,7 @@ def test_knn_against_a_written_out_one() -> None:
     expected = np.mean(
         [slow_knn(gallery, labels, q) == t for q, t in zip(queries, truth, strict=True)]
     )
-    assert 0.3 < expected < 1.0, "the case should be neither hopeless nor trivial"
+    assert 0.3 < expected < 1.0, "the test case is hopeless or trivial"
     assert knn_accuracy(gallery, labels, queries, truth) == expected
 
 

@@ -1,6 +1,6 @@
-"""Equal to the original implementations, number by number, on their own fixtures.
+"""Forward passes, gradients, steps and schedules equal those of the original implementations.
 
-Names in the comparisons are theirs. D2V_GOLDEN names another folder of fixtures.
+Comparisons use the original names. D2V_GOLDEN names another folder of fixtures.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tests.helpers.golden_fixture import Fixture, fixture_names
 from tests.helpers.steps import take
 
 RELATIVE = 1e-5
-TRAJECTORY = 2e-5  # of losses; a change of the weights by one part in 1e7 makes 3e-6 of it
+TRAJECTORY = 2e-5  # of losses; a relative change of the weights of 1e-7 causes 3e-6
 FINAL = 5e-5  # of the weights after a trajectory
 
 
 def close(ours: Tensor, theirs: Tensor, what: str, tolerance: float = RELATIVE) -> None:
-    """The largest difference, relative to the largest value of the expected tensor."""
+    """Asserts a bound on the largest difference relative to the largest expected value."""
     assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} is not {tuple(theirs.shape)}"
     scale = theirs.abs().max().clamp(min=1e-12)
     error = ((ours.detach() - theirs).abs().max() / scale).item()
@@ -50,14 +50,14 @@ def golden(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 def stack(extra: Tensor | None, x: Tensor) -> Tensor:
-    """Extra tokens in front again, as their outputs have them."""
+    """Prepends the extra tokens, as in the original outputs."""
     return x if extra is None else torch.cat([extra, x], dim=1)
 
 
 def compare_layers(
     golden: Fixture, layers: list[tuple[Tensor, Tensor]], kinds: Mapping[int, str], what: str
 ) -> None:
-    """layers: (FFN output, block output) of all blocks; kinds: the arrays of either."""
+    """layers: (FFN output, block output) of all blocks. kinds: {index in the pair: array name}."""
     found = 0
     for i, layer in enumerate(layers):
         for part, name in kinds.items():
@@ -89,7 +89,7 @@ def test_golden_forward(golden: Fixture) -> None:
 
 
 def compare_replaced(golden: Fixture) -> None:
-    """1.0: the student's blocks and output on the masked input, then on the whole one."""
+    """1.0: compares the student's blocks and output, first on masked input, then on whole input."""
     task, batch = golden.task(), golden.batch()
     encoder, depth = task.student.encoder, len(task.student.encoder.trunk.blocks)
     read = batch.corrupted if batch.corrupted is not None else batch.inputs
@@ -107,7 +107,7 @@ def compare_replaced(golden: Fixture) -> None:
 
 
 def compare_removed(golden: Fixture) -> None:
-    """2.0: the encoder's output put back in place, the decoder's input, the whole input."""
+    """2.0: compares the encoder's scattered output, the decoder's input, and unmasked input."""
     task, batch = golden.task(), golden.batch()
     encoder = task.student.encoder
     x, extra, _ = encoder.views(batch, encoder.features(batch))
@@ -129,7 +129,7 @@ def compare_removed(golden: Fixture) -> None:
 def compare_unmasked(golden: Fixture) -> None:
     task, batch = golden.task().eval(), golden.batch()
     if golden.modality == "text" and golden.variant[1] == "1.0":
-        # There inputs are what the teacher reads.
+        # In these fixtures, `inputs` is the teacher's input.
         batch = dataclasses.replace(batch, inputs=golden.arrays["batch/orig_tokens"], shown=None)
     encoder = task.student.encoder
     x, extra, _ = encoder.whole(batch, encoder.features(batch))
@@ -160,23 +160,23 @@ def test_golden_targets_loss_and_gradients(golden: Fixture) -> None:
     expected, ours = golden.group("grad"), golden.theirs(gradients)
     assert expected
     for name, gradient in expected.items():
-        # A sum over all rows and pairs of tokens, so the order of summation shows.
+        # A sum over all rows and pairs of tokens, so the order of summation matters.
         tolerance = 5e-5 if name.endswith("alibi_scale") else RELATIVE
         close(ours[name], gradient, f"gradient of {name}", tolerance)
 
 
 @dataclass
 class Trained:
-    """After optimizer and EMA steps, under their names of the student's parameters."""
+    """The state after optimizer and EMA steps, under the original names of student parameters."""
 
     student: dict[str, Tensor]
-    teacher: dict[str, Tensor]  # with what it shares with the student, which theirs copies
-    gradients: dict[str, Tensor]  # of the first step, clipped
+    teacher: dict[str, Tensor]  # includes shared parts, which the original copies
+    gradients: dict[str, Tensor]  # of the first step, after clipping
     losses: list[float]
 
 
 def train(golden: Fixture, decays: list[float]) -> Trained:
-    """One step for each EMA decay, on the fixture's batch."""
+    """Trains one step per EMA decay, on the fixture's batch."""
     config, task, batch = golden.config, golden.task(), golden.batch()
     engine, ema = create_engine_and_ema(
         task,
@@ -202,7 +202,7 @@ def train(golden: Fixture, decays: list[float]) -> Trained:
             lr=config.optim.lr,
             weight_decay=config.optim.weight_decay,
         )
-        golden.share(task)  # between the optimizer and the EMA, where the originals do it
+        golden.share(task)  # after the optimizer and before the EMA, as in the original code
         ema.update(decay, golden.modality)
         losses.append(loss)
         if not gradients:
@@ -217,14 +217,14 @@ def train(golden: Fixture, decays: list[float]) -> Trained:
     return Trained(golden.theirs(state), golden.theirs(teacher), golden.theirs(gradients), losses)
 
 
-# Never used by a teacher, so ours has none; theirs are averaged all the same.
+# A teacher never uses these, so ours lacks them; the original code still averages them.
 UNUSED = ("mask_token", "lm_head.weight", "lm_head.bias")
 
 
 def rounding_of_step(golden: Fixture, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How far Adam's first step may go wrong, by element, when gradients are as close as they are
-    held to be: it divides each by its own size, so where one is near 0 (as is, but for rounding,
-    that of the keys' bias) its last digits show whole."""
+    """The largest error of Adam's first step, by element, for gradients within the tolerance. Adam
+    divides each gradient by its magnitude, so rounding errors of near-zero gradients (such as the
+    keys' bias) are amplified."""
     optim = golden.config.optim
     eps = optim.eps
     if optim.adam_eps == "fairseq":
@@ -254,7 +254,7 @@ def test_golden_step(golden: Fixture) -> None:
 
 
 def close_but(ours: Tensor, theirs: Tensor, slack: Tensor | float, what: str) -> None:
-    """Within RELATIVE of the largest value, and `slack`."""
+    """Asserts that the difference, minus `slack`, is within RELATIVE of the largest value."""
     assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)} is not {tuple(theirs.shape)}"
     excess = (ours - theirs).abs() - slack
     error = float(excess.max() / theirs.abs().max().clamp(min=1e-12))
@@ -274,7 +274,7 @@ def test_golden_trajectory(golden: Fixture) -> None:
         values = golden.teacher(values) if side == "teacher" else values
         assert values
         for name, value in values.items():
-            # In the mean, for the reason given at rounding_of_step
+            # Compares norms instead of maxima, for the reason in rounding_of_step
             error = float((ours[name] - value).norm() / value.norm())
             assert error <= FINAL, f"{side}'s {name} after four steps: off by {error:.2e}"
 
@@ -283,7 +283,7 @@ SCHEDULES = json.loads((Path(__file__).parent / "golden" / "schedules.json").rea
 
 
 def schedule_of(golden: Mapping[str, object]) -> tuple[Optim, int]:
-    """Settings of the learning rate and the number of steps."""
+    """The learning rate settings and the number of steps."""
     if "scheduler" not in golden:  # BEiT's README: ten epochs of warm-up
         settings = {"schedule": "cosine_beit", "lr_end": golden["min_lr"]}
         warmup, steps = 10 * golden["iters_per_epoch"], golden["total_iters"]  # type: ignore[operator]
@@ -302,7 +302,7 @@ def test_golden_schedules(name: str) -> None:
     optim, steps = schedule_of(golden)
     for n, expected in golden["lr_at_update"]:
         if n >= steps and optim.schedule == "cosine":
-            continue  # fairseq's cosine begins again after the last step; ours stays at its end
+            continue  # fairseq's cosine restarts after the last step; ours stays at its end
         ours = learning_rate(optim, steps, n)
         assert ours == pytest.approx(expected, rel=1e-9, abs=1e-18), f"learning rate of step {n}"
     ema = golden["ema"]

@@ -1,5 +1,5 @@
-"""What only a GPU can show: bf16 and fp16 under ZeRO 1 to 3 and offload, no hidden synchronisation,
-resume. Run by `make test-gpu`; skipped where there is no CUDA device."""
+"""Tests that need a GPU: bf16 and fp16 under ZeRO 1 to 3 and offload, no hidden synchronisation,
+resume. Run by `make test-gpu`; skipped without a CUDA device."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ CASES = [(f"zero{stage}", precision) for stage in (1, 2, 3) for precision in ("b
 
 
 class NoWaiting(Observer):
-    """Forward and EMA raise where they would wait for the GPU; the optimizer waits once, to read
-    whether the step overflowed."""
+    """Raises if the forward pass or the EMA synchronises with the GPU. The optimizer synchronises
+    once, to check for overflow."""
 
     def __init__(self, strict: bool) -> None:
         self.strict = strict
@@ -57,7 +57,7 @@ class NoWaiting(Observer):
 
 
 def steps_on_gpu(stage: str, precision: str) -> dict[str, Any]:
-    """Losses of a few steps, and how many were taken; forward and EMA must not wait for the GPU."""
+    """Losses of a few steps and the number of applied steps, checked by NoWaiting."""
     device = torch.device("cuda", 0)
     process_group.init(World(), device)
     config = recipes.load("speech_tiny", SETTINGS)
@@ -83,7 +83,7 @@ def steps_on_gpu(stage: str, precision: str) -> dict[str, Any]:
 
 
 def in_process(*arguments: str) -> dict[str, Any]:
-    """In a process of its own: DeepSpeed and CUDA keep state."""
+    """Runs in a separate process, because DeepSpeed and CUDA keep state."""
     code = (
         "import json; from tests.test_gpu import steps_on_gpu; "
         f"print(json.dumps(steps_on_gpu(*{arguments!r})))"
@@ -111,7 +111,7 @@ def test_a_stage_trains_in_low_precision(
     engine_config: str, precision: str, reference: dict[str, Any]
 ) -> None:
     found = in_process(engine_config, precision)
-    assert found["taken"] >= STEPS - (3 if precision == "fp16" else 0)  # the scale may settle first
+    assert found["taken"] >= STEPS - (3 if precision == "fp16" else 0)  # the loss scale may settle
     assert all(math.isfinite(loss) for loss in found["losses"])
     if found["taken"] == STEPS:
         assert found["losses"] == pytest.approx(reference["losses"], rel=0.03)
@@ -119,7 +119,7 @@ def test_a_stage_trains_in_low_precision(
 
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="DeepSpeed builds its quantizer with nvcc")
 def test_quantised_communication_trains(reference: dict[str, Any]) -> None:
-    """Weights as int8, gradients as int4: the losses are near those of full precision, no more."""
+    """With int8 weights and int4 gradients, losses are only close to those of full precision."""
     found = in_process("zero3_quantized", "bf16")
     assert found["taken"] == STEPS
     assert found["losses"] == pytest.approx(reference["losses"], rel=0.2)
@@ -154,5 +154,5 @@ def test_a_run_on_a_gpu_resumes(tmp_path: Path) -> None:
         return [json.loads(row)["loss"] for row in rows]
 
     train("cut", "run.steps=6")
-    # Kernels that add in varying order leave the last digits open.
+    # Not bit-identical, because some kernels sum in a varying order.
     assert train("cut", "run.steps=12") == pytest.approx(train("whole", "run.steps=12"), rel=1e-2)

@@ -1,4 +1,4 @@
-"""What users install: a wheel that works from any folder, without the checkout."""
+"""The wheel works in any folder, without the checkout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_the_wheel_carries_what_runs_need(wheel: Path) -> None:
+def test_the_wheel_contains_all_files_that_runs_need(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"d2v_ds/ds_configs/zero{stage}.json" for stage in range(4)} <= names
     assert {"d2v_ds/slurm/pretrain.sbatch", "d2v_ds/py.typed"} <= names
@@ -37,7 +37,7 @@ def test_the_wheel_carries_what_runs_need(wheel: Path) -> None:
 
 
 def test_an_installed_wheel_works_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
-    """A new environment beside this one's packages; only the wheel itself is installed."""
+    """Installs only the wheel, in a new folder; dependencies come from this environment."""
     site, empty = tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
     subprocess.run(

@@ -1,5 +1,5 @@
-"""A run over speech, images and text as users make it: the command, real shards, two ranks, a kill;
-what it leaves, and what is known of its modalities afterwards."""
+"""A joint run over speech, images and text, started the way users start it: resume after a kill,
+the files it writes, and the commands that read them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def joint_run(root: Path, sets: dict[str, Path], *settings: str) -> Run:
-    """Over two corpora of images."""
+    """A joint run with two image corpora."""
     sources = {"speech": sets["speech"], "vision/a": sets["vision"], "text": sets["text"]}
     sources["vision/b"] = sets["more"]
     return Run(root, "joint_tiny", shards_setting(sources), *QUICK, *settings)
@@ -73,7 +73,7 @@ def planned(run: Run) -> list[str]:
     return [modality_of(source) for source in planned_sources(run)]
 
 
-def test_rows_tell_of_the_modality_whose_step_it_was(undisturbed: Run) -> None:
+def test_rows_report_the_modality_of_their_step(undisturbed: Run) -> None:
     told = []
     for row in undisturbed.rows():
         [modality] = [name.partition("/")[2] for name in row if name.startswith("loss")]
@@ -100,7 +100,7 @@ def test_curves_and_pictures_of_each_modality_are_in_tensorboard(undisturbed: Ru
     assert set(tags["images"]) == {f"mask/{name}" for name in set(planned(undisturbed)[6:])}
 
 
-def test_a_killed_run_goes_on_to_the_bit(
+def test_a_killed_run_resumes_bit_exactly(
     undisturbed: Run, sets: dict[str, Path], tmp_path: Path
 ) -> None:
     run = joint_run(tmp_path / "run", sets)
@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on_to_the_bit(
     assert state["units"].keys() == {"speech", "vision", "text"}
 
 
-def test_a_part_takes_the_steps_of_its_modality(undisturbed: Run) -> None:
+def test_a_part_counts_the_steps_of_its_modality(undisturbed: Run) -> None:
     steps = open_checkpoint(undisturbed.folder.checkpoint(STEPS)).adam_steps
     counts = Counter(planned(undisturbed))
     for name in ("speech", "vision", "text"):
@@ -146,7 +146,7 @@ def test_the_encoder_is_probed_for_one_modality(undisturbed: Run, tmp_path: Path
         run_knn(root, gallery=gallery, tests=[test], modality="text")
 
 
-def test_status_knows_the_modalities(undisturbed: Run) -> None:
+def test_status_shows_the_modalities(undisturbed: Run) -> None:
     [line] = [s for s in status.describe(undisturbed.folder.root).splitlines() if "modal" in s]
     last = undisturbed.rows()[-1]
     [loss] = [name for name in last if name.startswith("loss/")]
@@ -154,7 +154,7 @@ def test_status_knows_the_modalities(undisturbed: Run) -> None:
     assert all(name in line for name in ("speech", "vision", "text"))
 
 
-def test_show_tells_parameters_memory_and_batches_by_modality() -> None:
+def test_show_reports_parameters_memory_and_batches_by_modality() -> None:
     text = show.describe(recipes.load("joint_base", []), 8)
     counts = {
         line.split()[-2]: int(line.split()[-1].replace(",", ""))
@@ -200,7 +200,7 @@ def test_a_wrong_setting_of_a_joint_run_is_named(settings: list[str], message: s
     assert str(caught.value).startswith(message) and "\n" not in str(caught.value)
 
 
-def test_missing_and_foreign_shards_of_a_joint_run_are_named(sets: dict[str, Path]) -> None:
+def test_missing_and_wrong_shards_of_a_joint_run_are_named(sets: dict[str, Path]) -> None:
     def refused(**given: str) -> str:
         shards = {name: str(sets[name]) for name in ("speech", "vision", "text")} | given
         shown = ", ".join(f"{name}: '{path}'" for name, path in shards.items() if path != "-")

@@ -1,5 +1,5 @@
-"""Weight names of other implementations: there and back, and the same outputs from the same
-weights in transformers' encoders."""
+"""Weight names of other implementations: round trips, and equal outputs of transformers' encoders
+with the same weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VERSIONS = {"v1": "1.0", "v2": "2.0"}
 
 
 def shaken(variant: str, *overrides: str) -> Pretrain:
-    """A task none of whose weights is 0 or 1."""
+    """A task without any weight of 0 or 1."""
     task = variants.build(variant, *overrides)
     with torch.no_grad():
         for parameter in task.student.parameters():
@@ -39,7 +39,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_names_of_fairseq_there_and_back(variant: str) -> None:
+def test_fairseq_names_round_trip(variant: str) -> None:
     rules = FAIRSEQ[variant[3:], VERSIONS[variant[:2]]]
     prenet = [] if variant.startswith("v1") else [f"modality.{variant[3:]}.prenet_depth=1"]
     state = shaken(variant, *prenet).student.state_dict()
@@ -49,7 +49,7 @@ def test_names_of_fairseq_there_and_back(variant: str) -> None:
 
 
 @pytest.mark.parametrize("name", fixture_names())
-def test_names_and_shapes_are_those_of_the_original(name: str) -> None:
+def test_names_and_shapes_equal_the_original(name: str) -> None:
     golden = Fixture(name)
     expected = golden.group("student")
     ours = golden.theirs(to_ours(expected, golden.rules))
@@ -59,7 +59,7 @@ def test_names_and_shapes_are_those_of_the_original(name: str) -> None:
         assert torch.equal(value, expected[key]), key
 
 
-def test_two_class_tokens_keep_their_places() -> None:
+def test_two_class_tokens_keep_their_order() -> None:
     task = shaken("v2_vision", "modality.vision.extra_tokens=2")
     rules = FAIRSEQ["vision", "2.0"]
     theirs = to_theirs(task.student.state_dict(), rules)
@@ -69,7 +69,7 @@ def test_two_class_tokens_keep_their_places() -> None:
     assert torch.equal(front_end.extra(torch.zeros(1, 0, 32)), tokens)  # type: ignore[misc]
 
 
-def test_unknown_and_missing_names_are_told() -> None:
+def test_unknown_and_missing_names_are_errors() -> None:
     rules = FAIRSEQ["speech", "1.0"]
     with pytest.raises(KeyError, match="quantizer"):
         to_ours({"quantizer.vars": torch.zeros(1)}, rules)
@@ -95,7 +95,7 @@ def test_counting_from_one() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def torchaudio_imported() -> None:
-    """transformers imports it too, without our care for a wheel that fits no CPU's torch."""
+    """Imports torchaudio before transformers does, with our workaround for a mismatched wheel."""
     import_torchaudio()
 
 

@@ -1,7 +1,7 @@
-"""Who may import whom: a room imports only rooms of its own layer and of lower ones, rooms form no
-cycle, and each third-party system has one home.
+"""Import rules: a room imports only rooms of its own and lower layers, rooms form no cycle, and
+each third-party system has one home.
 
-Walks the syntax trees, so imports inside functions count as well.
+The tests parse the source, so imports inside functions count too.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ FILES = sorted(
 
 
 def imports(path: Path, typing_only: bool = True) -> Iterator[str]:
-    """Full dotted names that a file imports; `from a import b` counts as a.b. typing_only: also
-    those under `if TYPE_CHECKING`."""
+    """Full dotted names that a file imports; `from a import b` counts as a.b. typing_only: include
+    imports under `if TYPE_CHECKING`."""
     tree = ast.parse((ROOT / path).read_text())
     skipped: set[ast.AST] = set()
     if not typing_only:
@@ -74,7 +74,7 @@ def room_of(path: Path) -> str:
 
 
 def room(name: str) -> str | None:
-    """The room of d2v_ds that a dotted name is in: d2v_ds.engine.zero -> engine."""
+    """The room of a dotted name: d2v_ds.engine.zero -> engine. None outside d2v_ds."""
     pieces = name.split(".")
     return pieces[1] if pieces[0] == "d2v_ds" and len(pieces) > 1 else None
 
@@ -112,7 +112,7 @@ def test_rooms_form_no_cycle() -> None:
     assert not uses, f"these rooms import each other: {uses}"
 
 
-def test_rooms_that_commands_list_and_check_with_need_no_torch() -> None:
+def test_rooms_for_listing_and_checking_need_no_torch() -> None:
     for path in FILES:
         if path.parts[0] == "d2v_ds" and room_of(path) in WITHOUT_TORCH:
             roots = {name.split(".")[0] for name in imports(path, typing_only=False)}

@@ -107,7 +107,7 @@ def test_regression_loss(beta: float, scale: float | None) -> None:
     close(loss / expected, 1.0)
 
 
-def test_regression_loss_of_half_precision_is_fp32_and_of_nothing_is_zero() -> None:
+def test_regression_loss_is_fp32_and_zero_without_tokens() -> None:
     prediction, target = random(5, D).bfloat16(), random(5, D, seed=1)
     loss = regression_loss(prediction, target, beta=0.0, scale=1.0)
     assert loss.dtype == torch.float32

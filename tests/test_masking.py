@@ -17,7 +17,7 @@ from d2v_ds.masking import Mask
 
 GOLDEN = Path(__file__).parent / "golden"
 STATISTICS = json.loads((GOLDEN / "masks.json").read_text())
-ROWS = 2000  # rows drawn per key; the golden numbers come from about as many
+ROWS = 2000  # rows drawn per key; the golden numbers come from a similar number
 CHUNKS = 40
 SIGMAS = 4.5
 HISTOGRAM = 65  # bins by length of a run; the last one counts 64 and more
@@ -300,7 +300,7 @@ def test_span_mask_without_probability_has_one_span() -> None:
     assert set(masking.span_mask(50, prob=0, length=10, views=30, rng=rng()).sum(1)) == {10}
 
 
-def test_span_mask_takes_all_starts_when_asked_for_more() -> None:
+def test_span_mask_uses_all_starts_if_more_are_requested() -> None:
     mask = masking.span_mask(12, prob=0.99, length=10, views=100, rng=rng())
     assert set(mask.sum(1)) <= {10, 11}
 

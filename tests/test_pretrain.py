@@ -1,4 +1,4 @@
-"""Invariants of the objective: what must not change a result, and what must."""
+"""Invariants of the pre-training objective."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.helpers import variants
 from tests.helpers.steps import prepare, take
 from tests.helpers.variants import RAGGED, VARIANTS, assemble, batch_of, draw, examples
 
-SIZES = (20, 40, 31)  # of samples in tokens
+SIZES = (20, 40, 31)  # tokens per sample
 
 
 @pytest.fixture(params=VARIANTS)
@@ -33,16 +33,16 @@ def task(variant: str) -> Pretrain:
 
 @pytest.fixture(autouse=True)
 def noise_by_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without noise in the masked slots results can be compared between batches."""
+    """Removes the noise in masked slots, so that results can be compared between batches."""
     monkeypatch.setattr(student, "mask_noise", lambda N, D, std, like: like.new_zeros(N, D))
 
 
-# ------------------------------------------------------------------- what must change nothing
+# ----------------------------------------------------------- padding, order, splits and views
 
 
 @pytest.mark.parametrize("variant", RAGGED)
 def test_padding_changes_nothing(task: Pretrain) -> None:
-    """Samples of different length together give what each gives alone."""
+    """Samples of different lengths give the same results in one batch as alone."""
     samples = examples(task, *SIZES)
     drawn = draw(task, samples)
     together = assemble(task, samples, drawn)
@@ -68,7 +68,7 @@ def test_padding_changes_nothing(task: Pretrain) -> None:
 
 
 @pytest.mark.parametrize("variant", RAGGED)
-def test_what_lies_in_the_padding_changes_nothing(task: Pretrain) -> None:
+def test_the_content_of_padding_changes_nothing(task: Pretrain) -> None:
     batch = batch_of(task, *SIZES)
     assert batch.valid is not None
     encoder = task.student.encoder
@@ -76,7 +76,7 @@ def test_what_lies_in_the_padding_changes_nothing(task: Pretrain) -> None:
     other = torch.where(batch.valid[:, :, None], tokens, tokens + 7.0)
     for run in (encoder.whole, encoder.views):
         x, y = run(batch, tokens)[0], run(batch, other)[0]
-        if x.shape[1] == tokens.shape[1]:  # every token is there, and padding with them
+        if x.shape[1] == tokens.shape[1]:  # all tokens, including padding
             rows = batch.valid.repeat_interleave(len(x) // len(batch.valid), 0)
             x, y = x[rows], y[rows]
         elif batch.ragged:
@@ -104,7 +104,7 @@ def test_the_loss_does_not_depend_on_how_a_batch_is_split(task: Pretrain) -> Non
 
 
 def test_views_are_independent(variant: str) -> None:
-    """M views together equal M batches of one view each."""
+    """One batch of M views equals M batches of one view."""
     modality = {"speech": "speech", "vision": "vision", "text": "text"}[variant[3:]]
     task = variants.build(variant, f"modality.{modality}.views=3")
     samples = examples(task, 40)
@@ -117,16 +117,16 @@ def test_views_are_independent(variant: str) -> None:
     torch.testing.assert_close(whole.detach(), total, rtol=1e-5, atol=0)
 
 
-# ------------------------------------------------------------------------ who sees what
+# -------------------------------------------------------- inputs of student and teacher
 
 
-def test_what_is_masked_never_reaches_the_student(task: Pretrain) -> None:
+def test_masked_tokens_never_reach_the_student(task: Pretrain) -> None:
     samples = examples(task, 40)
     batch = assemble(task, samples, draw(task, samples))
     encoder = task.student.encoder
     never_seen = ~batch.seen.any(0)  # tokens that are masked in every view
     assert never_seen.any()
-    if batch.corrupted is not None:  # what it reads is not the inputs at all
+    if batch.corrupted is not None:  # the student reads `corrupted`, not `inputs`
         changed = dataclasses.replace(batch, inputs=(batch.inputs + never_seen) % 49)
         for read in (batch, changed):
             assert not (read.corrupted[:, never_seen] != 49).any()  # type: ignore[index]
@@ -145,7 +145,7 @@ def test_what_is_masked_never_reaches_the_student(task: Pretrain) -> None:
     assert not torch.equal(encoder.views(batch, tokens + 0.1 * torch.randn_like(tokens))[0], before)
 
 
-def test_masked_tokens_are_replaced_in_one_and_gone_in_two(variant: str, task: Pretrain) -> None:
+def test_masked_tokens_are_replaced_in_1_0_and_removed_in_2_0(variant: str, task: Pretrain) -> None:
     samples = examples(task, 40, 40)
     batch = assemble(task, samples, draw(task, samples))
     x, _, _ = task.student.encoder.views(batch, task.student.encoder.features(batch))
@@ -188,8 +188,8 @@ def test_the_teacher_sees_everything_and_has_no_gradient(task: Pretrain) -> None
     assert not task.teacher.training and task.student.training
 
 
-def test_the_teacher_reads_the_same_whatever_the_dropout(variant: str) -> None:
-    """Of the student's dropout nothing reaches the teacher, even where they share parts."""
+def test_dropout_does_not_affect_the_teacher(variant: str) -> None:
+    """The student's dropout does not reach the teacher, even if they share parts."""
     modality = variant[3:]
     overrides = ["model.dropout=0.5", f"modality.{modality}.prenet_dropout=0.5"]
     if modality == "text":
@@ -205,7 +205,7 @@ def test_the_teacher_reads_the_same_whatever_the_dropout(variant: str) -> None:
     assert not torch.equal(*predictions)
 
 
-def test_the_loss_is_of_masked_tokens_that_exist(task: Pretrain) -> None:
+def test_the_loss_is_over_masked_tokens_without_padding(task: Pretrain) -> None:
     batch = batch_of(task, *SIZES)
     R, T = batch.seen.shape
     valid = torch.ones(R // batch.views, T, dtype=torch.bool)
@@ -218,8 +218,8 @@ def test_the_loss_is_of_masked_tokens_that_exist(task: Pretrain) -> None:
 
 
 def test_the_teacher_of_text_reads_the_whole_text() -> None:
-    """Not the masked tokens alone, as fairseq's 1.0 does: no padding among them, and positions
-    that count on."""
+    """fairseq's 1.0 shows the teacher only the masked tokens. Ours reads all tokens, without
+    padding between them and with consecutive positions."""
     task = variants.build("v1_text")
     samples = examples(task, 40, 30)
     batch = batch_of(task, 40, 30)
@@ -251,7 +251,7 @@ def test_the_teacher_of_text_as_in_fairseq() -> None:
 
 
 @pytest.mark.parametrize("variant", RAGGED)
-def test_padded_statistics_let_padding_in(variant: str) -> None:
+def test_padded_statistics_include_padding(variant: str) -> None:
     modality = variant[3:]
     task = variants.build(variant, f"modality.{modality}.padded_statistics=true")
     batch = batch_of(task, 20, 40)
@@ -263,16 +263,16 @@ def test_padded_statistics_let_padding_in(variant: str) -> None:
     with torch.no_grad():
         other = plain(batch_of(plain, 20, 40), 1)[0]
         change = float((other - loss).abs() / loss)
-    # 1.0's text has no convolutions, and targets that are normed token by token
+    # 1.0 text has no convolutions and normalises targets per token
     assert change == 0 if variant == "v1_text" else change > 1e-6
 
 
 # ---------------------------------------------------------------------------------- targets
 
 
-def test_targets_are_the_top_layers_results(variant: str, task: Pretrain) -> None:
-    """Of the FFN's last layer before the residual, or of whole blocks (1.0 for vision), to the bit
-    what hooks see, without the class token."""
+def test_targets_are_the_outputs_of_the_top_layers(variant: str, task: Pretrain) -> None:
+    """Outputs of the FFN before the residual, or of whole blocks (vision 1.0), bit-identical to
+    the outputs that hooks record, without the class token."""
     batch = batch_of(task, 40, 40)
     seen: list[Tensor] = []
     block = variant == "v1_vision"
@@ -312,7 +312,7 @@ def test_instance_norm_is_over_time_and_ignores_padding() -> None:
 
 
 def test_the_spread_of_targets_falls_late_in_a_collapse() -> None:
-    """What instance norm's eps makes of layers that hardly change over time."""
+    """The eps of the instance norm affects only layers that hardly change over time."""
     torch.manual_seed(0)
     expected = {1.0: 1.0, 0.1: 0.9995, 0.01: 0.9525, 0.001: 0.300, 0.0001: 0.032}
     for spread, after in expected.items():
@@ -359,7 +359,7 @@ def test_the_class_loss_is_a_mean_over_views() -> None:
 
 @torch.no_grad()
 def class_share(task: Pretrain, repeats: int) -> tuple[float, float]:
-    """The loss of the class token and that of the patches, for so many times the same images."""
+    """The class loss and the patch loss of a batch that repeats the same images."""
     samples = examples(task, *[0] * 2)
     drawn = draw(task, samples)
     batch = assemble(task, samples * repeats, drawn * repeats)
@@ -372,20 +372,20 @@ def class_share(task: Pretrain, repeats: int) -> tuple[float, float]:
     return float(loss - patches), float(patches)
 
 
-def test_the_class_loss_does_not_grow_with_the_batch_but_in_fairseq() -> None:
+def test_the_class_loss_grows_with_the_batch_only_in_fairseq() -> None:
     task = variants.build("v2_vision")
     assert class_share(task, 2) == pytest.approx(class_share(task, 1), rel=1e-4)
     faithful = variants.build("v2_vision", "compat=fairseq")
     once, twice = class_share(faithful, 1), class_share(faithful, 2)
     assert twice[0] == pytest.approx(2 * once[0], rel=1e-4)
     assert twice[1] == pytest.approx(once[1], rel=1e-4)
-    # 6 views: what a weight for a number of views is in fairseq
+    # in fairseq the weight grows with the rows of the batch: 2 images with 3 views each
     fixed = variants.build("v2_vision", "modality.vision.cls_views=6")
     assert class_share(fixed, 1) == pytest.approx(once, rel=1e-4)
 
 
-def test_the_class_token_does_not_pass_the_decoder() -> None:
-    """Its output is read before the decoder's dropout, which must not reach it."""
+def test_the_class_token_bypasses_the_decoder() -> None:
+    """The decoder's dropout must not affect the class token's output."""
     extras = []
     for rate in (0.0, 0.5):
         task = variants.build("v2_vision", f"modality.vision.decoder.dropout={rate}")
@@ -397,14 +397,14 @@ def test_the_class_token_does_not_pass_the_decoder() -> None:
 # ----------------------------------------------------------------------- teacher and optimizer
 
 
-def test_the_teacher_averages_what_the_original_does(variant: str, task: Pretrain) -> None:
-    """And shares the rest, so that nothing is copied at each step; no whole numbers among it."""
+def test_the_teacher_averages_the_same_parts_as_the_original(variant: str, task: Pretrain) -> None:
+    """It shares the other parts instead of copying them in every step. All buffers are floats."""
     front_end = task.teacher.encoder.front_end(variant[3:])
     missing = {n for n in ("features", "positions") if getattr(front_end, n) is None}
     shared = {
         "v2_speech": {"features"},
         "v1_speech": {"features", "positions"},
-        "v2_text": {"features", "positions"},  # it has no positions of the second kind
+        "v2_text": {"features", "positions"},  # text has no `positions` part
         "v1_text": {"features", "positions"},
         "v2_vision": {"positions"},
         "v1_vision": {"positions"},
@@ -417,7 +417,7 @@ def test_the_teacher_averages_what_the_original_does(variant: str, task: Pretrai
     assert all(buffer.is_floating_point() for buffer in task.buffers())
 
 
-def test_at_a_decay_of_one_averages_stay_and_shared_parts_go_on() -> None:
+def test_at_a_decay_of_one_averages_stay_but_shared_parts_train() -> None:
     task = variants.build("v1_speech")
     engine, ema = prepare(task, variants.config("v1_speech").optim)
     before = {name: p.clone() for name, p in task.named_parameters()}
@@ -430,7 +430,7 @@ def test_at_a_decay_of_one_averages_stay_and_shared_parts_go_on() -> None:
 
 
 def test_weight_decay_spares_biases_norms_and_scales(variant: str, task: Pretrain) -> None:
-    """Checked against names: what fairseq tags and BEiT lists."""
+    """Compared by name with the parameters that fairseq tags and BEiT lists."""
     averaged = set(task.averages().values())
     groups = param_groups(task, task.part, averaged.__contains__, decay_all=False)
     spared = {name for g in groups if not g.decay for name in g.parameters}
@@ -455,7 +455,7 @@ def test_frames_follow_the_convolutions() -> None:
     assert {n: token_count(n, PUBLISHED_CONVS) for n in lengths} == lengths
 
 
-def test_positions_that_see_the_whole_crop_are_warned_of() -> None:
+def test_positions_that_span_the_whole_crop_give_a_warning() -> None:
     def warnings(*overrides: str) -> list[str]:
         return (
             Pretrain.create(recipes.load("speech_tiny", list(overrides)))

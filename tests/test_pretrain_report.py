@@ -1,4 +1,4 @@
-"""What pre-training reports: sums against plain numpy, and what collapse looks like in them."""
+"""The pre-training report: sums compared with plain numpy, and how it shows collapse."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ D = 6
 def stats(
     prediction: Tensor, target: Tensor, samples: int = 2, placed: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """What the model reports of one micro-batch: fp32 sums. prediction, target: [N, D]; placed:
-    targets of all samples at some places [B, P, D], by default the first N of which each sample
-    has one."""
+    """The fp32 sums that the model reports for one micro-batch. prediction, target: [N, D]. placed:
+    targets of B samples at P positions [B, P, D]; default: N samples at one position."""
     error = (prediction - target).pow(2).sum()
     placed = target[:, None] if placed is None else placed
     return {
@@ -48,7 +47,7 @@ def spread(values: np.ndarray) -> float:
 
 
 def written_out_rank(vectors: np.ndarray) -> float:
-    """Of [N, D]: by singular values, a share at a time."""
+    """The effective rank of vectors [N, D], from the singular values."""
     squares = np.linalg.svd(vectors - vectors.mean(0), compute_uv=False) ** 2
     entropy = 0.0
     for square in squares:
@@ -90,7 +89,7 @@ def test_summary_equals_numpy_on_all_vectors() -> None:
 def test_spread_of_a_million_tokens_away_from_zero(mean: float, tolerance: float) -> None:
     torch.manual_seed(1)
     accumulator, seen = Accumulator(), []
-    plain: dict[str, Tensor] = {}  # what fp32 totals would have been
+    plain: dict[str, Tensor] = {}  # totals in fp32, for comparison
     for _ in range(250):
         target = mean + 0.1 * torch.randn(4000, D)
         reported = stats(target, target)
@@ -115,8 +114,8 @@ def test_a_collapsed_target_has_almost_no_spread() -> None:
     )
 
 
-def test_targets_that_tell_places_apart_and_no_samples_have_no_spread_between_these() -> None:
-    """Their spread as a whole and the share that is explained look as those of a good run."""
+def test_targets_that_depend_only_on_the_position_have_no_spread_between_samples() -> None:
+    """Their total spread and explained share look like those of a good run."""
     torch.manual_seed(0)
     places = torch.randn(8, D)
     accumulator = Accumulator()
@@ -147,7 +146,7 @@ def test_effective_rank() -> None:
     assert math.isnan(effective_rank(nothing * math.nan, nothing[0], 10))
 
 
-def test_nothing_masked_is_not_a_number() -> None:
+def test_metrics_without_masked_tokens_are_nan() -> None:
     accumulator = Accumulator()
     accumulator.add(stats(torch.zeros(0, D), torch.zeros(0, D)))
     summary = PretrainReport().summarize(accumulator.reduce())

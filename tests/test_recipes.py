@@ -1,5 +1,5 @@
-"""The recipes: they load, they have the numbers of the published models, and only some have a class
-token."""
+"""The recipes load, match the parameter counts of the published models and have the right class
+tokens."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def size(module: nn.Module) -> int:
 def test_parameter_counts_are_the_published_ones(
     recipe: str, student_size: int, teacher_size: int, predictor: int
 ) -> None:
-    """Counted in facebookresearch/fairseq at 3d262bb. The teacher's are those averaged there."""
+    """Counted in facebookresearch/fairseq at 3d262bb. The teacher's count is its averaged part."""
     with torch.device("meta"):
         task = Pretrain.create(recipes.load(recipe, []))
     assert size(task.student) == student_size
@@ -52,7 +52,7 @@ def test_parameter_counts_are_the_published_ones(
         ("vision_large_v1", 303_137_216),
     ],
 )
-def test_encoders_of_1_0_have_as_many_parameters_as_in_transformers(
+def test_encoders_of_1_0_have_the_parameter_counts_of_transformers(
     recipe: str, encoder: int
 ) -> None:
     with torch.device("meta"):
@@ -116,7 +116,7 @@ def test_a_modality_can_be_removed_from_a_joint_recipe() -> None:
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
-def test_class_tokens_are_those_of_the_published_models(name: str) -> None:
+def test_class_tokens_match_the_published_models(name: str) -> None:
     """Only images have a class token, and only 2.0 trains it."""
     for modality, settings in Pretrain.resolve(recipes.load(name, [])).modality.items():
         assert settings["extra_tokens"] == (1 if modality == "vision" else 0)

@@ -1,4 +1,4 @@
-"""Schedules at their corners. test_golden.py compares whole schedules with the original code."""
+"""Schedules at their boundaries. test_golden.py compares whole schedules with the original code."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_ema_decay_without_annealing_is_the_end() -> None:
     assert ema_decay(3, 0.99, 0.99, 10) == 0.99
 
 
-# ------------------------------------------------------------------------------ of a configuration
+# ----------------------------------------------------------------------------------- configuration
 
 
 @pytest.mark.parametrize("name", LEARNING_RATES)

@@ -147,7 +147,7 @@ def test_initialisation() -> None:
     cut = 0.02 * 0.5396  # standard deviation of a normal truncated at one standard deviation
     assert spread(beit.blocks[2].ffn.fc1.weight) == pytest.approx(cut, rel=0.05)
     assert float(beit.blocks[2].ffn.fc1.weight.detach().abs().max()) <= 0.02
-    for n in (1, 2, 3):  # by depth
+    for n in (1, 2, 3):  # depth of the block
         weight = beit.blocks[n - 1].ffn.fc2.weight
         assert spread(weight) == pytest.approx(cut / (2 * n) ** 0.5, rel=0.05)
     two, one = variants.build("v2_vision").student, variants.build("v1_vision").student

@@ -1,4 +1,4 @@
-"""A task from outside the package, without a teacher, through the product's own loop: metrics,
+"""A task from outside the package, without a teacher, in the product's training loop: metrics,
 checkpoints, resume, ZeRO."""
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(root: Path, data: Path, ranks: int, *settings: str) -> Run:
-    """The program tests/helpers/regress.py on so many ranks."""
+    """Runs the program tests/helpers/regress.py on `ranks` ranks."""
     words = [f"run.dir={root}", f"data.shards={data}", *settings]
     assert launch(ranks, words, command=(sys.executable, "-m", "tests.helpers.regress")) == 0
     return Run(root, "")
@@ -58,7 +58,7 @@ def test_a_task_without_a_teacher_trains_and_resumes(
     assert "averaged by the teacher" not in log
 
 
-def test_its_own_scalars_reach_rows_console_and_tensorboard(whole: Run) -> None:
+def test_custom_scalars_reach_rows_console_and_tensorboard(whole: Run) -> None:
     rows = whole.rows()
     assert {"loss", "bias", "grad_norm", "lr"} <= rows[0].keys()
     assert "target_spread" not in rows[0]

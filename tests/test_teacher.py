@@ -1,4 +1,4 @@
-"""The teacher's average against one in float64, at decays where plain fp32 loses it."""
+"""The teacher's average compared with float64, at decays where plain fp32 is too imprecise."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.helpers.toy import Plan, Trainer
 
 STEPS = 2000
 DECAYS = (0.999, 0.9999, 0.99999, 0.999999)
-GAPS = (0.1, 0.01, 0.001)  # of student and teacher, relative to the spread of the weights
+GAPS = (0.1, 0.01, 0.001)  # between student and teacher, relative to the spread of the weights
 
 
 def pair(gap: float, n: int = 4096) -> tuple[Tensor, Tensor]:
@@ -22,23 +22,23 @@ def pair(gap: float, n: int = 4096) -> tuple[Tensor, Tensor]:
 
 
 def realised(start: Tensor, end: Tensor, exact: Tensor) -> float:
-    """How much of the movement of `exact` was made: the projection on it."""
+    """The realised share of the exact movement: the projection onto it."""
     wanted = exact - start.double()
     return float((end.double() - start.double()) @ wanted / (wanted @ wanted))
 
 
 @pytest.mark.parametrize("gap", GAPS)
 @pytest.mark.parametrize("decay", DECAYS)
-def test_the_whole_movement_is_made(decay: float, gap: float) -> None:
+def test_the_whole_movement_is_realised(decay: float, gap: float) -> None:
     start, student = pair(gap)
     values, compensation = start.clone(), torch.zeros_like(start)
     for _ in range(STEPS):
         move([values], [compensation], [student], 1.0 - decay)
     exact = student.double() - decay**STEPS * (student.double() - start.double())
-    for few in (slice(None), slice(0, 12)):  # a parameter may be as small as one number a head
+    for few in (slice(None), slice(0, 12)):  # a parameter may have only one number per head
         average = values[few].double() + compensation[few].double()
         assert realised(start[few], average, exact[few]) == pytest.approx(1, abs=1e-5)
-    assert realised(start, values, exact) >= 0.999  # what is published
+    assert realised(start, values, exact) >= 0.999  # the published weights
     digit = torch.nextafter(values.abs(), torch.tensor(torch.inf)) - values.abs()
     error = (values.double() - exact).abs()
     assert bool((error <= 0.55 * digit + 2e-6 * (exact - start).abs()).all())
@@ -54,7 +54,7 @@ def test_plain_fp32_fails_the_same_measure(decay: float, gap: float) -> None:
     assert realised(start, values, exact) < 0.9
 
 
-def test_a_student_that_moves_is_followed() -> None:
+def test_a_moving_student_is_followed() -> None:
     generator = torch.Generator().manual_seed(1)
     start, student = pair(0.01)
     values, compensation, exact = start.clone(), torch.zeros_like(start), start.double()
@@ -83,8 +83,8 @@ def test_chunks_are_views_of_every_element_once(size: int) -> None:
             assert bool((whole == which + 1.0).all())
 
 
-def test_a_cut_does_not_change_a_bit() -> None:
-    """Nor do the ranks, then, over which a parameter is cut."""
+def test_chunks_give_bit_identical_results() -> None:
+    """The partitioning of a parameter over ranks therefore has no effect either."""
     start, student = pair(0.01, 1003)
     results = []
     for size in (1003, 10, 3):

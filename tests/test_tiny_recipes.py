@@ -1,5 +1,5 @@
-"""The tiny recipes learn from the embedded corpora: none shows a sign of collapse after some steps,
-settings that are known to collapse do, and whole runs beat the untrained encoder."""
+"""The tiny recipes learn from the embedded corpora: no sign of collapse after a few steps, settings
+known to collapse do collapse, and complete runs beat the untrained encoder."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ SOURCES = {
     ],
 }
 COMMANDS = {"speech": "speech", "vision": "images", "text": "text"}
-BATCH = {"speech": 2.01, "vision": 8.0, "text": 512.0}  # a quarter of the recipes'
+BATCH = {"speech": 2.01, "vision": 8.0, "text": 512.0}  # a quarter of the recipes' batch size
 TINY = [name for name in recipes.RECIPES if "_tiny" in name]
 
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What each modality is pre-trained on."""
+    """The shard set of each modality."""
     root = tmp_path_factory.mktemp("sets")
     for name, (source, *options) in SOURCES.items():
         words = [COMMANDS[name], source, root / name, *options]
@@ -45,7 +45,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def last_row(recipe: str, root: Path, sets: dict[str, Path], steps: int, *more: str) -> Any:
-    """Of the metrics of a run of so many steps with a quarter of the batch."""
+    """The last row of metrics of a run with `steps` steps and a quarter of the batch size."""
     names = list(recipes.load(recipe, []).modality)
     run = Run(
         root / "run",
@@ -70,7 +70,7 @@ def last_row(recipe: str, root: Path, sets: dict[str, Path], steps: int, *more: 
 
 
 def signs_of_collapse(row: dict[str, Any], of: str = "") -> list[str]:
-    """Those that a row of metrics shows. of: "/MODALITY" in a run of several."""
+    """The signs of collapse in a row of metrics. of: "/MODALITY" in a joint run."""
     value = {name.removesuffix(of): row[name] for name in row if name.endswith(of)}
     signs = {
         "the front end's output is constant": value["front_end_spread"] < 0.1,
@@ -78,7 +78,7 @@ def signs_of_collapse(row: dict[str, Any], of: str = "") -> list[str]:
         "targets lie on a line": value["target_rank"] < 2.5,
         "targets are all but known": value["explained_share"] > 0.9,
         "predictions are worse than the mean": value["explained_share"] < -0.1,
-        # What differs between samples at one place; pictures are alike in places more than sounds.
+        # Spread between samples at one position. Images agree more at a position than sounds.
         "targets tell places": value["target_sample_spread"] < 0.4 * value["target_spread"],
     }
     return [name for name, shown in signs.items() if shown]
@@ -92,7 +92,7 @@ def test_no_sign_of_collapse(recipe: str, tmp_path: Path, sets: dict[str, Path])
         assert not signs_of_collapse(row, f"/{name}" if len(names) > 1 else ""), row
 
 
-def test_positions_of_text_begin_as_asked_and_nothing_else_changes() -> None:
+def test_position_std_sets_only_the_initial_positions_of_text() -> None:
     weights = []
     for std in (0.02, 0.005):
         torch.manual_seed(0)
@@ -111,10 +111,10 @@ def test_positions_of_text_begin_as_asked_and_nothing_else_changes() -> None:
 
 
 @pytest.mark.slow
-def test_a_decoder_that_does_not_begin_at_zero_collapses(
+def test_a_decoder_that_is_not_initialised_to_zero_collapses(
     tmp_path: Path, sets: dict[str, Path]
 ) -> None:
-    """On crops of a second: the front end goes flat while predictions look ever better."""
+    """On crops of one second, the front end collapses while the predictions seem to improve."""
     settings = ["crop_seconds=1.005", "views=4", "decoder.zero_last=false"]
     more = [*(f"modality.speech.{setting}" for setting in settings), "batch.size=4.02"]
     row = last_row("speech_tiny", tmp_path, sets, 120, *more)
@@ -123,8 +123,8 @@ def test_a_decoder_that_does_not_begin_at_zero_collapses(
 
 
 @pytest.mark.slow
-def test_places_crowd_out_the_text(tmp_path: Path, sets: dict[str, Path]) -> None:
-    """With positions that begin as published and embeddings that the teacher shares."""
+def test_positions_dominate_the_text_targets(tmp_path: Path, sets: dict[str, Path]) -> None:
+    """With the published initialisation of positions and embeddings shared with the teacher."""
     more = ["modality.text.position_std=0.02", "modality.text.shared=[features]", "optim.lr=2e-3"]
     row = last_row("text_tiny", tmp_path, sets, 200, *more)
     assert "targets tell places" in signs_of_collapse(row), row

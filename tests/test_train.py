@@ -1,4 +1,4 @@
-"""Runs as users make them: the command, real shards, DeepSpeed on two ranks, kills and resumes."""
+"""Runs started by the `train` command: real shards, DeepSpeed on two ranks, kills and resumes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     yield run
 
 
-def test_a_run_leaves_what_its_folder_promises(undisturbed: Run) -> None:
+def test_a_run_writes_the_documented_files(undisturbed: Run) -> None:
     run = undisturbed.folder
     assert list(undisturbed.losses()) == list(range(1, 17))
     assert run.steps() == [8, 12, 16]  # the newest three of save.every=4
@@ -100,7 +100,7 @@ def test_the_curves_are_in_tensorboard(undisturbed: Run) -> None:
     assert all(0.45 < share <= 0.5 for share in shares)
 
 
-def test_a_finished_run_says_so_and_a_longer_one_goes_on(undisturbed: Run, shards: Path) -> None:
+def test_a_finished_run_says_so_and_new_is_refused(undisturbed: Run, shards: Path) -> None:
     again = undisturbed.train()
     assert again.returncode == 0 and "finished at step 16" in again.stdout
     refused = undisturbed.train("--new")
@@ -116,10 +116,10 @@ def test_a_changed_model_is_refused_by_name(undisturbed: Run) -> None:
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_a_run_whose_rank_was_killed_goes_on_to_the_bit(
+def test_a_run_whose_rank_was_killed_resumes_bit_exactly(
     stage: str, undisturbed: Run, shards: Path, tmp_path: Path
 ) -> None:
-    """kill -9 of one rank; the launcher ends the other; the same command resumes."""
+    """Kills one rank (kill -9); the launcher stops the other; the same command resumes."""
     settings = ["run.steps=16", "save.every=4", f"engine.config={stage}"]
     run = speech_run(tmp_path / "run", shards, *settings)
     process = run.start()
@@ -143,7 +143,7 @@ def test_a_run_whose_rank_was_killed_goes_on_to_the_bit(
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR2", "STOP"])
-def test_a_run_that_is_told_to_stops_well_and_goes_on(
+def test_a_stopped_run_saves_and_resumes_bit_exactly(
     how: str, undisturbed: Run, shards: Path, tmp_path: Path
 ) -> None:
     run = speech_run(tmp_path / "run", shards, "run.steps=16", "save.every=100")
@@ -167,10 +167,10 @@ def test_a_run_that_is_told_to_stops_well_and_goes_on(
     assert_equal_runs(run, undisturbed)
 
 
-def test_files_of_one_stage_load_into_another(
+def test_a_checkpoint_of_one_stage_loads_into_another(
     undisturbed: Run, shards: Path, tmp_path: Path
 ) -> None:
-    """Half under ZeRO 1 on two ranks, half on the local engine: the same losses."""
+    """Half of the run under ZeRO 1 on two ranks, half on the local engine: the same losses."""
     run = speech_run(tmp_path / "run", shards)
     first = run.train("run.steps=8", "engine.config=zero1", "optim.schedule=constant")
     assert first.returncode == 0, first.stdout + first.stderr
@@ -207,7 +207,7 @@ def test_a_run_folder_that_was_taken_over_is_not_written(shards: Path, tmp_path:
         (["modality.speech.min_seconds=0.01"], 1, "min_seconds=0.01 is shorter than two frames"),
     ],
 )
-def test_mistakes_end_with_one_line_and_code_2(
+def test_user_errors_are_one_line_and_exit_code_2(
     more: list[str], nproc: int, message: str, shards: Path, tmp_path: Path
 ) -> None:
     done = speech_run(tmp_path / "run", shards).train(*more, nproc=nproc)

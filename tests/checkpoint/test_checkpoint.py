@@ -1,4 +1,4 @@
-"""Checkpoints: round trips between shardings, damage, the fence, retention, refusals."""
+"""Checkpoints: partitions of any kind, damage, superseded starts, retention, refusals."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def cuts_and_ranks(draw: st.DrawFn) -> tuple[pieces.Cuts, int]:
 
 @settings(max_examples=40, deadline=None)
 @given(written=cuts_and_ranks(), read=cuts_and_ranks(), seed=st.integers(0, 99))
-def test_any_sharding_reads_what_any_other_wrote(
+def test_a_checkpoint_loads_into_any_other_partitions(
     written: tuple[pieces.Cuts, int], read: tuple[pieces.Cuts, int], seed: int
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
@@ -198,7 +198,7 @@ def test_a_gap_is_never_published(run: RunFolder, generation: Generation) -> Non
     assert list(run.checkpoints.iterdir()) == []
 
 
-def test_full_disk_is_seen_before_writing(
+def test_a_full_disk_is_detected_before_writing(
     run: RunFolder, generation: Generation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 5 * 10**5, 5 * 10**5)
@@ -213,7 +213,7 @@ def test_a_failing_write_leaves_nothing(
 ) -> None:
     save(run, generation, 6, pieces.whole(0))
     before = pieces.tree(run.root)
-    before.pop("checkpoints")  # its time changes with the folder that comes and goes
+    before.pop("checkpoints")  # its modification time changes with the temporary folder
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -236,7 +236,7 @@ def test_open_names_what_is_missing(run: RunFolder, generation: Generation, pres
         checkpoint.open_checkpoint(run.root / "nowhere")
 
 
-def test_another_format_is_never_passed_over(
+def test_an_unknown_format_is_an_error_and_is_not_skipped(
     run: RunFolder, generation: Generation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(run, generation, 6, pieces.whole(0))
@@ -271,7 +271,7 @@ def flip_bit(path: Path) -> None:
         ("COMPLETE", flip_bit, "SHA-256"),
     ],
 )
-def test_damaged_is_passed_over(
+def test_a_damaged_checkpoint_is_skipped(
     run: RunFolder,
     generation: Generation,
     caplog: pytest.LogCaptureFixture,
@@ -297,19 +297,19 @@ def test_no_checkpoint_at_all(run: RunFolder) -> None:
     assert checkpoint.newest_verified(run) is None
 
 
-def test_all_damaged_needs_a_person(run: RunFolder, generation: Generation) -> None:
+def test_no_valid_checkpoint_is_an_error(run: RunFolder, generation: Generation) -> None:
     flip_bit(save(run, generation, 7, pieces.whole(0)) / "rank00000.safetensors")
     with pytest.raises(UserError, match="none of the 1 checkpoints is valid"):
         checkpoint.newest_verified(run)
 
 
-def test_a_damaged_step_is_replaced_when_training_comes_by(
+def test_a_damaged_checkpoint_is_replaced_by_a_save_of_its_step(
     run: RunFolder, generation: Generation
 ) -> None:
     save(run, generation, 5, pieces.whole(1), keep=1)
     flip_bit(save(run, generation, 10, pieces.whole(2)) / "rank00000.safetensors")
     save(run, generation, 8, pieces.whole(3), keep=1)
-    assert run.steps() == [8, 10]  # the damaged one does not push out the new one
+    assert run.steps() == [8, 10]  # the damaged one does not count as newer than step 8
     state = pieces.whole(4)
     save(run, generation, 10, state, keep=1)
     assert run.steps() == [10]
@@ -317,10 +317,10 @@ def test_a_damaged_step_is_replaced_when_training_comes_by(
     assert opened is not None and pieces.values_of(restored(opened)) == pieces.values_of(state)
 
 
-# ------------------------------------------------------------------------ retention and fence
+# ------------------------------------------------------------ retention and superseded starts
 
 
-def test_last_keep_stay(run: RunFolder, generation: Generation) -> None:
+def test_the_last_checkpoints_are_kept(run: RunFolder, generation: Generation) -> None:
     for step in (2, 9, 10, 11, 100):
         save(run, generation, step, pieces.whole(step), keep=3)
     assert run.steps() == [10, 11, 100]
@@ -338,7 +338,7 @@ def test_a_superseded_start_changes_nothing(run: RunFolder, generation: Generati
     assert run.steps() == [10]
 
 
-def test_superseded_in_the_middle_of_a_save(
+def test_a_start_superseded_during_a_save_publishes_nothing(
     run: RunFolder, generation: Generation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(run, generation, 5, pieces.whole(0))
@@ -361,13 +361,13 @@ def test_superseded_in_the_middle_of_a_save(
 def test_two_starts_never_write_into_one_folder(
     run: RunFolder, generation: Generation, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A start that was cut off in the middle of a save comes back while its successor saves the
-    same step: its file must not land among the successor's."""
+    """A start pauses during a save and continues while its successor saves the same step. Its files
+    must not end up in the successor's checkpoint."""
     write_pieces = write.write_pieces
     outer: list[tuple[Any, ...]] = []
 
     def interleaved(*arguments: Any) -> Any:
-        if not outer:  # the old start, on hold while the new one saves
+        if not outer:  # the old start, paused while the new one saves
             outer.append(arguments)
             save(run, claim_generation(run, "job", 0), 7, pieces.whole(2))
             return write_pieces(*arguments)

@@ -1,4 +1,4 @@
-"""Checkpoints between engines: what one ZeRO stage wrote, on some ranks, others go on with."""
+"""A checkpoint of one ZeRO stage and number of ranks resumes on other stages and ranks."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from d2v_ds.engine import EmaKind
 from d2v_ds.run.run_folder import Generation, RunFolder, claim_generation
 from tests.helpers.toy import Plan, Trainer, build, whole
 
-BEFORE, AFTER = 4, 5  # steps; in both of them parts of the model are idle now and then
+BEFORE, AFTER = 4, 5  # steps; in both phases, parts of the model are sometimes idle
 SHAPES = {name: tuple(parameter.shape) for name, parameter in build()[0].named_parameters()}
 
 
 @dataclass
 class Outcome:
-    """Of one rank."""
+    """Result of one rank."""
 
     state: dict[str, tuple[int, dict[str, Tensor]]]  # at the checkpoint
     ema: dict[EmaKind, dict[str, tuple[int, Tensor]]]
-    losses: list[float]  # of the steps after it
+    losses: list[float]  # of the steps after the checkpoint
 
 
 def train_and_save(root: Path, generation: Generation, plan: Plan) -> Outcome:
-    """Trains, saves, and goes on."""
+    """Trains, saves a checkpoint and continues."""
     trainer = Trainer(plan).run()
     replicated = trainer.engine.replicated
     saver = checkpoint.Saver(RunFolder(root), generation, keep=1, replicated=replicated)
@@ -42,13 +42,13 @@ def train_and_save(root: Path, generation: Generation, plan: Plan) -> Outcome:
         shapes=SHAPES,
         state={},
     )
-    outcome = go_on(trainer)  # what is written stays as it was at the start
+    outcome = go_on(trainer)  # later steps must not change the checkpoint
     saver.finish()
     return outcome
 
 
 def load_and_train(root: Path, plan: Plan) -> Outcome:
-    """A new engine, restored, goes on; nothing of what it did before may be left."""
+    """Trains a new engine, restores it and continues. The earlier steps must have no effect."""
     trainer = Trainer(replace(plan, steps=1)).run()
     opened = checkpoint.newest_verified(RunFolder(root))
     assert opened is not None
@@ -97,7 +97,7 @@ Saved = Callable[[str, int, str], tuple[RunFolder, list[Outcome]]]
 
 @pytest.fixture(scope="module")
 def saved(pool: Any, tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """saved(engine, ranks, precision): a run that saved and went on; each is trained once."""
+    """saved(engine, ranks, precision): a run with a checkpoint and later steps, trained once."""
     runs: dict[tuple[str, int, str], tuple[RunFolder, list[Outcome]]] = {}
 
     def save(engine: str, ranks: int, precision: str) -> tuple[RunFolder, list[Outcome]]:
@@ -127,7 +127,7 @@ def saved(pool: Any, tmp_path_factory: pytest.TempPathFactory) -> Saved:
         ("zero3", 2, "zero1", 2, "bf16"),
     ],
 )
-def test_another_engine_goes_on(
+def test_another_engine_resumes(
     run_ranks: Callable[..., list[Outcome]],
     saved: Saved,
     written: str,
@@ -144,7 +144,7 @@ def test_another_engine_goes_on(
     assert whole_state(theirs) == whole_state(ours)
     if (written, ranks) == (read, new_ranks):
         assert [o.losses for o in theirs] == [o.losses for o in ours]
-    else:  # stages and ranks sum in another order
+    else:  # the order of sums depends on the stage and the number of ranks
         tolerance = 1e-6 if precision == "fp32" else 2e-3
         assert total(theirs) == pytest.approx(total(ours), rel=tolerance)
 

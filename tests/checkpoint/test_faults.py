@@ -1,4 +1,4 @@
-"""Checkpoints of real processes: two ranks, and a kill -9 at every boundary of a save."""
+"""Checkpoints of real processes: kills at every change of the disk, and errors on single ranks."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def generation(run: RunFolder) -> Generation:
 
 
 def assert_run_goes_on(run: RunFolder, allowed: dict[int, tuple[int, ...]]) -> None:
-    """A new start finds a sound checkpoint, whose values are those of an allowed seed {step:
-    seeds}, leaves nothing lying about, and can save again."""
+    """Asserts that a new start removes leftovers, finds a valid checkpoint with the values of an
+    allowed seed, and can save again. allowed: {step: seeds}."""
     generation = claim_generation(run, "4711")
     checkpoint.clean(run)
     leftovers = [path.name for path in run.checkpoints.iterdir() if path.name.startswith(".")]
@@ -43,8 +43,8 @@ def assert_run_goes_on(run: RunFolder, allowed: dict[int, tuple[int, ...]]) -> N
 
 
 def killed_everywhere(tmp_path: Path, step: int, world: int, victim: int) -> int:
-    """Saves `step` over a checkpoint of step 5, killed at one boundary after the other, until a
-    save has no more of them; how many there were."""
+    """Saves `step` after a checkpoint of step 5, killed at each boundary in turn. Returns the
+    number of boundaries in a save."""
     boundary = 0
     while True:
         folder = tmp_path / f"{victim}.{boundary}"
@@ -53,7 +53,7 @@ def killed_everywhere(tmp_path: Path, step: int, world: int, victim: int) -> int
         pieces.save_cut(run, generation, 5, pieces.whole(1), pieces.flat_cuts(2), 2)
         arguments = (victim, boundary, world, run.root, generation, step, 2, 1)
         codes = ranks.finish(ranks.start(world, folder, ranks.save_and_die, *arguments))
-        assert None not in codes, f"boundary {boundary}: a rank hangs"
+        assert None not in codes, f"boundary {boundary}: a rank hung"
         allowed = {5: (1,), step: (2,)} if step != 5 else {5: (1, 2)}
         assert_run_goes_on(run, allowed)
         if codes[victim] == 0:
@@ -118,7 +118,7 @@ def test_ranks_share_the_verification_and_agree(
         assert step == 5 and seen == [f"00000010/{name}", f"00000005/{name}"]
 
 
-def test_what_fails_on_one_rank_is_raised_on_all(
+def test_an_error_on_one_rank_is_raised_on_all(
     tmp_path: Path, run: RunFolder, generation: Generation
 ) -> None:
     arguments = (1, 2, run.root, generation)
@@ -130,7 +130,7 @@ def test_what_fails_on_one_rank_is_raised_on_all(
     assert list(run.checkpoints.iterdir()) == []
 
 
-def test_rank_0_refused_means_all_ranks_refused(
+def test_if_rank_0_is_refused_all_ranks_are(
     tmp_path: Path, run: RunFolder, generation: Generation
 ) -> None:
     claim_generation(run, "4711", 1)

@@ -1,4 +1,4 @@
-"""Saving in the background: what training waits for, when a checkpoint appears, what is kept."""
+"""Saving in the background: when training waits, when a checkpoint appears, which are kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def generation(run: RunFolder) -> Generation:
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """A disk on which nothing is written before the event is set."""
+    """A disk that blocks writes until the event is set."""
     event = threading.Event()
     save_file = write.save_file
 
@@ -57,7 +57,7 @@ def values_at(run: RunFolder, step: int) -> dict[str, Any]:
     return pieces.values_of(state)
 
 
-def test_training_goes_on_while_the_disk_is_slow(
+def test_training_continues_while_the_disk_is_slow(
     run: RunFolder, generation: Generation, disk: threading.Event
 ) -> None:
     saver = Saver(run, generation, keep=3)
@@ -77,7 +77,7 @@ def test_training_goes_on_while_the_disk_is_slow(
     assert values_at(run, 5) == before
 
 
-def test_the_memory_of_one_copy_serves_all_saves(run: RunFolder, generation: Generation) -> None:
+def test_successive_saves_store_their_own_values(run: RunFolder, generation: Generation) -> None:
     saver = Saver(run, generation, keep=3)
     for step in (1, 2):
         pieces.begin(saver, step, pieces.whole(step))
@@ -97,7 +97,7 @@ def test_the_next_save_waits_for_the_last(
     assert run.steps() == [5]
     saver.finish()
     assert run.steps() == [5, 6]
-    saver.finish()  # nothing is under way any more
+    saver.finish()  # no save is in progress any more
     saver.poll()
 
 
@@ -119,7 +119,7 @@ def test_a_failing_write_is_raised_at_the_next_boundary(
     assert values_at(run, 5) == pieces.values_of(pieces.whole(1))
 
 
-def test_a_start_that_was_replaced_while_writing_publishes_nothing(
+def test_a_start_superseded_while_writing_publishes_nothing(
     run: RunFolder, generation: Generation, disk: threading.Event
 ) -> None:
     saver = Saver(run, generation, keep=1)
@@ -131,19 +131,19 @@ def test_a_start_that_was_replaced_while_writing_publishes_nothing(
     assert list(run.checkpoints.iterdir()) == []
 
 
-def test_a_start_whose_files_a_newer_one_removed_is_told_of_that_one(
+def test_a_start_whose_files_a_newer_one_removed_reports_the_newer_one(
     run: RunFolder, generation: Generation, disk: threading.Event
 ) -> None:
     saver = Saver(run, generation, keep=1)
     pieces.begin(saver, 5, pieces.whole(1))
     claim_generation(run, "job", 0)
-    checkpoint.clean(run)  # as it does before it trains
+    checkpoint.clean(run)  # as the newer start does before it trains
     disk.set()
     with pytest.raises(Superseded, match="is owned by generation 2"):
         saver.finish()
 
 
-def test_some_are_kept_for_good(run: RunFolder, generation: Generation) -> None:
+def test_every_nth_checkpoint_is_kept_permanently(run: RunFolder, generation: Generation) -> None:
     for step in range(2, 15, 2):
         pieces.save(run, generation, step, pieces.whole(step), keep=2, keep_every=4)
     assert run.steps() == [4, 8, 12, 14]

@@ -1,4 +1,4 @@
-"""What several tests of the configuration share."""
+"""Helpers that several tests of the configuration share."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ def load(recipe: str, *overrides: str) -> Config:
 
 
 @pytest.mark.parametrize("recipe", ["speech_base", "vision_base", "text_base", "text_base_v1"])
-def test_the_optimizer_is_that_of_fairseq(recipe: str) -> None:
+def test_the_optimizer_matches_fairseq(recipe: str) -> None:
     plain, faithful = load(recipe), load(recipe, "compat=fairseq")
     assert (plain.optim.decay_all, plain.optim.adam_eps) == (False, "torch")
     assert (faithful.optim.decay_all, faithful.optim.adam_eps) == (True, "fairseq")

@@ -100,7 +100,7 @@ def test_a_wrong_setting_is_named_with_what_is_allowed(override: str, message: s
     assert "\n" not in str(caught.value)
 
 
-def test_overrides_change_what_they_name() -> None:
+def test_overrides_change_only_the_named_settings() -> None:
     raw = apply_overrides({"a": {"b": 1, "c": 2}}, ["a.b=3", "d.e=", "a.b=4", "f={g: [1, x]}"])
     assert raw == {"a": {"b": 4, "c": 2}, "d": {"e": ""}, "f": {"g": [1, "x"]}}
 
@@ -110,13 +110,13 @@ def test_yaml_reads_scientific_numbers_as_strings_and_decoding_converts_them() -
     assert decode(Config, {"optim": {"lr": "1e-3"}}).optim.lr == 1e-3
 
 
-def test_a_dumped_configuration_is_the_same_configuration() -> None:
+def test_a_dumped_configuration_loads_unchanged() -> None:
     config = load("optim.betas=[0.8, 0.9]", "data.shards={speech/a: /a, speech/b: /b}")
     assert decode(Config, yaml.safe_load(dump_yaml(config))) == config
     assert to_dict(config)["optim"]["betas"] == [0.8, 0.9]
 
 
-def test_files_that_are_no_configuration(tmp_path: Path) -> None:
+def test_files_that_are_not_a_configuration(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none\.yaml: no such file"):
         load_yaml(tmp_path / "none.yaml")
     bad = tmp_path / "bad.yaml"

@@ -70,13 +70,13 @@ def test_every_setting_has_a_docstring(kind: type) -> None:
     defaults = kind()
     for field in dataclasses.fields(defaults):
         if isinstance(defaults, Config) and field.name in ("model", "modality"):
-            continue  # sections, although their types are not those of the fields
+            continue  # sections, which have their own classes
         if not dataclasses.is_dataclass(getattr(defaults, field.name)):
             assert texts.get(field.name, "").endswith("."), field.name
 
 
 def test_a_setting_has_one_description() -> None:
-    """Settings with the same path in several modalities, and those of subclasses."""
+    """Applies to settings with the same path in several modalities, and to subclasses."""
     described: dict[tuple[str, str], set[str]] = {}
     for setting in every_setting():
         path = re.sub(r"^modality\.\w+\.", "modality.NAME.", setting.path)
@@ -87,7 +87,7 @@ def test_a_setting_has_one_description() -> None:
     assert len({setting.text for setting in both}) == 1
 
 
-def test_every_setting_is_there_and_its_default_is_the_default() -> None:
+def test_every_setting_is_listed_with_its_default() -> None:
     settings = every_setting()
     paths = [setting.path for setting in settings]
     assert len(paths) == len(set(paths))

@@ -37,6 +37,6 @@ def test_many_changes_are_shortened() -> None:
     assert str(caught.value).count(" was ") == 5 and "; ..." in str(caught.value)
 
 
-def test_what_may_change_exists() -> None:
+def test_settings_that_may_change_exist() -> None:
     whole = to_dict(Config(model={"checkpoint_activations": False}))
     assert all(value_at(whole, path) is not None for path in MAY_CHANGE)

@@ -126,7 +126,7 @@ def test_streamed_wav_without_a_size_is_read(size: int) -> None:
 def test_a_plain_wav_with_other_chunks_is_read_as_libsndfile_reads_it(channels: int) -> None:
     samples = noise(channels=channels)
     data = encoded(samples)
-    extra = b"LIST" + (5).to_bytes(4, "little") + b"INFO\0\0"  # of odd size, so one byte more
+    extra = b"LIST" + (5).to_bytes(4, "little") + b"INFO\0\0"  # odd size, so one byte of padding
     at = data.index(b"data")
     for changed in (data[:at] + extra + data[at:], data + extra):
         changed = changed[:4] + (len(changed) - 8).to_bytes(4, "little") + changed[8:]
@@ -258,7 +258,7 @@ def test_log_mel(rate: int) -> None:
     assert (louder - low)[:, peak].mean().item() == pytest.approx(2 * np.log(2), abs=0.05)
 
 
-def test_log_mel_of_too_little() -> None:
+def test_log_mel_of_a_too_short_signal() -> None:
     with pytest.raises(ValueError, match="399 samples are shorter than one window of 25 ms"):
         audio.log_mel(np.zeros(399, np.float32), 16_000)
 

@@ -1,4 +1,4 @@
-"""Downloads: which errors are retried, how long, and which are not."""
+"""Downloads: which errors are retried, and for how long."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_command(tmp_path: Path) -> None:
     download.download(
         f"pipe:test -e {tmp_path}/c || {{ touch {tmp_path}/c; exit 1; }}; echo ok", tmp_path / "b"
     )
-    assert (tmp_path / "b").read_bytes() == b"ok\n", "the first attempt left nothing"
+    assert (tmp_path / "b").read_bytes() == b"ok\n", "remains of the first attempt"
 
 
 def test_a_command_that_does_not_exist_is_not_retried(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def tape(url: str, mode: str, bufsize: int) -> object:
     return gopen_pipe(f"pipe:cat {url.removeprefix('tape://')} || exit 4", mode, bufsize)
 
 
-def test_a_scheme_that_only_webdataset_knows(
+def test_a_scheme_that_only_webdataset_supports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from webdataset.gopen import gopen_schemes
@@ -99,7 +99,7 @@ def test_a_scheme_that_only_webdataset_knows(
         download.download("tape:///nothing", tmp_path / "b")
 
 
-def test_a_registered_scheme_comes_before_fsspec(
+def test_a_registered_scheme_takes_precedence_over_fsspec(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """fsspec knows `file` and `memory` as well."""

@@ -1,4 +1,4 @@
-"""Lengths from the headers of payloads: as decoders report them, and without reading the rest."""
+"""Lengths read from payload headers equal those of the decoders; only headers are read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.helpers.corpora import recording
 
 
 def length_of(field: str, data: bytes) -> tuple[int, int]:
-    """By the payload's own header; the payload is in the middle of a file."""
+    """The length in the header of a payload in the middle of a file."""
     (read,) = (f.readers[field] for f in sample_formats() if field in f.readers)
     return tuple(read(io.BytesIO(b"x" * 100 + data + b"y" * 100), Member("", 100, len(data))))
 
@@ -139,7 +139,7 @@ def test_arrays() -> None:
         length_of("npy", npy(np.zeros((7, 128), np.uint32)))
 
 
-# -------------------------------------------------------------------------------------- all of them
+# -------------------------------------------------------------------------------------- all formats
 
 
 @pytest.mark.parametrize("field", WHOLE)
@@ -149,7 +149,7 @@ def test_other_content(field: str) -> None:
             length_of(field, data)
 
 
-def test_truncation_that_headers_show() -> None:
+def test_truncation_that_headers_reveal() -> None:
     for field in ("wav", "npy"):
         with pytest.raises(ValueError, match="is truncated"):
             length_of(field, WHOLE[field][:-8])

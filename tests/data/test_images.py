@@ -78,7 +78,7 @@ def test_converting_needs_no_torch() -> None:
 
 
 def slow_box(w: int, h: int, scale: tuple[float, float], draw: np.random.Generator) -> images.Box:
-    """RandomResizedCrop.get_params as torchvision's documentation and code describe it."""
+    """RandomResizedCrop.get_params as described by torchvision's documentation and code."""
     tries = 0
     while tries < 10:
         tries += 1
@@ -147,15 +147,15 @@ def test_random_crops_take_their_share_of_the_area() -> None:
     assert 0.2 < min(areas) < 0.27 and 0.42 < max(areas) < 0.52
 
 
-def test_a_crop_that_never_fits_takes_the_middle() -> None:
+def test_a_crop_that_never_fits_falls_back_to_the_centre() -> None:
     wide = gradient(400, 10)  # no crop of its whole area has an aspect ratio of 4 / 3
     crop = images.random_crop(wide, 16, (1.0, 1.0), rng()).astype(float)
     assert crop.shape == (3, 16, 16) and abs(crop[0].mean() - 127.5) < 2
 
 
 @pytest.mark.parametrize("size", [8, 32, 64, 200])
-def test_resizing_is_pillows(size: int) -> None:
-    """Bicubic with antialiasing, up to two of 255 levels."""
+def test_resizing_matches_pillow(size: int) -> None:
+    """Bicubic with antialiasing; at most 2 of 255 levels differ."""
     image, box = smooth(120, 90), (7, 11, 64, 75)
     left, top, w, h = box
     # Pillow's box sees the pixels around it; ours, like torchvision's crop, does not
@@ -166,7 +166,7 @@ def test_resizing_is_pillows(size: int) -> None:
     assert difference.max() <= 2 and difference.mean() < 0.2
 
 
-def test_centre_crop_is_that_of_evaluation() -> None:
+def test_centre_crop_for_evaluation() -> None:
     image = smooth(500, 300)
     crop = images.centre_crop(image, 224)
     resized = image.resize((427, 256), Image.Resampling.BICUBIC)  # torchvision's Resize(256)
@@ -183,9 +183,9 @@ def test_large_jpegs_are_decoded_small(mode: str) -> None:
     data = encoded(whole, "JPEG", quality=95)
     image, box = images.open_image(data), (100, 40, 640, 600)
     crop = images.crop(image, box, 100)
-    assert image.size == (256, 200)  # a quarter: 150 pixels of it become 100
+    assert image.size == (256, 200)  # a quarter of the size; 150 pixels become 100
     slow = images.crop(images.decode(data), box, 100)
-    assert np.abs(crop.astype(float) - slow).mean() < 3  # its filter is not the bicubic one
+    assert np.abs(crop.astype(float) - slow).mean() < 3  # the JPEG decoder's filter is not bicubic
     assert np.corrcoef(crop.reshape(-1), slow.reshape(-1))[0, 1] > 0.998
     image = images.open_image(data)
     images.crop(image, (0, 0, 199, 199), 100)
@@ -206,8 +206,8 @@ def test_flips() -> None:
 def slow_jitter(
     pixels: np.ndarray[Any, Any], strength: float, draw: np.random.Generator
 ) -> np.ndarray[Any, Any]:
-    """ColorJitter as torchvision documents its functions: blends with black, with the mean grey,
-    with the grey image."""
+    """ColorJitter as described by torchvision: blends with black, with the mean grey level and with
+    the grey image."""
 
     def grey(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         return np.round(0.299 * x[..., 0] + 0.587 * x[..., 1] + 0.114 * x[..., 2])[..., None]
@@ -225,7 +225,7 @@ def test_jitter_is_that_of_the_slow_implementation() -> None:
     for i in range(100):
         ours = np.asarray(images.jitter(image, 0.4, rng(i)), dtype=float)
         slow = slow_jitter(np.asarray(image), 0.4, rng(i))
-        assert np.abs(ours - slow).max() <= 3, i  # each of three changes rounds
+        assert np.abs(ours - slow).max() <= 3, i  # each of the three changes is rounded
         changed.add(ours.tobytes())
     assert len(changed) == 100
     assert np.array_equal(np.asarray(images.jitter(image, 0.0, rng())), np.asarray(image))

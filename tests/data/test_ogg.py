@@ -15,7 +15,7 @@ FIRST, LAST = 2, 4  # bits of the header type
 
 
 def crc(data: bytes) -> int:
-    """Ogg's checksum as RFC 3533 defines it: polynomial 0x04c11db7, from 0, highest bit first."""
+    """Ogg's checksum (RFC 3533): polynomial 0x04c11db7, initial value 0, highest bit first."""
     found = 0
     for byte in data:
         found ^= byte << 24
@@ -51,7 +51,7 @@ def test_intact_streams() -> None:
 
 
 @pytest.mark.parametrize("kind", ["ogg", "opus"])
-def test_the_checksum_is_that_of_libsndfile(kind: str) -> None:
+def test_the_checksum_matches_libsndfile(kind: str) -> None:
     data = recording(kind, seconds=1)
     second = data.index(b"OggS", 4)
     assert int.from_bytes(data[22:26], "little") == crc(data[:22] + bytes(4) + data[26:second])
@@ -73,7 +73,7 @@ def test_missing_pages() -> None:
     assert "Ogg page 2 is missing" in problem([*pages[:2], pages[1], *pages[2:]]), "twice"
 
 
-def test_a_stream_that_another_one_cuts_off() -> None:
+def test_a_stream_cut_off_by_another_one() -> None:
     pages = stream()
     cut = [*pages[:-1], *stream(serial=8)]
     assert problem(cut) == (
@@ -103,7 +103,7 @@ def test_something_after_the_last_page() -> None:
 
 
 def test_libsndfile_reports_no_damage() -> None:
-    """The reason for this module."""
+    """The reason for having this check."""
     data = recording("ogg", seconds=5)
     last = data.rindex(b"OggS")
     samples, _ = soundfile.read(io.BytesIO(data[:last]))

@@ -68,7 +68,7 @@ def test_index_round_trip(tmp_path: Path, fields: tuple[str, ...]) -> None:
 
 def test_index_is_wrapped_without_a_copy(tmp_path: Path) -> None:
     data = write_index(tmp_path / "x.idx")
-    assert (data.index(b"\n") + 1) % 8 == 0, "the arrays must be aligned"
+    assert (data.index(b"\n") + 1) % 8 == 0, "the arrays are not aligned"
     index = read_index(tmp_path / "x.idx")
     offsets = np.frombuffer(index.offsets, np.int64)
     lengths = np.frombuffer(index.lengths, np.uint32)

@@ -135,7 +135,7 @@ def test_one_sample_rate_per_set(tars: Path, capsys: pytest.CaptureFixture[str])
     assert "--layout webdataset" in line
 
 
-def test_what_cannot_be_indexed(
+def test_sources_that_cannot_be_indexed(
     tars: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "is neither a tar nor a folder" in refused(capsys, tmp_path / "nowhere")

@@ -46,7 +46,7 @@ def scan(data: bytes, **bounds: int) -> list[Member]:
 
 
 @pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_members_are_tarfiles(kind: int) -> None:
+def test_members_equal_tarfiles(kind: int) -> None:
     data = tar_of(NAMES, kind)
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         theirs = [Member(m.name, m.offset_data, m.size) for m in tar if m.isreg()]
@@ -92,7 +92,7 @@ def read_by_webdataset(path: Path) -> list[dict[str, Any]]:
     return result
 
 
-def test_samples_are_webdatasets(tmp_path: Path) -> None:
+def test_samples_equal_webdatasets(tmp_path: Path) -> None:
     names = [*NAMES, "a.txt", ".hidden.txt", "d/.b", "none", "a.b/c", "a.b/c.x.y", "d/e..x"]
     names += ["__meta__", "__meta__/x.txt", "k/__key__.txt", "__half.txt"]
     data = tar_of(names)

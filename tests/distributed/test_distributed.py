@@ -1,3 +1,5 @@
+"""Distributed setup: ranks from the environment, seeds, stopping, the process group, launching."""
+
 from __future__ import annotations
 
 import os
@@ -24,16 +26,16 @@ from d2v_ds.seeding import seed_torch, stable_hash
 
 RunRanks = Callable[..., list[Any]]
 
-# ----------------------------------------------------------------------------------- who am I
+# -------------------------------------------------------------------------------------- ranks
 
 
-def test_world_alone() -> None:
+def test_world_of_a_single_process() -> None:
     assert World.from_environment({}) == World(rank=0, local_rank=0, size=1)
-    # a batch script has these as well, and is a single process
+    # a batch script also has these variables but is a single process
     assert World.from_environment({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}).size == 1
 
 
-def test_world_of_torchrun_comes_before_slurm() -> None:
+def test_torchrun_takes_precedence_over_slurm() -> None:
     env = {
         "RANK": "5",
         "LOCAL_RANK": "1",
@@ -73,7 +75,7 @@ def test_world_of_srun() -> None:
         ({"SLURM_STEP_NUM_TASKS": "2"}, r"SLURM_PROCID: expected an integer .*''"),
     ],
 )
-def test_an_environment_that_makes_no_sense(env: dict[str, str], message: str) -> None:
+def test_an_inconsistent_environment(env: dict[str, str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         World.from_environment(env)
 
@@ -96,13 +98,13 @@ def test_first_host(nodelist: str, host: str) -> None:
 # ------------------------------------------------------------------------------------- seeding
 
 
-def test_stable_hash_is_the_same_everywhere_and_tells_parts_apart() -> None:
+def test_stable_hash_is_the_same_everywhere_and_distinguishes_parts() -> None:
     assert stable_hash(0, 1, 2) == 3662037204992188296
     assert len({stable_hash(*p) for p in [(1, 23), (12, 3), (123,), ("1/23",)]}) >= 3
     assert all(0 <= stable_hash(i) < 2**63 for i in range(100))
 
 
-def test_seeds_tell_seed_step_and_micro_batch_apart() -> None:
+def test_seeds_distinguish_seed_step_and_micro_batch() -> None:
     drawn = set()
     for triple in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]:
         seed_torch(*triple)
@@ -151,12 +153,12 @@ def test_all_ranks_agree(run_ranks: RunRanks, tmp_path: Path) -> None:
     assert run_ranks(2, stop_on, 5, None) == [[False, False]] * 2
 
 
-# ------------------------------------------------------------------------------------- meeting
+# ------------------------------------------------------------------------------- process group
 
 
 def test_a_single_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that what `init` sets is undone
+        monkeypatch.setenv(name, "")  # so that monkeypatch undoes what `init` sets
         monkeypatch.delenv(name)
     barrier()  # nothing to wait for yet
     init(World.from_environment(), torch.device("cpu"))
@@ -167,7 +169,7 @@ def test_a_single_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> 
         assert tensor.tolist() == [1, 1] and os.environ["LOCAL_RANK"] == "0"
     finally:
         shutdown()
-    shutdown()  # once more does nothing
+    shutdown()  # a second call does nothing
     assert not dist.is_initialized()
 
 
@@ -175,7 +177,7 @@ def test_a_single_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def rank_script(folder: Path, body: str) -> tuple[str, ...]:
-    """A command that is a rank: `body` with rank and folder at hand, no torch."""
+    """The command of a rank that runs `body` with variables `rank` and `folder`, without torch."""
     script = folder / "rank.py"
     script.write_text(
         "import os, pathlib, signal, subprocess, sys, time\n"
@@ -196,11 +198,11 @@ def alive(pid: int) -> bool:
 def wait_until(condition: Callable[[], Any], seconds: float = 20) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, "timed out"
         time.sleep(0.02)
 
 
-def test_launched_ranks_meet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_launched_ranks_form_a_group(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = rank_script(
         tmp_path,
         """
@@ -217,10 +219,10 @@ def test_launched_ranks_meet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) 
         """,
     )
     assert launch(2, ["train", "x=1"], command=command) == 0
-    assert capfd.readouterr().out == "0 0 2 3 ['train', 'x=1']\n"  # of rank 0 alone
+    assert capfd.readouterr().out == "0 0 2 3 ['train', 'x=1']\n"  # only from rank 0
 
 
-def test_a_failing_rank_ends_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_rank_stops_all(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     command = rank_script(
         tmp_path,
         """
@@ -240,7 +242,7 @@ def test_a_failing_rank_ends_all(tmp_path: Path, capfd: pytest.CaptureFixture[st
     wait_until(lambda: not any(alive(pid) for pid in pids))  # loader workers too
 
 
-def test_rank_0_speaks_for_itself_and_a_signal_has_a_code(
+def test_rank_0_reports_its_own_error_and_a_signal_has_a_code(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = rank_script(tmp_path, "print('bad', file=sys.stderr); sys.exit(1)")
@@ -277,7 +279,7 @@ SAVING = """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
-def test_signals_are_passed_on_and_saving_ranks_finish(
+def test_signals_are_forwarded_and_saving_ranks_finish(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     body = SAVING.replace("SECONDS", "0.3 * rank").replace("CODE", "0")
@@ -288,7 +290,7 @@ def test_signals_are_passed_on_and_saving_ranks_finish(
         assert (tmp_path / f"saved{rank}").read_text() == str([int(number)])
 
 
-def test_after_a_stop_a_failing_rank_lets_the_others_save_for_a_while(tmp_path: Path) -> None:
+def test_after_a_stop_other_ranks_may_save_although_one_fails(tmp_path: Path) -> None:
     body = SAVING.replace("SECONDS", "0.7 if rank == 0 else 0").replace("CODE", "3 * rank")
     process = start_launcher(rank_script(tmp_path, body), tmp_path)
     process.send_signal(signal.SIGTERM)

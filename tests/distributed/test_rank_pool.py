@@ -1,4 +1,4 @@
-"""The pool of ranks itself: what goes wrong on a rank fails the test that ran there, by name."""
+"""The pool of ranks: a failure on a rank fails the test and names the rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.rank_pool import Pool, RankError
 
 @pytest.fixture(scope="module")
 def own_pool() -> Iterator[Pool]:
-    """So that the others keep theirs."""
+    """A separate pool, so that other tests keep theirs."""
     pool = Pool()
     yield pool
     pool.stop()
@@ -35,10 +35,10 @@ def misbehave(how: str, rank: int) -> Any:
         if how == "die":
             os._exit(7)
         time.sleep(60)
-    dist.all_reduce(torch.zeros(1))  # where the others wait
+    dist.all_reduce(torch.zeros(1))  # so that the other ranks wait
 
 
-def test_functions_run_on_as_many_ranks_as_asked(pool: Pool) -> None:
+def test_functions_run_on_the_requested_number_of_ranks(pool: Pool) -> None:
     assert pool.run(2, ranks_and_sum, 10) == [(0, 2, 30), (1, 2, 30)]
     assert pool.run(1, ranks_and_sum, 10) == [(0, 1, 10)]
     assert pool.run(4, ranks_and_sum, 1) == [(rank, 4, 10) for rank in range(4)]
@@ -53,7 +53,7 @@ def test_functions_run_on_as_many_ranks_as_asked(pool: Pool) -> None:
         pytest.param("hang", r"rank 1 gave no answer within 2 s", marks=pytest.mark.slow),
     ],
 )
-def test_a_rank_that_misbehaves_fails_the_call_and_the_pool_lives_on(
+def test_a_failing_rank_fails_the_call_and_the_pool_stays_usable(
     own_pool: Pool, how: str, message: str
 ) -> None:
     own_pool.run(2, ranks_and_sum, 10)

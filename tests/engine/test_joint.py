@@ -1,5 +1,5 @@
-"""One trunk, several modalities, on every engine: a step of one modality is that of a run which has
-it alone, and leaves what the others own as it is, to the bit."""
+"""Joint training on every engine: a step of one modality is bit-identical to the same step in a run
+with only this modality and does not change the parts of the others."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def examples(task: Pretrain, modality: str, seed: int, number: int) -> list[Any]
 
 
 def batches_of(task: Pretrain, modality: str, step: int) -> list[Batch]:
-    """All micro-batches of a step, of unequal length."""
+    """All micro-batches of a step, of unequal lengths."""
     samples = examples(task, modality, step, 2 * MICRO_BATCHES)
     kind = task.modalities[modality]
     return [
@@ -84,7 +84,7 @@ class Trainer:
         )
 
     def step(self, modality: str, step: int) -> list[float]:
-        """One optimizer step; this rank's losses."""
+        """Trains one optimizer step and returns this rank's losses."""
         batches = batches_of(self.task, modality, step)
         mine = MICRO_BATCHES // self.world
         own = batches[self.rank * mine : (self.rank + 1) * mine]
@@ -98,7 +98,7 @@ class Trainer:
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Live: everything that this rank owns, and the weights as its forward sees them."""
+        """Live views of this rank's partitions and of the weights that its forward pass uses."""
         state: dict[str, Tensor] = {}
         for name, partition in self.engine.partitions().items():
             for key in ("master", "exp_avg", "exp_avg_sq", "adam_step"):
@@ -115,7 +115,7 @@ def copies(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def idle_parts(stage: str, precision: str) -> list[set[str]]:
-    """The parts that each step moved, on this rank; all others equal to the bit."""
+    """The parts that each step changed on this rank. Asserts that the idle parts did not change."""
     trainer = Trainer(load(), stage, precision)
     moved = []
     for step, modality in enumerate(ORDER):
@@ -139,12 +139,12 @@ CASES = [(f"zero{stage}", precision) for stage in range(4) for precision in ("fp
 
 
 def cases(*quick: tuple[str, str]) -> list[Any]:
-    """All stages and precisions, of which the others are slow tests."""
+    """All stages and precisions; cases not in `quick` are slow tests."""
     return [pytest.param(*c, marks=[] if c in quick else [pytest.mark.slow]) for c in CASES]
 
 
 @pytest.mark.parametrize(("stage", "precision"), cases(("zero2", "fp32"), ("zero3", "bf16")))
-def test_a_step_of_one_modality_leaves_the_others_as_they_are(
+def test_a_step_of_one_modality_does_not_change_the_others(
     run_ranks: RunRanks, stage: str, precision: str
 ) -> None:
     results = run_ranks(2, idle_parts, stage, precision)
@@ -153,15 +153,17 @@ def test_a_step_of_one_modality_leaves_the_others_as_they_are(
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_so_it_is_on_one_process(run_ranks: RunRanks, precision: str) -> None:
+def test_a_local_step_of_one_modality_does_not_change_the_others(
+    run_ranks: RunRanks, precision: str
+) -> None:
     [moved] = run_ranks(1, idle_parts, "local", precision)
     assert moved == [{"", modality} for modality in ORDER]
 
 
 def alone(modality: str, stage: str, precision: str) -> tuple[list[float], list[float], list[str]]:
-    """Losses of some steps of the modality between those of others, of the same in a run that has
-    it alone and the same state before each, and what differed after them."""
-    # The norm for clipping is a sum over ranks' pieces, which are cut elsewhere in the larger one.
+    """Runs the modality's steps in a joint run and, from the same state, in a run with only this
+    modality. Returns the losses of both and the names of all differences after the steps."""
+    # The norm for clipping is summed over partitions, whose boundaries differ between the models.
     no_clip = "optim.clip=0"
     joint = Trainer(load(no_clip), stage, precision)
     single = Trainer(load_alone(modality, no_clip), stage, precision)
@@ -177,14 +179,14 @@ def alone(modality: str, stage: str, precision: str) -> tuple[list[float], list[
         theirs += single.step(modality, step)
         expected = whole_state(joint)
         wrong += [n for n, v in whole_state(single).items() if not torch.equal(v, expected[n])]
-        # Nothing of other parts' last gradients: these would only be seen in clipping.
+        # Stale gradients of idle parts would only show in the norm.
         norms = [float(trainer.engine.grad_norm()) for trainer in (joint, single)]
         wrong += [f"norms {norms}"] if abs(norms[0] / norms[1] - 1) > 1e-5 else []
     return ours, theirs, wrong
 
 
 def whole_state(trainer: Trainer) -> dict[str, Tensor]:
-    """By kind and name, put together from all ranks' pieces."""
+    """Full tensors by kind and name, assembled from all ranks' pieces."""
     pieces = {
         f"{key}/{name}": (partition.offset, getattr(partition, key).clone())
         for name, partition in trainer.engine.partitions().items()
@@ -205,7 +207,7 @@ def whole_state(trainer: Trainer) -> dict[str, Tensor]:
 
 
 def copy_state(source: Trainer, target: Trainer) -> None:
-    """As a checkpoint carries it over, whatever the pieces."""
+    """Copies the state between trainers with different partitions, as a checkpoint does."""
     whole = whole_state(source)
     steps: dict[str, float] = {}
     gathered: list[Any] = [None] * source.world
@@ -227,7 +229,7 @@ def copy_state(source: Trainer, target: Trainer) -> None:
 
 
 @pytest.mark.parametrize("modality", ["speech", "vision", "text"])
-def test_a_step_is_that_of_a_run_with_the_modality_alone(
+def test_a_step_equals_that_of_a_run_with_only_this_modality(
     run_ranks: RunRanks, modality: str
 ) -> None:
     [(ours, theirs, wrong)] = run_ranks(1, alone, modality, "local", "fp32")
@@ -235,12 +237,14 @@ def test_a_step_is_that_of_a_run_with_the_modality_alone(
 
 
 @pytest.mark.parametrize(("stage", "precision"), cases(("zero3", "bf16")))
-def test_so_it_is_under_zero(run_ranks: RunRanks, stage: str, precision: str) -> None:
+def test_a_zero_step_equals_that_of_a_run_with_only_this_modality(
+    run_ranks: RunRanks, stage: str, precision: str
+) -> None:
     for ours, theirs, wrong in run_ranks(2, alone, "speech", stage, precision):
         assert ours == theirs and not wrong
 
 
-def test_a_loss_weight_scales_gradients_and_not_what_is_shown() -> None:
+def test_a_loss_weight_scales_gradients_but_not_the_logged_loss() -> None:
     losses = {}
     for weight in (1.0, 4.0):
         torch.manual_seed(0)

@@ -1,3 +1,5 @@
+"""The local engine: updates, precision, skipped steps, publishing and settings."""
+
 from __future__ import annotations
 
 import subprocess
@@ -62,9 +64,9 @@ def test_bf16_keeps_fp32_masters_and_sums_gradients_in_fp32() -> None:
         )
         weight = trainer.toy.get_parameter(name)
         assert torch.equal(weight.view(-1), partition.master.bfloat16()), name
-    assert (partitions["trunk.conv.weight"].master != start).any(), "the views are live"
+    assert (partitions["trunk.conv.weight"].master != start).any(), "the view is not live"
 
-    # 256 gradients of 1 and one of 512: a sum in bf16 would lose every 1
+    # 256 gradients of 1 and one of 512: a sum in bf16 would lose the ones
     toy, groups = build()
     engine = LocalEngine(toy, groups, precision="bf16", optim=Optim(), device=CPU)
     for scale in [512.0] + 256 * [1.0]:
@@ -96,7 +98,7 @@ def test_masters_can_be_written() -> None:
     assert torch.equal(trainer.toy.head["b"].weight, torch.full((24, 24), 0.3).bfloat16())
 
 
-def test_publish_wants_whole_values() -> None:
+def test_publish_requires_whole_values() -> None:
     trainer = Trainer(Plan())
     with pytest.raises(AssertionError, match=r"only a part of norm\.weight is given"):
         trainer.engine.publish(trainer.toy.teacher, {"norm.weight": (0, torch.ones(3))})
@@ -110,7 +112,7 @@ def test_groups_must_hold_every_parameter_once() -> None:
             create_engine(toy, wrong, settings=settings, optim=Optim(), accumulation=1, device=CPU)
 
 
-def test_precision_that_cannot_be() -> None:
+def test_unsupported_precision() -> None:
     assert resolve_precision("auto", CPU) == "fp32"
     assert resolve_precision("auto", torch.device("cuda", 0)) == "bf16"
     assert resolve_precision("fp16", torch.device("cuda", 0)) == "fp16"
@@ -136,6 +138,6 @@ def test_the_local_engine_needs_no_deepspeed() -> None:
     assert result.stdout == "False\n", result.stderr
 
 
-def test_the_toy_can_tell_its_batches_apart() -> None:
+def test_toy_batches_have_many_shapes() -> None:
     shapes = {tuple(b.inputs.shape) for s in range(5) for b in batches_of(s, 4, "a")}
     assert len(shapes) > 8 and isinstance(batches_of(0, 1, "a")[0], ToyBatch)

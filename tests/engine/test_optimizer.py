@@ -1,3 +1,5 @@
+"""The optimizer: parameter groups, the AdamW update and its state."""
+
 from __future__ import annotations
 
 import math
@@ -23,7 +25,7 @@ def adamw(groups: list[ParamGroup], optim: Optim) -> AdamW:
     return optimizer
 
 
-def test_groups_are_by_part_averaging_and_decay_in_module_order() -> None:
+def test_groups_by_part_averaging_and_decay_keep_module_order() -> None:
     toy, groups = build()
     names = [name for name, p in toy.named_parameters() if p.requires_grad]
     assert sorted(n for g in groups for n in g.parameters) == sorted(names)
@@ -44,7 +46,7 @@ def test_groups_are_by_part_averaging_and_decay_in_module_order() -> None:
     assert by_name["b"].part == "b" and not by_name["b"].averaged and not by_name["b"].decay
 
 
-def test_decay_all_spares_nothing() -> None:
+def test_decay_all_decays_every_parameter() -> None:
     _, groups = build(decay_all=True)
     assert sorted(g.name for g in groups) == ["a/decay", "all/averaged/decay", "b/decay"]
 
@@ -52,7 +54,7 @@ def test_decay_all_spares_nothing() -> None:
 def written_out(
     p: Tensor, gradients: list[Tensor], lrs: list[float], decay: float, optim: Optim
 ) -> Tensor:
-    """The update as the papers, torch and fairseq state it, in float64."""
+    """The update as defined by the papers, torch and fairseq, in float64."""
     p = p.double()
     m, v = torch.zeros_like(p), torch.zeros_like(p)
     b1, b2 = optim.betas
@@ -68,7 +70,7 @@ def written_out(
 
 
 @pytest.mark.parametrize("eps_form", ["torch", "fairseq"])
-def test_the_update_is_the_written_out_one(eps_form: str) -> None:
+def test_the_update_matches_the_formula(eps_form: str) -> None:
     optim = Optim(eps=1e-2, adam_eps=eps_form)  # type: ignore[arg-type]
     g = torch.Generator().manual_seed(0)
     start = [torch.randn(7, 3, generator=g), torch.randn(5, generator=g)]
@@ -86,10 +88,10 @@ def test_the_update_is_the_written_out_one(eps_form: str) -> None:
         torch.testing.assert_close(parameters[i].double(), want, rtol=1e-6, atol=1e-6)
         other = Optim(eps=1e-2, adam_eps="fairseq" if eps_form == "torch" else "torch")
         wrong = written_out(start[i], [grads[i] for grads in gradients], lrs, decay, other)
-        assert (parameters[i].double() - wrong).abs().max() > 1e-3  # the two forms can be told
+        assert (parameters[i].double() - wrong).abs().max() > 1e-3  # the two forms differ
 
 
-def test_idle_groups_stay_as_they_are_and_count_their_own_steps() -> None:
+def test_idle_groups_do_not_change_and_groups_count_their_own_steps() -> None:
     optim = Optim(adam_eps="fairseq")
     a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     optimizer = adamw([group("a", True, a), group("b", True, b)], optim)
@@ -107,7 +109,7 @@ def test_idle_groups_stay_as_they_are_and_count_their_own_steps() -> None:
     step("b")
     step("b")
     assert torch.equal(a, first) and optimizer.state[a]["step"] == 2
-    assert torch.equal(b, first), "the bias correction of b counts the steps of b"
+    assert torch.equal(b, first), "the bias correction of b must count only steps of b"
 
 
 def test_no_group_is_active_before_the_first_prepare() -> None:
@@ -118,7 +120,7 @@ def test_no_group_is_active_before_the_first_prepare() -> None:
     assert torch.equal(p, torch.ones(3)) and not optimizer.state[p]
 
 
-def test_a_state_of_zeros_is_no_state() -> None:
+def test_a_state_of_zeros_acts_like_no_state() -> None:
     plain = nn.Parameter(torch.ones(9))
     ours = nn.Parameter(torch.ones(9))
     optim = Optim(betas=(0.9, 0.98), eps=1e-6)

@@ -1,7 +1,7 @@
-"""The speech model under every ZeRO stage against the local engine: the same losses and weights.
+"""The speech model has the same losses and weights under every ZeRO stage as on the local engine.
 
-One or four micro-batches of unequal length on each rank, dropout and LayerDrop on, clipping active,
-the teacher following, eight steps.
+Eight steps with one or four micro-batches of unequal length per rank, dropout, LayerDrop, clipping
+and a teacher.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ SETTINGS = [
     "modality.speech.prenet_depth=1",
     "modality.speech.prenet_dropout=0.1",
     "modality.speech.decoder={dim: 16, depth: 2, kernel: 5, groups: 4, dropout: 0.1}",
-    # the keys' bias has no gradient but rounding, which Adam would follow with a small eps
+    # the gradient of the keys' bias is only rounding error, which Adam amplifies if eps is small
     "optim.eps=1e-3",
     "optim.clip=0.5",
 ]
-# Small, else nothing is ever split and the test shows little.
+# Small, because otherwise no bucket would ever be split.
 BUCKETS = {
     "reduce_bucket_size": 5000,
     "allgather_bucket_size": 5000,
@@ -66,9 +66,9 @@ class Case:
     stage: str
     precision: str
     ranks: int
-    share: int  # micro-batches on each rank
+    share: int  # micro-batches per rank
     checkpoint_activations: bool
-    switch: int  # of SWITCHES[stage]
+    switch: int  # index in SWITCHES[stage]
 
     def __str__(self) -> str:
         return "-".join(map(str, astuple(self)))
@@ -84,13 +84,13 @@ CASES = [
 
 
 def pairs(case: Case) -> set[Any]:
-    """Every two settings that a case has together, and its switch alone."""
+    """All pairs of settings of a case, and its switch."""
     settings = list(enumerate(astuple(case)[:-1]))
     return {*itertools.combinations(settings, 2), (case.stage, case.switch)}
 
 
 def pairwise(cases: list[Case]) -> list[Case]:
-    """A few of the cases that have between them every pair of settings that any has."""
+    """A small subset of the cases that covers all pairs of settings."""
     missing = set().union(*map(pairs, cases))
     chosen = []
     while missing:
@@ -101,7 +101,7 @@ def pairwise(cases: list[Case]) -> list[Case]:
 
 
 def trajectory(case: Case) -> dict[str, Any]:
-    """Trains on this rank -> losses by (step, micro-batch), this rank's masters and averages."""
+    """Trains on this rank -> losses by (step, micro-batch), this rank's masters and EMA."""
     rank, number = dist.get_rank(), case.ranks * case.share
     again = f"model.checkpoint_activations={str(case.checkpoint_activations).lower()}"
     config = recipes.load("speech_tiny", [*SETTINGS, again])
@@ -145,7 +145,7 @@ def trajectory(case: Case) -> dict[str, Any]:
 
 
 def assemble(results: list[dict[str, Any]], kind: str) -> Tensor:
-    """All ranks' pieces as one flat vector, in the order of names."""
+    """All ranks' pieces as one flat vector, ordered by name."""
     sizes = results[0]["sizes"]
     names = sorted({name for result in results for name in result[kind]})
     whole = {name: torch.full((sizes[name],), torch.nan) for name in names}
@@ -157,7 +157,7 @@ def assemble(results: list[dict[str, Any]], kind: str) -> Tensor:
 
 @pytest.fixture(scope="module")
 def reference(pool: Any) -> Callable[[Case], dict[str, Any]]:
-    """The trajectory of the local engine, which has all micro-batches on one rank."""
+    """The trajectory of the local engine, with all micro-batches on one rank."""
     found: dict[tuple[str, int], dict[str, Any]] = {}
 
     def get(case: Case) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def reference(pool: Any) -> Callable[[Case], dict[str, Any]]:
     return get
 
 
-# Largest difference, in units of what the steps at a learning rate of 1e-3 can move a weight.
+# Largest difference, relative to how far all steps can move a weight: steps times lr 1e-3.
 TOLERANCE = {"fp32": 3e-5, "bf16": 0.1}
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
 FEW = pairwise(CASES)
@@ -180,7 +180,7 @@ FEW = pairwise(CASES)
     "case",
     [pytest.param(c, id=str(c), marks=[] if c in FEW else [pytest.mark.slow]) for c in CASES],
 )
-def test_every_stage_trains_as_the_local_engine_does(
+def test_every_stage_trains_like_the_local_engine(
     case: Case,
     run_ranks: Callable[..., list[Any]],
     reference: Callable[[Case], dict[str, Any]],
@@ -197,7 +197,7 @@ def test_every_stage_trains_as_the_local_engine_does(
         ours, theirs = assemble(results, kind), assemble([expected], kind)
         error = (ours - theirs).abs().max().item() / (STEPS * 1e-3)
         print(f"{case} {kind}: {error:.1e}")
-        assert error <= TOLERANCE[case.precision], f"{kind} are off by {error:.1e}"
+        assert error <= TOLERANCE[case.precision], f"{kind} differ by {error:.1e}"
     norms = [torch.tensor(result["norms"]) for result in (*results, expected)]
     for norm in norms[:-1]:
         torch.testing.assert_close(norm, norms[-1], rtol=rtol, atol=0)

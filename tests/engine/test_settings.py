@@ -1,4 +1,4 @@
-"""DeepSpeed settings: what is refused, and that each file of ds_configs/ trains."""
+"""DeepSpeed settings: invalid settings are refused, and each file in ds_configs/ trains."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_stages_come_with_the_package() -> None:
         assert check_settings(load_engine_config(f"zero{stage}"), "bf16", CPU) == stage
 
 
-NODE = zero_optimization(zero_hpz_partition_size=2)  # of a machine with two ranks
+NODE = zero_optimization(zero_hpz_partition_size=2)  # on a node with two ranks
 
 
 @pytest.mark.parametrize(
@@ -92,13 +92,13 @@ def test_the_large_scale_files_train(
     assert difference(whole([r["state"] for r in results]), whole([local["state"]])) <= state_rtol
 
 
-def test_what_needs_a_gpu_is_refused_on_a_cpu() -> None:
+def test_settings_that_need_a_gpu_are_refused_on_a_cpu() -> None:
     with pytest.raises(UserError, match=r"zero_quantized_weights needs a GPU; .*zero3 on a CPU"):
         check_settings(load_engine_config("zero3_quantized"), "bf16", CPU)
     assert check_settings(load_engine_config("zero3_quantized"), "bf16", torch.device("cuda")) == 3
 
 
-def test_every_file_is_explained_in_one_line() -> None:
+def test_the_readme_explains_every_file() -> None:
     folder = resource("ds_configs")
     rows = [r for r in (folder / "README.md").read_text().splitlines() if r.startswith("| `")]
     explained = {row.split("`")[1] for row in rows}

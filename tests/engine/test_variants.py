@@ -1,5 +1,4 @@
-"""The tiny recipes of all variants take optimizer steps, on one process and under ZeRO 2 and 3, to
-the same weights."""
+"""Small models of all variants reach the same weights on one process and under ZeRO 2 and 3."""
 
 from __future__ import annotations
 
@@ -15,7 +14,7 @@ from tests.helpers.steps import masked_tokens, prepare, take
 from tests.helpers.variants import VARIANTS
 
 STEPS, MICRO_BATCHES = 4, 2
-# The keys' bias has no gradient but rounding, which Adam would follow with a small eps.
+# The gradient of the keys' bias is only rounding error, which Adam amplifies if eps is small.
 MORE = ["model.dropout=0.1", "model.layer_drop=0.2", "optim.eps=1e-3"]
 BUCKETS = {
     "reduce_bucket_size": 5000,
@@ -26,7 +25,7 @@ BUCKETS = {
 
 
 def trajectory(variant: str, stage: str) -> tuple[dict[tuple[int, int], float], dict[str, Any]]:
-    """This rank's losses by (step, micro-batch), and its pieces of masters and averages."""
+    """This rank's losses by (step, micro-batch), and its pieces of the masters and the EMA."""
     rank, world = dist.get_rank(), dist.get_world_size()
     more = ["model.drop_path=0.2"] if variant == "v1_vision" else []
     config = variants.config(variant, *MORE, *more)
@@ -67,4 +66,4 @@ def test_every_variant_trains_alike_on_every_engine(
             for name, (offset, values) in pieces.items():
                 theirs = whole[name][1][offset : offset + len(values)]
                 error = float((values - theirs).abs().max()) / (STEPS * 1e-3)
-                assert error <= 1e-4, f"{stage}: {name} is off by {error:.1e} of what steps move"
+                assert error <= 1e-4, f"{stage}: {name} is off by {error:.1e} of the largest change"

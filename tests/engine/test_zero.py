@@ -1,4 +1,4 @@
-"""ZeRO held against the local engine and against itself. Functions without `test_` run on ranks."""
+"""ZeRO compared with the local engine and across stages. Functions without `test_` run on ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def train(plan: Plan) -> dict[str, Any]:
 
 
 def difference(got: dict[str, dict[str, Tensor]], want: dict[str, dict[str, Tensor]]) -> float:
-    """Largest difference of masters and moments, relative to the largest element of a tensor."""
+    """Largest difference of masters and moments, relative to each tensor's largest element."""
     assert got.keys() == want.keys()
     return max(
         float((got[n][k] - want[n][k]).abs().max() / want[n][k].abs().max())
@@ -57,7 +57,7 @@ def assert_parity(
         assert result["applied"] == [True] * plan.steps
         assert result["norms"] == pytest.approx(reference["norms"], rel=2 * rtol)
     states = [r["state"] for r in results]
-    if plan.config == "zero0":  # every rank has everything, and the same
+    if plan.config == "zero0":  # every rank has the full, identical state
         for state in states[1:]:
             assert difference(whole([state]), whole(states[:1])) == 0
     got, want = whole(states), whole([reference["state"]])
@@ -67,8 +67,8 @@ def assert_parity(
     }
 
 
-# In fp32 only the order of sums differs. In bf16 that, and gradients that ZeRO sums in bf16 over
-# micro-batches and ranks, now and then round a weight the other way.
+# In fp32, only the order of sums differs. In bf16, ZeRO also sums gradients in bf16 over
+# micro-batches and ranks, so a weight is sometimes rounded the other way.
 TOLERANCE = {"fp32": (5e-7, 3e-6), "bf16": (5e-3, 6e-2)}
 
 
@@ -90,7 +90,7 @@ MORE_RANKS = [
 
 
 @pytest.mark.parametrize(("ranks", "stage", "precision"), MORE_RANKS)
-def test_parity_on_other_ranks(run_ranks: RunRanks, ranks: int, stage: int, precision: str) -> None:
+def test_parity_on_more_ranks(run_ranks: RunRanks, ranks: int, stage: int, precision: str) -> None:
     rtol, state_rtol = TOLERANCE[precision]
     plan = Plan(config=f"zero{stage}", precision=precision)
     assert_parity(run_ranks, ranks, plan, rtol=rtol, state_rtol=state_rtol)
@@ -98,7 +98,7 @@ def test_parity_on_other_ranks(run_ranks: RunRanks, ranks: int, stage: int, prec
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_to_the_bit_where_nothing_is_summed(
+def test_bit_identical_if_nothing_is_summed(
     run_ranks: RunRanks, stage: int, precision: str
 ) -> None:
     optim = dataclasses.replace(Plan().optim, clip=0.0, adam_eps="fairseq")
@@ -156,7 +156,7 @@ def test_parity_with_switches(run_ranks: RunRanks, stage: int, switch: dict[str,
 
 
 def skip_one(plan: Plan) -> None:
-    """A loss of inf in one micro-batch of one rank: no rank changes anything."""
+    """If the loss of one micro-batch on one rank is inf, no rank changes its state."""
     trainer = Trainer(plan)
     for step in range(plan.poison):
         assert trainer.step(step)
@@ -180,7 +180,7 @@ def test_a_non_finite_step_is_skipped_on_all_ranks(
 ) -> None:
     plan = Plan(config=f"zero{stage}", precision=precision, poison=3)
     run_ranks(2, skip_one, plan)
-    if precision == "fp32":  # and training goes on as if that step had not been
+    if precision == "fp32":  # later steps train as on the local engine, which skips it too
         plan = dataclasses.replace(plan, steps=8)
         (local,) = run_ranks(1, train, dataclasses.replace(plan, config="local"))
         results = run_ranks(2, train, plan)
@@ -190,7 +190,7 @@ def test_a_non_finite_step_is_skipped_on_all_ranks(
 
 
 def idle_parts(plan: Plan) -> None:
-    """The other modality's parts stay as they are, with moments and Adam steps."""
+    """Asserts that the other modality's weights, moments and Adam steps do not change."""
     trainer = Trainer(plan)
     for step in range(6):
         before, weights = trainer.state(), trainer.weights()
@@ -220,15 +220,15 @@ def idle_parts(plan: Plan) -> None:
         pytest.param(3, "bf16", marks=pytest.mark.slow),
     ],
 )
-def test_idle_parts_stay_as_they_are(run_ranks: RunRanks, stage: int, precision: str) -> None:
+def test_idle_parts_do_not_change(run_ranks: RunRanks, stage: int, precision: str) -> None:
     run_ranks(2, idle_parts, Plan(config=f"zero{stage}", precision=precision, modalities="aabba"))
 
 
-# ------------------------------------------------------------------------ from engine to engine
+# -------------------------------------------------------------------------- between ZeRO stages
 
 
 def migrate(here: Plan, there: Plan) -> tuple[list[float], list[float]]:
-    """Losses of three steps that `here` goes on with, and of `there` with the state of `here`."""
+    """Losses of three more steps of `here`, and of `there` with the state of `here`."""
     trainer = Trainer(here)
     for step in range(4):
         trainer.step(step)
@@ -274,9 +274,9 @@ DEFAULT_PAIRS = {(0, 3), (1, 2), (3, 1), (2, 0), (3, 3)}
     ("here", "there"),
     [pytest.param(*p, marks=[] if p in DEFAULT_PAIRS else [pytest.mark.slow]) for p in PAIRS],
 )
-def test_state_moves_between_stages_to_the_bit(run_ranks: RunRanks, here: int, there: int) -> None:
-    # Norms are summed in another order at other stages, and so are gradients where there is more
-    # than one micro-batch: before they meet those of other ranks (0, 1) or after (2, 3).
+def test_state_moves_between_stages_bit_exactly(run_ranks: RunRanks, here: int, there: int) -> None:
+    # No clipping, because stages sum norms in different orders. One micro-batch per rank, because
+    # stages sum micro-batches before (0, 1) or after (2, 3) reducing over ranks.
     optim = dataclasses.replace(Plan().optim, clip=0.0)
     plans = [Plan(config=f"zero{s}", optim=optim, micro_batches=2) for s in (here, there)]
     for stays, moves in run_ranks(2, migrate, *plans):
@@ -293,10 +293,10 @@ def test_state_moves_from_fp32_to_bf16(run_ranks: RunRanks) -> None:
 
 
 def publish(plan: Plan) -> None:
-    """The frozen module is exactly the values given, rounded, and its forward sees them."""
+    """Asserts that the frozen module holds the given values, rounded, and computes with them."""
     trainer = Trainer(plan)
     dtype = trainer.toy.trunk.norm.weight.dtype
-    trainer.step(0)  # a forward has been: stage 3 may hold gathered copies
+    trainer.step(0)  # after a forward pass, stage 3 may hold gathered copies
     for round_ in range(2):
         g = torch.Generator().manual_seed(round_)
         full = {
@@ -336,10 +336,10 @@ def publish(plan: Plan) -> None:
         (2, 1, "bf16", 0),
         (3, 2, "fp32", 0),
         (3, 2, "bf16", 100_000),  # all parameters stay gathered
-        (3, 4, "fp32", 100),  # some do
+        (3, 4, "fp32", 100),  # some parameters stay gathered
     ],
 )
-def test_publish_writes_the_values_and_the_forward_sees_them(
+def test_publish_writes_the_values_and_the_forward_pass_uses_them(
     run_ranks: RunRanks, stage: int, ranks: int, precision: str, persistent: int
 ) -> None:
     overrides = merge(BUCKETS, zero_optimization(stage3_param_persistence_threshold=persistent))
@@ -424,7 +424,7 @@ def test_noise_does_not_depend_on_the_rank(run_ranks: RunRanks) -> None:
     assert len(set(run_ranks(4, noise))) == 1
 
 
-def test_pieces_that_do_not_cover_a_parameter_once_are_found() -> None:
+def test_gaps_and_overlaps_of_partitions_are_detected() -> None:
     whole_, halves = [(0, 6, 0)], [(0, 3, 9), (3, 3, 0)]
     cases: list[tuple[list[Any], bool, str]] = [
         (halves, False, ""),

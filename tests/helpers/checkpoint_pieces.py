@@ -1,4 +1,4 @@
-"""A small run's state, whole and cut into ranks as the ZeRO stages do; for the checkpoint tests."""
+"""The state of a small run, whole or partitioned over ranks as the ZeRO stages partition it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Pieces = dict[str, tuple[int, Tensor]]
 
 @dataclass
 class Owned:
-    """What one rank owns."""
+    """The partitions and EMA pieces of one rank."""
 
     partitions: dict[str, Partition]
     ema: dict[EmaKind, Pieces]
@@ -44,7 +44,7 @@ def numel(name: str) -> int:
 
 
 def whole(seed: int) -> Owned:
-    """Everything, on one rank, with random values; Adam's steps differ between parameters."""
+    """The whole state on one rank, with random values. Adam step counts differ by parameter."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(name: str) -> Tensor:
@@ -60,7 +60,7 @@ def whole(seed: int) -> Owned:
 
 
 def empty() -> Owned:
-    """As `whole`, before anything was restored: NaN everywhere."""
+    """Like `whole`, but filled with NaN, as before a restore."""
     state = whole(0)
     for partition in state.partitions.values():
         for values in (
@@ -77,7 +77,7 @@ def empty() -> Owned:
 
 
 def cut(state: Owned, cuts: Cuts, rank: int) -> Owned:
-    """Live views of one rank's part of a whole state; nothing of a parameter where it is empty."""
+    """Live views of one rank's part of a whole state, without parameters whose part is empty."""
     partitions: dict[str, Partition] = {}
     ema: dict[EmaKind, Pieces] = {kind: {} for kind in EMA_KINDS}
     for name, partition in state.partitions.items():
@@ -99,7 +99,7 @@ def bounds(cuts: Cuts, name: str, rank: int) -> tuple[int, int]:
 
 
 def even_cuts(ranks: int) -> Cuts:
-    """Every parameter in equal parts, the last one short: ZeRO 3."""
+    """Cuts each parameter into equal parts, the last one shorter, as ZeRO 3 does."""
     return {
         name: [min(numel(name), -(-numel(name) // ranks) * r) for r in range(1, ranks)]
         for name in SHAPES
@@ -107,7 +107,7 @@ def even_cuts(ranks: int) -> Cuts:
 
 
 def flat_cuts(ranks: int) -> Cuts:
-    """All parameters in one flat buffer, cut in equal parts: ZeRO 1 and 2."""
+    """Cuts one flat buffer of all parameters into equal parts, as ZeRO 1 and 2 do."""
     cuts: Cuts = {name: [] for name in SHAPES}
     for names in (STUDENT, TEACHER):
         partition = -(-sum(map(numel, names)) // ranks)
@@ -129,7 +129,7 @@ def save(
     keep_every: int = 0,
     replicated: bool = False,
 ) -> Path:
-    """One checkpoint, from beginning to end; all ranks together, each with what it owns."""
+    """Saves one checkpoint and waits for it. Every rank calls this with its own state."""
     saver = Saver(run, generation, keep=keep, keep_every=keep_every, replicated=replicated)
     begin(saver, step, own)
     saver.finish()
@@ -143,7 +143,7 @@ def begin(saver: Saver, step: int, own: Owned) -> None:
 def save_cut(
     run: RunFolder, generation: Generation, step: int, state: Owned, cuts: Cuts, ranks: int
 ) -> Path:
-    """As Saver does it, the ranks one after the other in this process."""
+    """Saves like Saver, but the ranks take turns in this process."""
     aside = run.checkpoints / f".{step:08d}.{generation.number}.tmp"
     aside.mkdir(parents=True)
     owned = [cut(state, cuts, rank) for rank in range(ranks)]
@@ -153,7 +153,7 @@ def save_cut(
 
 
 def values_of(state: Owned) -> dict[str, Any]:
-    """Every value by name, for comparisons to the bit."""
+    """Every value by name, for bit-exact comparisons."""
     values: dict[str, Any] = {}
     for name, partition in state.partitions.items():
         for kind in ("master", "exp_avg", "exp_avg_sq"):
@@ -165,7 +165,7 @@ def values_of(state: Owned) -> dict[str, Any]:
 
 
 def tree(root: Path) -> dict[str, tuple[float, bytes]]:
-    """Every file and folder below `root` with its time of change and content."""
+    """Every file and folder below `root`, with its modification time and content."""
     return {
         str(path.relative_to(root)): (
             path.stat().st_mtime_ns,

@@ -1,4 +1,4 @@
-"""What the processes of test_checkpoint_faults.py run: real ranks, which a test may kill."""
+"""Functions that the processes of tests/checkpoint/test_faults.py run. Tests kill some."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from d2v_ds.distributed.collectives import RankFailed
 from d2v_ds.run.run_folder import Generation, RunFolder
 from tests.helpers import checkpoint_pieces as pieces
 
-BOUNDARIES = ("mkdir", "rename", "fsync", "unlink", "rmdir")  # of os: all that saving does
+BOUNDARIES = ("mkdir", "rename", "fsync", "unlink", "rmdir")  # os functions that change the disk
 
 
 def start(
     ranks: int, folder: Path, function: Callable[..., Any], *arguments: Any
 ) -> list[ForkServerProcess]:
-    """function(rank, *arguments) on `ranks` processes with a process group (not for one alone);
-    what it returns or raises goes to FOLDER/result.RANK."""
+    """Runs function(rank, *arguments) in `ranks` processes, with a process group if there are
+    several. The result or error of each is saved to FOLDER/result.RANK."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "d2v_ds.checkpoint"])  # imported once for all
+    context.set_forkserver_preload(["torch", "d2v_ds.checkpoint"])  # imported only once
     processes = [
         context.Process(target=_rank, args=(rank, ranks, folder, function, arguments))
         for rank in range(ranks)
@@ -39,7 +39,7 @@ def start(
 
 
 def finish(processes: list[ForkServerProcess], seconds: float = 60) -> list[int | None]:
-    """Exit codes, by rank; a process that hangs is killed and has None."""
+    """Exit codes by rank. A process that hangs is killed; its exit code is None."""
     codes: list[int | None] = []
     for process in processes:
         process.join(seconds)
@@ -72,7 +72,7 @@ def _rank(
 
 
 def die_at(boundary: int) -> None:
-    """From now on, SIGKILLs this process just before its `boundary`-th change of the disk."""
+    """From now on, kills this process (SIGKILL) before its change of the disk number `boundary`."""
     passed = 0
 
     def guarded(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,7 +97,7 @@ def save(
 
 
 def save_and_die(rank: int, victim: int, boundary: int, *arguments: Any) -> None:
-    """`save` on every rank; `victim` is killed at one of its changes of the disk."""
+    """`save` on every rank; rank `victim` is killed before one of its changes of the disk."""
     if rank == victim:
         die_at(boundary)
     save(rank, *arguments)
@@ -106,8 +106,8 @@ def save_and_die(rank: int, victim: int, boundary: int, *arguments: Any) -> None
 def save_on_a_full_disk(
     rank: int, full: int, ranks: int, root: Path, generation: Generation
 ) -> str:
-    """A save on every rank, of which none waits for it; on rank `full` the file system has no room
-    left. What the steps after it raised."""
+    """Starts a save on every rank and does not wait for it; the disk of rank `full` is full.
+    Returns the error that a later step raised."""
     from d2v_ds.checkpoint import write
 
     def no_room(*_: object) -> None:
@@ -122,7 +122,7 @@ def save_on_a_full_disk(
         try:
             saver.poll()
         except RankFailed as error:
-            saver.finish()  # nothing is left to be finished
+            saver.finish()  # no save is in progress any more
             assert boundary > 0
             return str(error)
         time.sleep(0.01)
@@ -135,7 +135,7 @@ def save_replicated(rank: int, root: Path, generation: Generation, seed: int) ->
 
 
 def load(rank: int, ranks: int, root: Path) -> tuple[int, list[str], dict[str, Any]]:
-    """(step of the newest sound checkpoint, files this rank read for it, this rank's values)."""
+    """(step of the newest valid checkpoint, files that this rank verified, this rank's values)."""
     from d2v_ds.checkpoint import read
 
     seen: list[str] = []

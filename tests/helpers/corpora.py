@@ -1,4 +1,4 @@
-"""Small corpora of real recordings in the layouts that people have, and what a set then holds."""
+"""Writes small corpora in common layouts and reads the contents of a shard set."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FORMATS = {
 def recording(
     kind: str = "wav", seconds: float = 0.3, rate: int = 16_000, channels: int = 1, seed: int = 0
 ) -> bytes:
-    """Noise; its channels differ."""
+    """Encoded noise, different in each channel."""
     x = np.random.default_rng(seed).integers(-9000, 9000, (int(seconds * rate), channels))
     container, subtype = FORMATS[kind]
     buffer = io.BytesIO()
@@ -41,7 +41,7 @@ def put(path: Path, data: bytes | str) -> Path:
 
 
 def put_tar(path: Path, named: list[tuple[str, bytes]]) -> Path:
-    """As tar(1) and Python's tarfile write them, not as webdataset does."""
+    """Writes a PAX tar, as Python's tarfile does, not in webdataset's format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for name, data in named:

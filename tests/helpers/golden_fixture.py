@@ -1,7 +1,7 @@
 """Reads a golden fixture (tests/golden/README.md): the task, the batch and the expected arrays.
 
-Everything is built from the fixture's own description of its model, with compat=fairseq; what that
-description does not name is what the original code does.
+Everything is built from the fixture's own description of its model, with compat=fairseq. Settings
+that the description does not name follow the original code.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Fixture:
         return (FOLDER / f"{self.name}_traj.npz").is_file()
 
     def group(self, prefix: str) -> dict[str, Tensor]:
-        """Arrays below `prefix`/, by the rest of their names."""
+        """Arrays whose names start with `prefix`/, by the rest of the name."""
         return {
             key.removeprefix(prefix + "/"): value
             for key, value in self.arrays.items()
@@ -87,7 +87,7 @@ class Fixture:
 
     @property
     def teacher_prefix(self) -> str:
-        """What of the student's names is missing from the teacher's."""
+        """The prefix that the student's names have and the teacher's lack."""
         tracks = str(self.meta.get("ema_tracks", ""))
         return tracks if tracks.endswith(".") else ""
 
@@ -96,7 +96,7 @@ class Fixture:
         return {self.teacher_prefix + name: value for name, value in arrays.items()}
 
     def theirs(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors by the names of our student, under theirs."""
+        """Renames tensors from our student's names to theirs."""
         return to_theirs(state, self.rules)
 
     @cached_property
@@ -105,7 +105,7 @@ class Fixture:
         raw = settings(self.modality, self.meta)
         raw["compat"] = "fairseq"
         apply_compat(raw, over=True)
-        # BEiT's code takes torch's AdamW, and tells which parameters it spares.
+        # BEiT's code uses torch's AdamW and lists the parameters without weight decay.
         if "train" in self.meta:
             raw["optim"] |= {"decay_all": False, "adam_eps": "torch"}
         if self.meta["name"].startswith("v1_text_full"):
@@ -114,11 +114,11 @@ class Fixture:
 
     @property
     def decay(self) -> float:
-        """Of the EMA step after the optimizer's."""
+        """Decay of the EMA update after the optimizer step."""
         return self.config.teacher.decay
 
     def task(self) -> Pretrain:
-        """Our task with the fixture's weights, but those of `separate`."""
+        """Our task with the fixture's weights, except those that `separate` sets."""
         task = Pretrain.create(self.config)
         task.student.load_state_dict(to_ours(self.group("student"), self.rules), strict=True)
         with torch.no_grad():
@@ -127,13 +127,13 @@ class Fixture:
         return task.train()
 
     def teacher_arrays(self) -> dict[str, Tensor]:
-        """Their teacher before the step, by the names that ours would have."""
+        """Their teacher before the step, under our names."""
         theirs = to_ours(self.teacher(self.group("teacher")), self.rules)
         return {"teacher." + name: value for name, value in theirs.items()}
 
     def averages(self, task: Pretrain) -> dict[str, Tensor]:
-        """Those of our teacher's parameters. Asserts that none is missing, and that what is too
-        much is shared with the student or never used."""
+        """The values of our teacher's parameters. Asserts that none is missing and that any extra
+        ones are shared with the student or never used."""
         theirs = self.teacher_arrays()
         own = dict(task.teacher.named_parameters(prefix="teacher"))
         assert own.keys() <= theirs.keys(), f"not in the fixture: {own.keys() - theirs.keys()}"
@@ -151,8 +151,8 @@ class Fixture:
         return tuple(self.config.modality[self.modality].get("shared", ()))
 
     def separate(self, task: Pretrain) -> None:
-        """Gives the teacher parts of its own in place of those that it shares: the fixture has
-        other values in what is copied from the student at every step, until the first step."""
+        """Gives the teacher its own copies of the shared parts. The original code copies these
+        from the student at every step, so before the first step the fixture has other values."""
         theirs = self.teacher_arrays()
         front_end = task.teacher.encoder.front_end(self.modality)
         lender = task.student.encoder.front_end(self.modality)
@@ -165,7 +165,7 @@ class Fixture:
                 setattr(front_end, name, part)
 
     def share(self, task: Pretrain) -> None:
-        """As the teacher is, after `separate`."""
+        """Undoes `separate`."""
         for name in self.shared:
             setattr(task.teacher.encoder.front_end(self.modality), name, None)
 
@@ -194,7 +194,7 @@ class Fixture:
         )
 
     def valid(self) -> Any:
-        """[B, T] of what is not padding; None where the fixture has none."""
+        """[B, T], False at padding; None if the fixture has no padding."""
         padding = self.arrays.get("batch/padding_mask")
         if self.modality == "text" and padding is None:
             padding = self.arrays["batch/src_tokens"] == self.meta["special_tokens"]["pad"]
@@ -214,7 +214,7 @@ LOCAL = {"config": "local", "precision": "fp32"}
 
 
 def norm_kinds(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """`target.*` of fairseq's switches."""
+    """`target.*` from fairseq's switches."""
 
     def kind(instance: bool, layer: bool) -> str:
         assert not (instance and layer), "one normalisation at a time"
@@ -231,7 +231,7 @@ def norm_kinds(resolved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def optim(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """`optim.*` and `teacher.*` of fairseq's fixtures."""
+    """`optim.*` and `teacher.*` from the description of a fairseq fixture."""
     adam, tau = meta["adam"], meta["ema_tau"]
     return {
         "optim": {key: adam[key] for key in ("lr", "betas", "eps", "weight_decay")}
@@ -241,12 +241,12 @@ def optim(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def convolutions(specification: str) -> Any:
-    """The extractor's specification, which is Python arithmetic on lists."""
+    """The feature extractor's specification, which is Python arithmetic on lists."""
     return eval(specification, {"__builtins__": {}})
 
 
 def settings_v2(modality: str, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """fairseq's resolved configuration of a Data2VecMultiModel as our settings."""
+    """Translates fairseq's resolved configuration of a Data2VecMultiModel to our settings."""
     resolved = meta["resolved"]
     name = {"speech": "audio", "vision": "image", "text": "text"}[modality]
     kind = resolved["modalities"][name]
@@ -334,7 +334,7 @@ def text_tokens(meta: Mapping[str, Any], longest: int) -> dict[str, Any]:
 
 
 def settings_v1(modality: str, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """The configurations of Data2VecAudioModel, Data2VecTextModel and BEiT's model as ours."""
+    """Translates the configurations of Data2VecAudioModel, Data2VecTextModel and BEiT's model."""
     if modality == "vision":
         return settings_beit(meta)
     resolved = meta["resolved"]

@@ -1,7 +1,7 @@
 """Small real shard sets of images and text, and settings that make joint_tiny smaller.
 
-Images are squares of one colour on another, whose label is the square's corner; texts are blocks of
-ids in which each id is followed by one of two others, labelled by the range that they come from.
+An image is a square in one corner of a background of another colour; the label is the corner. In a
+text, each id is followed by one of two other ids; the label is the range that the ids come from.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SMALL = [
 
 
 def write(root: Path, modality: str, unit: str, fields: Sequence[str], rows: Iterator[Row]) -> Path:
-    """A set of one shard."""
+    """A shard set with a single shard."""
     root.mkdir(parents=True)
     with ShardWriter(root, f"{modality}-000000", fields) as writer:
         for key, members, length in rows:
@@ -91,7 +91,7 @@ def write_texts(root: Path, number: int, seed: int = 0) -> Path:
 
 
 def write_speech(root: Path) -> Path:
-    """Fifty real recordings of digits."""
+    """Fifty real recordings of spoken digits."""
     source = samples.path("speech") / "seen.tsv"
     assert shards_main(["speech", str(source), str(root), "-j", "1"]) == 0
     return root

@@ -2,12 +2,12 @@
 
     run_ranks(2, function, *arguments) -> [result on rank 0, result on rank 1]
 
-Importing torch and DeepSpeed takes longer than most tests, so the processes stay: one set for each
-number of ranks asked for, each with one process group for its life (groups that are left and
-formed again in one process were seen to mix their messages up). A function is sent by its import
-path, so it is a module-level one, with pickled arguments, and its results come back. Where a rank
-raises, dies or does not answer, the test fails with that rank's traceback, and the set starts anew
-for the next one.
+Importing torch and DeepSpeed takes longer than most tests, so the processes are reused. Each number
+of ranks has its own set of processes, with one process group for the lifetime of the set: when a
+process destroyed its group and formed another, messages were mixed up. A function is sent by its
+import path and must be defined at module level. Its arguments and results are pickled. If a rank
+raises, dies or does not answer, the test fails with that rank's traceback, and the next test starts
+a new set.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ GRACE_SECONDS = 5.0  # for the other ranks to answer after one has failed
 
 
 class RankError(AssertionError):
-    """A function did not end well on some rank; the message holds its traceback."""
+    """A function failed on at least one rank; the message contains the traceback."""
 
 
 class Pool:
-    """Sets of ranks by their number, each started at its first use."""
+    """Sets of ranks by number of ranks, each started on first use."""
 
     def __init__(self) -> None:
         self._sets: dict[int, Ranks] = {}
@@ -42,12 +42,12 @@ class Pool:
     def run(
         self, ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120
     ) -> list[Any]:
-        """What `function(*args)` returned on each of `ranks` ranks, within `timeout` seconds."""
+        """Returns the results of `function(*args)` by rank. Fails after `timeout` seconds."""
         if ranks not in self._sets:
             self._sets[ranks] = Ranks(ranks)
         try:
             return self._sets[ranks].run(function, args, timeout)
-        except BaseException:  # they may be anywhere in the function
+        except BaseException:  # the ranks may still be inside the function
             self._sets.pop(ranks).stop()
             raise
 
@@ -77,7 +77,7 @@ class Ranks:
                     target=serve, args=(theirs, rank, size, store), daemon=True
                 )
                 process.start()
-                theirs.close()  # so that its death is seen here
+                theirs.close()  # so that this process sees the rank's death as EOF
                 self._connections.append(ours)
                 self._processes.append(process)
         finally:
@@ -132,14 +132,14 @@ class Ranks:
 
 
 def serve(connection: Connection, rank: int, size: int, store: str) -> None:
-    """The life of one rank: functions come in, results or tracebacks go out."""
+    """The main loop of one rank: receives functions, sends back results or tracebacks."""
     from d2v_ds.distributed.launcher import die_with_parent
 
     if sys.platform == "linux":
         die_with_parent()
     import torch
     import torch.distributed as dist
-    from deepspeed.utils import groups  # imports deepspeed, once for all functions
+    from deepspeed.utils import groups  # imports deepspeed once, for all functions
 
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size))
@@ -154,6 +154,6 @@ def serve(connection: Connection, rank: int, size: int, store: str) -> None:
             answer = pickle.dumps((True, function(*args)))
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
-        gc.collect()  # engines hold themselves in cycles; their hooks and buffers go with them
+        gc.collect()  # engines are in reference cycles; frees their hooks and buffers
         groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # else later engines partition in two levels
         connection.send_bytes(answer)

@@ -1,6 +1,6 @@
-"""A task of its own, without a teacher: predicts the mean of a sensor's readings.
+"""A task without a teacher that predicts the mean of a sensor's readings.
 
-Run as a program, it trains with the product's own loop: python -m tests.helpers.regress key=value
+Run as a program, it uses the product's training loop: python -m tests.helpers.regress key=value
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RegressReport(Report):
 
 
 class Regress(Task):
-    """Mean of a linear map of each token; squared error against the mean of the readings."""
+    """A small MLP per token, averaged; squared error against the mean of the readings."""
 
     def __init__(self, modality: Sensor) -> None:
         super().__init__()

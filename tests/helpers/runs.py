@@ -1,4 +1,4 @@
-"""Runs as users make them: a run folder and the command that trains in it, in processes."""
+"""Runs started the way users start them: the `train` command in its own processes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Run:
         return [json.loads(line) for line in lines]
 
     def losses(self) -> dict[int, float]:
-        """Of every step, with log.every=1."""
+        """The loss of every step; needs log.every=1."""
         steps = [row["step"] for row in self.rows()]
         assert steps == sorted(set(steps)), "rows overlap"
         losses = {}
@@ -63,7 +63,7 @@ class Run:
         return losses
 
     def wait_for_step(self, step: int, process: subprocess.Popen[str]) -> None:
-        """Fails with all that the run said when it does not come so far."""
+        """Waits until `step` is logged; otherwise fails with all output of the run."""
         deadline = time.monotonic() + 180
         while not (rows := self.rows()) or rows[-1]["step"] < step:
             if process.poll() is not None or time.monotonic() > deadline:
@@ -75,7 +75,7 @@ class Run:
 
 
 def environment() -> dict[str, str]:
-    """A rank that hangs ends its run and leaves the stacks of all."""
+    """If a rank hangs, the watchdog stops the run and writes the stacks of all ranks."""
     return {**os.environ, "OMP_NUM_THREADS": "1", "D2V_HANG_SECONDS": "60"}
 
 
@@ -85,7 +85,7 @@ def ranks_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
 
 
 def assert_equal_runs(ours: Run, expected: Run) -> None:
-    """To the bit: every loss, every tensor of the last checkpoint."""
+    """Asserts that all losses and all tensors of the last checkpoint are bit-identical."""
     assert ours.losses() == expected.losses()
     step = expected.folder.steps()[-1]
     a, b = (open_checkpoint(run.folder.checkpoint(step)) for run in (ours, expected))

@@ -1,9 +1,9 @@
-"""A fourth modality, as somebody outside the package would add one: readings of a sensor, `STRIDE`
-of them to a token.
+"""A fourth modality, added as a user of the package would add one: sensor readings, with `STRIDE`
+readings per token.
 
-B samples, S readings, T tokens, D width. Run as a program (python -m tests.helpers.sensor) it is
-the command `d2v-ds` with this modality and its recipe registered; inside the package both would be
-one line each.
+B samples, S readings, T tokens, D width. Run as a program (python -m tests.helpers.sensor), this
+module is the command `d2v-ds` with the modality and its recipe registered. Inside the package,
+each registration would take one line.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class SensorConfig(ModalityConfig):
 
     views: int = 2
     crop: int = 200
-    """Readings that a longer series is cropped to."""
+    """Longer series are cropped to this number of readings."""
     least: int = 8
     """Shorter series are left out."""
 
@@ -66,7 +66,7 @@ class SensorFeatures(nn.Module):
 
 
 def read_header(file: BinaryIO, member: Member) -> Length:
-    """The length of a .series: bare int16 readings, so its size says it."""
+    """The length of a .series member: half its size, because it contains raw int16 readings."""
     if member.size % 2 or not member.size:
         raise ValueError(f".series: has {member.size} bytes, expected 2 for each reading")
     return Length(member.size // 2)
@@ -169,7 +169,7 @@ def pad(examples: Sequence[Readings]) -> Tensor:
 
 
 def series_tiny() -> dict[str, Any]:
-    """data2vec 2.0 on readings of a sensor."""
+    """data2vec 2.0 on sensor readings."""
     raw = speech_tiny()
     decoder = raw["modality"]["speech"]["decoder"] | {"dim": 32, "groups": 4}
     raw["modality"] = {"series": {"decoder": decoder}}

@@ -1,4 +1,4 @@
-"""Optimizer steps for tests: the product's own `train_step`, with what a test wants to see."""
+"""Optimizer steps for tests: wrappers of the product's `train_step` that return the losses."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def prepare(
     zero: Mapping[str, Any] | None = None,
     device: torch.device = CPU,
 ) -> tuple[Engine, Ema]:
-    """An engine and the average of the task's teacher. zero: DeepSpeed's zero_optimization settings
-    on top of the stage's file."""
+    """The engine and the EMA of a task. zero: DeepSpeed's zero_optimization settings, merged over
+    the stage's file."""
     engine, ema = create_engine_and_ema(
         task,
         settings=EngineSettings(config=stage, precision=precision),  # type: ignore[arg-type]
@@ -53,7 +53,7 @@ def prepare(
 
 
 def step_batch(batches: Sequence[Any], count: int, **more: Any) -> StepBatch:
-    """Micro-batches as the loader hands them over; `count` masked tokens in the whole step."""
+    """Micro-batches as the loader returns them, with `count` masked tokens in the whole step."""
     fields = {"samples": len(batches), "units": 1.0, "cursor": {}, **more}
     return StepBatch(
         modality=batches[0].modality, micro_batches=list(batches), count=count, **fields
@@ -72,7 +72,8 @@ def take(
     decay: float = 0.9,
     must: bool = True,
 ) -> list[float]:
-    """One step on this rank's micro-batches; their losses. must: the step may not be skipped."""
+    """Trains one step on this rank's micro-batches and returns their losses. must: fails if the
+    step is skipped."""
     losses = Losses()
     settings = StepSettings(step=step, lr=lr, weight_decay=weight_decay, ema_decay=decay)
     taken = train_step(engine, ema, step_batch(batches, count), settings, seed=0, observer=losses)

@@ -1,5 +1,5 @@
-"""A task small enough to train in milliseconds, with everything that an engine has to get right:
-two modalities with parts of their own, a convolution, dropout, a frozen teacher in the forward,
+"""A task that trains in milliseconds and covers everything that an engine must get right: two
+modalities with their own parts, a convolution, dropout, a frozen teacher in the forward pass,
 parameters without weight decay, and batches of unequal size.
 
 B samples, T tokens, D width, C input channels.
@@ -26,7 +26,7 @@ from tests.helpers.steps import Losses, step_batch
 
 CPU = torch.device("cpu")
 C, D = 5, 24
-BUCKETS = {  # small, so that what is large in life is split here as well
+BUCKETS = {  # small buckets, so that the parameters are split over several
     "zero_optimization": {
         "reduce_bucket_size": 500,
         "allgather_bucket_size": 500,
@@ -39,7 +39,7 @@ BUCKETS = {  # small, so that what is large in life is split here as well
 @dataclass(frozen=True)
 class ToyBatch:
     modality: str
-    index: int  # among all micro-batches of the step
+    index: int  # within all micro-batches of the step
     inputs: Tensor  # [B, T, C]
     scale: float = 1.0  # of the loss
 
@@ -65,7 +65,7 @@ class Trunk(nn.Module):
 
 
 class Toy(Task):
-    """A task with a teacher that follows the trunk alone."""
+    """A task with a teacher that follows only the trunk."""
 
     teacher: Trunk
 
@@ -118,7 +118,7 @@ def build(decay_all: bool = False) -> tuple[Toy, list[ParamGroup]]:
 
 
 def batches_of(step: int, count: int, modality: str) -> list[ToyBatch]:
-    """All micro-batches of a step, of unequal shapes, and the same whoever asks."""
+    """All micro-batches of a step, of unequal shapes; identical on every rank."""
     g = torch.Generator().manual_seed(step)
     return [
         ToyBatch(
@@ -130,19 +130,19 @@ def batches_of(step: int, count: int, modality: str) -> list[ToyBatch]:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to train."""
+    """Settings of a training run."""
 
     config: str = "local"
     precision: str = "fp32"
     steps: int = 20
-    micro_batches: int = 4  # of a step, over all ranks
-    modalities: str = "aabab"  # of the steps, over and over
+    micro_batches: int = 4  # per step, over all ranks
+    modalities: str = "aabab"  # one letter per step, repeated cyclically
     optim: Optim = field(
         default_factory=lambda: Optim(lr=1e-2, eps=1e-3, weight_decay=0.1, clip=0.3)
     )
     overrides: dict[str, Any] = field(default_factory=lambda: BUCKETS)
     poison: int = -1  # the step in which one micro-batch has a loss of inf
-    decay: float = 0.9  # of the teacher
+    decay: float = 0.9  # EMA decay of the teacher
 
     def modality(self, step: int) -> str:
         return self.modalities[step % len(self.modalities)]
@@ -168,7 +168,7 @@ class Trainer:
         )
         assert ema is not None
         self.engine, self.ema = engine, ema
-        self.losses: list[float] = []  # of this rank's micro-batches, one a step
+        self.losses: list[float] = []  # sum over this rank's micro-batches, one per step
         self.norms: list[float] = []
         self.applied: list[bool] = []
 
@@ -203,7 +203,7 @@ class Trainer:
         return self
 
     def state(self) -> dict[str, tuple[int, dict[str, Tensor]]]:
-        """{name: (offset, copies of what this rank owns)}."""
+        """{name: (offset, copies of this rank's partition)}."""
         return {
             name: (
                 partition.offset,
@@ -216,7 +216,7 @@ class Trainer:
         }
 
     def weights(self) -> dict[str, Tensor]:
-        """Copies of all weights as the forward sees them; this rank's pieces at stage 3."""
+        """Copies of all weights that the forward pass uses; at stage 3, this rank's partitions."""
         return {
             name: getattr(p, "ds_tensor", p).detach().clone()
             for name, p in self.toy.named_parameters()
@@ -224,7 +224,7 @@ class Trainer:
 
 
 def whole(states: list[dict[str, tuple[int, dict[str, Tensor]]]]) -> dict[str, dict[str, Tensor]]:
-    """Full flat tensors by parameter name, from what each rank owns."""
+    """Full flat tensors by parameter name, assembled from the ranks' partitions."""
     pieces: dict[str, dict[int, dict[str, Tensor]]] = {}
     for state in states:
         for name, (offset, values) in state.items():

@@ -1,4 +1,4 @@
-"""The six variants of the objective, small, and batches for them with masks that a test chooses."""
+"""Small models of the six variants of the objective, and batches with masks chosen by the test."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SPEECH = [
     "modality.speech.min_seconds=0.1",
 ]
 DECODER = ["decoder.dim=16", "decoder.groups=4", "decoder.zero_last=false"]
-# shared: as published
+# `shared` is as published
 TEXT = ["shared=[features]", "vocab_size=50", "mask_id=49", "max_tokens=40"]
 
 
@@ -60,7 +60,7 @@ RECIPES: dict[str, tuple[str, list[str]]] = {
     ),
 }
 VARIANTS = sorted(RECIPES)
-RAGGED = [name for name in VARIANTS if "vision" not in name]  # images are of one size
+RAGGED = [name for name in VARIANTS if "vision" not in name]  # all images have the same size
 
 
 def config(variant: str, *overrides: str) -> Config:
@@ -79,7 +79,7 @@ def modality_of(task: Pretrain) -> Any:
 
 
 def examples(task: Pretrain, *sizes: int) -> list[Any]:
-    """Decoded samples; a size is about one in tokens, and means nothing for images."""
+    """Decoded samples. `sizes` are in approximate tokens and are ignored for images."""
     rng = np.random.default_rng(1)
     modality = modality_of(task)
     if modality.name == "speech":
@@ -109,7 +109,7 @@ def draw(task: Pretrain, samples: Sequence[Any]) -> list[Any]:
 
 
 def assemble(task: Pretrain, samples: Sequence[Any], masks: Sequence[Any]) -> Batch:
-    """One batch of these samples and masks [M, T]."""
+    """A batch of the given samples and masks [M, T]."""
     modality: Any = modality_of(task)
     fields: dict[str, Any] = mask_indices(masks, removed=modality.config.masked == "removed")
     if modality.name == "speech":
@@ -129,7 +129,7 @@ def assemble(task: Pretrain, samples: Sequence[Any], masks: Sequence[Any]) -> Ba
 
 
 def batch_of(task: Pretrain, *sizes: int) -> Batch:
-    """As the modality itself collates them."""
+    """A batch collated by the modality itself."""
     modality: Modality = modality_of(task)
     rngs = [seeding.generator(0, i) for i in range(len(sizes))]
     return modality.collate(examples(task, *sizes), rngs, 0)

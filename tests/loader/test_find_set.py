@@ -1,4 +1,4 @@
-"""What data.shards names: sets, tars without an index, which are indexed once, and tars at URLs."""
+"""Values of data.shards: sets, tars without an index (indexed once), and tars at URLs."""
 
 from __future__ import annotations
 

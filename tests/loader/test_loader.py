@@ -1,5 +1,5 @@
-"""The loader on real tars with real processes: the same batches for any ranks and workers, exact
-resuming, checksums, errors, and workers that neither stop early nor outlive their trainer."""
+"""The loader on real tars with real processes: identical batches for any number of ranks and
+workers, exact resume, checksums, errors, and the lifetime of workers."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 
 @pytest.fixture(autouse=True)
 def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several windows and pools, and so several epochs, in a small set."""
+    """Makes windows and pools so small that a small set has several."""
     monkeypatch.setattr(plan_module, "WINDOW", 60)
     monkeypatch.setattr(plan_module, "POOL", 40)
     monkeypatch.setattr(plan_module, "POOL_STEPS", 3)
@@ -376,7 +376,7 @@ def gone(pids: Sequence[int], seconds: float = 5) -> bool:
 
 
 def shared_memory(pid: int) -> list[str]:
-    """Files that a process maps to share memory with other processes."""
+    """Shared-memory files that a process maps."""
     lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
     return [line.split(maxsplit=5)[5] for line in lines if "/memfd:" in line or "/pym-" in line]
 
@@ -399,7 +399,7 @@ def parent_of(pid: int) -> int:
 
 
 def test_a_training_script_is_not_run_again_in_workers(shards: ShardSet, tmp_path: Path) -> None:
-    """multiprocessing would import it there; this one has no `if __name__ == "__main__"`."""
+    """multiprocessing would import the script, which has no `if __name__ == "__main__"`."""
     script = tmp_path / "train.py"
     code = TRAINER.format(root=str(shards.root), then="loader.close(); print('ended')")
     script.write_text(code)

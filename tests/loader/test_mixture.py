@@ -56,7 +56,7 @@ def test_counts_of_many_small_sources_never_decrease() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(WEIGHTS, st.integers(0, 2**31), st.integers(0, 50))
-def test_the_sources_of_a_block_are_its_counts(weights: list[float], seed: int, block: int) -> None:
+def test_a_block_draws_sources_by_their_counts(weights: list[float], seed: int, block: int) -> None:
     shares = Shares.from_weights(weights)
     steps = range(block * shares.block, (block + 1) * shares.block)
     drawn = Counter(source_of(shares, seed, step) for step in steps)
@@ -161,7 +161,7 @@ class Drawn(Sensor):
 
 
 def counts_of(root: str) -> list[tuple[str, int, int]]:
-    """(source, masked tokens of the step, of this rank) of each step."""
+    """(source, masked tokens of the step, masked tokens of this rank) for each step."""
     loaders = {
         source: Loader(
             open_series(Path(root) / source.replace("/", "-")),

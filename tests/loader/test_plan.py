@@ -1,4 +1,4 @@
-"""The plan: every sample once, lots within the budget, little padding, seeks, a pinned order."""
+"""The batch plan: every sample once, lots within the budget, little padding, seeks, fixed order."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def lots_of(steps: Sequence[Step]) -> list[list[int]]:
 
 @pytest.fixture
 def small_pools(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several windows and pools in sets of a few hundred samples."""
+    """Makes windows and pools so small that sets of a few hundred samples have several."""
     monkeypatch.setattr(plan_module, "WINDOW", 60)
     monkeypatch.setattr(plan_module, "POOL", 40)
     monkeypatch.setattr(plan_module, "POOL_STEPS", 3)
@@ -118,7 +118,7 @@ def test_lots_stay_within_the_budget_and_samples_too_short_are_left_out() -> Non
     assert stats.padding == pytest.approx(1 - stats.units / padded)
 
 
-def test_masked_tokens_are_planned() -> None:
+def test_the_plan_counts_masked_tokens() -> None:
     plan, modality = make_plan(SHARDS), series_modality()
     for step in epoch(plan):
         for lot, masked in zip(step.lots, step.masked, strict=True):
@@ -150,7 +150,7 @@ def test_samples_left_over_if_each_fills_a_lot() -> None:
 def test_plan_properties(
     shards: list[list[int]], seed: int, micro_batches: int, room: float, seek: int
 ) -> None:
-    """Any set, budget and micro-batches: nothing lost or repeated, equal steps, exact resuming."""
+    """For any input, no sample is lost or repeated, steps are equal, and seeks are exact."""
     usable = sum(n >= 8 for shard in shards for n in shard)
     assume(usable >= micro_batches)
     with pytest.MonkeyPatch.context() as patch:
@@ -282,8 +282,8 @@ def test_cut_makes_as_few_lots_as_possible(costs: list[float], room: float, mult
     assert all(costs[a] * (b - a) <= limit for a, b in itertools.pairwise(bounds))
 
 
-def test_cut_makes_lots_about_equal() -> None:
-    """100 equal samples with room for 30 in a lot: 4 lots of 25, not 30, 30, 30, 10."""
+def test_cut_makes_lots_of_similar_size() -> None:
+    """100 equal samples, at most 30 per lot: 4 lots of 25 samples, not 30, 30, 30 and 10."""
     assert cut([1.0] * 100, 30, 1) == [0, 25, 50, 75, 100]
     assert cut([1.0] * 100, 30, 8) == [0, 13, 26, 39, 52, 65, 78, 91, 100]
     assert cut([4.0, 2.0, 2.0, 1.0, 1.0, 1.0, 1.0], 4, 3) == [0, 1, 3, 7]

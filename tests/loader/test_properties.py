@@ -46,7 +46,7 @@ def keys_of(parts: list[Any]) -> list[str]:
 
 @st.composite
 def runs(draw: st.DrawFn) -> tuple[int, float, int, list[tuple[int, int]]]:
-    """(seed, size, micro_batches, [(ranks, steps) of each start])."""
+    """(seed, size, micro_batches, [(ranks, steps) for each start])."""
     micro_batches = draw(st.sampled_from([1, 2, 3, 4, 6, 12]))
     ranks = [n for n in range(1, micro_batches + 1) if micro_batches % n == 0]
     starts = st.lists(st.tuples(st.sampled_from(ranks), st.integers(1, 9)), min_size=1, max_size=6)
@@ -131,7 +131,7 @@ def check_damaged(shards: ShardSet, folder: Path, damage: list[tuple[str, int, f
             bad = {each.key for each in loader.quarantine.bad.values()}
             samples = loader.stats.samples
     except UserError as error:
-        assert str(folder) in str(error), "it names the file"
+        assert str(folder) in str(error), "the error must name the file"
         return "error"
     batches = [batch for step in steps for batch in step.micro_batches]
     keys = [key for batch in batches for key in batch.keys]

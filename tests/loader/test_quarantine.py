@@ -24,7 +24,7 @@ from tests.helpers.series import modality as series_modality
 from tests.helpers.series import series, write_set
 from tests.loader.test_loader import LENGTHS, damage, global_steps, make_loader
 
-STEPS = 19  # of an epoch
+STEPS = 19  # per epoch
 NEGATIVE = np.full(240, -1, "<i2").tobytes()
 Damage = Callable[[ShardSet], None]
 
@@ -148,7 +148,7 @@ def test_each_is_reported_once(
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_too_many_end_the_run(own: ShardSet, tmp_path: Path, workers: int) -> None:
+def test_too_many_bad_samples_stop_the_run(own: ShardSet, tmp_path: Path, workers: int) -> None:
     for key in (b"s2-11", b"s2-30", b"s0-10", b"s4-2"):
         damage(own, int(key[1:2]), key)
     file = tmp_path / "bad.jsonl"
@@ -181,7 +181,7 @@ def test_a_micro_batch_without_any_good_sample(tmp_path: Path, workers: int) -> 
     assert "': has negative numbers. Copy the shard again" in str(caught.value)
 
 
-def test_a_sample_of_another_length_than_the_index_says(tmp_path: Path) -> None:
+def test_a_sample_whose_length_differs_from_the_index(tmp_path: Path) -> None:
     short = {"s0-3": series("s0-3", 30)}
     shards = write_set(tmp_path / "set", [[50] * 20], short)
     loader = Loader(shards, series_modality(), seed=0, size=400, micro_batches=1)  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ def test_an_epoch_of_real_speech(speech: ShardSet) -> None:
             B, S = batch.inputs.shape
             assert B == len(batch.keys) and S <= 3 * 16_000
             assert batch.seen.shape == (2 * B, token_count(S, CONFIG.convs))
-            assert 0.5 < float(batch.inputs.std()) < 2  # normalised over the utterance, padded
+            assert 0.5 < float(batch.inputs.std()) < 2  # normalised per utterance, padded
 
 
 def test_workers_decode_the_same_speech(speech: ShardSet) -> None:

@@ -100,7 +100,7 @@ def test_an_epoch_has_every_sample_once(far: Server, cache: Path, workers: int) 
         )
 
 
-def test_workers_change_nothing_and_epochs_differ(far: Server) -> None:
+def test_any_workers_give_the_same_order_and_epochs_differ(far: Server) -> None:
     def order(workers: int, seed: int = 1) -> list[list[str]]:
         with closing(stream(far.url, workers=workers, seed=seed)) as loader:
             return [keys(step) for step in islice(loader, 40)]
@@ -129,12 +129,12 @@ def of_rank(url: str, steps: int) -> list[Any]:
         ]
 
 
-def test_ranks_read_tars_of_their_own_and_count_together(
+def test_ranks_read_their_own_tars_and_sum_their_counts(
     far: Server, run_ranks: Callable[..., list[Any]]
 ) -> None:
     first, second = run_ranks(2, of_rank, far.url, 8)
     for a, b in zip(first, second, strict=True):
-        assert a[:4] == b[:4], "counts, units and the step are those of all ranks"
+        assert a[:4] == b[:4], "must be totals over all ranks"
         assert a[0] == a[4] + b[4] and a[1] == len(a[5]) + len(b[5])
         assert (a[6], b[6]) == ([0, 1], [2, 3])
         assert a[2] <= 4.0 + 1e-6
@@ -158,7 +158,7 @@ def test_a_resume_skips_the_group_that_was_being_read(
     assert "a stream does not resume exactly" in caplog.text
 
 
-# --------------------------------------------------------------------------------- what goes wrong
+# ------------------------------------------------------------------------------------------ errors
 
 
 def test_damage_is_named_by_its_url(far: Server, tars: Path) -> None:

@@ -1,4 +1,4 @@
-"""The webdataset pipeline, compared with the project's own reader sample by sample; damage."""
+"""The webdataset pipeline gives the same samples as the project's reader; damaged tars."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def serve() -> Iterator[Callable[[Path], Server]]:
 
 
 def assert_as_reader(items: Iterable[dict[str, Any]], shards: ShardSet) -> None:
-    """The items have the keys, members and examples of our reader and decoder, in its order."""
+    """The items equal those of our reader and decoder: keys, members, examples and order."""
     modality = MODALITIES[shards.modality]
     found, expected = list(items), list(read_samples(shards, shards.fields))
     assert [item["__key__"] for item in found] == [key for key, _ in expected]
@@ -107,7 +107,7 @@ def test_remote_sets(
 def test_tars_at_urls(
     sets: dict[str, ShardSet], name: str, serve: Callable[[Path], Server], cache: Path
 ) -> None:
-    """Without any index; packed blocks are recognised by their two dimensions."""
+    """Without an index. Packed blocks are recognised by their two dimensions."""
     shards = sets[name]
     pattern = f"{shards.shards[0].name[:-1]}{{0..{len(shards.shards) - 1}}}.tar"
     for where in (f"{serve(shards.root).url}/{pattern}", f"pipe:cat {shards.root}/{pattern}"):
@@ -125,7 +125,7 @@ def third_party(folder: Path) -> Path:
 
 
 def test_third_party_tars(tmp_path: Path) -> None:
-    """What the index leaves out is not in the pipeline either."""
+    """The pipeline leaves out the same samples as the index."""
     folder = third_party(tmp_path / "tars")
     pipeline = d2v_ds.webdataset(folder, "speech")
     shards = find_set(folder, "speech")
@@ -161,7 +161,7 @@ def key_of(item: dict[str, Any]) -> str:
 @pytest.mark.parametrize("shuffle", [0, 20])
 @pytest.mark.parametrize("context", ["fork", "forkserver"])
 def test_workers_of_a_data_loader(sets: dict[str, ShardSet], shuffle: int, context: str) -> None:
-    """Two of them read every sample once; webdataset's own methods are there."""
+    """Two workers read every sample once; webdataset's own methods are available."""
     shards = sets["speech"]
     assert len(shards.shards) > 2
     pipeline: Any = d2v_ds.webdataset(shards, "speech", shuffle=shuffle).map(key_of)
@@ -175,7 +175,7 @@ def test_workers_of_a_data_loader(sets: dict[str, ShardSet], shuffle: int, conte
     assert sorted(found) == sorted(key for key, _ in read_samples(shards, ()))
 
 
-def test_ranks_read_tars_of_their_own(
+def test_each_rank_reads_its_own_tars(
     sets: dict[str, ShardSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -203,13 +203,13 @@ def test_shuffling(sets: dict[str, ShardSet]) -> None:
 
 
 def copied(shards: ShardSet, root: Path) -> tuple[ShardSet, Path]:
-    """A copy of a set, and its second tar."""
+    """A copy of a set and the path of its second tar."""
     found = open_set(shutil.copytree(shards.root, root / "copy"))
     return found, found.tar(found.shards[1])
 
 
 def harm(tar: Path, what: str) -> None:
-    """Damage in the middle of a tar, after which webdataset itself ends the tar silently."""
+    """Damages the middle of a tar; webdataset itself would silently stop reading there."""
     content = bytearray(tar.read_bytes())
     header = content.index(b"ustar", len(content) // 2) - 257
     if what == "header":
@@ -291,7 +291,7 @@ def test_samples_that_cannot_be_decoded(tmp_path: Path, serve: Callable[[Path], 
     assert errors[1] == f"{url}, sample '1': has only txt, none of flac, wav"
 
 
-def test_what_is_no_set(sets: dict[str, ShardSet], tmp_path: Path) -> None:
+def test_sources_that_are_not_a_set(sets: dict[str, ShardSet], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds text"):
         d2v_ds.webdataset(sets["text"], "speech")
     with pytest.raises(UserError, match="holds text"):

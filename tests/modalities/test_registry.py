@@ -127,13 +127,13 @@ def test_decoding_depends_only_on_the_generator(case: Case) -> None:
         assert any(not np.array_equal(a, b) for a, b in zip(once, other, strict=True))
 
 
-def test_what_cannot_be_decoded_is_a_value_error(case: Case) -> None:
+def test_undecodable_data_is_a_value_error(case: Case) -> None:
     broken = {key: b"\xff\xfe\xfd" * 40 for key in case.samples(1)[0]}
     with pytest.raises(ValueError, match=r"\w+ \w+"):
         case.modality.decode(broken, case.rng())
 
 
-def test_masks_are_those_that_were_planned(case: Case) -> None:
+def test_masks_match_the_plan(case: Case) -> None:
     with closing(case.loader()) as loader:
         assert loader.plan.masked is not None
         for step in islice(loader, 6):
@@ -148,11 +148,11 @@ def check_masks(case: Case, batch: Batch) -> None:
     R, T = batch.seen.shape
     assert (batch.modality, batch.views, R) == (case.modality.name, M, B * M)
     flat = batch.seen.flatten()
-    assert not flat[batch.masked].any(), "a masked token is seen"
+    assert not flat[batch.masked].any(), "a masked token is visible"
     exists = torch.ones(B, T, dtype=torch.bool) if batch.valid is None else batch.valid
     exists = exists.repeat_interleave(M, 0).flatten()
-    assert exists[batch.masked].all(), "padding would be predicted"
-    assert int(exists.sum()) == int(flat.sum()) + len(batch.masked), "neither seen nor masked"
+    assert exists[batch.masked].all(), "padding is masked"
+    assert int(exists.sum()) == int(flat.sum()) + len(batch.masked), "neither visible nor masked"
     by_view = (~batch.seen).sum(1)
     assert (by_view > 0).all() and (batch.seen.sum(1) > 0).all()
 
@@ -233,7 +233,7 @@ def test_steps_train_every_part_and_are_reproducible(case: Case) -> None:
     assert metrics["front_end_spread"] > 0.1 and metrics["target_sample_spread"] > 0.1
 
 
-def test_its_parts_belong_to_it(case: Case) -> None:
+def test_the_parts_of_a_modality_belong_to_it(case: Case) -> None:
     task, name = build(case), case.modality.name
     parts = {task.part(n) for n, _ in task.student.named_parameters(prefix="student")}
     assert parts == {"", name}

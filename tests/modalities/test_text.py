@@ -36,7 +36,7 @@ def test_blocks_of_ids_are_read(kind: Any) -> None:
     ids = np.arange(4, 34)
     assert modality.decode({"npy": npy(ids, kind)}, None).tolist() == list(range(4, 20))
     pieces = {int(modality.decode({"npy": npy(ids, kind)}, rng(i))[0]) for i in range(200)}
-    assert pieces == set(range(4, 19))  # every position where 16 of 30 may begin
+    assert pieces == set(range(4, 19))  # every start of a block of 16 in 30 ids
     assert modality.crop(1) == 0 and modality.crop(30) == 16 and modality.cost(9) == 9
     bag = modality.baseline(np.array([4, 4, 5, 6]))
     assert bag.shape == (50,) and bag[4] == 0.5 and bag.sum() == 1
@@ -52,7 +52,7 @@ def test_blocks_of_ids_are_read(kind: Any) -> None:
         (npy([5, 50]), "has token id 50, but modality.text.vocab_size is 50"),
     ],
 )
-def test_data_that_is_no_block_of_ids(data: bytes, message: str) -> None:
+def test_data_that_is_not_a_block_of_ids(data: bytes, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         text().decode({"npy": data}, None)
     assert message in str(caught.value)

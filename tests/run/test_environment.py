@@ -1,4 +1,4 @@
-"""What a run keeps of what it ran on, and what it must never keep."""
+"""The record of a run's environment and code, without secrets."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_secrets_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     assert described["nodes"] == ["vn1", "vn1", "vn2"]
 
 
-def test_the_code_is_kept_once_and_can_be_run(tmp_path: Path) -> None:
+def test_the_code_is_stored_once_and_can_be_run(tmp_path: Path) -> None:
     path = environment.keep_code(tmp_path / "code")
     assert path.name == f"{environment.code_hash()}.tar.gz"
     before = path.stat().st_mtime_ns
@@ -58,7 +58,7 @@ def test_other_code_has_another_hash(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert environment.code_hash() != one
 
 
-def test_a_node_is_called_as_slurm_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_node_has_the_name_that_slurm_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURMD_NODENAME", "gpu17")
     assert environment.node_name() == "gpu17"
     monkeypatch.delenv("SLURMD_NODENAME")

@@ -1,4 +1,4 @@
-"""What is checked before training: one clear line for each mistake, and no torch for most."""
+"""Checks before training: one clear line per mistake, mostly without torch."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def config(shards: Path, root: Path, *settings: str) -> Config:
     return recipes.load("vision_tiny", [f"data.shards={shards}", f"run.dir={root}", *settings])
 
 
-def test_a_sound_run_passes(shards: Path, tmp_path: Path) -> None:
+def test_a_valid_run_passes(shards: Path, tmp_path: Path) -> None:
     run = config(shards, tmp_path / "run")
     for ranks in (1, 2, run.batch.micro_batches):
         check(run, ranks)
-    assert not (tmp_path / "run").exists(), "checking creates nothing"
+    assert not (tmp_path / "run").exists(), "a check must not create the folder"
 
 
 @pytest.mark.parametrize(

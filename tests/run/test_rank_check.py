@@ -1,4 +1,4 @@
-"""Before training: what ranks that do not fit together are told, and which node is named."""
+"""Checks before training: errors for inconsistent ranks, and which node they name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def finding(node: str, **changed: Any) -> Finding:
     return dataclasses.replace(Finding(node, "code", "config", True, 10**12, True), **changed)
 
 
-def test_ranks_that_fit_together() -> None:
+def test_consistent_ranks() -> None:
     assert unfit([finding("a"), finding("a"), finding("b")]) == {}
 
 
@@ -54,17 +54,17 @@ def test_the_node_that_differs_is_named(changed: dict[str, Any], reason: str) ->
         ({"free": 10**6}, r"run\.dir: its disk has 1 MB free"),
     ],
 )
-def test_what_no_other_node_would_mend(changed: dict[str, Any], message: str) -> None:
+def test_errors_that_another_node_would_not_fix(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         unfit([finding("a"), finding("b", **changed)])
 
 
-def test_sums_that_are_wrong_everywhere_are_no_nodes_fault() -> None:
+def test_wrong_sums_on_all_nodes_name_no_node() -> None:
     with pytest.raises(UserError, match=r"on all nodes .*; check the network"):
         unfit([finding("a", right_sum=False), finding("b", right_sum=False)])
 
 
-# -------------------------------------------------------------------------------- over real ranks
+# ------------------------------------------------------------------------------------- real ranks
 
 
 def check(root: str, how: str) -> list[str] | str:
@@ -89,7 +89,7 @@ sums = collectives.sums_right
 
 def test_all_ranks_learn_the_nodes(run_ranks: RunRanks, tmp_path: Path) -> None:
     assert run_ranks(2, check, str(tmp_path / "run"), "") == [["node0", "node1"]] * 2
-    assert not list((tmp_path / "run").iterdir()), "no token stays"
+    assert not list((tmp_path / "run").iterdir()), "a token was left behind"
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_all_ranks_learn_the_nodes(run_ranks: RunRanks, tmp_path: Path) -> None:
         (2, "wrong sums", "unfit: node node1: an all-reduce over the ranks fails"),
     ],
 )
-def test_all_ranks_raise_alike(
+def test_all_ranks_raise_the_same_error(
     ranks: int, how: str, answer: str, run_ranks: RunRanks, tmp_path: Path
 ) -> None:
     answers = run_ranks(ranks, check, str(tmp_path / "run"), how)
@@ -108,18 +108,18 @@ def test_all_ranks_raise_alike(
 
 
 def sums_with_a_broken_rank() -> bool:
-    if dist.get_rank() == 1:  # it adds something else
+    if dist.get_rank() == 1:  # this rank adds other values
         dist.all_reduce(torch.ones(4096, dtype=torch.float64))
         return False
     return collectives.sums_right(torch.device("cpu"))
 
 
-def test_a_sum_is_really_taken(run_ranks: RunRanks) -> None:
+def test_the_all_reduce_check_detects_a_wrong_sum(run_ranks: RunRanks) -> None:
     assert run_ranks(3, collectives.sums_right, torch.device("cpu")) == [True] * 3
     assert run_ranks(2, sums_with_a_broken_rank) == [False, False]
 
 
-def test_a_token_lies_in_the_run_folder(tmp_path: Path) -> None:
+def test_a_token_is_written_to_the_run_folder(tmp_path: Path) -> None:
     token = leave_token(RunFolder(tmp_path / "runs/new"))
     assert token.exists() and token.parent == tmp_path / "runs/new"
 
@@ -135,7 +135,7 @@ def test_a_token_lies_in_the_run_folder(tmp_path: Path) -> None:
         ("1", 0, ""),
     ],
 )
-def test_too_few_cores_for_the_loader_are_a_loud_warning(
+def test_too_few_cores_for_the_loader_give_a_warning(
     given: str,
     workers: int,
     words: str,
@@ -166,7 +166,7 @@ shutdown()
 
 @pytest.fixture
 def start_job() -> Iterator[Callable[[str, int], list[subprocess.Popen[str]]]]:
-    """start_job(number, port): its two ranks, as srun starts them."""
+    """start_job(number, port): starts the two ranks of a job the way srun does."""
     started: list[subprocess.Popen[str]] = []
 
     def start(job: str, port: int) -> list[subprocess.Popen[str]]:
@@ -196,10 +196,10 @@ def start_job() -> Iterator[Callable[[str, int], list[subprocess.Popen[str]]]]:
 
 
 @pytest.mark.parametrize("taken", [True, False])
-def test_two_jobs_that_are_told_the_same_port_never_meet(
+def test_two_jobs_with_the_same_port_do_not_interfere(
     taken: bool, start_job: Callable[[str, int], list[subprocess.Popen[str]]]
 ) -> None:
-    """taken: something that never says a word listens there already."""
+    """taken: a silent process already listens on the port."""
     with socket.socket() as other:
         other.bind(("", 0))
         port = other.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The run folder: paths, claims, atomic writing."""
+"""The run folder: paths, claims and atomic writes."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_write_atomically_leaves_no_other_file(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["STOPPED"]
 
 
-def test_what_a_replaced_start_still_writes_goes_nowhere(run: RunFolder) -> None:
-    """Its open files are the curves; a path of its own it gets by asking, and is refused."""
+def test_writes_of_a_superseded_start_are_lost(run: RunFolder) -> None:
+    """Covers metrics and TensorBoard events, whose files the superseded start still has open."""
     claim_generation(run, "4711", 0)
     run.tensorboard.mkdir()
     files = [run.metrics, run.tensorboard / "events.out.tfevents.1.node.1.0"]

@@ -1,4 +1,4 @@
-"""What `d2v-ds status` prints of a run folder, in each state that a run can be in."""
+"""The output of `d2v-ds status` in every state of a run."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_run_that_ended(run: RunFolder, done: bool, state: str) -> None:
     assert run.done.exists() == done and run.stopped.exists() != done
 
 
-def test_only_the_owner_ends_a_run(run: RunFolder) -> None:
+def test_only_the_owner_can_end_a_run(run: RunFolder) -> None:
     first = claim_generation(run, "local")
     assert isinstance(first, Generation)
     claim_generation(run, "local")
@@ -102,7 +102,7 @@ def test_the_last_row_is_the_last_complete_one(run: RunFolder) -> None:
     assert last_row(run.metrics) == {"step": 2}
 
 
-def test_heartbeats_are_read_back_by_rank(run: RunFolder) -> None:
+def test_heartbeats_are_read_by_rank(run: RunFolder) -> None:
     for rank in (2, 0, 1):
         write_beat(run, rank, step=rank)
     assert [(b.rank, b.step, b.host) for b in heartbeats(run)] == [

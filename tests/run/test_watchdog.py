@@ -1,4 +1,4 @@
-"""The watchdog, in processes that really hang: who is named, whose stacks are kept, what ends."""
+"""The watchdog with processes that really hang: which rank it names, stacks, and exit codes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ Start = Callable[[int, str], "subprocess.Popen[str]"]
 
 @pytest.fixture
 def start(run: RunFolder) -> Iterator[Start]:
-    """start(rank, how): a process that behaves so."""
+    """start(rank, how): starts a process with the behaviour `how`."""
     started = []
 
     def start(rank: int, how: str) -> subprocess.Popen[str]:
@@ -86,7 +86,7 @@ def wait_for(reached: Callable[[], object], seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
-def test_a_hanging_rank_is_named_all_stacks_are_written_and_all_end(
+def test_a_hanging_rank_is_named_and_all_ranks_write_stacks_and_exit(
     run: RunFolder, start: Start
 ) -> None:
     ranks = [start(0, "waits"), start(1, "hangs")]
@@ -94,7 +94,7 @@ def test_a_hanging_rank_is_named_all_stacks_are_written_and_all_end(
     assert [rank.returncode for rank in ranks] == [HUNG, HUNG]
     hung = (logs(run) / "hung").read_text()
     assert hung.startswith("hanging: rank 1 on node1 has been in 'data' after step 7 for 0:00:01")
-    assert sum(hung.strip() in output for output in outputs) == 1, "one rank says it for all"
+    assert sum(hung.strip() in output for output in outputs) == 1, "only one rank must report it"
     assert "stuck_in_the_data_loader" in (logs(run) / "stacks-rank00001.txt").read_text()
     assert "<module>" in (logs(run) / "stacks-rank00000.txt").read_text()
 
@@ -117,7 +117,7 @@ def test_a_rank_that_holds_the_interpreter_still_writes_its_stacks(
     wait_for(lambda: stacks.exists() and "stuck_in_the_data_loader" in stacks.read_text())
 
 
-def test_the_batch_script_can_ask_for_stacks(run: RunFolder, start: Start) -> None:
+def test_the_batch_script_can_request_stacks(run: RunFolder, start: Start) -> None:
     rank = start(0, "waits")
     wait_for(lambda: heartbeats(run))
     (logs(run) / "hung").write_text("silent: rank 1 on node1\n")
@@ -126,9 +126,7 @@ def test_the_batch_script_can_ask_for_stacks(run: RunFolder, start: Start) -> No
     assert (logs(run) / "stacks-rank00000.txt").stat().st_size
 
 
-def test_a_superseded_rank_ends_at_once_and_writes_nothing_more(
-    run: RunFolder, start: Start
-) -> None:
+def test_a_superseded_rank_exits_with_an_error(run: RunFolder, start: Start) -> None:
     rank = start(0, "waits")
     wait_for(lambda: heartbeats(run))
     claim_generation(run, "77", 1)
@@ -137,11 +135,11 @@ def test_a_superseded_rank_ends_at_once_and_writes_nothing_more(
     assert "is owned by generation 2 (job 77, restart 1" in output
 
 
-def test_a_training_that_goes_on_is_left_alone(run: RunFolder, start: Start) -> None:
+def test_a_run_that_makes_progress_is_not_stopped(run: RunFolder, start: Start) -> None:
     rank = start(0, "ends well")
     rank.communicate(timeout=20)
     assert rank.returncode == 0
-    assert not list(logs(run).iterdir()), "no stacks"
+    assert not list(logs(run).iterdir()), "stacks were written"
     [beat] = heartbeats(run)
     assert (beat.rank, beat.host, beat.step, beat.phase) == (0, "node0", 7, "training")
 
@@ -175,7 +173,7 @@ def test_verdict(beats: list[Heartbeat], words: str) -> None:
     assert words in verdict(beats, 3, 100.0, 5.0)
 
 
-def test_status_tells_silent_from_running(run: RunFolder) -> None:
+def test_status_distinguishes_silent_from_running(run: RunFolder) -> None:
     run.config.write_text("run: {steps: 50}\nmodality: {speech: {}}\n")
     run.metrics.write_text(json.dumps({"step": 30, "step_s": 2.0}) + "\n")
     now = time.time()

@@ -81,7 +81,7 @@ def unseen(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     return open_set(out, "speech")
 
 
-# ------------------------------------------------------------------------------------- what is made
+# ------------------------------------------------------------------------------------------ the set
 
 
 def test_set(unseen: ShardSet) -> None:
@@ -113,7 +113,7 @@ def test_read_by_plain_webdataset(unseen: ShardSet) -> None:
         assert theirs[key]["flac"] == flac and json.loads(theirs[key]["json"]) == about
 
 
-def test_tar_is_what_webdataset_would_write(unseen: ShardSet) -> None:
+def test_tar_equals_one_written_by_webdataset(unseen: ShardSet) -> None:
     index, at = read_index(unseen.index(unseen.shards[0])), unseen.tar(unseen.shards[0])
     theirs = io.BytesIO()
     with wds.TarWriter(theirs, mtime=0, encoder=False) as writer, at.open("rb") as file:
@@ -133,13 +133,13 @@ def test_seed_changes_the_order_only(unseen: ShardSet, tmp_path: Path) -> None:
     assert one == other and list(one) != list(other)
 
 
-def test_same_bytes_whatever_the_processes(unseen: ShardSet, tmp_path: Path) -> None:
+def test_same_bytes_with_any_number_of_processes(unseen: ShardSet, tmp_path: Path) -> None:
     two = tmp_path / "two"
     assert convert(SPEECH / "unseen.tsv", two, "--shard-size", "100KB", "-j2") == 0
     assert hashes(two) == hashes(unseen.root)
 
 
-def test_matching_flac_goes_through_untouched(tmp_path: Path) -> None:
+def test_matching_flac_is_copied_unchanged(tmp_path: Path) -> None:
     same = write_wav(tmp_path / "in/same.flac")
     again = audio.encode_flac(audio.to_int16(audio.decode(same)), 16_000, level=0)
     assert again != audio.encode_flac(audio.to_int16(audio.decode(same)), 16_000)
@@ -204,7 +204,7 @@ def test_changed_input_is_another_plan(tmp_path: Path, capsys: pytest.CaptureFix
     assert "the inputs differ" in refused(capsys, tmp_path / "in", tmp_path / "out")
 
 
-def test_out_is_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unsuitable_out_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.tex").write_text("")
     line = refused(capsys, SPEECH / "seen.tsv", tmp_path)
     assert "is not empty (it contains thesis.tex)" in line and "new or empty folder" in line
@@ -364,7 +364,7 @@ def test_manifest_with_windows_line_ends(tmp_path: Path) -> None:
     assert contents(tmp_path / "out")["a"][0]["text"] == "hello you"
 
 
-def test_sources_that_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert "no such file or folder" in refused(capsys, tmp_path / "nowhere", out)
     (tmp_path / "list.csv").write_text("")
@@ -429,7 +429,7 @@ def test_too_many_bad_inputs_stop_the_merge(
 
 
 @pytest.mark.parametrize("task", ["3/3", "1", "a/b", "-1/2"])
-def test_a_task_that_makes_no_sense(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_tasks(task: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         convert("in", "out", f"--task={task}")
     assert exit.value.code == 2 and "expected I/N" in capsys.readouterr().err

@@ -265,7 +265,7 @@ def test_webdataset_tars(tmp_path: Path) -> None:
         assert meta.get("source") == ("web" if i else None)
 
 
-# ----------------------------------------------------------------------------------- what is wrong
+# ---------------------------------------------------------------------------------- damaged inputs
 
 
 def test_damaged_images_are_left_out_and_named(tmp_path: Path) -> None:
@@ -286,7 +286,7 @@ def test_damaged_images_are_left_out_and_named(tmp_path: Path) -> None:
     assert all(reason.startswith("cannot be read as an image") for reason in reasons.values())
 
 
-def test_what_is_wrong_beside_an_image_is_named(tmp_path: Path) -> None:
+def test_bad_metadata_of_an_image_is_named(tmp_path: Path) -> None:
     members = {
         "a.jpg": picture("JPEG"),
         "a.json": b"{broken",
@@ -307,7 +307,7 @@ def test_what_is_wrong_beside_an_image_is_named(tmp_path: Path) -> None:
     ]
 
 
-def test_behind_the_damage_in_a_tar_the_conversion_goes_on(tmp_path: Path) -> None:
+def test_the_conversion_continues_after_damage_in_a_tar(tmp_path: Path) -> None:
     """webdataset and tarfile would stop silently at the damage."""
     members = {f"n1_{i}.jpg": picture("JPEG", seed=i) for i in range(4)}
     whole = write_tar(tmp_path / "inner/n1.tar", members)
@@ -356,7 +356,7 @@ def test_a_sample_without_one_image_is_named(tmp_path: Path) -> None:
         ("missing", None, "no such file or folder"),
     ],
 )
-def test_wrong_sources_are_told(
+def test_wrong_sources_are_refused(
     name: str,
     data: bytes | None,
     message: str,
@@ -409,7 +409,7 @@ def test_parquet_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     cut=st.integers(0, 400),
     kind=st.sampled_from(["JPEG", "PNG", "WEBP", "BMP", "TIFF", "none"]),
 )
-def test_no_bytes_break_it(
+def test_random_bytes_do_not_crash_the_conversion(
     data: bytes, cut: int, kind: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Every file is one sample or is reported."""

@@ -44,7 +44,7 @@ def convert(*arguments: object) -> int:
 # ---------------------------------------------------------------------------------- samples, shards
 
 
-def test_samples_come_out_as_they_went_in() -> None:
+def test_samples_survive_a_round_trip() -> None:
     many = [
         sample("a"),
         sample("ä/ö", Input("ä/ö.wav"), text="größe ✓", n=1, tags=["x", None]),
@@ -75,7 +75,7 @@ def test_plan_cuts_by_size_and_keeps_small_corpora_whole() -> None:
     assert plan_of(many[:4]).shards == 1
 
 
-def test_order_depends_on_seed_and_keys_alone() -> None:
+def test_order_depends_only_on_seed_and_keys() -> None:
     many = [sample(f"k{i}") for i in range(50)]
     keys = [s.key for s in plan_of(many).shard(0)]
     assert keys == [s.key for s in plan_of(many[::-1]).shard(0)] != [s.key for s in many]
@@ -83,7 +83,7 @@ def test_order_depends_on_seed_and_keys_alone() -> None:
     assert keys[:3] == ["k23", "k47", "k9"], "the same on every machine and in every version"
 
 
-def test_shared_keys_are_told_apart() -> None:
+def test_shared_keys_are_made_unique() -> None:
     same = [sample("a", Input(path)) for path in ("a.wav", "a.flac", "a.ogg", "a.ogg")]
     plan = plan_of([sample("b"), *same, sample("c")])
     keys = [s.key for i in range(plan.shards) for s in plan.shard(i)]
@@ -136,7 +136,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / int
 # ------------------------------------------------------------------------------------------- splits
 
 
-def test_splits_have_their_shares_and_stay() -> None:
+def test_splits_have_their_shares_and_are_stable() -> None:
     shares = splits("train=98,valid=1,test=1")
     names = [split_of(f"speaker/{i}", shares) for i in range(20_000)]
     assert abs(names.count("valid") - 200) < 60 and abs(names.count("test") - 200) < 60
@@ -197,14 +197,14 @@ def test_tasks_of_a_split_conversion_are_merged(corpus: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("text", ["", "train", "train=0", "a=1,a=2", "a=1,b", "a=1;b=2", "../x=1"])
-def test_shares_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_shares(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         convert("in", "out", f"--split={text}")
     assert stopped.value.code == 2
     assert "expected NAME=SHARE,..." in capsys.readouterr().err
 
 
-def test_splits_that_cannot_be(
+def test_impossible_splits(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert convert(corpus, tmp_path / "out", "--split", "a=1,b=1", "--split-by", "speker") == 2
@@ -260,7 +260,7 @@ def test_dry_run_writes_nothing_and_is_about_right(
     assert "on one core" in times and "measured on" in times
 
 
-def test_dry_run_tells_each_split(
+def test_dry_run_reports_each_split(
     corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert convert(corpus, tmp_path / "out", "--dry-run", "--split", "a=50,b=50") == 0

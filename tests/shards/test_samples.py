@@ -81,7 +81,7 @@ def paragraphs(split: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in lines]
 
 
-def test_text_and_images_are_small_and_their_licences_beside_them() -> None:
+def test_text_and_images_are_small_and_have_licences() -> None:
     assert size(TEXT) + size(IMAGES) <= 3_000_000
     assert size(TEXT) - (TEXT / "tokenizer.model").stat().st_size <= make_text.LIMIT
     assert size(IMAGES) <= make_images.LIMIT
@@ -91,7 +91,7 @@ def test_text_and_images_are_small_and_their_licences_beside_them() -> None:
     assert all(f"| `{name}` |" in readme for name in make_images.PICTURES) and "CC0" in readme
 
 
-def test_what_is_held_out_of_the_text_is_not_trained_on() -> None:
+def test_held_out_text_is_not_in_the_training_text() -> None:
     trained = gzip.decompress((TEXT / "train.txt.gz").read_bytes()).decode()
     assert len(trained.split("\n\n")) == 81
     for split, is_in in (("labelled", True), ("seen", False), ("unseen", False)):
@@ -125,7 +125,7 @@ def test_text_is_made_by_the_script(tmp_path: Path) -> None:
     )
 
 
-def test_the_tokenizer_is_that_of_the_text() -> None:
+def test_the_tokenizer_fits_the_text() -> None:
     model = Tokenizer.load(TEXT / "tokenizer.model")
     assert model.vocab_size == 4096
     text = paragraphs("unseen")[0]["text"]

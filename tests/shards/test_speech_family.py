@@ -242,7 +242,7 @@ def test_a_damaged_tar_loses_only_what_is_damaged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind, rate", [("wav", 16_000), ("flac", 44_100), ("ogg", 8000)])
-def test_parts_of_long_recordings_are_those_of_the_whole(
+def test_parts_of_long_recordings_equal_slices_of_the_whole(
     kind: str, rate: int, tmp_path: Path
 ) -> None:
     whole = recording(kind, seconds=7.003, rate=rate)
@@ -343,7 +343,7 @@ def test_bad_options(
 
 
 @pytest.mark.parametrize("layout", ["librispeech", "folder", "commonvoice", "fairseq", "jsonl"])
-def test_a_layout_that_is_not_there(
+def test_a_source_without_data_of_the_layout(
     layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in").mkdir()

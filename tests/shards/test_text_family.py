@@ -64,7 +64,7 @@ def blocks(folder: Path) -> Iterator[tuple[str, list[int]]]:
 
 
 def documents(folder: Path) -> list[str]:
-    """The text of a set, cut at eos."""
+    """The text of a set, split at eos."""
     stream = [i for _, ids in blocks(folder) for i in ids]
     assert stream[-1] == EOS
     result, ids = [], list[int]()
@@ -87,7 +87,7 @@ def quarantine(folder: Path) -> dict[str, str]:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.lists(st.integers(4, 99), max_size=30), max_size=12), st.integers(2, 16))
-def test_packing_is_that_of_a_slow_one(texts: list[list[int]], block: int) -> None:
+def test_packing_matches_a_slow_reference(texts: list[list[int]], block: int) -> None:
     stream = []
     for ids in texts:
         for i in ids:
@@ -114,7 +114,7 @@ def test_a_set(tmp_path: Path) -> None:
     assert (about["inputs"], about["quarantined"]) == (len(DOCUMENTS), 0)
 
 
-def test_many_blocks_lie_in_one_member_and_each_can_be_addressed(tmp_path: Path) -> None:
+def test_a_member_holds_many_blocks_and_each_can_be_addressed(tmp_path: Path) -> None:
     text = "\n".join(f"number {i} of many" for i in range(4000))
     (tmp_path / "a.txt").write_text(text)
     assert convert(tmp_path / "a.txt", tmp_path / "out", "--block", 8) == 0
@@ -188,7 +188,9 @@ def read(layout: TextLayout) -> tuple[list[str], list[Rejected]]:
         ("file", ["one\ntwo\r\n\n \t\n three \nfour\n\n"]),
     ],
 )
-def test_what_a_document_is(divided: Any, expected: list[str], tmp_path: Path) -> None:
+def test_options_for_dividing_files_into_documents(
+    divided: Any, expected: list[str], tmp_path: Path
+) -> None:
     text = "one\ntwo\r\n\n \t\n three \nfour\n\n"
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
     assert read(open_text(tmp_path, divided)) == (expected, [])
@@ -297,10 +299,10 @@ def test_text_files_have_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "--label-key kind: a.txt is plain text and has no labels" in capsys.readouterr().err
 
 
-# ----------------------------------------------------------------------------------- what is wrong
+# ---------------------------------------------------------------------------------- damaged inputs
 
 
-def test_what_cannot_be_used_is_left_out_and_named(tmp_path: Path) -> None:
+def test_unusable_documents_are_left_out_and_named(tmp_path: Path) -> None:
     lines = [
         '{"text": "good"}',
         "{broken",
@@ -381,7 +383,7 @@ def test_a_missing_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     data=st.binary(max_size=200) | st.text(max_size=60).map(str.encode),
     whole=st.booleans(),
 )
-def test_no_bytes_break_it(
+def test_random_bytes_do_not_crash_the_conversion(
     name: str, data: bytes, whole: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """Every line is a document or is reported."""
@@ -404,7 +406,7 @@ def test_no_bytes_break_it(
 
 
 @pytest.mark.slow
-def test_damaged_parquet_never_breaks_it(tmp_path: Path) -> None:
+def test_damaged_parquet_does_not_crash_the_conversion(tmp_path: Path) -> None:
     """Every row is read, or its row group or file is reported."""
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
@@ -426,7 +428,7 @@ def test_damaged_parquet_never_breaks_it(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------- the whole command
 
 
-def test_same_bytes_whatever_the_processes(tmp_path: Path) -> None:
+def test_same_bytes_with_any_number_of_processes(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"in{i}.txt").write_text(f"document {i}\n" * 3000)
     for jobs in (1, 2):
@@ -453,7 +455,7 @@ def test_a_run_that_does_not_fit_the_set_is_refused() -> None:
     )
 
 
-def test_labelled_rows_travel(tmp_path: Path) -> None:
+def test_labelled_rows_keep_their_columns(tmp_path: Path) -> None:
     """Labels and other columns of Parquet."""
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")

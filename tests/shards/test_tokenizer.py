@@ -45,13 +45,13 @@ def model(request: pytest.FixtureRequest) -> Tokenizer:
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_text_comes_back(model: Tokenizer, text: str) -> None:
+def test_decoding_restores_the_text(model: Tokenizer, text: str) -> None:
     assert model.decode(model.encode(text)) == text
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.text(), st.sampled_from(sorted(MODELS)))
-def test_any_text_comes_back(text: str, kind: str) -> None:
+def test_decoding_restores_any_text(text: str, kind: str) -> None:
     model = Tokenizer(MODELS[kind], "test.model")
     ids = model.encode(text)
     assert model.decode(ids).encode() == text.encode()
@@ -62,7 +62,7 @@ def test_no_text_contains_a_special_id(model: Tokenizer) -> None:
     assert not {0, 1, 2, 3, model.mask_id} & set(model.encode("<mask> </s> <pad> <unk> <s>"))
 
 
-def test_long_texts_are_cut_and_come_back(
+def test_long_texts_are_encoded_in_pieces(
     model: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = "\n".join(TEXTS)[:5000] + "x" * 300
@@ -98,7 +98,7 @@ def test_the_same_texts_give_the_same_model() -> None:
     assert other != train(TEXTS, vocab_size=600, kind="bpe", sample=30, seed=0)
 
 
-def test_only_a_sample_is_held() -> None:
+def test_sentences_are_sampled_from_all_texts() -> None:
     read = []
 
     def texts() -> object:
@@ -112,7 +112,7 @@ def test_only_a_sample_is_held() -> None:
     assert max(map(len, sample_sentences(["x" * 2500], 9, 0))) == tokenizer.LONGEST
 
 
-def test_every_sentence_is_as_likely() -> None:
+def test_every_sentence_is_equally_likely() -> None:
     counts: Counter[str] = Counter()
     for seed in range(2000):
         counts.update(sample_sentences(["a\nb\nc", "d\ne"], 2, seed))
@@ -133,7 +133,7 @@ def sentencepiece_model(**settings: object) -> bytes:
     return file.getvalue()
 
 
-def test_models_of_others() -> None:
+def test_third_party_models() -> None:
     llama = Tokenizer(sentencepiece_model(), "other.model")  # <unk> 0, <s> 1, </s> 2, no <pad>
     assert (llama.pad_id, llama.eos_id, llama.mask_id) == (1, 2, 300)
     t5 = Tokenizer(sentencepiece_model(pad_id=0, eos_id=1, unk_id=2, bos_id=-1), "t5.model")
@@ -145,7 +145,7 @@ def test_models_of_others() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"nothing", MODELS["bpe"][:100]])
-def test_a_file_that_is_no_model(data: bytes) -> None:
+def test_a_file_that_is_not_a_model(data: bytes) -> None:
     with pytest.raises(UserError, match=r"some\.model: is not a sentencepiece model"):
         Tokenizer(data, "some.model")
 
@@ -172,7 +172,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(("size", "way"), [(262, "at least"), (100_000, "at most")])
 @pytest.mark.parametrize("kind", MODELS)
-def test_wrong_sizes_are_told_with_one_that_works(size: int, way: str, kind: str) -> None:
+def test_errors_of_wrong_sizes_suggest_a_valid_size(size: int, way: str, kind: str) -> None:
     with pytest.raises(UserError) as caught:
         train(TEXTS, vocab_size=size, kind=kind, sample=200, seed=0)
     [right] = re.findall(rf"{way} (\d+)", str(caught.value))

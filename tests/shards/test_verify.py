@@ -112,7 +112,7 @@ DAMAGE: list[tuple[Callable[[Path, int], None], list[str]]] = [
 
 
 @pytest.mark.parametrize("damage, expected", DAMAGE, ids=[d.__name__ for d, _ in DAMAGE])
-def test_damage_is_seen(
+def test_damage_is_detected(
     damage: Callable[[Path, int], None],
     expected: list[str],
     sound: Path,
@@ -211,7 +211,7 @@ def test_equal_content_is_a_note(
     assert lines[-1].endswith("no problems")
 
 
-def test_members_apart(
+def test_members_of_a_sample_that_are_not_adjacent(
     flac: tuple[bytes, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """webdataset would read three incomplete samples."""
@@ -299,7 +299,7 @@ def test_a_member_that_the_index_does_not_list(
 
 
 @pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 1024, 10_240])
-def test_padding_is_webdatasets(size: int, tmp_path: Path) -> None:
+def test_padding_equals_webdatasets(size: int, tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "speech-000000", ("flac", "json")) as writer:
         for key in ("a", "b/c"):
             writer.add(key, (bytes(size), b"{}"), 1)
@@ -314,7 +314,7 @@ def test_padding_is_webdatasets(size: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "a.json", "ä/ö.flac", "x" * 100, "dir/" * 24 + "abc.flac"])
 @pytest.mark.parametrize("size", [0, 1, 4095, 8**11 - 1])
-def test_headers_are_tarfiles(name: str, size: int) -> None:
+def test_headers_equal_tarfiles(name: str, size: int) -> None:
     member = tarfile.TarInfo(name)
     member.size, member.mode, member.uname, member.gname = size, 0o444, "bigdata", "bigdata"
     assert header(name, size) == member.tobuf(tarfile.USTAR_FORMAT, "utf-8")
@@ -336,7 +336,7 @@ def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_stays_of_an_abandoned_shard(tmp_path: Path) -> None:
+def test_an_abandoned_shard_leaves_no_files(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), ShardWriter(tmp_path, "speech-000000", ("flac",)) as writer:
         writer.add("a", (b"x",), 1)
         raise RuntimeError

@@ -129,7 +129,7 @@ def test_a_lost_worker_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_jobs_are_taken_as_they_are_needed(processes: int) -> None:
+def test_jobs_are_created_on_demand(processes: int) -> None:
     """The jobs of a plan with millions of inputs are not all made at once."""
     taken = []
 

@@ -62,7 +62,7 @@ def submitted(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 def starts(place: Workplace, run: str = "run") -> list[int]:
-    """The restart of the job that took each step of metrics.jsonl."""
+    """For each step in metrics.jsonl, the number of the restart that trained it."""
     rows = place.rows(run)
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), "overlap or gap"
     return [row["restart"] for row in rows]
@@ -193,7 +193,7 @@ def scripts() -> list[Path]:
 COMMANDS = [p for p in scripts() if p.suffix == ".sbatch" or p.name == "pipeline.sh"]
 
 
-def test_exit_codes_are_those_of_the_package() -> None:
+def test_exit_codes_match_the_package() -> None:
     text = (SCRIPTS / "common.sh").read_text()
     codes = dict(re.findall(r"\b([A-Z_]+)=(\d+)", re.findall(r"^BAD_INPUT=.*$", text, re.M)[0]))
     assert codes.keys() == {"BAD_INPUT", "UNHEALTHY", "UNFIT", "HUNG"}

@@ -115,7 +115,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Itera
 def start(
     place: Workplace, shards: Path, steps: int, *settings: str, options: tuple[str, ...] = ()
 ) -> tuple[Job, RunFolder]:
-    """A job that has taken its first steps, and its run folder."""
+    """Starts a job, waits for its first steps, and returns it with its run folder."""
     run = RunFolder(place.folder / "runs/run")
     words = arguments("runs/run", shards, steps, *settings)
     job = place.submit("pretrain.sbatch", *words, options=(*TWO_NODES, *options))

@@ -1,4 +1,4 @@
-"""Metrics: sums over micro-batches and ranks, rows and events across a resume."""
+"""Metrics: sums over micro-batches and ranks, and rows and events across a resume."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_accumulator import (
-    EventAccumulator as ServedEvents,  # what TensorBoard itself serves
+    EventAccumulator as ServedEvents,  # what TensorBoard itself displays
 )
 
 from d2v_ds.pretrain_report import PretrainReport
@@ -49,7 +49,7 @@ def reduce_on_rank(same: bool) -> float:
     return float(sums["a"].sum())
 
 
-def test_sums_are_those_of_all_ranks(run_ranks: Callable[..., list[float]]) -> None:
+def test_sums_are_over_all_ranks(run_ranks: Callable[..., list[float]]) -> None:
     assert run_ranks(2, reduce_on_rank, True) == [42, 42]
 
 
@@ -78,7 +78,7 @@ def events(run: RunFolder) -> EventAccumulator:
     return accumulator
 
 
-def test_rows_and_events_go_on_where_the_run_does(run: RunFolder) -> None:
+def test_rows_and_events_resume_at_the_step_of_the_run(run: RunFolder) -> None:
     with MetricsWriter(run, PretrainReport.tags) as writer:
         writer.text("config", "run:\n  steps: 40", 0)
         for step in (10, 20, 30):
@@ -86,7 +86,7 @@ def test_rows_and_events_go_on_where_the_run_does(run: RunFolder) -> None:
         for step in (20, 30):
             writer.image("input/masked", np.full((4, 5, 3), step, np.uint8), step)
     with run.metrics.open("a") as file:
-        file.write('{"step": 40, "samp')  # killed in the middle of a row
+        file.write('{"step": 40, "samp')  # killed while writing a row
     with MetricsWriter(run, PretrainReport.tags, step=20) as writer:
         for step in (30, 40):
             writer.scalars(step, 8 * step, {"loss": step / 100, "loss/speech": 2.0})
@@ -108,7 +108,7 @@ def test_rows_and_events_go_on_where_the_run_does(run: RunFolder) -> None:
     )
 
 
-def test_a_start_from_nothing_takes_everything_back(run: RunFolder) -> None:
+def test_a_start_from_scratch_removes_earlier_metrics(run: RunFolder) -> None:
     for _ in range(2):
         with MetricsWriter(run, PretrainReport.tags) as writer:
             writer.text("config", "a", 0)
@@ -120,7 +120,7 @@ def test_a_start_from_nothing_takes_everything_back(run: RunFolder) -> None:
     assert len(served.Tensors("config/text_summary")) == 1
 
 
-def test_every_cadence_is_on_disk_at_once(run: RunFolder) -> None:
+def test_metrics_are_on_disk_immediately(run: RunFolder) -> None:
     writer = MetricsWriter(run, PretrainReport.tags)
     writer.scalars(10, 80, {"loss": 1.0})
     assert len(rows(run)) == 1
@@ -128,7 +128,7 @@ def test_every_cadence_is_on_disk_at_once(run: RunFolder) -> None:
     writer.close()
 
 
-def test_what_is_not_finite_is_null_in_the_row(run: RunFolder) -> None:
+def test_non_finite_values_are_null_in_the_row(run: RunFolder) -> None:
     with MetricsWriter(run, PretrainReport.tags) as writer:
         writer.scalars(10, 80, {"loss": math.nan, "grad_norm": math.inf})
     (row,) = rows(run)
@@ -136,7 +136,7 @@ def test_what_is_not_finite_is_null_in_the_row(run: RunFolder) -> None:
     assert math.isnan(events(run).Scalars("loss/total")[0].value)
 
 
-def test_names_of_one_modality_have_tags_of_their_own() -> None:
+def test_names_of_one_modality_have_their_own_tags() -> None:
     def tag(name: str) -> str:
         return tag_of(name, {**TAGS, **PretrainReport.tags})
 

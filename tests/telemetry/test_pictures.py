@@ -22,7 +22,7 @@ def test_masked_picture_shades_the_masked_frames() -> None:
     assert picture.reshape(160, 101, 4, 3)[:, expected].std() < plain.std() / 2
 
 
-def test_masked_picture_has_low_frequencies_at_the_bottom_and_light_for_loud() -> None:
+def test_masked_picture_has_low_frequencies_at_the_bottom_and_loud_is_bright() -> None:
     log_mel = np.zeros((20, 10))
     log_mel[:, :2] = 5.0  # all the energy in the two lowest bands
     picture = masked_picture(log_mel, np.zeros(10, dtype=bool)).astype(int).sum(axis=2)

@@ -1,4 +1,4 @@
-"""What a run tells of itself: windows of each modality, collapse by name, what ranks add up."""
+"""Telemetry: metrics per modality, warnings about collapse, and sums over ranks."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_each_modality_is_told_of_over_its_own_steps(tmp_path: Path) -> None:
+def test_each_modality_is_reported_over_its_own_steps(tmp_path: Path) -> None:
     config, task = build()
     order = ["speech", "vision", "speech", "speech", "vision", "vision", "text", "vision"]
     with Telemetry(config, RunFolder(tmp_path), task, 0, Watchdog(0, 1)) as telemetry:
@@ -76,7 +76,7 @@ def test_each_modality_is_told_of_over_its_own_steps(tmp_path: Path) -> None:
     assert mixed[1]["epoch/text"] == 2 and [row["bad"] for row in mixed] == [2, 4]
     for row, seconds in zip(mixed, (6, 0), strict=True):
         assert ("audio_h_per_h" in row) == bool(seconds)
-    # What is told of one is told alike when it is alone.
+    # A run with only this modality reports the same values.
     with Telemetry(config, RunFolder(tmp_path / "b"), task, 0, Watchdog(0, 1)) as other:
         for step, modality in enumerate(order[:EVERY], start=1):
             if modality == "speech":
@@ -87,8 +87,8 @@ def test_each_modality_is_told_of_over_its_own_steps(tmp_path: Path) -> None:
             assert mixed[0][name] == value, name
 
 
-def test_a_single_modality_is_told_of_without_its_name(tmp_path: Path) -> None:
-    """Though it may have several corpora, each with its own epoch."""
+def test_a_single_modality_is_reported_without_its_name(tmp_path: Path) -> None:
+    """It may still have several corpora, each with its own epoch."""
     config, task = build()
     task.modalities = {"vision": task.modalities["vision"]}
     corpora = {"vision/a": {"epoch": 3}, "vision/b": {"epoch": 4}}
@@ -132,7 +132,7 @@ def bad_of_ranks(folder: str) -> None:
         steps(telemetry, task, ["vision"] * EVERY)
 
 
-def test_ranks_add_up_what_they_could_not_use(
+def test_bad_samples_are_summed_over_ranks(
     tmp_path: Path, run_ranks: Callable[..., list[Any]]
 ) -> None:
     run_ranks(2, bad_of_ranks, str(tmp_path))

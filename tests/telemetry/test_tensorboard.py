@@ -1,4 +1,4 @@
-"""A real TensorBoard on a run's folder, looked at in a real browser."""
+"""A real TensorBoard on a run folder, opened in a real browser."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from d2v_ds.telemetry.pictures import masked_picture
 
 @pytest.fixture(scope="module")
 def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a TensorBoard that shows a run which was cut short and went on."""
+    """The address of a TensorBoard that shows a run that was killed and resumed."""
     run = RunFolder(tmp_path_factory.mktemp("board") / "run")
     with MetricsWriter(run, PretrainReport.tags) as writer:
         for step in range(1, 8):
@@ -35,7 +35,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         writer.image("mask/speech", masked_picture(mel, np.arange(100) % 2 == 0), 5)
     with MetricsWriter(
         run, PretrainReport.tags, step=5
-    ) as writer:  # as after a kill at step 7, saved at 5
+    ) as writer:  # as after a kill at step 7 with a checkpoint at step 5
         for step in range(6, 11):
             writer.scalars(step, step * 8, {"loss": 50.0 + step, "lr": 1e-3})
     port = free_port()
@@ -77,7 +77,7 @@ def test_a_resumed_run_is_one_curve(board: str) -> None:
     assert values == {s: 5.0 - s if s <= 5 else 50.0 + s for s in range(1, 11)}
 
 
-def test_the_picture_and_the_configuration_are_there(board: str) -> None:
+def test_the_picture_and_the_configuration_are_shown(board: str) -> None:
     assert "mask/speech" in get(board, "/data/plugin/images/tags")["."]
     assert "configuration/text_summary" in get(board, "/data/plugin/text/tags")["."]
 
@@ -104,6 +104,6 @@ def test_a_browser_shows_the_curves(board: str, tmp_path: Path) -> None:
         text=True,
         timeout=150,
     )
-    # Cards of the first two groups are drawn; of the others the heads.
+    # TensorBoard draws the cards of the first two groups and only the headings of the others.
     for text in ("loss/total", "mask/speech", ">optim<"):
         assert text in done.stdout, f"{text} is not on the page"

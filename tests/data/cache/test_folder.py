@@ -48,7 +48,7 @@ def test_errors_of_the_disk_name_the_variable(tmp_path: Path) -> None:
             tmp_path.read_bytes()
 
 
-def test_a_file_has_its_name_when_it_is_complete(tmp_path: Path) -> None:
+def test_a_file_gets_its_name_only_when_complete(tmp_path: Path) -> None:
     path, temporary = tmp_path / "a.idx", tmp_path / "a.idx.tmp"
     temporary.write_bytes(b"of a killed process, and longer")
     with added(path) as file:
@@ -80,7 +80,7 @@ def test_room_is_reserved_while_a_shard_is_written(tmp_path: Path) -> None:
     assert sorted(os.listdir(folder)) == ["first.tar", "second.tar"]
 
 
-def test_what_is_locked_is_not_removed(tmp_path: Path) -> None:
+def test_locked_files_are_not_removed(tmp_path: Path) -> None:
     file, folder = tmp_path / "file", tmp_path / "folder"
     file.touch()
     folder.mkdir()
@@ -91,10 +91,10 @@ def test_what_is_locked_is_not_removed(tmp_path: Path) -> None:
         assert not remove_unused(path) and path.exists()
         os.close(opened)
         assert remove_unused(path) and not path.exists()
-        assert not remove_unused(path), "it is gone"
+        assert not remove_unused(path), "it was already removed"
 
 
-def test_a_folder_of_a_killed_process_is_removed(cache: Cache) -> None:
+def test_the_folder_of_a_killed_process_is_removed(cache: Cache) -> None:
     code = (
         "import os; from d2v_ds.data.cache.folder import OwnFolder; f = OwnFolder();"
         "(f.path / 'a.tar').touch(); print(f.path, flush=True); os.kill(os.getpid(), 9)"

@@ -263,7 +263,7 @@ def test_a_command_that_fails(
         find_set("pipe:exit 3 {}")
 
 
-def test_by_fsspec(shards: ShardSet, cache: Cache) -> None:
+def test_a_set_read_by_fsspec(shards: ShardSet, cache: Cache) -> None:
     pytest.importorskip("fsspec")
     assert content(find_set(f"file://{shards.root}")) == content(shards)
     with pytest.raises(UserError, match=r"nowhere/index.json: not found"):
@@ -281,7 +281,7 @@ def test_a_cache_that_cannot_be_written(
         open_remote(far.url)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # files it leaves
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # unclosed files
 def test_plain_webdataset_reads_our_shards(shards: ShardSet) -> None:
     import webdataset
 

@@ -43,7 +43,7 @@ def test_a_copy_is_the_set(shards: ShardSet, tmp_path: Path) -> None:
     assert again.shards == shards.shards and len(shards.shards) > 1
 
 
-def test_a_second_call_reads_nothing(shards: ShardSet, tmp_path: Path) -> None:
+def test_a_second_call_copies_nothing(shards: ShardSet, tmp_path: Path) -> None:
     copy = stage(shards, tmp_path, lambda: None)
     assert copy
     before = {f: f.stat().st_mtime_ns for f in copy.glob("*.tar")}
@@ -124,7 +124,7 @@ def test_a_folder_that_cannot_be_written(shards: ShardSet, tmp_path: Path) -> No
         stage(shards, tmp_path / "file", lambda: None)
 
 
-def test_the_variable_decides(
+def test_the_environment_variable_selects_the_folder(
     shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("D2V_STAGE", raising=False)
