@@ -37,11 +37,12 @@ def train(plan: Plan) -> dict[str, Any]:
 def difference(got: dict[str, dict[str, Tensor]], want: dict[str, dict[str, Tensor]]) -> float:
     """Largest difference of masters and moments, relative to each tensor's largest element."""
     assert got.keys() == want.keys()
-    return max(
-        float((got[n][k] - want[n][k]).abs().max() / want[n][k].abs().max())
+    differences = [
+        (got[n][k] - want[n][k]).abs().max() / want[n][k].abs().max()
         for n in want
         for k in ("master", "exp_avg", "exp_avg_sq")
-    )
+    ]
+    return float(torch.stack(differences).max())  # NaN if any is NaN, unlike Python's max
 
 
 def assert_parity(

@@ -104,7 +104,9 @@ def test_at_most_half_of_the_cache_is_filled_in_advance(far: Server, cache: Cach
     small = Cache(cache.folder, 2 * (found.shards[2].bytes + found.shards[1].bytes))
     keep_near(found, iter([2, 1, 0, 3]), small)
     assert tars(cache) == {"series-000002.tar", "series-000001.tar"}
-    keep_near(found, iter([2, 2, 2]), Cache(cache.folder, 10**9))
+    keep_near(found, iter([1, 2, 1, 0]), Cache(cache.folder, 10**9))
+    assert tars(cache) == {"series-000002.tar", "series-000001.tar"}, "stops at the next epoch"
+    assert far.asked["series-000001.tar"] == far.asked["series-000002.tar"] == 1
 
 
 def test_truncated_answers_and_errors_of_the_server_are_retried(
