@@ -62,14 +62,12 @@ def download(url: str, path: Path) -> None:
 
     Raises UserError if that fails, and OSError for errors of the local disk.
     """
-    with path.open("wb") as file:
 
-        def whole() -> None:
-            file.seek(0)
-            file.truncate()
+    def whole() -> None:
+        with path.open("wb") as file:  # fails, and ends the retries, if the folder was removed
             fetch(url, file)
 
-        try_again(whole, url)
+    try_again(whole, url)
 
 
 def try_again(work: Callable[[], Result], url: str) -> Result:

@@ -57,6 +57,15 @@ def test_errors_of_the_local_disk_are_raised_immediately(error: OSError) -> None
     assert caught.value is error and line.left == 999
 
 
+def test_a_removed_folder_ends_the_retries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a download that runs in the background would go on after its loader was closed."""
+    monkeypatch.setattr(download, "TRY_FOR", 60)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(FileNotFoundError):
+        download.download(f"pipe:rm -r {folder}; exit 1", folder / "a.tar")
+
+
 def test_a_command(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"12345")
     download.download(f"pipe:cat {tmp_path}/a", tmp_path / "b")
