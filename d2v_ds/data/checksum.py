@@ -1,7 +1,7 @@
 """32-bit checksums of samples. The index that contains them names the kind.
 
-xxh3 takes a tenth of the reading time. crc32, from the standard library, is used for sets that are
-written without the package xxhash.
+xxh3 costs little compared with reading (docs/performance.md). crc32, from the standard library,
+is used for sets that are written without the package xxhash.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     documents of a shard, in order --encode, eos--> one stream of ids --cut--> blocks --> KEY.npy
 
 A member KEY.npy holds up to ROWS blocks [n, block]. One member per block would double the size of a
-tar and take 25 times as long to read. The last block of a shard holds the remaining ids.
+tar and make reading many times slower. The last block of a shard holds the remaining ids.
 """
 
 from __future__ import annotations
