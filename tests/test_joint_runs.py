@@ -74,16 +74,16 @@ def planned(run: Run) -> list[str]:
 
 
 def test_rows_report_the_modality_of_their_step(undisturbed: Run) -> None:
-    told = []
+    updated = []
     for row in undisturbed.rows():
         [modality] = [name.partition("/")[2] for name in row if name.startswith("loss")]
-        told.append(modality)
+        updated.append(modality)
         for name in ("front_end_spread", "target_sample_spread", "target_rank", "grad_norm"):
             assert row[f"{name}/{modality}"] > 0
         assert 0.2 < row[f"masked_share/{modality}"] < 0.8
         assert {f"epoch/{s}" for s in ("speech", "vision/a", "vision/b", "text")} <= row.keys()
         assert "lr" in row and ("audio_h_per_h" in row) == (modality == "speech")
-    assert told == planned(undisturbed) and set(told) == {"speech", "vision", "text"}
+    assert updated == planned(undisturbed) and set(updated) == {"speech", "vision", "text"}
     assert len(set(planned_sources(undisturbed))) == 4
 
 

@@ -266,14 +266,14 @@ def start_launcher(command: tuple[str, ...], folder: Path) -> subprocess.Popen[b
 
 
 SAVING = """
-    told = []
+    received = []
     for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, lambda number, frame: told.append(number))
+        signal.signal(number, lambda number, frame: received.append(number))
     (folder / f"ready{rank}").write_text(str(os.getpid()))
-    while not told:
+    while not received:
         time.sleep(0.01)
     time.sleep(SECONDS)
-    (folder / f"saved{rank}").write_text(str(told))
+    (folder / f"saved{rank}").write_text(str(received))
     sys.exit(CODE)
 """
 

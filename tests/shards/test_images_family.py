@@ -230,8 +230,8 @@ def test_parquet_of_hugging_face(tmp_path: Path) -> None:
         }
     )
     features = {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
-    told = {"huggingface": json.dumps({"info": {"features": features}})}
-    pq.write_table(table.replace_schema_metadata(told), tmp_path / "a.parquet", row_group_size=2)
+    schema = {"huggingface": json.dumps({"info": {"features": features}})}
+    pq.write_table(table.replace_schema_metadata(schema), tmp_path / "a.parquet", row_group_size=2)
     assert convert(tmp_path, tmp_path.parent / "pq", "--image-key", "img", "-j1") == 0
     found = contents(tmp_path.parent / "pq")
     assert sorted(meta["caption"] for meta, _, _ in found.values()) == [

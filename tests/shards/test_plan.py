@@ -153,8 +153,8 @@ def test_splits_by_key_and_by_speaker(
         f"{i:02d}" for i in range(60)
     ]
     assert all(0 < len(found) < 60 for found in sets.values())
-    told = capsys.readouterr().out
-    assert all(f"{out / name}: {len(found)} samples" in told for name, found in sets.items())
+    printed = capsys.readouterr().out
+    assert all(f"{out / name}: {len(found)} samples" in printed for name, found in sets.items())
     speakers = tmp_path / "speakers"
     words = ["--split", "train=60,valid=20,test=20", "--split-by", "speaker"]
     assert convert(corpus, speakers, *words) == 0
@@ -254,9 +254,9 @@ def test_dry_run_writes_nothing_and_is_about_right(
     about = json.loads((out / INDEX_FILE).read_text())
     shards = len(about["shards"])
     assert line.startswith(f"set: 60 inputs, 97 KB -> {shards} shards, about ")
-    told = float(line.split("about ")[1].split(" KB")[0]) * 1000
+    estimate = float(line.split("about ")[1].split(" KB")[0]) * 1000
     padding = 10_240 * shards
-    assert 0.8 * (about["bytes"] - padding) < told < 1.2 * about["bytes"], line
+    assert 0.8 * (about["bytes"] - padding) < estimate < 1.2 * about["bytes"], line
     assert "on one core" in times and "measured on" in times
 
 
