@@ -19,8 +19,8 @@ from torch import Tensor
 
 from d2v_ds.batch import Batch
 from d2v_ds.config import Config, Target
+from d2v_ds.config.config import require_one_each
 from d2v_ds.config.decoding import decode, to_dict
-from d2v_ds.config.validation import require_one_each
 from d2v_ds.errors import UserError
 from d2v_ds.loss import class_loss, make_targets, regression_loss
 from d2v_ds.modalities import create_modalities

@@ -38,7 +38,7 @@ HOMES = {
     "torchaudio": ["d2v_ds/data/audio.py"],
     "soundfile": ["d2v_ds/data/audio.py"],
     "PIL": ["d2v_ds/data/images.py", "shards/samples/make_images.py"],
-    "sentencepiece": ["shards/tokenizer.py"],
+    "sentencepiece": ["shards/text/tokenizer.py"],
     "pyarrow": ["shards/parquet.py"],
     "zstandard": ["shards/text"],
     "webdataset": ["d2v_ds/loader/webdataset.py", "d2v_ds/data/download.py"],

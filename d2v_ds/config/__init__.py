@@ -1,9 +1,9 @@
 """The configuration of a run.
 
-    recipe or YAML file + key.path=value --decoding.py--> Config (sections.py), validated
+    recipe or YAML file + key.path=value --decoding.py--> Config, validated
 
     sections.py     the settings, documented
-    validation.py   checks across settings
+    config.py       Config, and checks of values and across settings
     decoding.py     mappings <-> typed dataclasses, overrides, YAML
     compat.py       the settings that compat=fairseq changes
     resume.py       the settings that may change when a run resumes
@@ -13,9 +13,9 @@
 Imports no torch.
 """
 
+from d2v_ds.config.config import Config, modality_of
 from d2v_ds.config.sections import (
     BatchSize,
-    Config,
     Data,
     EngineSettings,
     Log,
@@ -25,7 +25,6 @@ from d2v_ds.config.sections import (
     Target,
     Teacher,
 )
-from d2v_ds.config.validation import modality_of
 
 __all__ = [
     "BatchSize",

@@ -23,9 +23,9 @@ from importlib import import_module
 from itertools import pairwise
 from typing import Any, Literal, Union
 
+from d2v_ds.config.config import Config
 from d2v_ds.config.engine_file import OWNED_BY_RUN
 from d2v_ds.config.resume import MAY_CHANGE
-from d2v_ds.config.sections import Config
 from d2v_ds.errors import UserError, suggestion
 from d2v_ds.files import resource
 

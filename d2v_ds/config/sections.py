@@ -1,17 +1,12 @@
 """The sections of a run's configuration: frozen dataclasses with a docstring under each setting.
 
 `d2v-ds settings` prints these docstrings, and docs/configuration.md is generated from them.
-`model.*` and `modality.NAME.*` are plain mappings here, because their types are in modules that
-need torch (transformer.py, modalities/NAME.py). Imports no torch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
-
-from d2v_ds.config.validation import validate
+from typing import Literal
 
 Normalisation = Literal["instance", "layer", "none"]
 
@@ -179,43 +174,3 @@ class Save:
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept permanently; 0: none. Must be a multiple of
     save.every."""
-
-
-@dataclass(frozen=True)
-class Config:
-    """The configuration of a run."""
-
-    compat: Literal["none", "fairseq"] = "none"
-    """fairseq: reproduce the original code, including the faults that this project corrects.
-    docs/differences.md lists the settings that it changes."""
-
-    run: Run = field(default_factory=Run)
-    data: Data = field(default_factory=Data)
-    batch: BatchSize = field(default_factory=BatchSize)
-    model: dict[str, Any] = field(default_factory=dict)
-    target: Target = field(default_factory=Target)
-    modality: dict[str, dict[str, Any]] = field(default_factory=dict)
-    teacher: Teacher = field(default_factory=Teacher)
-    optim: Optim = field(default_factory=Optim)
-    engine: EngineSettings = field(default_factory=EngineSettings)
-    log: Log = field(default_factory=Log)
-    save: Save = field(default_factory=Save)
-
-    def __post_init__(self) -> None:
-        validate(self)
-
-    @property
-    def run_dir(self) -> Path:
-        """The run folder."""
-        return Path(self.run.dir or f"runs/{self.run.name or 'run'}")
-
-    @property
-    def sources(self) -> dict[str, str]:
-        """{source: shard set}, in the order in which ranks open them."""
-        shards = self.data.shards
-        return shards if isinstance(shards, dict) else dict.fromkeys(self.modality, shards)
-
-    def batch_size(self, modality: str) -> float:
-        """The size of a step of this modality, in its unit."""
-        size = self.batch.size
-        return size[modality] if isinstance(size, dict) else size

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from d2v_ds.batch import StepBatch
-from d2v_ds.config.validation import require_divisible
+from d2v_ds.config.config import require_divisible
 from d2v_ds.data.cache.remote import keep_near
 from d2v_ds.data.shard_format import ShardEntry, ShardSet, fingerprint, read_lengths
 from d2v_ds.distributed.collectives import RankSums

@@ -28,7 +28,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from d2v_ds.batch import StepBatch
-from d2v_ds.config.validation import require_divisible
+from d2v_ds.config.config import require_divisible
 from d2v_ds.data.cache.folder import OwnFolder, writing
 from d2v_ds.data.download import download
 from d2v_ds.data.shard_format import ShardSet

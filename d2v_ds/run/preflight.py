@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from d2v_ds.config import Config, modality_of
+from d2v_ds.config.config import require_divisible, require_one_each
 from d2v_ds.config.decoding import dump_yaml
 from d2v_ds.config.engine_file import load_engine_config
-from d2v_ds.config.validation import require_divisible, require_one_each
 from d2v_ds.errors import UserError
 from d2v_ds.loader.find_set import find_set, require_tars, stream_tars
 from d2v_ds.run.environment import code_hash, node_name

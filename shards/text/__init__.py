@@ -70,7 +70,7 @@ def read(arguments: argparse.Namespace) -> Corpus:
     """The corpus that the command line names. Raises UserError."""
     from shards.family import Corpus
     from shards.text.packing import LabelledText, PackedText
-    from shards.tokenizer import Tokenizer
+    from shards.text.tokenizer import Tokenizer
 
     model, source, name = arguments.tokenizer, arguments.source, arguments.layout
     settings = TextOptions(arguments.document, arguments.text_key, arguments.label_key)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from shards.family import Converted, Item, PackedMember, Rejected, Sample
 from shards.keys import part_key
 from shards.text.layout import TextLayout
-from shards.tokenizer import Tokenizer
+from shards.text.tokenizer import Tokenizer
 
 MODEL_FILE = "tokenizer.model"  # its name in a set
 ROWS = 1_024  # blocks per member

@@ -206,7 +206,7 @@ def test_an_unknown_path_is_an_error_with_a_suggestion(
 def test_a_modality_from_outside_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(REGISTRY, "series", "tests.helpers.sensor:Sensor")
     text = as_text("modality.series")
-    assert "modality.series.crop (integer; default 200)\n    Readings that" in text
+    assert "modality.series.crop (integer; default 200)\n    Longer series are cropped" in text
     assert "modality.series.views (integer; default 2)\n    Masked views per sample" in text
 
 

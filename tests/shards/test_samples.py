@@ -15,7 +15,7 @@ from PIL import Image
 from d2v_ds.data import audio
 from shards import samples
 from shards.samples import make_images, make_speech, make_text
-from shards.tokenizer import Tokenizer, train
+from shards.text.tokenizer import Tokenizer, train
 
 SPEECH, TEXT, IMAGES = (samples.path(name) for name in ("speech", "text", "images"))
 

@@ -30,7 +30,7 @@ from shards.layout import AUTO, find
 from shards.text import LAYOUTS, reading
 from shards.text.layout import TextLayout, TextOptions
 from shards.text.packing import LabelledText, PackedText, pack
-from shards.tokenizer import Tokenizer
+from shards.text.tokenizer import Tokenizer
 
 MODEL = samples.path("text") / "tokenizer.model"
 TOKENIZER = Tokenizer.load(MODEL)

@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2v_ds.errors import UserError
-from shards import samples, tokenizer
+from shards import samples
 from shards.cli import main
-from shards.tokenizer import Tokenizer, sample_sentences, train
+from shards.text import tokenizer
+from shards.text.tokenizer import Tokenizer, sample_sentences, train
 
 TEXT = samples.path("text")
 TEXTS = (TEXT / "seen.jsonl").read_text(encoding="utf-8").splitlines()

@@ -6,7 +6,7 @@ import pytest
 
 from d2v_ds import recipes
 from d2v_ds.config import Config, modality_of
-from d2v_ds.config.validation import require_divisible, require_one_each
+from d2v_ds.config.config import require_divisible, require_one_each
 from d2v_ds.errors import UserError
 from d2v_ds.pretrain import Pretrain
 from tests.config.helpers import load

@@ -1,15 +1,69 @@
-"""Checks of values and across settings, beyond their types. All raise UserError with the path of
-the setting."""
+"""The whole configuration of a run, and its checks beyond types.
+
+`model.*` and `modality.NAME.*` are plain mappings here, because their types are in modules that
+need torch (transformer.py, modalities/NAME.py); these check them. All checks raise UserError with
+the path of the setting.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
+from d2v_ds.config.sections import (
+    BatchSize,
+    Data,
+    EngineSettings,
+    Log,
+    Optim,
+    Run,
+    Save,
+    Target,
+    Teacher,
+)
 from d2v_ds.errors import UserError
 
-if TYPE_CHECKING:
-    from d2v_ds.config.sections import Config
+
+@dataclass(frozen=True)
+class Config:
+    """The configuration of a run."""
+
+    compat: Literal["none", "fairseq"] = "none"
+    """fairseq: reproduce the original code, including the faults that this project corrects.
+    docs/differences.md lists the settings that it changes."""
+
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    batch: BatchSize = field(default_factory=BatchSize)
+    model: dict[str, Any] = field(default_factory=dict)
+    target: Target = field(default_factory=Target)
+    modality: dict[str, dict[str, Any]] = field(default_factory=dict)
+    teacher: Teacher = field(default_factory=Teacher)
+    optim: Optim = field(default_factory=Optim)
+    engine: EngineSettings = field(default_factory=EngineSettings)
+    log: Log = field(default_factory=Log)
+    save: Save = field(default_factory=Save)
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.run.dir or f"runs/{self.run.name or 'run'}")
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """{source: shard set}, in the order in which ranks open them."""
+        shards = self.data.shards
+        return shards if isinstance(shards, dict) else dict.fromkeys(self.modality, shards)
+
+    def batch_size(self, modality: str) -> float:
+        """The size of a step of this modality, in its unit."""
+        size = self.batch.size
+        return size[modality] if isinstance(size, dict) else size
 
 
 def modality_of(source: str) -> str:
@@ -18,8 +72,7 @@ def modality_of(source: str) -> str:
 
 
 def validate(config: Config) -> None:
-    """Checks a configuration, except model.* and modality.*, which have checks of their own. Raises
-    UserError with the path of the setting."""
+    """Checks a configuration, except model.* and modality.*."""
 
     def require(condition: bool, path: str, message: str) -> None:
         if not condition:

@@ -1,0 +1,176 @@
+"""sentencepiece: trains a model on a sample of a corpus, and converts between text and token ids.
+
+    text files -> sentences -> a random sample of them -> model file        (d2v-shards tokenizer)
+    text -> Tokenizer.encode -> ids -> Tokenizer.decode -> the same text
+
+Models trained by this module neither normalise nor drop characters, and fall back to bytes, so
+decoding returns the original text. The mask token is not a piece of the model, so that no text can
+contain it: its id follows the last id of the model, as in fairseq.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import random
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from d2v_ds.errors import UserError
+
+SPACE = "▁"  # the character that sentencepiece uses for a space
+SPACE_BYTES = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
+LONGEST = 1_000  # characters of a training sentence; longer ones are cut
+ENCODED_AT_ONCE = 1 << 20  # characters; sentencepiece needs a multiple of that in bytes
+THREADS = 8  # on every machine, because the model depends on their number
+
+
+class Tokenizer:
+    """A sentencepiece model. Raises UserError if the bytes are not one, or lack a needed token."""
+
+    def __init__(self, model: bytes, name: str) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self.name, self.sha256 = name, hashlib.sha256(model).hexdigest()
+        self._pieces = SentencePieceProcessor()
+        try:
+            self._pieces.LoadFromSerializedProto(model)
+        except RuntimeError:
+            raise UserError(
+                f"{name}: is not a sentencepiece model; train one with `d2v-shards tokenizer`"
+            ) from None
+        self._space = [self._pieces.PieceToId(byte) for byte in SPACE_BYTES]
+        self.eos_id: int = self._pieces.eos_id()
+        # Packed text has no bos, so bos serves as padding in models without pad, such as LLaMA's.
+        self.pad_id: int = max(self._pieces.pad_id(), -1)
+        if self.pad_id < 0:
+            self.pad_id = self._pieces.bos_id()
+        for piece, found in (("</s>", self.eos_id), ("<pad> or <s>", self.pad_id)):
+            if found < 0:
+                raise UserError(
+                    f"{name}: lacks {piece}, which packed text needs; use another model"
+                )
+        self.mask_id: int = self._pieces.GetPieceSize()
+        self.vocab_size = self.mask_id + 1
+
+    @staticmethod
+    def load(path: Path) -> Tokenizer:
+        try:
+            return Tokenizer(path.read_bytes(), str(path))
+        except (FileNotFoundError, IsADirectoryError):
+            raise UserError(
+                f"{path}: no such file; give a sentencepiece model, or train one with "
+                f"`d2v-shards tokenizer SOURCE {path}`"
+            ) from None
+
+    def about(self) -> dict[str, Any]:
+        """Its entry of index.json, which a run is checked against."""
+        return {
+            "sha256": self.sha256,
+            "vocab_size": self.vocab_size,
+            "pad_id": self.pad_id,
+            "eos_id": self.eos_id,
+            "mask_id": self.mask_id,
+        }
+
+    def encode(self, text: str) -> list[int]:
+        """Ids, without eos. Raises ValueError for text that is not valid Unicode (half a surrogate
+        pair)."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"is not Unicode text ({error.reason})") from None
+        ids: list[int] = []
+        for i, part in enumerate(text.split(SPACE)):
+            if i:  # sentencepiece would treat it as a space
+                ids += self._space
+            for piece in _cut(part):
+                ids += self._pieces.EncodeAsIds(piece)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._pieces.DecodeIds([int(i) for i in ids]))
+
+
+def _cut(text: str) -> Iterable[str]:
+    """The text in pieces of limited size, cut after a newline if possible."""
+    start = 0
+    while len(text) - start > ENCODED_AT_ONCE:
+        end = text.rfind("\n", start, start + ENCODED_AT_ONCE) + 1 or start + ENCODED_AT_ONCE
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]
+
+
+# ----------------------------------------------------------------------------------------- training
+
+
+def train(texts: Iterable[str], *, vocab_size: int, kind: str, sample: int, seed: int) -> bytes:
+    """A model with vocab_size ids, including the mask, trained on at most `sample` sentences. Only
+    these are held in memory. The same texts give the same bytes. Raises UserError."""
+    import sentencepiece
+
+    chosen = sample_sentences(texts, sample, seed)
+    if not chosen:
+        raise UserError("SOURCE contains no text to train on")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.Train(
+            sentence_iterator=iter(chosen),
+            model_writer=model,
+            model_type=kind,
+            vocab_size=vocab_size - 1,  # the mask is not in the model
+            bos_id=0,
+            pad_id=1,
+            eos_id=2,
+            unk_id=3,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            character_coverage=0.9995,
+            max_sentence_length=4 * LONGEST + 1,  # bytes; sentencepiece skips longer ones
+            num_threads=THREADS,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(_size_error(vocab_size, str(error))) from None
+    return model.getvalue()
+
+
+def sample_sentences(texts: Iterable[str], sample: int, seed: int) -> list[str]:
+    """`sample` lines of the texts, chosen with equal probability (Vitter's algorithm R)."""
+    chosen: list[str] = []
+    draw, seen = random.Random(seed), 0
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), LONGEST):
+                sentence = line[start : start + LONGEST]
+                if not sentence.strip():
+                    continue
+                seen += 1
+                if len(chosen) < sample:
+                    chosen.append(sentence)
+                elif (i := int(draw.random() * seen)) < sample:
+                    chosen[i] = sentence
+    return chosen
+
+
+def _size_error(vocab_size: int, message: str) -> str:
+    """The message for an error of sentencepiece about --vocab-size."""
+    if found := re.search(r"value <= (\d+)", message):
+        return (
+            f"--vocab-size {vocab_size}: too large for this text; use at most "
+            f"{int(found[1]) + 1}, or more text"
+        )
+    if found := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return (
+            f"--vocab-size {vocab_size}: too small for 256 bytes, the special tokens and the "
+            f"characters of the text; use at least {int(found[1]) + 1}"
+        )
+    return f"--vocab-size {vocab_size}: sentencepiece cannot train this model ({message.strip()})"
