@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from d2v_ds.config import Optim, Teacher
+    from d2v_ds.config import Optim, TeacherSettings
 
 TRI_STAGE_INIT = 0.01  # of the peak; fairseq init_lr_scale, final_lr_scale
 TRI_STAGE_FINAL = 0.01
@@ -80,6 +80,6 @@ def learning_rate(optim: Optim, steps: int, n: int) -> float:
     return LEARNING_RATES[optim.schedule](n, optim.lr, optim.warmup_steps, steps, optim.lr_end)
 
 
-def teacher_decay(teacher: Teacher, n: int) -> float:
+def teacher_decay(teacher: TeacherSettings, n: int) -> float:
     """The EMA decay of the update after optimizer step number n (from 1)."""
     return ema_decay(n, teacher.decay, teacher.decay_end, teacher.anneal_steps)

@@ -38,7 +38,7 @@ QUARANTINE_FILE = "quarantine.jsonl"
 
 
 @dataclass(frozen=True)
-class Report:
+class ShardReport:
     """Report of a finished shard."""
 
     entry: ShardEntry
@@ -73,7 +73,7 @@ def convert(
         write_atomically(out / name, source.read_bytes())
     first, every = task
     own = range(first, plan.shards, every)
-    reports: dict[int, Report] = {}
+    reports: dict[int, ShardReport] = {}
     for i in own:
         report = _read_report(out, _name(converter.modality, i))
         if report:
@@ -127,7 +127,7 @@ def merge(out: Path, max_bad: float) -> ShardSet:
     return _finish(out, about, [report for _, report in found if report], max_bad)
 
 
-def convert_shard(job: tuple[Converter, Path, str, Samples]) -> Report:
+def convert_shard(job: tuple[Converter, Path, str, Samples]) -> ShardReport:
     """Writes one shard, then its report."""
     converter, out, name, samples = job
     rejected: list[Rejected] = []
@@ -143,7 +143,7 @@ def convert_shard(job: tuple[Converter, Path, str, Samples]) -> Report:
             elif made.members:
                 writer.add(made.key, made.members, made.length)
         entry = writer.finish() if writer.samples else ShardEntry(name, 0, 0, 0, "")
-    report = Report(entry, tuple(rejected), tuple(unwanted), found)
+    report = ShardReport(entry, tuple(rejected), tuple(unwanted), found)
     write_atomically(_report_file(out, name), json.dumps(dataclasses.asdict(report)).encode())
     return report
 
@@ -169,14 +169,14 @@ def _report_file(out: Path, name: str) -> Path:
     return out / f"{name}.json"
 
 
-def _read_report(out: Path, name: str) -> Report | None:
+def _read_report(out: Path, name: str) -> ShardReport | None:
     """None if the shard is not finished."""
     try:
         raw = json.loads(_report_file(out, name).read_bytes())
         rejected, unwanted = (
             tuple((p, r) for p, r in raw[name]) for name in ("rejected", "unwanted")
         )
-        report = Report(ShardEntry(**raw["entry"]), rejected, unwanted, raw["found"])
+        report = ShardReport(ShardEntry(**raw["entry"]), rejected, unwanted, raw["found"])
         entry = report.entry
         whole = not entry.samples or (
             (out / f"{name}.tar").stat().st_size == entry.bytes and (out / f"{name}.idx").exists()
@@ -255,13 +255,13 @@ def _too_many_bad(
     )
 
 
-def _rejected(about: dict[str, Any], reports: Sequence[Report]) -> list[Rejected]:
+def _rejected(about: dict[str, Any], reports: Sequence[ShardReport]) -> list[Rejected]:
     """Rejected inputs of the plan, then of the shards."""
     return [*about["rejected"], *(item for report in reports for item in report.rejected)]
 
 
 def _finish(
-    out: Path, about: dict[str, Any], reports: Sequence[Report], max_bad: float
+    out: Path, about: dict[str, Any], reports: Sequence[ShardReport], max_bad: float
 ) -> ShardSet:
     """Writes index.json and quarantine.jsonl. about: the content of plan.json."""
     rejected = _rejected(about, reports)

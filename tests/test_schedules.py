@@ -7,7 +7,7 @@ import math
 import pytest
 
 from d2v_ds import recipes
-from d2v_ds.config import Optim, Teacher
+from d2v_ds.config import Optim, TeacherSettings
 from d2v_ds.schedules import (
     LEARNING_RATES,
     constant,
@@ -110,6 +110,6 @@ def test_every_schedule_of_the_settings_exists() -> None:
 
 
 def test_the_teacher_decay_of_a_configuration() -> None:
-    teacher = Teacher(decay=0.9, decay_end=0.99, anneal_steps=100)
+    teacher = TeacherSettings(decay=0.9, decay_end=0.99, anneal_steps=100)
     assert teacher_decay(teacher, 50) == ema_decay(50, 0.9, 0.99, 100)
     assert teacher_decay(teacher, 100) == teacher_decay(teacher, 10**6) == 0.99

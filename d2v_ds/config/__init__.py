@@ -23,7 +23,7 @@ from d2v_ds.config.sections import (
     Run,
     Save,
     Target,
-    Teacher,
+    TeacherSettings,
 )
 
 __all__ = [
@@ -36,6 +36,6 @@ __all__ = [
     "Run",
     "Save",
     "Target",
-    "Teacher",
+    "TeacherSettings",
     "modality_of",
 ]

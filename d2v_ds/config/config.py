@@ -21,7 +21,7 @@ from d2v_ds.config.sections import (
     Run,
     Save,
     Target,
-    Teacher,
+    TeacherSettings,
 )
 from d2v_ds.errors import UserError
 
@@ -40,7 +40,7 @@ class Config:
     model: dict[str, Any] = field(default_factory=dict)
     target: Target = field(default_factory=Target)
     modality: dict[str, dict[str, Any]] = field(default_factory=dict)
-    teacher: Teacher = field(default_factory=Teacher)
+    teacher: TeacherSettings = field(default_factory=TeacherSettings)
     optim: Optim = field(default_factory=Optim)
     engine: EngineSettings = field(default_factory=EngineSettings)
     log: Log = field(default_factory=Log)

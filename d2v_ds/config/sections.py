@@ -85,7 +85,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherSettings:
     """The exponential moving average (EMA) of the student's weights."""
 
     decay: float = 0.999

@@ -39,7 +39,7 @@ class TooShort(ValueError):
 
 
 @dataclass(frozen=True)
-class Recording:
+class EncodedRecording:
     """An encoded recording, or a part of one."""
 
     data: bytes
@@ -119,7 +119,7 @@ class SpeechConverter:
         about = self._about(sample.columns, used, len(x))
         return Converted(sample.key, self._members(flac, about), len(x), *left_out)
 
-    def _samples_of(self, item: Item[bytes], recording: Recording) -> Iterator[Converted]:
+    def _samples_of(self, item: Item[bytes], recording: EncodedRecording) -> Iterator[Converted]:
         """One sample, or the parts of a long recording."""
         length = self._length(recording)
         limit = int(self.max_seconds * self.sample_rate) or length
@@ -145,7 +145,7 @@ class SpeechConverter:
     def _members(self, flac: bytes | None, about: bytes, wav: bytes | None = None) -> Members:
         return (flac, about, wav) if self.keep else (flac, about)
 
-    def _encoded(self, recording: Recording, x: Samples, about: bytes) -> Members:
+    def _encoded(self, recording: EncodedRecording, x: Samples, about: bytes) -> Members:
         """Members of a whole recording. Its own bytes are stored if they need no conversion, which
         avoids encoding them again."""
         data, info = recording.data, recording.info
@@ -159,7 +159,7 @@ class SpeechConverter:
 
     # ---------------------------------------------------------------------------------- reading
 
-    def _open(self, item: Item[bytes]) -> Recording:
+    def _open(self, item: Item[bytes]) -> EncodedRecording:
         """Raises ValueError, or TooShort, if the recording cannot be used."""
         data = item.content
         if data[:4] == b"OggS" and (problem := ogg_problem(data)):
@@ -184,13 +184,13 @@ class SpeechConverter:
         if frames < self.min_seconds * info.rate:
             seconds = frames / info.rate
             raise TooShort(f"is {seconds:g} s long, below --min-seconds {self.min_seconds:g}")
-        return Recording(data, info, start, frames)
+        return EncodedRecording(data, info, start, frames)
 
-    def _length(self, recording: Recording) -> int:
+    def _length(self, recording: EncodedRecording) -> int:
         """In frames at the rate of the set."""
         return -(-recording.frames * self.sample_rate // recording.info.rate)
 
-    def _decode(self, recording: Recording, start: int, stop: int) -> Samples:
+    def _decode(self, recording: EncodedRecording, start: int, stop: int) -> Samples:
         """Frames start to stop at the rate of the set, equal to that range of the whole recording:
         the frames around it are decoded too if resampling needs them. Also called when the bytes
         of the file are stored unchanged, because decoding detects damage."""
