@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +22,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # The same examples in every run of the same code, so that failures are reproducible.
 settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Temporary files, which killed processes leave behind, go into a folder that is removed at the
+    end. The path must be short, because it is the start of the paths of sockets."""
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # for tmp_path
+    folder = tempfile.mkdtemp(prefix="d2v-")
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 # Groups of tests that take minutes. They start first, so that none runs alone at the end.
