@@ -86,7 +86,8 @@ def run_steps(t: Training, stop: StopFlag) -> int:
             ):
                 skipped += 1
                 telemetry.step_skipped()
-                log.warning("step %d is skipped: its gradient is not finite", state.step)
+                number = state.step + 1  # as in the metrics
+                log.warning("step %d is skipped: its gradient is not finite", number)
                 if skipped < MAX_SKIPPED:
                     continue
                 give_up(t, step_batch, skipped)

@@ -12,6 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from d2v_ds.checkpoint import open_checkpoint
 from d2v_ds.distributed.launcher import launch
+from d2v_ds.exit_codes import FINISHED, UNHEALTHY
+from d2v_ds.train import MAX_SKIPPED
 from tests import ROOT
 from tests.helpers.regress import BIASED
 from tests.helpers.runs import Run, assert_equal_runs
@@ -25,10 +27,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_set(tmp_path_factory.mktemp("sets") / "series", LENGTHS).root
 
 
-def run(root: Path, data: Path, ranks: int, *settings: str) -> Run:
-    """Runs the program tests/helpers/regress.py on `ranks` ranks."""
+def run(root: Path, data: Path, ranks: int, *settings: str, expected: int = FINISHED) -> Run:
+    """Runs the program tests/helpers/regress.py on `ranks` ranks. expected: its exit code."""
     words = [f"run.dir={root}", f"data.shards={data}", *settings]
-    assert launch(ranks, words, command=(sys.executable, "-m", "tests.helpers.regress")) == 0
+    code = launch(ranks, words, command=(sys.executable, "-m", "tests.helpers.regress"))
+    assert code == expected
     return Run(root, "")
 
 
@@ -81,3 +84,12 @@ def test_its_checkpoints_have_no_averages_and_zero_equals_the_local_engine(
     found.verify()
     assert found.tensors("ema") == {} and found.tensors("ema_compensation") == {}
     assert found.tensors("master").keys() == found.shapes.keys() == found.adam_steps.keys()
+
+
+def test_a_run_without_finite_gradients_ends(data: Path, tmp_path: Path) -> None:
+    """The first update makes all later activations infinite."""
+    lost = run(tmp_path, data, 2, "engine.config=zero2", "optim.lr=1e30", expected=UNHEALTHY)
+    assert list(lost.losses()) == [1] and not lost.folder.done.exists()
+    log = (tmp_path / "logs/local.0/rank00000.txt").read_text()
+    assert log.count("step 2 is skipped: its gradient is not finite") == MAX_SKIPPED
+    assert f"{MAX_SKIPPED} consecutive steps had no finite gradient: lower optim.lr" in log
