@@ -321,3 +321,19 @@ def test_standard_library_only() -> None:
     code = "import sys, d2v_ds.files; print({'numpy', 'torch'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    here = socket.gethostname()
+    dead, live, away = (
+        tmp_path / f"speech-000000.tar.{owner}.tmp"
+        for owner in (f"{here}.{ended.pid}", f"{here}.{os.getpid()}", f"node7.{ended.pid}")
+    )
+    for file in (dead, live, away):
+        file.write_bytes(b"half")
+    remove_stale(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted([live, away])
+    remove_stale(tmp_path, all_hosts=True)
+    assert list(tmp_path.iterdir()) == []

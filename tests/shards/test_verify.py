@@ -1,16 +1,9 @@
-"""d2v-shards verify and stats: every kind of damage is reported, a sound set is described."""
+"""d2v-shards verify: every kind of damage is reported."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-import os
 import shutil
-import socket
-import subprocess
-import sys
-import tarfile
 from array import array
 from collections.abc import Callable
 from pathlib import Path
@@ -18,31 +11,18 @@ from pathlib import Path
 import pytest
 import webdataset as wds
 
-from d2v_ds.data import audio
 from d2v_ds.data.shard_format import (
     INDEX_FILE,
-    ShardSet,
     index_bytes,
     open_set,
     read_index,
-    set_json,
 )
-from d2v_ds.files import remove_stale
 from shards import samples
 from shards.cli import main
 from shards.verify import NOTE
-from shards.writer import ShardWriter, header
+from tests.shards.speech_sets import build
 
 SPEECH = samples.path("speech")
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set of 50 recordings in a few shards, without problems."""
-    out = tmp_path_factory.mktemp("sets") / "seen"
-    arguments = ["speech", str(SPEECH / "seen.tsv"), str(out), "--shard-size", "60KB", "-j1"]
-    assert main(arguments) == 0
-    return out
 
 
 @pytest.mark.parametrize("jobs", ["-j1", "-j2"])
@@ -131,28 +111,6 @@ def test_damage_is_detected(
         text = text.replace("KEY", index.key(row))
         assert any(text in line for line in lines), (text, lines)
     assert last.endswith(f"{len(lines)} problem{'s' if len(lines) > 1 else ''}")
-
-
-def build(folder: Path, samples_of: list[list[tuple[str, bytes, bytes, int]]]) -> Path:
-    """A set with correct checksums, made of rows (key, flac, json, length)."""
-    folder.mkdir()
-    entries = []
-    for i, rows in enumerate(samples_of):
-        with ShardWriter(folder, f"speech-{i:06d}", ("flac", "json")) as writer:
-            for key, flac, json, length in rows:
-                writer.add(key, (flac, json), length)
-            entries.append(writer.finish())
-    result = ShardSet(folder, "speech", "frames", 8000, ("flac", "json"), tuple(entries))
-    (folder / INDEX_FILE).write_text(
-        set_json(result, options={"rate": 8000}, inputs=len(samples_of), quarantined=0)
-    )
-    return folder
-
-
-@pytest.fixture
-def flac() -> tuple[bytes, int]:
-    data = (SPEECH / "recordings/0_theo_0.flac").read_bytes()
-    return data, audio.info(data).frames
 
 
 def problems(path: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -296,80 +254,3 @@ def test_a_member_that_the_index_does_not_list(
     (folder / "speech-000000.idx").write_bytes(data)
     assert "b.flac at byte" in (text := problems(folder, capsys))
     assert "is not in the index" in text
-
-
-@pytest.mark.parametrize("size", [0, 1, 511, 512, 513, 1024, 10_240])
-def test_padding_equals_webdatasets(size: int, tmp_path: Path) -> None:
-    with ShardWriter(tmp_path, "speech-000000", ("flac", "json")) as writer:
-        for key in ("a", "b/c"):
-            writer.add(key, (bytes(size), b"{}"), 1)
-        entry = writer.finish()
-    theirs = io.BytesIO()
-    with wds.TarWriter(theirs, mtime=0, encoder=False) as peer:
-        for key in ("a", "b/c"):
-            peer.write({"__key__": key, "flac": bytes(size), "json": b"{}"})
-    assert (tmp_path / "speech-000000.tar").read_bytes() == theirs.getvalue()
-    assert entry.sha256 == hashlib.sha256(theirs.getvalue()).hexdigest()
-
-
-@pytest.mark.parametrize("name", ["", "a.json", "ä/ö.flac", "x" * 100, "dir/" * 24 + "abc.flac"])
-@pytest.mark.parametrize("size", [0, 1, 4095, 8**11 - 1])
-def test_headers_equal_tarfiles(name: str, size: int) -> None:
-    member = tarfile.TarInfo(name)
-    member.size, member.mode, member.uname, member.gname = size, 0o444, "bigdata", "bigdata"
-    assert header(name, size) == member.tobuf(tarfile.USTAR_FORMAT, "utf-8")
-
-
-def test_leftovers_of_dead_processes_are_removed(tmp_path: Path) -> None:
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    here = socket.gethostname()
-    dead, live, away = (
-        tmp_path / f"speech-000000.tar.{owner}.tmp"
-        for owner in (f"{here}.{ended.pid}", f"{here}.{os.getpid()}", f"node7.{ended.pid}")
-    )
-    for file in (dead, live, away):
-        file.write_bytes(b"half")
-    remove_stale(tmp_path)
-    assert sorted(tmp_path.iterdir()) == sorted([live, away])
-    remove_stale(tmp_path, all_hosts=True)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_abandoned_shard_leaves_no_files(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), ShardWriter(tmp_path, "speech-000000", ("flac",)) as writer:
-        writer.add("a", (b"x",), 1)
-        raise RuntimeError
-    assert list(tmp_path.iterdir()) == []
-
-
-# -------------------------------------------------------------------------------------------- stats
-
-
-def test_stats(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["stats", str(sound)]) == 0
-    text = capsys.readouterr().out
-    rows = [line.split() for line in text.splitlines()]
-    assert ["samples", "50"] in rows and ["sample", "rate", "16000", "Hz"] in rows
-    hours = open_set(sound).length / 16_000 / 3600
-    assert ["hours", f"{hours:.3f}"] in rows
-    assert ["george", "10"] in rows and ["7", "5"] in rows
-    bins = text.split("Length in s")[1].split("\n\n")[0].splitlines()[4:]
-    assert len(bins) == 10 and sum(int(line.split()[3]) for line in bins) == 50
-
-
-def test_stats_markdown(sound: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["stats", "--markdown", str(sound)]) == 0
-    text = capsys.readouterr().out
-    assert "## speaker\n\n| | |\n|---|---|\n| george | 10 |" in text
-
-
-def test_stats_of_long_columns_and_damage(
-    flac: tuple[bytes, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data, frames = flac
-    rows = [(f"k{i}", data, b'{"text": "%d"}' % i, frames) for i in range(60)]
-    assert main(["stats", str(build(tmp_path / "set", [rows]))]) == 0
-    assert "distinct values  more than 50" in capsys.readouterr().out
-    assert main(["stats", str(build(tmp_path / "bad", [[("a", data, b"{", frames)]]))]) == 2
-    assert "sample 'a': its .json is damaged" in capsys.readouterr().err
