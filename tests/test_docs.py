@@ -20,7 +20,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -118,13 +118,6 @@ MARK = "@@ block"
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
-    """{page: the folder in which its commands have run}; filled by `run_page`."""
-    folders: dict[str, Path] = {}
-    yield folders
-
-
-@pytest.fixture(scope="session")
 def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("commands")
     (folder / "kept").mkdir()
@@ -135,16 +128,30 @@ def commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("page", RUN)
-def test_commands_run_and_print_what_the_page_shows(
-    page: str, commands: Path, finished: dict[str, Path], tmp_path: Path
-) -> None:
-    (tmp_path / "shards").symlink_to(ROOT / "shards")
+FolderOf = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def folder_of(commands: Path, tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
+    """folder_of(page) is the folder in which the commands of the page have run."""
+
+    @cache
+    def run(page: str) -> Path:
+        folder = tmp_path_factory.mktemp("page")
+        run_page(page, commands, folder)
+        return folder
+
+    return run
+
+
+def run_page(page: str, commands: Path, folder: Path) -> None:
+    """Runs the commands of a page and compares what they print."""
+    (folder / "shards").symlink_to(ROOT / "shards")
     chosen = [block for block in blocks(page) if block.kind == "sh"]
     script = "".join(f"echo '{MARK}'\n{block.code}" for block in chosen)
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", script],
-        cwd=tmp_path,
+        cwd=folder,
         env={
             **os.environ,
             "PATH": f"{commands}:{os.environ['PATH']}",
@@ -160,7 +167,6 @@ def test_commands_run_and_print_what_the_page_shows(
     printed = done.stdout.split(f"{MARK}\n")[1:]
     for block, text in zip(chosen, printed, strict=True):
         compare(block.output, text.splitlines(), page)
-    finished[page] = tmp_path
 
 
 def compare(shown: list[str], printed: list[str], page: str) -> None:
@@ -176,6 +182,11 @@ def compare(shown: list[str], printed: list[str], page: str) -> None:
         assert near, f"{page} shows {line!r}, printed was\n" + "\n".join(printed)
         at, gap = near[0] + 1, False
     assert not shown or gap or at == len(printed), f"{page}: more was printed: {printed[at:]}"
+
+
+@pytest.mark.parametrize("page", RUN)
+def test_commands_run_and_print_what_the_page_shows(page: str, folder_of: FolderOf) -> None:
+    assert folder_of(page).is_dir()
 
 
 def test_compare_can_fail() -> None:
@@ -204,17 +215,17 @@ def test_python_blocks_compile_and_their_imports_exist() -> None:
                     importlib.import_module(alias.name)
 
 
-# ------------------------------------------------------------- folders, after the commands have run
+# ------------------------------------------------------------- folders that the commands have made
 
 
-def test_folder_trees_are_real(finished: dict[str, Path]) -> None:
-    run = finished["docs/training.md"] / "runs/first"
+def test_folder_trees_are_real(folder_of: FolderOf) -> None:
+    run = folder_of("docs/training.md") / "runs/first"
     known = {path.name for path in members(RunFolder(run))}
     made = {path.name for path in run.iterdir()}
     shown = entries("docs/training.md", "runs/first/")
     assert set(shown) == known and made <= known
     shown = entries("docs/corpora.md", "data/train/")
-    assert set(shown) == {p.name for p in (finished["docs/corpora.md"] / "data/train").iterdir()}
+    assert set(shown) == {p.name for p in (folder_of("docs/corpora.md") / "data/train").iterdir()}
     checkpoint = max((run / "checkpoints").iterdir())
     shown = entries("docs/teacher-and-checkpoints.md", "checkpoints/00000600/")
     assert set(shown) <= {path.name for path in checkpoint.iterdir()}
@@ -240,12 +251,10 @@ def entries(page: str, root: str) -> list[str]:
 
 
 @pytest.mark.parametrize("page", sorted({page for page, _ in blocks_of("python")}))
-def test_python_blocks_run(
-    page: str, finished: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_python_blocks_run(page: str, folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the blocks in the folder of training.md, which contains a run. Programs that start a
     command are skipped."""
-    monkeypatch.chdir(finished["docs/training.md"])
+    monkeypatch.chdir(folder_of("docs/training.md"))
     monkeypatch.setattr(speech, "LAYOUTS", [*speech.LAYOUTS])
     for _, block in blocks_of("python", pages=[page]):
         if "sys.exit" not in block.code:
