@@ -117,7 +117,7 @@ def only_modality(config: Config, wanted: str = "") -> str:
         return names[0]
     if wanted not in names:
         given = f"no {wanted!r} in this run" if wanted else "this run has several; name one"
-        raise UserError(f"modality: {given} (has: {', '.join(names)})")
+        raise UserError(f"modality: {given} (it has: {', '.join(names)})")
     return wanted
 
 

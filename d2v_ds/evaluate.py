@@ -63,8 +63,8 @@ def read_labelled(shards: ShardSet, modality: Modality, column: str) -> Labelled
         if column not in meta:
             raise UserError(
                 f"{shards.root}, sample {key!r}: its .json has no {column!r} "
-                f"(has: {', '.join(sorted(meta)) or 'nothing'}); convert with that column in the "
-                "manifest, or name another column with --label"
+                f"(it has: {', '.join(sorted(meta)) or 'nothing'}); convert with that column in "
+                "the manifest, or name another column with --label"
             )
         examples.append(modality.decode(sample, None))
         labels.append(str(meta[column]))

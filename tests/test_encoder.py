@@ -99,7 +99,9 @@ def test_it_can_be_fine_tuned(run: Run) -> None:
 
 
 def test_errors_are_one_line(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"this run has several; name one \(has: speech, text, vis"):
+    with pytest.raises(
+        UserError, match=r"this run has several; name one \(it has: speech, text, vis"
+    ):
         load_encoder(run.folder.root)
     with pytest.raises(UserError, match="no 'smell' in this run"):
         load_encoder(run.folder.root, modality="smell")

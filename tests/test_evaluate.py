@@ -88,7 +88,7 @@ def test_missing_labels_are_named(tmp_path: Path, task: Pretrain) -> None:
     shards = open_set(tmp_path / "set", "speech")
     found = read_labelled(shards, task.modalities["speech"], "label")
     assert Counter(found.labels) == dict.fromkeys(map(str, range(10)), 5)
-    with pytest.raises(UserError, match=r"its \.json has no 'word' \(has: .*label.*\)"):
+    with pytest.raises(UserError, match=r"its \.json has no 'word' \(it has: .*label.*\)"):
         read_labelled(shards, task.modalities["speech"], "word")
 
 

@@ -179,17 +179,26 @@ def test_show_reports_parameters_memory_and_batches_by_modality() -> None:
             "data.shards: one set for 3 modalities; give one each for speech, t",
         ),
         (["batch.size=8"], "batch.size: one number for 3 modalities; give one each for speech, t"),
-        (["batch.size={speech: 8, text: 8}"], "batch.size.vision: must be given (has: speech, tex"),
+        (
+            ["batch.size={speech: 8, text: 8}"],
+            "batch.size.vision: must be given (given: speech, tex",
+        ),
         (["batch.size.vision=0"], "batch.size.vision: must be above 0, got 0"),
-        (["batch.size.smell=1"], "batch.size.smell: no modality 'smell' in this run (has: speech"),
+        (
+            ["batch.size.smell=1"],
+            "batch.size.smell: no modality 'smell' in this run (it has: speech",
+        ),
         (["batch.size.text=many"], "batch.size.text: expected a number, got 'many'"),
         (["batch.size=many"], "batch.size: expected a number, got 'many'"),
-        (["data.shards.smell=/a"], "data.shards.smell: no modality 'smell' in this run (has: spe"),
+        (
+            ["data.shards.smell=/a"],
+            "data.shards.smell: no modality 'smell' in this run (it has: spe",
+        ),
         (["data.weights.text=0"], "data.weights.text: must be above 0, got 0"),
         (["data.weights={speech: 1}"], "data.weights.vision: must be given, because other sources"),
         (
             ["data.shards={speech/a: /a, speech/b: /b, vision: /c, text: /d}"],
-            "data.weights.speech: no such source in this run (has: speech/a, speech/b, vision, tex",
+            "data.weights.speech: no such source in this run (it has: speech/a, speech/b, vision",
         ),
         (["modality.text.loss_weight=0"], "modality.text: loss_weight=0.0 must be above 0"),
     ],
@@ -209,7 +218,7 @@ def test_missing_and_wrong_shards_of_a_joint_run_are_named(sets: dict[str, Path]
         return str(caught.value)
 
     assert refused(text="").startswith("data.shards.text: must name a shard set, for example")
-    assert refused(vision="-") == "data.shards.vision: must be given (has: speech, text)"
+    assert refused(vision="-") == "data.shards.vision: must be given (given: speech, text)"
     assert refused(text=str(sets["vision"])).endswith("holds vision, but text is required")
     with pytest.raises(UserError, match=r"data\.shards\.speech: must name a shard set"):
         check(recipes.load("joint_tiny", []), 1)
@@ -227,5 +236,5 @@ def test_the_command_names_a_modality_that_is_missing(
 ) -> None:
     words = ["evaluate", "knn", str(undisturbed.folder.root), "--gallery", "a", "--test", "b"]
     assert main([*words, "--modality", "smell"]) == 2
-    assert "no 'smell' in this run (has: speech, text, vision)" in capsys.readouterr().err
+    assert "no 'smell' in this run (it has: speech, text, vision)" in capsys.readouterr().err
     assert json.loads(undisturbed.folder.done.read_text())["step"] == STEPS

@@ -144,7 +144,9 @@ def validate_sources(config: Config) -> None:
     for path in [*given, *(f"batch.size{name}" for name in sizes if name)]:
         name = modality_of(path.split(".", 2)[2])
         if name not in names:
-            raise UserError(f"{path}: no modality {name!r} in this run (has: {', '.join(names)})")
+            raise UserError(
+                f"{path}: no modality {name!r} in this run (it has: {', '.join(names)})"
+            )
     for name, number in sizes.items():
         if number <= 0:
             raise UserError(f"batch.size{name}: must be above 0, got {number:g}")
@@ -162,7 +164,7 @@ def require_one_each(config: Config) -> None:
         raise UserError(f"batch.size: one number for {several} batch.size.{names[0]}={size:g}")
     for name in names:
         if isinstance(size, dict) and name not in size:
-            raise UserError(f"batch.size.{name}: must be given (has: {', '.join(size)})")
+            raise UserError(f"batch.size.{name}: must be given (given: {', '.join(size)})")
 
 
 def validate_weights(config: Config) -> None:
@@ -173,7 +175,7 @@ def validate_weights(config: Config) -> None:
     for source, weight in weights.items():
         if source not in sources:
             raise UserError(
-                f"data.weights.{source}: no such source in this run (has: {', '.join(sources)})"
+                f"data.weights.{source}: no such source in this run (it has: {', '.join(sources)})"
             )
         if not 0 < weight < math.inf:
             raise UserError(f"data.weights.{source}: must be above 0, got {weight:g}")

@@ -57,7 +57,7 @@ def require_shards(config: Config, modality: str, ranks: int) -> None:
             "`d2v-shards --help` explains how to make one"
         )
     if not sources:
-        raise UserError(f"{setting}: must be given (has: {', '.join(sorted(config.sources))})")
+        raise UserError(f"{setting}: must be given (given: {', '.join(sorted(config.sources))})")
     for path in sources.values():
         if tars := stream_tars(path):
             require_tars(tars, ranks)

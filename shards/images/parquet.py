@@ -74,7 +74,7 @@ class Parquet(ImageLayout):
             table = parquet.open_table(self.root / part.path)
             names = table.schema_arrow.names
             if key not in names:
-                raise ValueError(f"has no column {key!r} (has: {', '.join(names)})")
+                raise ValueError(f"has no column {key!r} (columns: {', '.join(names)})")
             for number, row in parquet.rows(table, part, names):
                 name = f"{part.path}, row {number}"
                 image = row.pop(key)

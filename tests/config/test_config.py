@@ -34,9 +34,15 @@ from tests.config.helpers import load
         ("save.every=0", "save.every: must be at least 1, got 0"),
         ("save.keep=0", "save.keep: must be at least 1, got 0"),
         ("save.keep_every=150", "save.keep_every: must be 0 (off) or a multiple of save.every=100"),
-        ("data.shards.text=/a", "data.shards.text: no modality 'text' in this run (has: speech)"),
-        ("batch.size={text: 1}", "batch.size.text: no modality 'text' in this run (has: speech)"),
-        ("data.weights.text=1", "data.weights.text: no such source in this run (has: speech)"),
+        (
+            "data.shards.text=/a",
+            "data.shards.text: no modality 'text' in this run (it has: speech)",
+        ),
+        (
+            "batch.size={text: 1}",
+            "batch.size.text: no modality 'text' in this run (it has: speech)",
+        ),
+        ("data.weights.text=1", "data.weights.text: no such source in this run (it has: speech)"),
         ("data.weights.speech=0", "data.weights.speech: must be above 0, got 0"),
     ],
 )
