@@ -97,7 +97,7 @@ def verify_shard(
     except OSError as error:
         problems.append(f"{tar.name}: {error.strerror}")
         return result
-    indexed = bool(about.get("indexed"))  # third-party tars
+    indexed = shards.indexed
     with file:
         problems += _check_file(tar, shard, indexed)
         problems += _check_structure(file, index, keys, packed, indexed)

@@ -7,6 +7,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from multiprocessing.util import Finalize
 from typing import Any
 
 import pytest
@@ -24,13 +25,14 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile("repeatable")
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """Temporary files, which killed processes leave behind, go into a folder that is removed at the
     end. The path must be short, because it is the start of the paths of sockets."""
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", tempfile.gettempdir())  # for tmp_path
     folder = tempfile.mkdtemp(prefix="d2v-")
     os.environ["TMPDIR"] = tempfile.tempdir = folder
-    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    # After the finalizers of multiprocessing, whose own folder is inside, with priority -100.
+    Finalize(None, shutil.rmtree, (folder, True), exitpriority=-200)
 
 
 # Groups of tests that take minutes. They start first, so that none runs alone at the end.

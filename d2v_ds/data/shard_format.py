@@ -55,7 +55,7 @@ class ShardEntry:
     samples: int
     bytes: int  # of the tar
     length: int  # sum over its samples
-    sha256: str  # of the tar
+    sha256: str  # of the tar; of the .idx if the set is `indexed`
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,11 @@ class ShardSet:
     about: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # index.json
     remote: str = ""  # the URL prefix or command, if remote (cache/remote.py)
     urls: dict[str, str] = field(default_factory=dict)  # of streamed tars, by name, for messages
+
+    @property
+    def indexed(self) -> bool:
+        """Whether the tars are from a third party and only their headers were read."""
+        return bool(self.about.get("indexed"))
 
     @property
     def samples(self) -> int:
@@ -194,9 +199,14 @@ def _check_tar(path: Path, size: int) -> None:
         )
 
 
-def require_sha256(tar: object, found: str, entry: ShardEntry, advice: str) -> None:
-    """Raises UserError unless the SHA-256 of a tar is that of its entry."""
-    if found != entry.sha256:
+def require_copy(
+    shards: ShardSet, entry: ShardEntry, tar: object, size: int, digest: str, advice: str
+) -> None:
+    """Raises UserError unless a copied tar has the size and the SHA-256 of its entry. The SHA-256
+    of third-party tars is unknown, so only their size is checked."""
+    if size != entry.bytes:
+        raise UserError(f"{tar}: has {size} bytes, but {INDEX_FILE} has {entry.bytes}; {advice}")
+    if not shards.indexed and digest != entry.sha256:
         raise UserError(f"{tar}: its SHA-256 differs from {INDEX_FILE}; {advice}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+from collections import Counter
 from contextlib import closing
 from itertools import islice
 from pathlib import Path
@@ -14,11 +15,13 @@ import pytest
 import soundfile
 import webdataset
 
+from d2v_ds.data.cache.stage import stage
 from d2v_ds.errors import UserError
 from d2v_ds.loader.find_set import find_set, stream_tars
 from d2v_ds.loader.loader import Loader
 from d2v_ds.loader.reading import read_samples
 from d2v_ds.modalities.speech import Speech, SpeechConfig
+from tests.helpers.http_server import Server, start, stop
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +48,24 @@ def test_the_index_of_a_read_only_folder_is_in_the_cache(
     assert len(list(read_samples(found, ("wav",)))) == 6
     assert sorted(os.listdir(folder)) == ["a-000000.tar", "a-000001.tar"]
     assert find_set(folder, "speech") == found
+
+
+def test_indexed_tars_are_staged_and_read_from_a_url(tmp_path: Path, cache: Path) -> None:
+    """Their index has no SHA-256 of the tars, so copies are compared by size."""
+    found = find_set(speech_tars(tmp_path / "tars"), "speech")
+    expected = list(read_samples(found, ("wav",)))
+    copy = stage(found, tmp_path / "local", lambda: None)
+    assert copy and list(read_samples(find_set(copy, "speech"), ("wav",))) == expected
+    state = Server("", Counter())
+    server = start(state, tmp_path)
+    try:
+        far = find_set(f"http://127.0.0.1:{server.server_address[1]}/tars", "speech")
+        assert list(read_samples(far, ("wav",))) == expected
+    finally:
+        stop(server)
+    os.truncate(found.root / "a-000001.tar", 70_000)
+    with pytest.raises(UserError, match=r"a-000001.tar: has 70000 bytes, but index.json has \d+"):
+        stage(found, tmp_path / "other", lambda: None)
 
 
 def test_a_damaged_tar_without_an_index_is_named(tmp_path: Path, cache: Path) -> None:

@@ -4,8 +4,8 @@
 
 A set is given by its URL prefix or by a command (download.py). A shard is downloaded shortly before
 it is read, once per node, however many processes need it. It is checked against the size and hash
-in index.json and renamed when it is complete. When the cache is full, the least recently used
-shards are removed, except those that a process has open.
+in index.json (third-party tars only against the size) and renamed when it is complete. When the
+cache is full, the least recently used shards are removed, except those that a process has open.
 
 D2V_CACHE is the folder of the cache, D2V_CACHE_BYTES its size (default: 200GB).
 """
@@ -30,7 +30,7 @@ from d2v_ds.data.shard_format import (
     ShardSet,
     open_set,
     read_lengths,
-    require_sha256,
+    require_copy,
 )
 from d2v_ds.files import locked, write_atomically
 
@@ -111,6 +111,7 @@ def _fetch_shard(shards: ShardSet, entry: ShardEntry, cache: Cache) -> None:
 
         def whole() -> None:
             file.seek(0)
-            require_sha256(url, fetch(url, file, entry.bytes), entry, "upload it again")
+            digest = fetch(url, file, entry.bytes)
+            require_copy(shards, entry, url, entry.bytes, digest, "upload it again")
 
         try_again(whole, url)

@@ -2,9 +2,9 @@
 
     set on a shared file system --stage--> its copy below D2V_STAGE, made once per node
 
-A copy is checked against the checksums of the set and kept for later jobs. A set that does not fit
-is read in place. Nothing else depends on the copy: the plan, the order of the samples and the
-configuration are the same.
+A copy is checked against the SHA-256 of the set's tars (third-party tars: their size) and kept for
+later jobs. A set that does not fit is read in place. Nothing else depends on the copy: the plan,
+the order of the samples and the configuration are the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from d2v_ds.data.cache.folder import LOCK_FILE, added, writing
-from d2v_ds.data.shard_format import INDEX_FILE, ShardEntry, ShardSet, require_sha256
+from d2v_ds.data.shard_format import INDEX_FILE, ShardEntry, ShardSet, require_copy
 from d2v_ds.files import copy, format_size, locked, write_atomically
 
 log = logging.getLogger("d2v_ds")
@@ -44,8 +44,8 @@ def stage(shards: ShardSet, folder: Path, alive: Callable[[], None]) -> Path | N
             if not _fits(shards, target):
                 return None
             for entry in shards.shards:
-                _copy(shards.tar(entry), target, entry, alive)
-                _copy(shards.index(entry), target, None, alive)
+                _copy_tar(shards, entry, target, alive)
+                _copy(shards.index(entry), target, alive)
             write_atomically(target / INDEX_FILE, index)
     log.info("%s was copied to %s", shards.root, target)
     return target
@@ -69,12 +69,27 @@ def _fits(shards: ShardSet, target: Path) -> bool:
     return False
 
 
-def _copy(source: Path, target: Path, entry: ShardEntry | None, alive: Callable[[], None]) -> None:
-    """Copies one file unless it exists. entry: of a tar, which is checked against it."""
+def _copy_tar(shards: ShardSet, entry: ShardEntry, target: Path, alive: Callable[[], None]) -> None:
+    source = shards.tar(entry)
+    advice = f"copy the set again (`d2v-shards verify {shards.root}` lists every fault)"
+
+    def check(size: int, digest: str) -> None:
+        require_copy(shards, entry, source, size, digest, advice)
+
+    _copy(source, target, alive, check)
+
+
+def _copy(
+    source: Path,
+    target: Path,
+    alive: Callable[[], None],
+    check: Callable[[int, str], None] | None = None,
+) -> None:
+    """Copies one file unless it exists. check: called with size and SHA-256 before the copy becomes
+    visible."""
     if (target / source.name).exists():
         return
     with source.open("rb") as reader, added(target / source.name) as file:
         digest = copy(reader, file, lambda found: alive())
-        if entry:
-            advice = f"copy the set again (`d2v-shards verify {source.parent}` lists every fault)"
-            require_sha256(source, digest, entry, advice)
+        if check:
+            check(file.tell(), digest)
