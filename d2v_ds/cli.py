@@ -179,7 +179,7 @@ def add_train(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--check",
         action="store_true",
-        help="only check the configuration, and print the path of the run folder",
+        help="only check the settings, the shard sets and the run folder, and print its path",
     )
 
 
@@ -264,6 +264,9 @@ def train_run(arguments: argparse.Namespace) -> int:
     ranks = arguments.nproc or ranks or gpus() or 1
     preflight.check(config, ranks)
     if arguments.check:
+        from d2v_ds.pretrain import Pretrain
+
+        Pretrain.resolve(config)  # model.* and modality.*, which need torch
         print(config.run_dir)
         return exit_codes.FINISHED
     if launched_ranks() is None and ranks > 1:

@@ -122,7 +122,7 @@ class Pretrain(Task):
         UserError."""
         return dataclasses.replace(
             config,
-            model=to_dict(decode(TransformerConfig, config.model, "model")),
+            model=to_dict(model_of(config)),
             modality={
                 name: to_dict(modality.config)
                 for name, modality in create_modalities(config.modality).items()
@@ -132,14 +132,20 @@ class Pretrain(Task):
     @classmethod
     def create(cls, config: Config) -> Pretrain:
         """Raises UserError for invalid settings in model.* or modality.*."""
-        model = decode(TransformerConfig, config.model, "model")
-        if config.target.top_k > model.depth:
-            raise UserError(
-                f"target.top_k: {config.target.top_k} exceeds model.depth={model.depth}; lower it"
-            )
+        model = model_of(config)
         modalities = create_modalities(config.modality)
         require_one_each(config)
         return cls(model, modalities, config.target)
+
+
+def model_of(config: Config) -> TransformerConfig:
+    """Raises UserError if model.* is invalid or has fewer blocks than the targets need."""
+    model = decode(TransformerConfig, config.model, "model")
+    if config.target.top_k > model.depth:
+        raise UserError(
+            f"target.top_k: {config.target.top_k} exceeds model.depth={model.depth}; lower it"
+        )
+    return model
 
 
 def at_masked(x: Tensor, batch: Batch) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from d2v_ds import recipes
+from d2v_ds.cli import main
 from d2v_ds.config import Config
 from d2v_ds.errors import UserError
 from d2v_ds.run.preflight import check
@@ -63,3 +64,23 @@ def test_run_folders_that_cannot_be_used(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "run/STOP").touch()
     with pytest.raises(UserError, match=r"STOP: asks this run to stop; remove it to resume"):
         check(config(shards, tmp_path / "run"), 1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.nosuch=1", "model.nosuch: "),
+        ("model.heads=7", "model: "),
+        ("modality.vision.nosuch=1", "modality.vision.nosuch: "),
+        ("target.top_k=99", "target.top_k: 99 exceeds model.depth"),
+    ],
+)
+def test_the_check_command_covers_settings_that_need_torch(
+    shards: Path, tmp_path: Path, setting: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "vision_tiny", f"data.shards={shards}", f"run.dir={tmp_path / 'run'}"]
+    assert main([*words, "--check"]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'run'}\n"
+    assert main([*words, setting, "--check"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"d2v-ds: {message}") and captured.out == ""
