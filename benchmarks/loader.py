@@ -4,7 +4,7 @@
 
 All data are synthetic: noise that resembles speech (syllables, pauses) as WAV and FLAC, images of
 blobs and edges as JPEG files of about 57 KB, and text with natural word frequencies; `workers` uses
-the embedded corpora as well. They are in the page cache, so the results measure CPU cost, not disk
+the bundled corpora as well. They are in the page cache, so the results measure CPU cost, not disk
 speed.
 
 Rates are samples per second of CPU time (user and system, including worker processes). The variants

@@ -100,7 +100,7 @@ class Batch:
         """The batch with every tensor on `device`."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def own(self) -> Batch:
+    def copied(self) -> Batch:
         """The batch with every tensor copied to memory of its own, page-locked if there is a
         GPU."""
         return self._each(Tensor.pin_memory if torch.cuda.is_available() else Tensor.clone)

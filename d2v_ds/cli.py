@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"d2v-ds: {error}", file=sys.stderr)
         return exit_codes.BAD_INPUT
-    except BrokenPipeError:  # the reader of the output has gone, as in `... | head`
+    except BrokenPipeError:  # the reader has closed the pipe, as in `... | head`
         return exit_codes.FINISHED
 
 
@@ -51,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="d2v-ds",
         description=DESCRIPTION,
-        epilog=exit_codes.table(),
+        epilog=exit_codes.table(exit_codes.OF_D2V_DS),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=__version__)
@@ -153,7 +153,7 @@ def add_show(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--measure",
         action="store_true",
-        help="run the longest micro-batch on this machine instead of estimating its memory",
+        help="run the largest micro-batch on this machine instead of estimating its memory",
     )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from d2v_ds.batch import Batch
 from d2v_ds.task import Report, Sums
 
-SAMPLED = 1024  # targets per micro-batch, at most, that the effective rank is computed from
+SAMPLED = 1024  # maximum number of targets per micro-batch for the effective rank
 POSITIONS = 8  # in time, at which the targets of different samples are compared
 VARIANCE_EPS = 1e-6  # fairseq, compute_var
 

@@ -40,7 +40,7 @@ def bit_generator(seed: int, *path: int) -> np.random.Philox:
 
 
 class _Key(ISeedSequence):
-    """Hands Philox its 16-byte key unchanged. Passing `key=` is slower, because numpy first
+    """Passes its 16-byte key to Philox unchanged. Passing `key=` is slower, because numpy first
     reads entropy from the system and then discards it."""
 
     def __init__(self, key: bytes) -> None:

@@ -143,16 +143,16 @@ class Encoder(nn.Module):
         the parts that the teacher does not have.
         """
         own = self.front_end(batch.modality)
-        lender = shared or own
+        fallback = shared or own
         valid, exists = batch.valid, batch.exists()
         if batch.shown is not None:
             valid, exists = batch.shown, batch.shown[:, :, None]
         x = without_padding(tokens, valid if own.zero_padding else None, exists)
-        positions = own.positions or lender.positions
+        positions = own.positions or fallback.positions
         if positions is not None:
             x = x + positions(x, exists)
         everywhere = torch.arange(x.shape[1], device=x.device)[None]
-        return self.attend(own, lender, x, everywhere, valid, collect)
+        return self.attend(own, fallback, x, everywhere, valid, collect)
 
     def views(self, batch: Batch, tokens: Tensor) -> Encoded:
         """Runs context and trunk on the masked views of tokens [B, T, D]. Returns the same as
@@ -182,18 +182,18 @@ class Encoder(nn.Module):
     def attend(
         self,
         own: FrontEnd,
-        lender: FrontEnd,
+        fallback: FrontEnd,
         x: Tensor,
         positions: Tensor,
         exists: Tensor | None,
         collect: int,
     ) -> Encoded:
         """x [R, K, D], the positions of its tokens [R or 1, K], exists [R, K] or None -> the
-        results of `whole`. lender: the front end that provides the parts missing in `own`."""
+        results of `whole`. fallback: the front end that provides the parts missing in `own`."""
         context, extra, bias = (
-            own.context or lender.context,
-            own.extra or lender.extra,
-            own.bias or lender.bias,
+            own.context or fallback.context,
+            own.extra or fallback.extra,
+            own.bias or fallback.bias,
         )
         assert context is not None, "neither the teacher nor the student has a context"
         K = x.shape[1]

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"d2v-shards: {error}", file=sys.stderr)
         return exit_codes.BAD_INPUT
-    except BrokenPipeError:  # the reader has gone, as in `d2v-shards stats SET | head`
+    except BrokenPipeError:  # the reader has closed the pipe; verify may have found more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_codes.FAILURE
     except OSError as error:  # a full disk, no permission to write
@@ -173,7 +173,7 @@ def parser() -> argparse.ArgumentParser:
             f"Converts corpora ({', '.join(FAMILIES)}) to shard sets, the WebDataset tars that "
             "d2v-ds trains on. Also checks, describes and indexes shard sets."
         ),
-        epilog=exit_codes.table(),
+        epilog=exit_codes.table(exit_codes.OF_D2V_SHARDS),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands: Commands = result.add_subparsers(required=True, metavar="COMMAND", title="commands")
@@ -201,7 +201,7 @@ def _add_family(commands: Commands, name: str, content: str) -> None:
         name,
         help=f"convert {content}",
         description=_wrapped(module.DESCRIPTION),
-        epilog=f"{layout.help_of(module.LAYOUTS)}\n\n{exit_codes.table()}",
+        epilog=f"{layout.help_of(module.LAYOUTS)}\n\n{exit_codes.table(exit_codes.OF_D2V_SHARDS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument(

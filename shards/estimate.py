@@ -13,8 +13,8 @@ from shards.family import Converter, PackedMember, Sample
 from shards.plan import ConversionPlan
 
 SAMPLES = 32  # to convert, over all sets
-SECONDS = 10.0  # time limit, about
-TAR = 1024  # bytes of header and padding per member, about
+SECONDS = 10.0  # approximate time limit
+TAR = 1024  # approximate bytes of header and padding per member
 
 
 def estimate(plans: Mapping[str, ConversionPlan], converter: Converter, jobs: int) -> Iterator[str]:

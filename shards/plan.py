@@ -281,7 +281,7 @@ def _chosen(samples: Iterable[Sample], choice: Choice) -> Iterator[Sample]:
     if missing:
         files = " and ".join(str(file) for file in (choice.only, choice.leave_out) if file)
         raise UserError(
-            f"{files}: names that are neither a key nor a path of the corpus: {len(missing)}; the "
+            f"{files}: {len(missing)} of its names are neither a key nor a path of the corpus; the "
             f"first: {min(missing)!r}"
         )
 

@@ -38,7 +38,7 @@ def test_mask_indices_with_padding_between_tokens() -> None:
 def test_every_tensor_moves_and_is_copied(variant: str) -> None:
     batch = variants.batch_of(variants.build(variant), 20, 40)
     assert len(batch.seen) == len(batch.inputs) * batch.views
-    moved, copied = batch.to(torch.device("meta")), batch.own()
+    moved, copied = batch.to(torch.device("meta")), batch.copied()
     for field in dataclasses.fields(batch):
         value, other = getattr(batch, field.name), getattr(copied, field.name)
         if isinstance(value, torch.Tensor):

@@ -30,8 +30,8 @@ def test_help_begins_with_the_purpose_and_ends_with_the_exit_codes(
     usage, purpose, *rest = help_of(capsys).split("\n\n")
     assert usage.startswith("usage: d2v-ds ")
     assert purpose.startswith("Pre-trains data2vec 1.0 and 2.0 on speech, images and text")
-    assert rest[-1] == exit_codes.table() + "\n"
-    for code, meaning in exit_codes.MEANING.items():
+    assert rest[-1] == exit_codes.table(exit_codes.OF_D2V_DS) + "\n"
+    for code, meaning in exit_codes.OF_D2V_DS.items():
         assert re.search(rf"^  {code} +{re.escape(meaning)}$", rest[-1], re.M)
     assert re.findall(r"^    (\w+) +\w", help_of(capsys), re.M) == COMMANDS
 

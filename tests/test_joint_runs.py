@@ -176,9 +176,9 @@ def test_show_reports_parameters_memory_and_batches_by_modality() -> None:
     [
         (
             ["data.shards=/one"],
-            "data.shards: one set for 3 modalities; give one each for speech, t",
+            "data.shards: is a single set, but the run has 3 modalities; give one p",
         ),
-        (["batch.size=8"], "batch.size: one number for 3 modalities; give one each for speech, t"),
+        (["batch.size=8"], "batch.size: is a single number, but the run has 3 modalities; give on"),
         (
             ["batch.size={speech: 8, text: 8}"],
             "batch.size.vision: must be given (given: speech, tex",

@@ -1,5 +1,5 @@
-"""Import rules: a room imports only rooms of its own and lower layers, rooms form no cycle, and
-each third-party system has one home.
+"""Import rules: a module imports only from its own and lower layers, modules and packages form no
+cycle, and each large third-party library is imported in one place.
 
 The tests parse the source, so imports inside functions count too.
 """
@@ -14,24 +14,29 @@ import pytest
 
 from tests import ROOT
 
-# From the lowest up; docs/architecture.md explains the rooms. A room is a module or a package.
+# From the lowest up, as in docs/architecture.md: modules and packages of d2v_ds.
 LAYERS = [
-    ["errors", "exit_codes", "files", "arguments", "config", "recipes", "schedules"],
-    ["seeding", "distributed", "data"],
+    ["errors", "exit_codes", "files", "arguments"],
+    ["config", "recipes", "schedules"],
+    ["seeding", "distributed"],
+    ["data"],
     ["batch", "masking", "loss", "transformer", "student"],
-    ["modalities", "engine", "key_maps"],
-    ["loader", "task", "teacher"],
-    ["run", "step", "pretrain_report"],
-    ["checkpoint", "pretrain"],
-    ["telemetry", "encoder", "show"],
-    ["start", "evaluate"],
-    ["train"],
+    ["modalities"],
+    ["engine", "key_maps"],
+    ["loader"],
+    ["task", "teacher", "step"],
+    ["run"],
+    ["pretrain_report", "pretrain"],
+    ["checkpoint"],
+    ["telemetry"],
+    ["encoder", "evaluate", "show"],
+    ["start", "train"],
     ["cli", "__init__", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 WITHOUT_TORCH = ["errors", "exit_codes", "files", "arguments", "config", "recipes", "schedules"]
 SHARDS_MAY_IMPORT = ["errors", "exit_codes", "files", "arguments", "data", "modalities"]
-HOMES = {
+PLACES = {
     "deepspeed": ["d2v_ds/engine/zero.py"],
     "tensorboard": ["d2v_ds/telemetry/metrics.py"],
     "safetensors": ["d2v_ds/checkpoint"],
@@ -69,62 +74,69 @@ def imports(path: Path, typing_only: bool = True) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def room_of(path: Path) -> str:
+def module_of(path: Path) -> str:
     return path.parts[1].removesuffix(".py")
 
 
-def room(name: str) -> str | None:
-    """The room of a dotted name: d2v_ds.engine.zero -> engine. None outside d2v_ds."""
+def module(name: str) -> str | None:
+    """The module or package of a dotted name: d2v_ds.engine.zero -> engine; None outside d2v_ds."""
     pieces = name.split(".")
     return pieces[1] if pieces[0] == "d2v_ds" and len(pieces) > 1 else None
 
 
-def test_every_room_has_a_layer_and_exists() -> None:
-    assert {room_of(path) for path in FILES if path.parts[0] == "d2v_ds"} == LEVEL.keys()
-    for package, homes in HOMES.items():
-        for home in homes:
-            assert (ROOT / home).exists(), f"{package}: no {home}"
+def test_every_module_has_a_layer_and_exists() -> None:
+    assert {module_of(path) for path in FILES if path.parts[0] == "d2v_ds"} == LEVEL.keys()
+    for package, places in PLACES.items():
+        for place in places:
+            assert (ROOT / place).exists(), f"{package}: no {place}"
+
+
+def test_the_documentation_has_these_layers() -> None:
+    table = (ROOT / "docs/architecture.md").read_text().split("| layer | contents |")[1]
+    rows = [line.split("|")[1] for line in table.split("\n\n")[0].splitlines()[2:]]
+    shown = [[name.strip("`/") for name in row.strip().split(", ")] for row in rows]
+    assert shown == [[name for name in names if name[0] != "_"] for names in LAYERS]
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_lower_layers_never_import_higher_ones(path: Path) -> None:
     if path.parts[0] == "shards":
-        used = {found for name in imports(path) if (found := room(name))}
+        used = {found for name in imports(path) if (found := module(name))}
         assert used <= set(SHARDS_MAY_IMPORT)
         return
-    own = room_of(path)
+    own = module_of(path)
     for name in imports(path, typing_only=False):
         assert not name.startswith("shards"), f"{path} imports {name}"
-        other = room(name)
+        other = module(name)
         if other in LEVEL:
             assert LEVEL[other] <= LEVEL[own], f"{path} (layer {LEVEL[own]}) imports {name}"
 
 
-def test_rooms_form_no_cycle() -> None:
+def test_modules_and_packages_form_no_cycle() -> None:
     uses: dict[str, set[str]] = {name: set() for name in LEVEL}
     for path in FILES:
         if path.parts[0] == "d2v_ds":
-            others = {room(name) for name in imports(path, typing_only=False)}
-            uses[room_of(path)] |= {o for o in others if o in LEVEL and o != room_of(path)}
+            others = {module(name) for name in imports(path, typing_only=False)}
+            uses[module_of(path)] |= {o for o in others if o in LEVEL and o != module_of(path)}
     while free := [name for name, others in uses.items() if not others & uses.keys()]:
         for name in free:
             del uses[name]
-    assert not uses, f"these rooms import each other: {uses}"
+    assert not uses, f"these import each other: {uses}"
 
 
-def test_rooms_for_listing_and_checking_need_no_torch() -> None:
+def test_modules_for_listing_and_checking_need_no_torch() -> None:
     for path in FILES:
-        if path.parts[0] == "d2v_ds" and room_of(path) in WITHOUT_TORCH:
+        if path.parts[0] == "d2v_ds" and module_of(path) in WITHOUT_TORCH:
             roots = {name.split(".")[0] for name in imports(path, typing_only=False)}
             assert not roots & {"torch", "numpy", "deepspeed"}, path
 
 
-@pytest.mark.parametrize("package", HOMES)
-def test_each_third_party_system_has_one_home(package: str) -> None:
+@pytest.mark.parametrize("package", PLACES)
+def test_each_third_party_library_is_imported_in_one_place(package: str) -> None:
     for path in FILES:
-        if any(str(path).startswith(home) for home in HOMES[package]):
+        if any(str(path).startswith(place) for place in PLACES[package]):
             continue
         names = list(imports(path, typing_only=False))
         found = [n for n in names if n.split(".")[0] == package]
         found += [n for n in names if n.startswith(f"torch.utils.{package}")]
-        assert not found, f"{path} imports {found}; {package} belongs in {HOMES[package]}"
+        assert not found, f"{path} imports {found}; {package} belongs in {PLACES[package]}"

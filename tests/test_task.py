@@ -1,4 +1,4 @@
-"""A task from outside the package, without a teacher, in the product's training loop: metrics,
+"""A task from outside the package, without a teacher, in the package's training loop: metrics,
 checkpoints, resume, ZeRO."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tiny recipes learn from the embedded corpora: no sign of collapse after a few steps, settings
+"""The tiny recipes learn from the bundled corpora: no sign of collapse after a few steps, settings
 known to collapse do collapse, and complete runs beat the untrained encoder."""
 
 from __future__ import annotations

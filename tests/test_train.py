@@ -159,7 +159,7 @@ def test_a_stopped_run_saves_and_resumes_bit_exactly(
     assert how in stopped["reason"] and run.folder.steps() == [stopped["step"]]
     if how == "STOP":
         refused = run.train()
-        assert refused.returncode == 2 and "asks this run to stop; remove it" in refused.stderr
+        assert refused.returncode == 2 and "this file stops the run; remove it" in refused.stderr
         run.folder.stop.unlink()
     done = run.train()
     assert done.returncode == 0, done.stdout + done.stderr

@@ -56,7 +56,9 @@ class Checkpoint:
             if not path.is_file():
                 raise DamagedCheckpoint(f"{path}: missing")
             if (size := path.stat().st_size) != entry["bytes"]:
-                raise DamagedCheckpoint(f"{path}: has {size} bytes, {entry['bytes']} were written")
+                raise DamagedCheckpoint(
+                    f"{path}: has {size} bytes, but {entry['bytes']} were written"
+                )
             if sha256(path) != entry["sha256"]:
                 raise DamagedCheckpoint(f"{path}: its SHA-256 differs from what was written")
 

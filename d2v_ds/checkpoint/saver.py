@@ -141,8 +141,8 @@ class Saver:
         if free < needed * 1.01 + 2**20:  # plus file headers and the manifest
             raise UserError(
                 f"{self.run.checkpoints}: a checkpoint needs {needed / 1e9:.3g} GB, "
-                f"{free / 1e9:.3g} GB are free; free some space or lower save.keep (one more "
-                "checkpoint is on disk while saving)"
+                f"but only {free / 1e9:.3g} GB are free; free some space or lower save.keep (one "
+                "more checkpoint is on disk while saving)"
             )
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()

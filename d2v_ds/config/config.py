@@ -157,11 +157,11 @@ def require_one_each(config: Config) -> None:
     """Raises UserError if a run with several modalities lacks a batch size or a shard set for one
     of them."""
     names, shards, size = sorted(config.modality), config.data.shards, config.batch.size
-    several = f"{len(names)} modalities; give one each for {', '.join(names)}, for example"
+    several = f"but the run has {len(names)} modalities; give one per modality, for example"
     if isinstance(shards, str) and shards and len(names) > 1:
-        raise UserError(f"data.shards: one set for {several} data.shards.{names[0]}={shards}")
+        raise UserError(f"data.shards: is a single set, {several} data.shards.{names[0]}={shards}")
     if not isinstance(size, dict) and len(names) > 1:
-        raise UserError(f"batch.size: one number for {several} batch.size.{names[0]}={size:g}")
+        raise UserError(f"batch.size: is a single number, {several} batch.size.{names[0]}={size:g}")
     for name in names:
         if isinstance(size, dict) and name not in size:
             raise UserError(f"batch.size.{name}: must be given (given: {', '.join(size)})")

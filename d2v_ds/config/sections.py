@@ -39,8 +39,8 @@ class Data:
     """
 
     shards: str | dict[str, str] = ""
-    """One shard set, or {source: shard set}. A shard set is a folder, a URL prefix, a folder of
-    third-party tars, or a URL pattern of tars to stream."""
+    """One value, or {source: value}. A value is a shard set (a folder, a URL prefix, or
+    `pipe:COMMAND {}`), a folder of third-party tars, or tars at URLs, which are streamed."""
 
     weights: dict[str, float] = field(default_factory=dict)
     """{source: relative share of the steps}; need not sum to 1. Empty: equal shares."""

@@ -96,7 +96,9 @@ class Recording:
         wanted = self.info.frames - start if frames < 0 else frames
         stop = start + wanted
         if not 0 < wanted <= self.info.frames - start:
-            raise ValueError(f"frames {start} to {stop} requested, it has {self.info.frames}")
+            raise ValueError(
+                f"frames {start} to {stop} requested, but it has only {self.info.frames}"
+            )
         data = self.plain[1][start:stop] if self.plain else _read(self.file, start, stop)
         if self.info.channels == 1 or channel is not None:
             one: NDArray[Any] = np.ascontiguousarray(data[:, channel or 0])
@@ -109,8 +111,8 @@ class Recording:
 
 
 def _read(file: soundfile.SoundFile, start: int, stop: int) -> NDArray[Any]:
-    """As `decode`, but 16-bit audio that needs no mean stays int16 [S], as it is stored; of a
-    plain WAV it is a view."""
+    """The frames `start` to `stop`, [frames, channels]: int16 if the file has at most 16 bits,
+    otherwise float32."""
     # Reading int16 is several times faster than float32, which libsndfile needs for wider samples
     # and for float files, whose values it does not scale to integers.
     exact = file.subtype in ("PCM_16", "PCM_S8", "PCM_U8")

@@ -166,7 +166,7 @@ def _read_set_file(root: Path) -> dict[str, Any]:
 
 
 def _why_no_set(root: Path) -> str:
-    make = f"make one with `d2v-shards speech SOURCE {root}`"
+    make = "`d2v-shards --help` explains how to make one"
     if not root.exists():
         return f"{root}: no such shard set; {make}"
     if not root.is_dir():
@@ -177,7 +177,7 @@ def _why_no_set(root: Path) -> str:
     if any(name.endswith(".tar") for name in names):
         return (
             f"{root}: has tars but no {INDEX_FILE}, so d2v-shards did not write them; "
-            "convert their corpus with `d2v-shards speech SOURCE OUT`"
+            f"make an index with `d2v-shards index {root}`, or convert their corpus"
         )
     below = sorted(name for name in names if (root / name / INDEX_FILE).is_file())
     if below:

@@ -34,7 +34,7 @@ def meet(world: World) -> Store:
         listener = _first_free(world, ports)
         store = TCPStore(world.address, 0, None, True, MEETING, wait_for_workers=False)
         greeting = f"d2v_ds {world.key} {store.port}\n".encode()
-        threading.Thread(target=_greet, args=(listener, greeting), daemon=True).start()
+        threading.Thread(target=_answer, args=(listener, greeting), daemon=True).start()
         return store
     deadline = time.monotonic() + MEETING.total_seconds()
     while time.monotonic() < deadline:
@@ -53,7 +53,7 @@ def _first_free(world: World, ports: Sequence[int]) -> socket.socket:
     raise UserError(f"none of the ports {ports} is free on {world.address}; set MASTER_PORT")
 
 
-def _greet(listener: socket.socket, greeting: bytes) -> None:
+def _answer(listener: socket.socket, greeting: bytes) -> None:
     """Sends the greeting to every client; ranks of other jobs try the next port."""
     while True:
         with contextlib.suppress(OSError), listener.accept()[0] as asker:

@@ -91,7 +91,7 @@ class AdamW(torch.optim.AdamW):
         """Creates zero moments and Adam steps for `parameters`. This is equivalent to no state, but
         readable and writable before the first step."""
         for p in parameters:
-            assert not self.state[p], "an optimizer step was taken before the first one"
+            assert not self.state[p], "the optimizer already has a state"
             self.state[p].update(
                 step=torch.zeros((), dtype=torch.float32, device=p.device),
                 exp_avg=torch.zeros_like(p),

@@ -63,13 +63,13 @@ def stream_tars(where: str) -> list[str]:
         return ["".join(choice) for choice in itertools.product(*choices)]
     if not Path(where).is_dir():
         raise UserError(
-            f"{where}: local tars are named by their folder, which is indexed when it is first used"
+            f"{where}: is a local tar; give its folder instead, which is indexed on first use"
         )
     return []
 
 
 def _indexed(root: Path, tars: list[Path], modality: str) -> Path:
-    """The folder with the index, which the first process to need it makes."""
+    """The folder with the index, which is written by the first process that needs it."""
     out = root
     if not os.access(root, os.W_OK):
         facts = [str(root.resolve())]

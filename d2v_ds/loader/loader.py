@@ -19,7 +19,7 @@ import torch
 
 from d2v_ds.batch import StepBatch
 from d2v_ds.config.config import require_divisible
-from d2v_ds.data.cache.remote import keep_near
+from d2v_ds.data.cache.remote import prefetch
 from d2v_ds.data.shard_format import ShardEntry, ShardSet, fingerprint, read_lengths
 from d2v_ds.distributed.collectives import RankSums
 from d2v_ds.errors import UserError
@@ -89,7 +89,7 @@ class Loader:
         self.planned: deque[Step] = deque()  # requested from the workers, not yet returned
         self.quarantine = quarantine or Quarantine()
         self.reader = Reader(shards, _members(shards, modality))
-        self.near = _Near(shards, self.plan) if shards.remote else None
+        self.prefetcher = _Prefetcher(shards, self.plan) if shards.remote else None
         make = MicroBatches(self.reader, modality, seed)
         self.workers: LoaderWorkers | None = None
         self.made: Iterator[Made]
@@ -99,7 +99,7 @@ class Loader:
             )
             self.made = self.workers
             if torch.cuda.is_available():
-                self.made = map(Made.own, self.workers)  # page-locked
+                self.made = map(Made.copied, self.workers)  # page-locked
         else:
             self.made = (make(lot, lambda sample_id: None) for lot in self._lots())
 
@@ -118,8 +118,8 @@ class Loader:
     def _lots(self) -> Iterator[Lot]:
         for step in self.plan.steps(self.cursor):
             self.planned.append(step)
-            if self.near:
-                self.near.at(step.cursor)
+            if self.prefetcher:
+                self.prefetcher.at(step.cursor)
             for i in self.mine:
                 masked = None if step.masked is None else step.masked[i]
                 yield Lot(step.epoch, i, step.lots[i], step.spare[i], masked)
@@ -164,14 +164,14 @@ class Loader:
     def close(self) -> None:
         """Ends the workers and closes the files; no further iteration is possible."""
         self.made = iter(())
-        if self.near:
-            self.near.close()
+        if self.prefetcher:
+            self.prefetcher.close()
         if self.workers:
             self.workers.close()
         self.reader.close()
 
 
-class _Near:
+class _Prefetcher:
     """A thread that downloads the shards of a remote set before they are needed."""
 
     def __init__(self, shards: ShardSet, plan: BatchPlan) -> None:
@@ -191,7 +191,7 @@ class _Near:
         while cursor := self.cursors.get():
             # The reader that needs the shard reports the error.
             with contextlib.suppress(UserError, OSError):
-                keep_near(self.shards, self.plan.upcoming(cursor))
+                prefetch(self.shards, self.plan.upcoming(cursor))
 
     def close(self) -> None:
         self.cursors.put(None)

@@ -26,7 +26,7 @@ from d2v_ds.seeding import LOT_ORDER, SAMPLE_ORDER, SHARD_ORDER, permutation
 SampleIds = npt.NDArray[np.int64]
 
 WINDOW = 65_536  # samples of adjacent shards that are shuffled together
-POOL = 4_096  # samples that are sorted by cost together; gives about 0.5 % padding
+POOL = 4_096  # samples sorted by cost together; more reduce padding, but also randomness
 POOL_STEPS = 16  # a pool has at least this many steps, so that rounding to whole steps is cheap
 SPARE = 8  # samples of similar cost that can replace those of a lot
 
@@ -111,8 +111,9 @@ class BatchPlan:
         lots = self.micro_batches
         if self.samples < lots:
             raise UserError(
-                f"data.shards: {self.samples} of {len(self.lengths)} samples are long enough for "
-                f"modality.{modality.name}, one step of batch.micro_batches={lots} needs {lots}. "
+                f"data.shards: only {self.samples} of {len(self.lengths)} samples are long enough "
+                f"for modality.{modality.name}, but a step of batch.micro_batches={lots} needs "
+                f"{lots}. "
                 "Add data, allow shorter samples or use fewer micro-batches"
             )
         require_room(modality, size, lots, float(self.cost.max()))

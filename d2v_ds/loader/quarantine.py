@@ -17,7 +17,7 @@ from d2v_ds.loader.reading import REMEDY, BadSample
 log = logging.getLogger("d2v_ds")
 
 MAX_BAD = 0.001  # share of bad samples above which a run ends
-FIRST = 1_000  # the share is computed of at least this many samples
+FIRST = 1_000  # the share is relative to at least this many samples
 NAMED = 3  # bad samples that the error names
 LOGGED = 20  # bad samples that are logged; later ones are only written to the file
 REPLACED = "it is replaced by another sample"

@@ -180,8 +180,8 @@ class Made(NamedTuple):
     batch: Batch
     bad: tuple[BadSample, ...]
 
-    def own(self) -> Made:
-        return self._replace(batch=self.batch.own())
+    def copied(self) -> Made:
+        return self._replace(batch=self.batch.copied())
 
 
 class MicroBatches:
@@ -213,7 +213,8 @@ class MicroBatches:
                     used[i] = _replacement(ids, i, usable)
                     length = self.reader.length(sample_id)
                     examples[i] = self.modality.fit(usable[used[i]], length)
-        # Masks belong to the planned samples, also of replaced ones: so their number is as planned.
+        # Masks are drawn for the planned samples, even if they were replaced, so that their number
+        # is as planned.
         rngs = [generator(self.seed, MASK, lot.epoch, sample_id) for sample_id in ids]
         batch = self.modality.collate(examples, rngs, lot.index)
         keys = tuple(self.reader.key(sample_id) for sample_id in used)

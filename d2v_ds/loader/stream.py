@@ -46,7 +46,7 @@ from d2v_ds.seeding import SHARD_ORDER, TAR_GROUP, bit_generator, permutation
 
 log = logging.getLogger("d2v_ds")
 
-GROUP_TARS = 4  # at most; a rank has two groups on disk, and reads one of them
+GROUP_TARS = 4  # maximum number of tars in a group; a rank has two groups on disk
 LONGEST = 2**31 - 1  # maximum length of a sample
 START = {"epoch": 0, "step": 0, "group": 0}  # step: in total; group: the next one of rank 0
 

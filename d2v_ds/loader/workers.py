@@ -8,7 +8,7 @@ multiprocessing's fork server: one process per rank, which has imported what the
 threads. Batches travel through a socket, so the size of /dev/shm does not matter.
 
 torch's DataLoader was measured against this (benchmarks/loader.py workers). It takes 10 to 115 %
-more CPU time per batch, notices a dead worker only when its timeout is over, or hangs, and does not
+more CPU time per batch, detects a dead worker only after its timeout, or hangs, and does not
 know which sample a worker was reading.
 """
 

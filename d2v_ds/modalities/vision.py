@@ -198,7 +198,7 @@ class Vision(Modality):
         return self.views * block_count(h * w, prob=mask.prob, inverse=mask.inverse)
 
     def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Pixels:
-        """Pixels uint8 [3, H, W] of a random crop, flipped with probability 1/2; without rng, of
+        """Pixels uint8 [3, h, w] of a random crop, flipped with probability 1/2; without rng, of
         the central crop."""
         config = self.config
         data = next(sample[key] for key in self.extensions if key in sample)

@@ -87,7 +87,7 @@ def speech_tiny() -> dict[str, Any]:
             "speech": {
                 "views": 8,
                 "shared": ["features"],
-                "crop_seconds": 2.005,  # 100 frames; with 50, one of three seeds collapsed
+                "crop_seconds": 2.005,  # 100 frames; with shorter crops, runs can collapse
                 "min_seconds": 0.5,
                 "convs": [[32, 10, 5], [32, 3, 2], [64, 3, 2], [64, 3, 2], [128, 3, 2]]
                 + [[128, 2, 2]] * 2,

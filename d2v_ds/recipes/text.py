@@ -76,7 +76,6 @@ def text_tiny() -> dict[str, Any]:
     """data2vec 2.0 for a laptop: 1.4 M parameters, blocks of 128 tokens of a small vocabulary."""
     # Not published: text_base at the size of the other tiny recipes. Two settings keep the targets
     # from encoding only positions: a small position_std, and embeddings that the teacher averages.
-    # A slower teacher (0.999) at half the learning rate learned less.
     raw = text_base()
     raw["run"]["steps"] = 400
     raw["data"] = {"workers": 1}
@@ -124,7 +123,7 @@ def text_base_v1() -> dict[str, Any]:
 def text_tiny_v1() -> dict[str, Any]:
     """data2vec 1.0 for a laptop: 1.4 M parameters, blocks of 128 tokens of a small vocabulary."""
     # Not published: text_base_v1 at the size of text_tiny, except for single masked tokens and
-    # targets normalised over the block. Their effective rank is then 34 at the end instead of 6.
+    # targets normalised over the block, which give the targets a higher effective rank.
     raw, published = text_tiny(), text_base_v1()
     text = published["modality"]["text"]
     text |= {"vocab_size": 4096, "mask_id": 4095, "max_tokens": 128, "dropout": 0.0}

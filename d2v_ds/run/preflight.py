@@ -42,7 +42,7 @@ def check(config: Config, ranks: int) -> None:
         require_shards(config, name, ranks)
     run = RunFolder(config.run_dir)
     if run.stop.exists():
-        raise UserError(f"{run.stop}: asks this run to stop; remove it to resume")
+        raise UserError(f"{run.stop}: this file stops the run; remove it to resume")
     if run.root.exists() and not run.root.is_dir():
         raise UserError(f"run.dir: {run.root} is a file, not a folder")
 

@@ -130,7 +130,9 @@ def claim_generation(run: RunFolder, job: str, restart: int | None = None) -> Ge
     if restart is None:
         restart = last_restart + 1
     if restart < last_restart:
-        raise Superseded(f"{run.root} is owned by {last}: restart {restart} is too late")
+        raise Superseded(
+            f"{run.root} is owned by {last}: restart {restart} is older than the owner"
+        )
     process = f"{socket.gethostname()}:{os.getpid()}"
     generation = Generation(last.number + 1 if last else 1, job, restart, process)
     run.root.mkdir(parents=True, exist_ok=True)

@@ -85,8 +85,9 @@ def describe(root: Path) -> str:
     if len(beats) > 1:
         slow = max(beats, key=lambda b: b.busy_seconds)
         lines.append(
-            f"slowest rank {slow.rank} on {slow.host}: {slow.busy_seconds:.3f} s per step, without "
-            f"waits for other ranks; {slow.wait_seconds:.3f} s of this waiting for data"
+            f"slowest rank {slow.rank} on {slow.host}: {slow.busy_seconds:.3f} s per step, "
+            f"excluding waits for other ranks; {slow.wait_seconds:.3f} s of that is waiting for "
+            "data"
         )
     return "\n".join(lines)
 

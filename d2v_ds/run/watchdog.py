@@ -115,7 +115,7 @@ class Watchdog:
         self._write_beat()
         now = time.time()
         if self._hangs(now) and not self._hung.exists():
-            self._accuse(verdict(heartbeats(self.run), self.ranks, now, self.interval))
+            self._record_hang(describe_hang(heartbeats(self.run), self.ranks, now, self.interval))
         if not self._hung.exists():
             return
         if not self._dumped:
@@ -133,7 +133,7 @@ class Watchdog:
     def _write_beat(self) -> None:
         beat(self.run, dataclasses.replace(self._beat, time=time.time()))
 
-    def _accuse(self, text: str) -> None:
+    def _record_hang(self, text: str) -> None:
         """Records which rank hangs. The first rank that detects it does this for all."""
         try:
             with self._hung.open("x") as file:
@@ -155,7 +155,7 @@ class Watchdog:
         print(f"d2v-ds: {text}", file=sys.stderr, flush=True)
 
 
-def verdict(beats: list[Heartbeat], ranks: int, now: float, interval: float) -> str:
+def describe_hang(beats: list[Heartbeat], ranks: int, now: float, interval: float) -> str:
     """One line: which rank hangs, where, and since when."""
     missing = sorted(set(range(ranks)) - {b.rank for b in beats})
     if missing:

@@ -38,7 +38,7 @@ def describe(
     config: Config, ranks: int, gpu_memory: int | None = None, *, measure: bool = False
 ) -> str:
     """The text that `d2v-ds show` prints. gpu_memory: bytes per GPU; adds the ZeRO stages and
-    micro-batches that fit. measure: run the longest micro-batch of each modality on this machine
+    micro-batches that fit. measure: run the largest micro-batch of each modality on this machine
     instead of estimating its memory. Raises UserError."""
     config = Pretrain.resolve(config)
     with torch.device("meta"):
@@ -127,14 +127,14 @@ def batch_split(config: Config, modalities: Mapping[str, Modality], ranks: int) 
 
 @dataclass(frozen=True)
 class Measured:
-    """Measurements of the longest micro-batch of a modality on this machine."""
+    """Measurements of the largest micro-batch of a modality on this machine."""
 
     bytes: int  # of activations
     line: str
 
 
 def measure_longest(config: Config) -> dict[str, Measured]:
-    """Runs forward and backward of each modality's longest micro-batch in the run's precision, on
+    """Runs forward and backward of each modality's largest micro-batch in the run's precision, on
     the GPU if there is one. Raises UserError if the precision is not available."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = resolve_precision(config.engine.precision, device)

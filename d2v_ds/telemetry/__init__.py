@@ -1,6 +1,6 @@
 """The reports of a run while it trains: rows and curves, pictures, heartbeats, a console line.
 
-    sums and times of steps --step_done, once per cadence--> metrics.jsonl, tb/, log, watchdog
+    sums and times of steps --step_done, once per row--> metrics.jsonl, tb/, log, watchdog
 
 Every rank has one; ranks other than 0 take part in the reductions and feed their watchdog. In a run
 with several modalities, batch metrics are reported per modality, over that modality's steps.
@@ -97,7 +97,7 @@ class Telemetry(Observer):
         self, batch: StepBatch, settings: StepSettings, step: int, samples: int, grad_norm: Tensor
     ) -> None:
         """Call it after every applied step. step: its number; samples: seen so far. Collective: all
-        ranks must call it. grad_norm is copied to the host once per cadence."""
+        ranks must call it. grad_norm is copied to the host once per row of metrics."""
         self.steps += 1
         self.samples += batch.samples
         self.bad += batch.bad

@@ -1,4 +1,4 @@
-"""Metrics: sums on the device, one reduction per cadence, scalars in metrics.jsonl and TensorBoard.
+"""Metrics: sums on the device, one reduction per row, scalars in metrics.jsonl and TensorBoard.
 
 sums of a micro-batch --Accumulator.add--> fp64 sums on the device
     --reduce (one all-reduce, one host synchronisation)--> sums of all ranks
@@ -26,8 +26,7 @@ from torch import Tensor
 from d2v_ds.run.run_folder import RunFolder
 
 # Our name -> TensorBoard's, for the scalars of the loop; a task adds its own (Report.tags).
-# NAME/OF, the value of one modality or source, is shown as TAG/OF, and loss/speech as
-# loss/speech.
+# NAME/OF, the value of one modality or source, gets the tag TAG/OF; loss/total becomes loss/OF.
 TAGS = {
     "lr": "optim/lr",
     "weight_decay": "optim/weight_decay",
@@ -46,7 +45,7 @@ TAGS = {
 class Accumulator:
     """Sums of the reported quantities over micro-batches, steps and ranks.
 
-    In fp64: over the 1e6 masked tokens of a cadence, fp32 sums of squares leave two digits of a
+    In fp64: over the 1e6 masked tokens of a row, fp32 sums of squares leave two digits of a
     spread that is small compared to the mean. Names and shapes must not change between two calls
     of `reduce`; each modality of a mixture has its own accumulator.
     """

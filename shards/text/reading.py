@@ -12,7 +12,7 @@ from d2v_ds.errors import UserError
 from shards.family import Input
 
 COMPRESSED = (".gz", ".zst")
-PART = 4_000_000  # bytes of a file per part, about
+PART = 4_000_000  # approximate bytes of a file per part
 BOM = b"\xef\xbb\xbf"
 
 

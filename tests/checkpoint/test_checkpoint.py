@@ -203,7 +203,7 @@ def test_a_full_disk_is_detected_before_writing(
 ) -> None:
     usage = namedtuple("usage", "total used free")(10**9, 10**9 - 5 * 10**5, 5 * 10**5)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match=r"needs .* GB, 0.0005 GB are free; .* save.keep"):
+    with pytest.raises(UserError, match=r"needs .* GB, but only 0.0005 GB are free; .* save.keep"):
         save(run, generation, 7, pieces.whole(0))
     assert list(run.checkpoints.iterdir()) == []
 

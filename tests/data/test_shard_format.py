@@ -128,7 +128,7 @@ def test_fingerprint_is_of_the_shards(tmp_path: Path) -> None:
 
 
 def test_no_set(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere: no such shard set; make one with `d2v-shards"):
+    with pytest.raises(UserError, match="nowhere: no such shard set; `d2v-shards --help`"):
         open_set(tmp_path / "nowhere")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file: is a file, but a shard set is a folder"):

@@ -155,12 +155,12 @@ class Fixture:
         from the student at every step, so before the first step the fixture has other values."""
         theirs = self.teacher_arrays()
         front_end = task.teacher.encoder.front_end(self.modality)
-        lender = task.student.encoder.front_end(self.modality)
+        source = task.student.encoder.front_end(self.modality)
         for name in self.shared:
             prefix = f"teacher.{FRONT_END.format(self.modality)}.{name}."
             values = {k.removeprefix(prefix): v for k, v in theirs.items() if k.startswith(prefix)}
             if values:
-                part = copy.deepcopy(getattr(lender, name)).eval().requires_grad_(False)
+                part = copy.deepcopy(getattr(source, name)).eval().requires_grad_(False)
                 part.load_state_dict(values, strict=True)
                 setattr(front_end, name, part)
 

@@ -1,6 +1,6 @@
 """A task without a teacher that predicts the mean of a sensor's readings.
 
-Run as a program, it uses the product's training loop: python -m tests.helpers.regress key=value
+Run as a program, it uses the package's training loop: python -m tests.helpers.regress key=value
 """
 
 from __future__ import annotations

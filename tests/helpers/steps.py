@@ -1,4 +1,4 @@
-"""Optimizer steps for tests: wrappers of the product's `train_step` that return the losses."""
+"""Optimizer steps for tests: wrappers of the package's `train_step` that return the losses."""
 
 from __future__ import annotations
 

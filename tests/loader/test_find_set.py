@@ -107,7 +107,7 @@ def test_tars_that_are_streamed_and_those_that_are_not() -> None:
     assert stream_tars("pipe:zcat a.tar.gz") == ["pipe:zcat a.tar.gz"]
     for other in ("https://h/set", "https://h/a.tar/set", "pipe:cat /sets/a.tar.d/{}", "/data/set"):
         assert stream_tars(other) == []
-    with pytest.raises(UserError, match="local tars are named by their folder"):
+    with pytest.raises(UserError, match="is a local tar; give its folder instead"):
         find_set("/data/a-{000..127}.tar")
     with pytest.raises(UserError, match="without an index, which only training and"):
         find_set("https://h/a-{0..1}.tar", "speech")

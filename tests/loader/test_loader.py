@@ -357,7 +357,7 @@ def trainer(shards: ShardSet, then: str) -> tuple[subprocess.Popen[str], list[in
 
 
 def alive(pids: Sequence[int]) -> list[int]:
-    """Those of these processes that are running, which zombies are not."""
+    """The processes that are still running; zombies are not."""
     running = []
     for pid in pids:
         try:

@@ -296,7 +296,7 @@ def test_too_few_samples_for_a_step() -> None:
     with pytest.raises(UserError) as caught:
         make_plan([[3, 50], [60, 70]], micro_batches=4)
     assert str(caught.value) == (
-        "data.shards: 3 of 4 samples are long enough for modality.series, one step of "
+        "data.shards: only 3 of 4 samples are long enough for modality.series, but a step of "
         "batch.micro_batches=4 needs 4. Add data, allow shorter samples or use fewer micro-batches"
     )
     with pytest.raises(UserError, match="0 of 2 samples"):

@@ -1,4 +1,4 @@
-"""The loader on real speech: FLAC shards that d2v-shards makes from the embedded corpus."""
+"""The loader on real speech: FLAC shards that d2v-shards makes from the bundled corpus."""
 
 from __future__ import annotations
 

@@ -163,8 +163,8 @@ def test_items_arrive_complete_and_in_order(workers: int) -> None:
 
 
 def test_workers_have_the_present_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not that of the first loader of this process: the environment has the cache's folder and the
-    credentials of buckets."""
+    """Not the environment of the first loader in this process. It contains the path of the cache
+    and the credentials of buckets."""
     for value in ("first", "second"):
         monkeypatch.setenv("D2V_CACHE", value)
         with closing(echo(iter(range(1000)), 1)) as made:

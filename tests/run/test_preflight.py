@@ -62,7 +62,7 @@ def test_run_folders_that_cannot_be_used(shards: Path, tmp_path: Path) -> None:
         check(config(shards, tmp_path / "file"), 1)
     (tmp_path / "run").mkdir()
     (tmp_path / "run/STOP").touch()
-    with pytest.raises(UserError, match=r"STOP: asks this run to stop; remove it to resume"):
+    with pytest.raises(UserError, match=r"STOP: this file stops the run; remove it to resume"):
         check(config(shards, tmp_path / "run"), 1)
 
 

@@ -60,7 +60,7 @@ def test_only_the_owner_may_write(run: RunFolder) -> None:
 
 def test_a_late_claim_of_an_earlier_restart_is_refused(run: RunFolder) -> None:
     owner = claim_generation(run, "4711", 1)
-    with pytest.raises(Superseded, match="restart 0 is too late"):
+    with pytest.raises(Superseded, match="restart 0 is older than the owner"):
         claim_generation(run, "4711", 0)
     assert read_generation(run) == owner
 

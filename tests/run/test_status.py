@@ -62,7 +62,7 @@ def test_a_run_that_trains(run: RunFolder) -> None:
     assert found["step"] == "31 of 50" and found["time left"] == "0:00:38 at the current speed"
     assert found["checkpoint"] == "step 30 (of 3 kept)"
     assert found["started"] == "2 times, last as job 7, restart 1"
-    assert found["slowest rank"].startswith("1 on node1: 0.500 s per step, without waits for")
+    assert found["slowest rank"].startswith("1 on node1: 0.500 s per step, excluding waits")
 
 
 def test_a_run_with_several_modalities_shows_the_loss_of_each(run: RunFolder) -> None:

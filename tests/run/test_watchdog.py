@@ -16,7 +16,7 @@ import pytest
 from d2v_ds.run.heartbeat import Heartbeat, heartbeats
 from d2v_ds.run.run_folder import RunFolder, claim_generation
 from d2v_ds.run.status import describe
-from d2v_ds.run.watchdog import HUNG, verdict
+from d2v_ds.run.watchdog import HUNG, describe_hang
 
 RANK = """
 import logging, os, sys, time
@@ -170,7 +170,7 @@ def beat(rank: int, step: int, phase: str, since: float, time: float = 100.0) ->
     ],
 )
 def test_verdict(beats: list[Heartbeat], words: str) -> None:
-    assert words in verdict(beats, 3, 100.0, 5.0)
+    assert words in describe_hang(beats, 3, 100.0, 5.0)
 
 
 def test_status_distinguishes_silent_from_running(run: RunFolder) -> None:

@@ -29,7 +29,7 @@ def help_of(*words: str, capsys: pytest.CaptureFixture[str]) -> str:
 def test_help_begins_with_what_the_tool_does(capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(capsys=capsys)
     assert text.split("\n\n")[1].startswith("Converts corpora (speech, images, text) to shard sets")
-    assert text.rstrip().endswith(exit_codes.table())
+    assert text.rstrip().endswith(exit_codes.table(exit_codes.OF_D2V_SHARDS))
     for name in (*FAMILIES, *COMMANDS, "merge", "index", "verify", "stats"):
         assert f"\n    {name}" in text
 
@@ -38,7 +38,9 @@ def test_help_begins_with_what_the_tool_does(capsys: pytest.CaptureFixture[str])
 def test_help_of_a_family(family: str, capsys: pytest.CaptureFixture[str]) -> None:
     text = help_of(family, capsys=capsys)
     assert text.split("\n\n")[1].startswith("Converts ")
-    assert "\nlayouts:\n" in text and text.rstrip().endswith(exit_codes.table())
+    assert "\nlayouts:\n" in text and text.rstrip().endswith(
+        exit_codes.table(exit_codes.OF_D2V_SHARDS)
+    )
     assert max(map(len, text.splitlines())) <= 100
 
 

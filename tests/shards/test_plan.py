@@ -232,7 +232,7 @@ def test_only_and_except(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "--only and --except leave no input" in capsys.readouterr().err
     put(valid, "03.wav\nnowhere.wav\n")
     assert convert(corpus, tmp_path / "no", "--only", valid) == 2
-    assert "names that are neither a key nor a path of the corpus: 1" in capsys.readouterr().err
+    assert "1 of its names are neither a key nor a path of the corpus" in capsys.readouterr().err
     assert convert(corpus, tmp_path / "valid", "--only", put(valid, "03\n07\n")) == 2
     assert "--only was" in capsys.readouterr().err
     assert convert(corpus, tmp_path / "no", "--only", tmp_path / "missing") == 2

@@ -1,4 +1,4 @@
-"""The embedded corpora: size, content, disjoint splits, and the scripts that make them."""
+"""The bundled corpora: size, content, disjoint splits, and the scripts that make them."""
 
 from __future__ import annotations
 

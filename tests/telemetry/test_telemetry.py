@@ -88,7 +88,7 @@ def test_each_modality_is_reported_over_its_own_steps(tmp_path: Path) -> None:
 
 
 def test_a_single_modality_is_reported_without_its_name(tmp_path: Path) -> None:
-    """It may still have several corpora, each with its own epoch."""
+    """A single modality may still have several corpora, each with its own epoch."""
     config, task = build()
     task.modalities = {"vision": task.modalities["vision"]}
     corpora = {"vision/a": {"epoch": 3}, "vision/b": {"epoch": 4}}

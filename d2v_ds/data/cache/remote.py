@@ -74,7 +74,7 @@ def open_shard(shards: ShardSet, entry: ShardEntry, cache: Cache | None = None) 
                 _fetch_shard(shards, entry, cache or Cache.from_environment())
 
 
-def keep_near(shards: ShardSet, upcoming: Iterable[int], cache: Cache | None = None) -> None:
+def prefetch(shards: ShardSet, upcoming: Iterable[int], cache: Cache | None = None) -> None:
     """Downloads the next shards, given by number, up to half of the cache's size, and marks those
     that are already there as recently used."""
     cache = cache or Cache.from_environment()

@@ -22,7 +22,7 @@ from d2v_ds.files import copy, format_size, locked, write_atomically
 
 log = logging.getLogger("d2v_ds")
 
-SPARE = 0.05  # fraction of the disk that stays free
+RESERVED = 0.05  # fraction of the disk that stays free
 
 
 def stage(shards: ShardSet, folder: Path, alive: Callable[[], None]) -> Path | None:
@@ -55,7 +55,7 @@ def _fits(shards: ShardSet, target: Path) -> bool:
     files = [file for shard in shards.shards for file in (shards.tar(shard), shards.index(shard))]
     missing = sum(f.stat().st_size for f in files if not (target / f.name).exists())
     disk = shutil.disk_usage(target)
-    if missing <= disk.free - SPARE * disk.total:
+    if missing <= disk.free - RESERVED * disk.total:
         return True
     log.warning(
         "%s is not copied to %s and will be read in place: it takes %s; %s is free, of which %s "
@@ -64,7 +64,7 @@ def _fits(shards: ShardSet, target: Path) -> bool:
         target,
         format_size(missing),
         format_size(disk.free),
-        format_size(SPARE * disk.total),
+        format_size(RESERVED * disk.total),
     )
     return False
 

@@ -20,7 +20,7 @@ import pytest
 
 from d2v_ds.data import download
 from d2v_ds.data.cache.folder import Cache
-from d2v_ds.data.cache.remote import keep_near, open_remote, open_shard
+from d2v_ds.data.cache.remote import open_remote, open_shard, prefetch
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
 from d2v_ds.loader.find_set import find_set
@@ -102,9 +102,9 @@ def test_shards_are_downloaded_in_advance(far: Server, cache: Cache, shards: Sha
 def test_at_most_half_of_the_cache_is_filled_in_advance(far: Server, cache: Cache) -> None:
     found = open_remote(far.url)
     small = Cache(cache.folder, 2 * (found.shards[2].bytes + found.shards[1].bytes))
-    keep_near(found, iter([2, 1, 0, 3]), small)
+    prefetch(found, iter([2, 1, 0, 3]), small)
     assert tars(cache) == {"series-000002.tar", "series-000001.tar"}
-    keep_near(found, iter([1, 2, 1, 0]), Cache(cache.folder, 10**9))
+    prefetch(found, iter([1, 2, 1, 0]), Cache(cache.folder, 10**9))
     assert tars(cache) == {"series-000002.tar", "series-000001.tar"}, "stops at the next epoch"
     assert far.asked["series-000001.tar"] == far.asked["series-000002.tar"] == 1
 
@@ -245,7 +245,7 @@ def test_a_scheme_that_this_program_registered(
     from webdataset.gopen import gopen_schemes
 
     monkeypatch.setitem(gopen_schemes, "tape", tape)
-    monkeypatch.setattr("d2v_ds.loader.loader.keep_near", lambda *given: None)
+    monkeypatch.setattr("d2v_ds.loader.loader.prefetch", lambda *given: None)
     found = find_set(f"tape://{shards.root}")
     settings: dict[str, Any] = {"seed": 1, "size": 800, "micro_batches": 2}
     with closing(Loader(found, series_modality(), workers=workers, **settings)) as loader:  # type: ignore[arg-type]
