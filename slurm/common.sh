@@ -75,7 +75,7 @@ give_up_without_progress() { # counts consecutive restarts that produced no new 
     read -r before count <"$file"
     if [[ ${newest:-none} == "$before" ]]; then count=$((count + 1)); else count=0; fi
   fi
-  ((count <= most)) || end 1 "giving up after $most restarts without a new checkpoint; see $run/logs"
+  ((count <= most)) || end 1 "giving up after $count restarts without a new checkpoint; see $run/logs"
   echo "${newest:-none} $count" >"$file"
 }
 

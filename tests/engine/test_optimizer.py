@@ -139,5 +139,5 @@ def test_a_state_of_zeros_acts_like_no_state() -> None:
 def test_state_is_created_once() -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = adamw([group("a", True, p)], Optim())
-    with pytest.raises(AssertionError, match="before the first one"):
+    with pytest.raises(AssertionError, match="already has a state"):
         optimizer.create_state([p])
