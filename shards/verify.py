@@ -9,7 +9,6 @@ damage, and compared with the index, and every sample is decoded.
 from __future__ import annotations
 
 import hashlib
-import json
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,8 +54,7 @@ def verify(path: Path, processes: int) -> Iterator[str]:
     """Problems of a set, one line each. Duplicate contents are only notes, because corpora
     contain duplicates. Raises UserError if there is no set."""
     shards = open_set(path, check_tars=False)
-    about = json.loads((path / INDEX_FILE).read_bytes())
-    if about["samples"] != shards.samples or about["length"] != shards.length:
+    if (shards.about["samples"], shards.about["length"]) != (shards.samples, shards.length):
         yield f"{INDEX_FILE}: samples and length are not the sums over its shards"
     checked: dict[str, Checked] = {}
     modality = modality_class(shards.modality) if shards.modality in REGISTRY else None
@@ -65,7 +63,7 @@ def verify(path: Path, processes: int) -> Iterator[str]:
             f"{NOTE}modality {shards.modality!r} is not installed: structure and checksums are "
             "checked, samples are not decoded"
         )
-    jobs = [(shards, shard, about, modality) for shard in shards.shards]
+    jobs = [(shards, shard, modality) for shard in shards.shards]
     for one in run_jobs(verify_shard, jobs, processes):
         yield from (f"{one.name}: {problem}" for problem in one.problems)
         checked[one.name] = one
@@ -75,10 +73,10 @@ def verify(path: Path, processes: int) -> Iterator[str]:
 
 
 def verify_shard(
-    job: tuple[ShardSet, ShardEntry, Mapping[str, Any], type[Modality] | None],
+    job: tuple[ShardSet, ShardEntry, type[Modality] | None],
 ) -> Checked:
     """modality: None if it is not installed; then samples are not decoded."""
-    shards, shard, about, modality = job
+    shards, shard, modality = job
     packed = modality.packed_extensions if modality else None
     result = Checked(shard.name)
     problems = result.problems
@@ -103,7 +101,7 @@ def verify_shard(
         problems += _check_structure(file, index, keys, packed, indexed)
         contents = np.zeros(index.count, np.uint64)
         for i, key in enumerate(keys):
-            problem, contents[i] = _check_sample(file, index, i, modality, about)
+            problem, contents[i] = _check_sample(file, index, i, modality, shards.about)
             if problem:
                 problems.append(f"sample {key!r}: {problem}")
     result.keys = np.array([_hash(key.encode()) for key in keys], np.uint64).tobytes()

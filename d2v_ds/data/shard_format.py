@@ -200,7 +200,7 @@ def _check_tar(path: Path, size: int) -> None:
 
 
 def require_copy(
-    shards: ShardSet, entry: ShardEntry, tar: object, size: int, digest: str, advice: str
+    shards: ShardSet, entry: ShardEntry, tar: object, advice: str, size: int, digest: str
 ) -> None:
     """Raises UserError unless a copied tar has the size and the SHA-256 of its entry. The SHA-256
     of third-party tars is unknown, so only their size is checked."""

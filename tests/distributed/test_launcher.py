@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from d2v_ds.distributed.launcher import launch
+from tests.helpers.processes import alive
 
 
 def rank_script(folder: Path, body: str) -> tuple[str, ...]:
@@ -25,14 +26,6 @@ def rank_script(folder: Path, body: str) -> tuple[str, ...]:
         f"folder = pathlib.Path({str(folder)!r})\n" + textwrap.dedent(body)
     )
     return (sys.executable, str(script))
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
 
 
 def wait_until(condition: Callable[[], Any], seconds: float = 20) -> None:
@@ -79,7 +72,7 @@ def test_a_failing_rank_stops_all(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert time.monotonic() - start < 10
     assert capfd.readouterr().err == "rank 1 failed:\nno such file\n"
     pids = [int(p) for r in (0, 2) for p in (tmp_path / f"pid{r}").read_text().split()]
-    wait_until(lambda: not any(alive(pid) for pid in pids))  # loader workers too
+    wait_until(lambda: not alive(pids))  # loader workers too
 
 
 def test_rank_0_reports_its_own_error_and_a_signal_has_a_code(
@@ -95,6 +88,7 @@ def test_rank_0_reports_its_own_error_and_a_signal_has_a_code(
 LAUNCHER = """
 import sys
 from d2v_ds.distributed.launcher import launch
+from tests.helpers.processes import alive
 sys.exit(launch(2, [], command=sys.argv[1:], stopping_grace=1.5))
 """
 
@@ -143,7 +137,7 @@ def test_ranks_do_not_outlive_a_killed_launcher(tmp_path: Path) -> None:
     process = start_launcher(rank_script(tmp_path, body), tmp_path)
     wait_until(lambda: all((tmp_path / f"ready{r}").read_text() for r in (0, 1)))
     pids = [int((tmp_path / f"ready{r}").read_text()) for r in (0, 1)]
-    assert all(alive(pid) for pid in pids)
+    assert alive(pids) == pids
     process.kill()
     process.wait()
-    wait_until(lambda: not any(alive(pid) for pid in pids))
+    wait_until(lambda: not alive(pids))

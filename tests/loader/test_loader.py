@@ -30,6 +30,7 @@ from d2v_ds.loader.quarantine import MAX_BAD, Quarantine
 from d2v_ds.loader.reading import read_samples
 from d2v_ds.run.preflight import require_divisible
 from tests import ROOT
+from tests.helpers.processes import alive
 from tests.helpers.series import modality as series_modality
 from tests.helpers.series import series, write_set
 
@@ -328,6 +329,7 @@ def test_planned_and_drawn_masks_must_agree(shards: ShardSet) -> None:
 TRAINER = """
 import os, signal, sys, time
 from pathlib import Path
+from tests.helpers.processes import alive
 from tests.helpers.series import modality as series_modality
 from d2v_ds.loader.loader import Loader
 from d2v_ds.data.shard_format import open_set
@@ -354,18 +356,6 @@ def trainer(shards: ShardSet, then: str) -> tuple[subprocess.Popen[str], list[in
     )
     assert process.stdout
     return process, [int(pid) for pid in process.stdout.readline().split()]
-
-
-def alive(pids: Sequence[int]) -> list[int]:
-    """The processes that are still running; zombies are not."""
-    running = []
-    for pid in pids:
-        try:
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            continue
-        running += [pid] if state != "Z" else []
-    return running
 
 
 def gone(pids: Sequence[int], seconds: float = 5) -> bool:

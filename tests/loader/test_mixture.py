@@ -1,4 +1,4 @@
-"""The mixture: exact shares, a seek to any step, and each source as in a run of its own."""
+"""The mixture: exact shares, resuming at any step, and the same order of each source as alone."""
 
 from __future__ import annotations
 

@@ -22,9 +22,10 @@ from d2v_ds.errors import UserError
 from d2v_ds.loader.loader import Loader
 from d2v_ds.loader.workers import LoaderWorkers
 from tests import ROOT
+from tests.helpers.processes import alive
 from tests.helpers.sensor import Sensor, SensorConfig
 from tests.helpers.series import write_set
-from tests.loader.test_loader import alive, gone
+from tests.loader.test_loader import gone
 
 ODD = 77  # the length of that sample
 

@@ -18,6 +18,7 @@ from shards import samples
 from shards.cli import main
 from shards.workers import AHEAD, MANY, WorkerPool
 from tests import ROOT
+from tests.helpers.processes import alive
 
 SPEECH = samples.path("speech")
 
@@ -31,13 +32,6 @@ needs_proc = pytest.mark.skipif(sys.platform != "linux", reason="looks at proces
 
 def children(pid: int) -> list[int]:
     return [int(c) for c in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def start(arguments: list[str], out: Path) -> subprocess.Popen[str]:
@@ -57,7 +51,7 @@ def start(arguments: list[str], out: Path) -> subprocess.Popen[str]:
 
 def wait_for_end(workers: list[int]) -> None:
     deadline = time.monotonic() + 10
-    while any(alive(pid) for pid in workers):
+    while alive(workers):
         assert time.monotonic() < deadline, "workers are still alive"
         time.sleep(0.01)
 
@@ -163,7 +157,7 @@ def test_processes_start_while_many_inputs_are_read() -> None:
     with WorkerPool(1) as workers:
         assert len(list(workers.start_in_time(range(2 * MANY), "colorsys"))) == 2 * MANY
         assert [*workers.run(abs, [-1, -2], 2)] == [1, 2]
-    wait_for_end([pid for pid in started if alive(pid) and "tracker" not in command_of(pid)])
+    wait_for_end([pid for pid in alive(started) if "tracker" not in command_of(pid)])
 
 
 def loaded(seconds: float) -> list[str]:

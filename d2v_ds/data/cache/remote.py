@@ -112,6 +112,6 @@ def _fetch_shard(shards: ShardSet, entry: ShardEntry, cache: Cache) -> None:
         def whole() -> None:
             file.seek(0)
             digest = fetch(url, file, entry.bytes)
-            require_copy(shards, entry, url, entry.bytes, digest, "upload it again")
+            require_copy(shards, entry, url, "upload it again", file.tell(), digest)
 
         try_again(whole, url)

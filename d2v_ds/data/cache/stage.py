@@ -14,10 +14,11 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from d2v_ds.data.cache.folder import LOCK_FILE, added, writing
-from d2v_ds.data.shard_format import INDEX_FILE, ShardEntry, ShardSet, require_copy
+from d2v_ds.data.shard_format import INDEX_FILE, ShardSet, require_copy
 from d2v_ds.files import copy, format_size, locked, write_atomically
 
 log = logging.getLogger("d2v_ds")
@@ -43,8 +44,11 @@ def stage(shards: ShardSet, folder: Path, alive: Callable[[], None]) -> Path | N
                 return target
             if not _fits(shards, target):
                 return None
+            advice = f"copy the set again (`d2v-shards verify {shards.root}` lists every fault)"
             for entry in shards.shards:
-                _copy_tar(shards, entry, target, alive)
+                tar = shards.tar(entry)
+                check = partial(require_copy, shards, entry, tar, advice)
+                _copy(tar, target, alive, check)
                 _copy(shards.index(entry), target, alive)
             write_atomically(target / INDEX_FILE, index)
     log.info("%s was copied to %s", shards.root, target)
@@ -67,16 +71,6 @@ def _fits(shards: ShardSet, target: Path) -> bool:
         format_size(RESERVED * disk.total),
     )
     return False
-
-
-def _copy_tar(shards: ShardSet, entry: ShardEntry, target: Path, alive: Callable[[], None]) -> None:
-    source = shards.tar(entry)
-    advice = f"copy the set again (`d2v-shards verify {shards.root}` lists every fault)"
-
-    def check(size: int, digest: str) -> None:
-        require_copy(shards, entry, source, size, digest, advice)
-
-    _copy(source, target, alive, check)
 
 
 def _copy(
