@@ -29,10 +29,11 @@ from d2v_ds.pretrain import Pretrain
 from d2v_ds.step import StepSettings, train_step
 from d2v_ds.telemetry.metrics import Accumulator
 from d2v_ds.telemetry.pictures import masked_picture
+from shards.cli import main as shards_main
 from tests import ROOT
 from tests.helpers import joint_sets, sensor
 from tests.helpers.runs import Run, assert_equal_runs
-from tests.helpers.series import write_set
+from tests.helpers.series import series, write_set
 from tests.helpers.steps import Losses, prepare
 
 LENGTHS = [[200, 90, 300, 40] * 3, [120] * 8]
@@ -285,3 +286,26 @@ def test_a_modality_from_outside_trains_and_resumes_like_any_other(
     output = capsys.readouterr()
     assert "encoder.front_ends.series.features" in output.out
     assert "modality.series: crop=4 is below least=8" in output.err
+
+
+@pytest.mark.parametrize("jobs", ["-j1", "-j2"])
+def test_d2v_shards_indexes_verifies_and_describes_a_modality_from_outside(
+    jobs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = write_set(tmp_path / "tars", LENGTHS)
+    for file in made.root.iterdir():
+        if file.suffix != ".tar":
+            file.unlink()
+    assert shards_main(["index", str(made.root), "--checksums", jobs]) == 0
+    found = open_set(made.root, "series")
+    assert (found.samples, found.length) == (made.samples, made.length)
+    capsys.readouterr()
+    assert shards_main(["verify", str(made.root), jobs]) == 0
+    assert capsys.readouterr().out == f"{made.root}: no problems\n"
+    assert shards_main(["stats", str(made.root)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["modality", "series"] in rows and ["samples", str(made.samples)] in rows
+    tar = made.root / "series-000000.tar"
+    tar.write_bytes(tar.read_bytes().replace(series("s0-0", 200), b"\xff" * 400))
+    assert shards_main(["verify", str(made.root), jobs]) == 1
+    assert "sample 's0-0': the checksum of its .series differs" in capsys.readouterr().out
