@@ -25,6 +25,7 @@ from shards.speech.folder import Folder
 from shards.speech.layout import SpeechLayout
 from shards.text.layout import TextFormat, TextLayout, TextOptions
 from tests.helpers.corpora import contents, put, quarantine, recording
+from tests.helpers.runs import Run
 from tests.shards.layout_corpora import CORPORA
 from tests.shards.outside import Kaldi, Markdown, Records
 
@@ -279,6 +280,10 @@ def test_a_speech_layout_from_outside(
     }
     assert quarantine(tmp_path / "out") == {"wav.scp, line 5": "is not KEY PATH"}
     check(tmp_path / "out", "speech", capsys)
+    words = ["batch.size=2", "batch.micro_batches=1", "modality.speech.min_seconds=0.1"]
+    words += [f"data.shards={tmp_path / 'out'}", f"run.dir={tmp_path / 'run'}", "run.steps=2"]
+    done = Run(tmp_path / "run", "speech_tiny", *words, "optim.warmup_steps=1").train(nproc=1)
+    assert done.returncode == 0 and "finished at step 2" in done.stdout, done.stderr
     more = ("--max-bad", "50%", "--join", "speaker", "--join-seconds", "0.6", "--layout", "kaldi")
     assert convert("speech", tmp_path / "in", tmp_path / "joined", *more) == 0
     assert len(contents(tmp_path / "joined")) == 2
