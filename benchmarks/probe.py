@@ -31,11 +31,11 @@ import torch
 from d2v_ds.config import Config
 from d2v_ds.config.decoding import decode
 from d2v_ds.data.shard_format import open_set
-from d2v_ds.encoder import load_weights, open_newest
 from d2v_ds.evaluate import read_labelled
 from d2v_ds.modalities.base import Modality
 from d2v_ds.modalities.text import Text
 from d2v_ds.pretrain import Pretrain, at_masked
+from d2v_ds.weights import load_weights, open_newest
 from shards import samples
 
 MODULES = {"d2v-ds": "d2v_ds", "d2v-shards": "shards.cli"}

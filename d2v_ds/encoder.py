@@ -13,21 +13,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from d2v_ds.checkpoint import Checkpoint, newest_verified, open_checkpoint
-from d2v_ds.config import Config
-from d2v_ds.config.decoding import decode
-from d2v_ds.errors import UserError
+from d2v_ds.modalities import create_modalities
 from d2v_ds.modalities.base import Modality
 from d2v_ds.pretrain import Pretrain
-from d2v_ds.run.run_folder import RunFolder
 from d2v_ds.student import Encoder
-
-Weights = Literal["student", "teacher"]
+from d2v_ds.weights import Weights, Which, build_encoder, open_weights
 
 
 class EncoderOutput(NamedTuple):
@@ -49,7 +44,7 @@ class PretrainedEncoder(nn.Module):
     so the module can be fine-tuned; `requires_grad_(False)` freezes it.
     """
 
-    def __init__(self, encoder: Encoder, modality: Modality, step: int, weights: Weights) -> None:
+    def __init__(self, encoder: Encoder, modality: Modality, step: int, weights: Which) -> None:
         super().__init__()
         self.encoder = encoder
         self.modality = modality
@@ -70,23 +65,25 @@ class PretrainedEncoder(nn.Module):
 
 
 def load_encoder(
-    path: str | Path, *, weights: Weights = "student", modality: str = ""
+    path: str | Path, *, weights: Which = "student", modality: str = ""
 ) -> PretrainedEncoder:
-    """The encoder in a run folder (its newest valid checkpoint) or in one checkpoint's folder.
+    """The encoder of everything that `open_weights` opens: a run folder (its newest valid
+    checkpoint) or a checkpoint's folder.
 
-    weights: the student's or the teacher's. modality: required for a run with several; "": the only
-    one. Raises UserError if there is no checkpoint, or if the modality must be named.
+    weights: the student's or the teacher's. modality: required for a model with several; "": the
+    only one. Raises UserError if there are no such weights, or if the modality must be named.
     """
-    found = open_newest(Path(path))
-    config = decode(Config, found.state["config"])
-    name = only_modality(config, modality)
-    task = Pretrain.create(config)
-    load_weights(task, found)
-    return encoder_of(task, name, weights, step=found.step)
+    return pretrained(open_weights(path), weights, modality)
+
+
+def pretrained(found: Weights, which: Which, modality: str = "") -> PretrainedEncoder:
+    """As `load_encoder`, for weights that are already open."""
+    kind = create_modalities(found.modality)[found.only_modality(modality)]
+    return PretrainedEncoder(build_encoder(found, which), kind, found.step, which)
 
 
 def encoder_of(
-    task: Pretrain, modality: str, weights: Weights, *, step: int = 0
+    task: Pretrain, modality: str, weights: Which, *, step: int = 0
 ) -> PretrainedEncoder:
     """The encoder of a task. The teacher's encoder has its averages, and the student's values in
     the parts that they share."""
@@ -97,33 +94,3 @@ def encoder_of(
             for name, average in task.teacher.encoder.named_parameters():
                 ours[name].copy_(average)
     return PretrainedEncoder(encoder, task.modalities[modality], step, weights)
-
-
-def open_newest(path: Path) -> Checkpoint:
-    """The checkpoint in `path`: the newest valid one of a run folder, or a checkpoint's own folder.
-    Raises UserError."""
-    if (path / "manifest.json").is_file():
-        return open_checkpoint(path)
-    found = newest_verified(RunFolder(path))
-    if found is None:
-        raise UserError(f"{path}: neither a checkpoint nor a run folder with a checkpoint")
-    return found
-
-
-def only_modality(config: Config, wanted: str = "") -> str:
-    """The modality that was asked for, or the run's only one. Raises UserError."""
-    names = sorted(config.modality)
-    if not wanted and len(names) == 1:
-        return names[0]
-    if wanted not in names:
-        given = f"no {wanted!r} in this run" if wanted else "this run has several; name one"
-        raise UserError(f"modality: {given} (it has: {', '.join(names)})")
-    return wanted
-
-
-@torch.no_grad()
-def load_weights(task: Pretrain, found: Checkpoint) -> None:
-    """Loads the weights of student and teacher from the checkpoint, in fp32."""
-    values = {**found.tensors("master"), **found.tensors("ema")}
-    for name, parameter in task.named_parameters():
-        parameter.copy_(values[name])

@@ -19,22 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from d2v_ds.config import Config
-from d2v_ds.config.decoding import decode
 from d2v_ds.data.shard_format import ShardSet
-from d2v_ds.encoder import (
-    PretrainedEncoder,
-    Weights,
-    encoder_of,
-    load_weights,
-    only_modality,
-    open_newest,
-)
+from d2v_ds.encoder import PretrainedEncoder, encoder_of, pretrained
 from d2v_ds.errors import UserError
 from d2v_ds.loader.find_set import find_set
 from d2v_ds.loader.reading import read_samples
 from d2v_ds.modalities.base import Modality
 from d2v_ds.pretrain import Pretrain
+from d2v_ds.weights import Weights, Which, open_weights
 
 Features = npt.NDArray[np.float32]
 
@@ -115,7 +107,7 @@ def run_knn(
     gallery: str,
     tests: list[str],
     label: str = "label",
-    weights: Weights = "student",
+    weights: Which = "student",
     layer: int | None = None,
     modality: str | None = None,
     compare: bool = False,
@@ -125,20 +117,15 @@ def run_knn(
     layer: the block, counted from 1; None: the middle block. compare: also score the encoder before
     training and the modality's plain features. Raises UserError.
     """
-    found = open_newest(path)
-    config = decode(Config, found.state["config"])
-    name = only_modality(config, modality or "")
-    torch.manual_seed(config.run.seed)  # so that the untrained encoder equals the initial one
-    task = Pretrain.create(config)
-    kind = task.modalities[name]
-    initial = encoder_of(task, name, "student") if compare else None
-    load_weights(task, found)
-    trained = encoder_of(task, name, weights, step=found.step)
+    found = open_weights(path)
+    trained = pretrained(found, weights, modality or "")
+    kind = trained.modality
+    initial = untrained(found, kind.name) if compare else None
     depth = trained.depth
     block = (depth + 1) // 2 if layer is None else layer
     if block > depth:
         raise UserError(f"--layer: the encoder has {depth} blocks, got {block}")
-    sets = [read_labelled(find_set(s, name), kind, label) for s in (gallery, *tests)]
+    sets = [read_labelled(find_set(s, kind.name), kind, label) for s in (gallery, *tests)]
 
     def score(encode: Callable[[list[Any]], Features]) -> dict[str, float]:
         known, *queries = (encode(labelled.examples) for labelled in sets)
@@ -169,6 +156,13 @@ def run_knn(
         "accuracy": table,
     }
     return format_table(title, table, sets[1:]), summary
+
+
+def untrained(found: Weights, modality: str) -> PretrainedEncoder:
+    """The encoder of a run before its first step."""
+    assert found.config is not None
+    torch.manual_seed(found.config.run.seed)
+    return encoder_of(Pretrain.create(found.config), modality, "student")
 
 
 def chance(labels: list[str]) -> float:

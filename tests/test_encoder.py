@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from d2v_ds.encoder import PretrainedEncoder, Weights, encoder_of, load_encoder
+from d2v_ds.encoder import PretrainedEncoder, encoder_of, load_encoder
 from d2v_ds.errors import UserError
+from d2v_ds.weights import Which
 from tests.helpers import joint_sets, variants
 from tests.helpers.runs import Run
 
-WEIGHTS: tuple[Weights, ...] = ("student", "teacher")
+WEIGHTS: tuple[Which, ...] = ("student", "teacher")
 
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("variant", variants.VARIANTS)
-def test_it_gives_the_features_of_the_task(variant: str, weights: Weights) -> None:
+def test_it_gives_the_features_of_the_task(variant: str, weights: Which) -> None:
     task = variants.build(variant).eval()
     with torch.no_grad():  # otherwise teacher and student are equal
         for parameter in task.teacher.parameters():

@@ -12,7 +12,7 @@ import torch
 
 from d2v_ds import recipes
 from d2v_ds.data.shard_format import open_set
-from d2v_ds.encoder import Weights, encoder_of
+from d2v_ds.encoder import encoder_of
 from d2v_ds.errors import UserError
 from d2v_ds.evaluate import (
     NEIGHBOURS,
@@ -24,6 +24,7 @@ from d2v_ds.evaluate import (
     run_knn,
 )
 from d2v_ds.pretrain import Pretrain
+from d2v_ds.weights import Which
 from shards import samples
 from shards.cli import main as shards_main
 
@@ -73,7 +74,7 @@ def task() -> Pretrain:
 
 
 @pytest.mark.parametrize("weights", ["student", "teacher"])
-def test_features_do_not_depend_on_the_rest_of_the_batch(task: Pretrain, weights: Weights) -> None:
+def test_features_do_not_depend_on_the_rest_of_the_batch(task: Pretrain, weights: Which) -> None:
     rng = np.random.default_rng(0)
     encoder = encoder_of(task, "speech", weights)
     examples = [rng.standard_normal(n).astype(np.float32) for n in rng.integers(2500, 9000, 20)]

@@ -29,6 +29,7 @@ LAYERS = [
     ["pretrain_report", "pretrain"],
     ["checkpoint"],
     ["telemetry"],
+    ["weights"],
     ["encoder", "evaluate", "show"],
     ["start", "train"],
     ["cli", "__init__", "__main__"],

@@ -1,0 +1,69 @@
+"""Run folders and checkpoints as sources of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v_ds.checkpoint import Checkpoint, StateKind, newest_verified, open_checkpoint
+from d2v_ds.config import Config
+from d2v_ds.config.decoding import decode
+from d2v_ds.errors import UserError
+from d2v_ds.pretrain import Pretrain
+from d2v_ds.run.run_folder import RunFolder
+from d2v_ds.weights.model import Part, Weights
+
+# Prefixes of a task's parameters: the student's and the teacher's in pre-training.
+PREFIXES = {"student": "student.", "teacher": "teacher."}
+
+
+def open_newest(path: Path) -> Checkpoint:
+    """The checkpoint in `path`: the newest valid one of a run folder, or a checkpoint's own folder.
+    Raises UserError."""
+    if (path / "manifest.json").is_file():
+        return open_checkpoint(path)
+    found = newest_verified(RunFolder(path))
+    if found is None:
+        raise UserError(f"{path}: neither a checkpoint nor a run folder with a checkpoint")
+    return found
+
+
+def open_run(path: Path) -> Weights:
+    """The weights of the newest valid checkpoint in a run folder, or of a checkpoint. Raises
+    UserError."""
+    found = open_newest(path)
+    config = Pretrain.resolve(decode(Config, found.state["config"]))
+
+    def tensors(part: Part) -> dict[str, Tensor]:
+        kind: StateKind = "ema" if part == "teacher" else "master"
+        prefix = PREFIXES.get(part, part)
+        return {
+            name.removeprefix(prefix): tensor
+            for name, tensor in found.tensors(kind).items()
+            if name.startswith(prefix)
+        }
+
+    return Weights(
+        path=path,
+        model=config.model,
+        modality=config.modality,
+        tensors=tensors,
+        step=found.step,
+        config=config,
+        about=about(config, found),
+    )
+
+
+def about(config: Config, found: Checkpoint) -> dict[str, Any]:
+    return {"recipe": config.run.name, "run": dict(found.state["train"])}
+
+
+@torch.no_grad()
+def load_weights(task: Pretrain, found: Checkpoint) -> None:
+    """Loads the weights of student and teacher from the checkpoint, in fp32."""
+    values = {**found.tensors("master"), **found.tensors("ema")}
+    for name, parameter in task.named_parameters():
+        parameter.copy_(values[name])
