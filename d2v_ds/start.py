@@ -46,6 +46,7 @@ from d2v_ds.run.watchdog import PATIENT, Watchdog
 from d2v_ds.step import create_engine_and_ema
 from d2v_ds.task import Task
 from d2v_ds.teacher import Ema
+from d2v_ds.weights import initialise, open_weights
 
 log = logging.getLogger("d2v_ds")
 
@@ -139,6 +140,8 @@ def start(
 
     torch.manual_seed(config.run.seed)  # the same weights on every rank
     task = task_class.create(config).train()
+    if config.init and not found:
+        start_from_weights(task, config, run)
     averages = task.averages()
     mixture = create_mixture(config, task.modalities, world, state, watchdog)
     shapes = {name: tuple(p.shape) for name, p in task.named_parameters()}  # ZeRO 3 hides them
@@ -168,6 +171,21 @@ def start(
     return Training(
         config, world, run, generation, task, engine, ema, shapes, mixture, state, saver, watchdog
     )
+
+
+def start_from_weights(task: Task, config: Config, run: RunFolder) -> None:
+    """Copies the weights that config.init names into the task. Collective: all ranks must call it.
+    Raises UserError."""
+    if config.init_from == "nothing":
+        log.info("init: only the settings of the model, from %s; weights are random", config.init)
+        return
+    weights = open_weights(config.init)
+    settings = {"model": config.model, "modality": config.modality}
+    done = initialise(task, weights, config.init_from, config.init_skip, settings)
+    for line in done.lines():
+        log.info("%s", line)
+    report = json.dumps(done.as_json(), indent=1) + "\n"
+    on_rank_0(lambda: write_atomically(run.init, report))
 
 
 def claim(run: RunFolder) -> Generation:

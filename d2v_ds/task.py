@@ -51,6 +51,9 @@ class Task(nn.Module, ABC):
 
     modalities: Mapping[str, Modality]
     report: Report
+    weights_prefix: ClassVar[str] = ""
+    """The prefix of the parameters that `init` provides: encoder.*, predictors.*, head.*."""
+
     teacher: nn.Module | None
     """The frozen submodule, under this name, that holds the averages; None without a teacher."""
 
@@ -81,6 +84,15 @@ class Task(nn.Module, ABC):
         """The modality that a parameter belongs to; "" for what every step trains. A step of one
         modality leaves the parts of the others untouched."""
         return ""
+
+    def lr_scale(self, name: str) -> float:
+        """The factor of the learning rate for a parameter."""
+        return 1.0
+
+    def begin_step(self, step: int, modality: str) -> str:
+        """Prepares for step number `step` (from 0) and returns the part that it trains, in addition
+        to "". Must depend on its arguments alone, so that a resumed run continues exactly."""
+        return modality
 
     def averages(self) -> dict[str, str]:
         """{parameter of the teacher: the trained parameter that it averages}, full names."""

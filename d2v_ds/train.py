@@ -81,8 +81,15 @@ def run_steps(t: Training, stop: StopFlag) -> int:
             t.saver.poll()
             step_batch = next_batch(t, telemetry)
             settings = StepSettings.of(config, state.step)
+            active = t.task.begin_step(state.step, step_batch.modality)
             if not train_step(
-                t.engine, t.ema, step_batch, settings, seed=config.run.seed, observer=telemetry
+                t.engine,
+                t.ema,
+                step_batch,
+                settings,
+                seed=config.run.seed,
+                active=active,
+                observer=telemetry,
             ):
                 skipped += 1
                 telemetry.step_skipped()

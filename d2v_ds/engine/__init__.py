@@ -37,6 +37,7 @@ class ParamGroup:
     averaged: bool  # whether the teacher follows it
     decay: bool  # whether weight decay applies
     parameters: Mapping[str, nn.Parameter]  # by full name in the wrapped module, in module order
+    lr_scale: float = 1.0  # factor of the learning rate
 
 
 @dataclass(frozen=True)

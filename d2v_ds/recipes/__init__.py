@@ -31,6 +31,7 @@ FUNCTIONS = [
     vision.vision_tiny_v1,
     vision.vision_base_v1,
     vision.vision_large_v1,
+    vision.vision_large_v1_second,
     text.text_tiny,
     text.text_base,
     text.text_large,

@@ -15,10 +15,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from d2v_ds.errors import UserError
+from d2v_ds.weights.init import initialise
 from d2v_ds.weights.model import Weights, Which, build_encoder
 from d2v_ds.weights.runs import load_weights, open_newest, open_run
 
-__all__ = ["Weights", "Which", "build_encoder", "load_weights", "open_newest", "open_weights"]
+__all__ = [
+    "Weights",
+    "Which",
+    "build_encoder",
+    "initialise",
+    "load_weights",
+    "open_newest",
+    "open_weights",
+]
 
 
 def open_weights(path: str | Path) -> Weights:
