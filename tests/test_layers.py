@@ -30,8 +30,8 @@ LAYERS = [
     ["checkpoint"],
     ["telemetry"],
     ["weights"],
-    ["encoder", "evaluate", "show"],
-    ["start", "train"],
+    ["encoder", "evaluate", "finetune", "show"],
+    ["validation", "best", "start", "train"],
     ["cli", "__init__", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -43,8 +43,12 @@ PLACES = {
     "safetensors": ["d2v_ds/checkpoint"],
     "torchaudio": ["d2v_ds/data/audio.py"],
     "soundfile": ["d2v_ds/data/audio.py"],
-    "PIL": ["d2v_ds/data/images.py", "shards/samples/make_images.py"],
-    "sentencepiece": ["shards/text/tokenizer.py"],
+    "PIL": [
+        "d2v_ds/data/images.py",
+        "d2v_ds/data/rand_augment.py",
+        "shards/samples/make_images.py",
+    ],
+    "sentencepiece": ["shards/text/tokenizer.py", "d2v_ds/finetune/labels.py"],
     "pyarrow": ["shards/parquet.py"],
     "zstandard": ["shards/text"],
     "webdataset": ["d2v_ds/loader/webdataset.py", "d2v_ds/data/download.py"],

@@ -58,21 +58,29 @@ class FineTuning:
     """Steps at the beginning in which only the head is trained."""
 
     layer_decay: float = 1.0
-    """The learning rate of block n of L is multiplied by layer_decay ** (L - n), n from 1 (Clark et
-    al. 2020); 1: all the same."""
+    """The learning rate of block n of L, n from 1, is multiplied by layer_decay ** (L + 1 - n)
+    (Clark et al. 2020); 1: all the same."""
 
     layer_decay_front_end: bool = False
-    """Multiply the learning rate of the front end by layer_decay ** L, as BEiT does; false: as
-    fairseq, by 1."""
+    """Multiply the learning rate of the front end by layer_decay ** (L + 1), as BEiT does; false:
+    leave it, as fairseq does."""
 
     head_lr: float = 1.0
     """Factor of the learning rate of the head."""
 
-    head_std: float = 0.02
-    """Standard deviation of the initial weights of the last layer of the head."""
+    head_std: float | None = None
+    """Standard deviation of the initial weights of the head's last layer; null: Xavier-uniform
+    weights for ctc, 0.02 otherwise."""
 
     head_dropout: float = 0.0
     """Dropout of the encoder's output, before the head."""
+
+    pool: Literal["auto", "mean", "first"] = "auto"
+    """Which tokens the head of a classification or regression reads: their mean, or the first one.
+    auto: first for text, as RoBERTa does; mean otherwise."""
+
+    bos_id: int | None = 0
+    """Text: the id that is prepended to each text; null: none."""
 
     label_smoothing: float = 0.0
     """classification: the probability that is spread over all classes."""
@@ -129,8 +137,10 @@ class FineTuning:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"layer_decay={self.layer_decay} must be in (0, 1]")
-        if self.head_lr <= 0 or self.head_std < 0:
-            raise ValueError(f"head_lr={self.head_lr} and head_std={self.head_std} must be above 0")
+        if self.head_lr <= 0:
+            raise ValueError(f"head_lr={self.head_lr} must be above 0")
+        if self.head_std is not None and self.head_std < 0:
+            raise ValueError(f"head_std={self.head_std} must be 0 or more")
         if self.freeze_blocks and self.freeze not in ("front_end", "encoder"):
             raise ValueError(
                 f"freeze_blocks={self.freeze_blocks} needs freeze=front_end, got {self.freeze}"
