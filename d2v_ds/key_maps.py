@@ -178,6 +178,11 @@ FAIRSEQ_V2_VISION = [
         (1, -1, 0),
         (-1, 0),
     ),
+    # older names of the same
+    *(
+        Rule(f"{IMAGE}.positional_encoder.{name}", f"{VISION}.features.positions", (), (-1, 0))
+        for name in ("positions", "pos_embed")
+    ),
     *common_v2("IMAGE", "vision"),
 ]
 
@@ -343,4 +348,17 @@ HUGGING_FACE = {
     ("speech", "1.0"): HUGGING_FACE_SPEECH,
     ("vision", "1.0"): HUGGING_FACE_VISION,
     ("text", "1.0"): HUGGING_FACE_TEXT,
+}
+
+# Heads of fine-tuned models, by their names in the whole model.
+HUGGING_FACE_HEADS = {
+    "speech": [Rule("lm_head.{p}", "head.proj.{p}")],  # Data2VecAudioForCTC
+    "vision": [  # Data2VecVisionForImageClassification
+        Rule("data2vec_vision.pooler.layernorm.{p}", "head.norm.{p}"),
+        Rule("classifier.{p}", "head.proj.{p}"),
+    ],
+    "text": [  # Data2VecTextForSequenceClassification
+        Rule("classifier.dense.{p}", "head.dense.{p}"),
+        Rule("classifier.out_proj.{p}", "head.proj.{p}"),
+    ],
 }
