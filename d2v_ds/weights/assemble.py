@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from d2v_ds.config.decoding import decode, to_dict, value_at
 from d2v_ds.errors import UserError
 from d2v_ds.modalities import create_modalities
-from d2v_ds.modalities.base import SHAREABLE
+from d2v_ds.modalities.base import SHAREABLE, Modality
 from d2v_ds.modalities.vision import sincos_2d
 from d2v_ds.recipes import RECIPES
 from d2v_ds.student import Encoder
@@ -82,10 +82,15 @@ def assemble(found: Foreign) -> Weights:
         settings = settings_of(found)
     except shapes.Missing as error:
         raise UserError(f"{found.path}: {error}") from None
+    complete(found, decode(TransformerConfig, settings["model"], "model"))
+    return exact(found, settings)
+
+
+def exact(found: Foreign, settings: Settings) -> Weights:
+    """As `assemble`, for complete settings and complete tensors."""
     model = decode(TransformerConfig, settings["model"], "model")
     modalities = create_modalities(settings["modality"])
-    complete(found, model)
-    check(found, blueprint(found, model, settings["modality"]))
+    check(found, blueprint(found, model, modalities))
     parts = {"student": found.student, "teacher": found.teacher, "head": found.head}
 
     def tensors(part: Part) -> Mapping[str, Tensor]:
@@ -260,11 +265,10 @@ def check_positions(found: Foreign, stored: Tensor) -> None:
 
 
 def blueprint(
-    found: Foreign, model: TransformerConfig, settings: Mapping[str, Settings]
+    found: Foreign, model: TransformerConfig, modalities: Mapping[str, Modality]
 ) -> dict[str, dict[str, list[int]]]:
     """{"student" or "teacher": {name: shape}} that the settings require, without memory for values.
     The predictor is included if the source has one."""
-    modalities = create_modalities(settings)
     try:
         with torch.device("meta"):
             encoder = Encoder(model, {n: kind.front_end(model) for n, kind in modalities.items()})

@@ -1,21 +1,17 @@
 """The configurations of fairseq and BEiT in our terms.
 
-Each table pairs a setting of ours with the path of theirs: in a fairseq checkpoint below `cfg`, in
-a BEiT checkpoint among `args`. Sizes that follow from the shapes of tensors are not in the tables.
+Paths of theirs are below `cfg` in a fairseq checkpoint and among `args` in a BEiT checkpoint. NAME
+stands for the modality in our paths, {} for the section of the modality in theirs. Sizes that follow from the shapes of tensors are not in the tables.
 """
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from d2v_ds.config.decoding import value_at
 from d2v_ds.errors import UserError
-
-Settings = dict[str, Any]
-# our path -> their path, or (their path, function of the value); {} stands for the modality's path
-Table = Mapping[str, "str | tuple[str, Callable[[Any], Any]]"]
+from d2v_ds.weights.tables import Settings, Table, given, take
 
 RATE = 16_000  # Hz, of all published speech models
 
@@ -147,7 +143,6 @@ TABLES: dict[tuple[str, str], list[Table]] = {
     ("text", "2.0"): [COMMON_V2, DECODER, TEXT_V2],
 }
 THEIRS = {"speech": "audio", "vision": "image", "text": "text"}
-NULLABLE = ("loss_scale",)  # null has a meaning: 1 / sqrt(model.dim)
 
 # Switches of the original code with one value in every published model: (path, value).
 REQUIRED: dict[tuple[str, str], dict[str, Any]] = {
@@ -195,35 +190,20 @@ def translate(modality: str, version: str, theirs: Settings) -> Settings:
                 f"{required!r}"
             )
     for table in TABLES[modality, version]:
-        for path, source in table.items():
-            where, convert = source if isinstance(source, tuple) else (source, None)
-            where = located(where, modality)
-            value = value_at(theirs, where)
-            if value is None and not (path.endswith(NULLABLE) and given(theirs, where)):
-                continue
-            try:
-                value = convert(value) if convert else value
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{where}: {error}") from None
-            put(ours, path.replace("NAME", modality), value)
+        filled = {
+            path.replace("NAME", modality): (
+                (located(source[0], modality), source[1])
+                if isinstance(source, tuple)
+                else located(source, modality)
+            )
+            for path, source in table.items()
+        }
+        take(filled, theirs, ours)
     return ours
 
 
 def located(path: str, modality: str) -> str:
     return path.replace("{}", f"model.modalities.{THEIRS[modality]}")
-
-
-def given(settings: Settings, path: str) -> bool:
-    parent, _, key = path.rpartition(".")
-    section = value_at(settings, parent) if parent else settings
-    return isinstance(section, dict) and key in section
-
-
-def put(settings: Settings, path: str, value: Any) -> None:
-    *sections, key = path.split(".")
-    for name in sections:
-        settings = settings.setdefault(name, {})
-    settings[key] = value
 
 
 def copied_parts(modality: str, version: str, theirs: Settings) -> tuple[str, ...]:
