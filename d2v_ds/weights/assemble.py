@@ -22,7 +22,6 @@ from d2v_ds.config.decoding import decode, to_dict, value_at
 from d2v_ds.errors import UserError
 from d2v_ds.modalities import create_modalities
 from d2v_ds.modalities.base import SHAREABLE, Modality
-from d2v_ds.modalities.vision import sincos_2d
 from d2v_ds.recipes import RECIPES
 from d2v_ds.student import Encoder
 from d2v_ds.teacher import Teacher
@@ -173,7 +172,7 @@ def published_like(found: Foreign, dim: int) -> tuple[str, Settings]:
 
 def convolutions(found: Foreign, given: Any) -> list[list[int]]:
     """(channels, kernel, stride) of the convolutions of speech; given: the same, or None."""
-    from d2v_ds.modalities.speech import PUBLISHED_CONVS
+    from d2v_ds.modalities.speech import PUBLISHED_CONVS  # a modality is imported when needed
 
     stored = shapes.convolutions(found.student)
     if given is None:
@@ -254,6 +253,8 @@ def complete(found: Foreign, model: TransformerConfig) -> None:
 
 def check_positions(found: Foreign, stored: Tensor) -> None:
     """Raises UserError if the fixed positions [T, D] of images differ from ours."""
+    from d2v_ds.modalities.vision import sincos_2d  # a modality is imported when it is needed
+
     side = round(len(stored) ** 0.5)
     expected = sincos_2d((side, side), stored.shape[1]) if side**2 == len(stored) else None
     # Half precision rounds values up to 1 by up to 2**-9 (bfloat16).

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from d2v_ds.config.decoding import value_at
 from d2v_ds.errors import UserError
-from d2v_ds.key_maps import FAIRSEQ, Rule, to_ours
+from d2v_ds.key_maps import FAIRSEQ, Rule, is_known, named_error, to_ours
 from d2v_ds.weights.assemble import Foreign, assemble
 from d2v_ds.weights.fairseq_settings import copied_parts, translate
 from d2v_ds.weights.model import Settings, Weights
@@ -75,7 +75,7 @@ def foreign(path: Path, content: Settings, state: dict[str, Any]) -> Foreign:
         modality=modality,
         version=version,
         student=ours(flat, rules, modality, version),
-        teacher=ours(relocated(averages, flat), rules, modality, version),
+        teacher=ours(relocated(averages, rules), rules, modality, version),
         head=head,
         given=given,
         copied=copied_parts(modality, version, settings),
@@ -141,9 +141,7 @@ def ours(
     try:
         tensors = to_ours(state, rules)
     except KeyError as error:
-        raise Refused(
-            f"{error.args[0]}: no parameter of data2vec {version} for {modality}"
-        ) from None
+        raise Refused(named_error(error, f"data2vec {version} for {modality}")) from None
     # Some files number the layers of a head that has only one.
     first, second = (f"predictors.{modality}.proj.{i}." for i in (0, 2))
     if any(name.startswith(second) for name in tensors):
@@ -155,15 +153,14 @@ def ours(
     }
 
 
-def relocated(averages: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The teacher's tensors under the student's names. Raises Refused."""
+def relocated(averages: Any, rules: Sequence[Rule]) -> dict[str, Tensor]:
+    """The teacher's tensors with names relative to the whole model. Raises Refused."""
     found = tensors_of(averages)
-    for prefix in AVERAGED:
-        if all(prefix + name in state for name in found):
-            return renamed(found, "", prefix)
-    unknown = {p: [name for name in found if p + name not in state] for p in AVERAGED}
-    closest = min(unknown.values(), key=len)
-    raise Refused(f"its teacher has {closest[0]}, which its student lacks")
+    unknown = {p: [name for name in found if not is_known(p + name, rules)] for p in AVERAGED}
+    prefix = min(unknown, key=lambda p: len(unknown[p]))
+    if unknown[prefix]:
+        raise Refused(f"{unknown[prefix][0]}: no parameter of its teacher")
+    return renamed(found, "", prefix)
 
 
 def steps(content: Settings) -> int:

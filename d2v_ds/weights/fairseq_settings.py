@@ -1,7 +1,8 @@
 """The configurations of fairseq and BEiT in our terms.
 
 Paths of theirs are below `cfg` in a fairseq checkpoint and among `args` in a BEiT checkpoint. NAME
-stands for the modality in our paths, {} for the section of the modality in theirs. Sizes that follow from the shapes of tensors are not in the tables.
+stands for the modality in our paths, {} for the section of the modality in theirs. Sizes that
+follow from the shapes of tensors are not in the tables.
 """
 
 from __future__ import annotations

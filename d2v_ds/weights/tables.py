@@ -12,7 +12,7 @@ Settings = dict[str, Any]
 Table = Mapping[str, "str | tuple[str, Callable[[Any], Any]]"]
 """{our path: their path, or (their path, function of their value)}."""
 
-NULLABLE = ("loss_scale",)  # null has a meaning: 1 / sqrt(model.dim)
+NULLABLE = ("loss_scale", "max_patches")  # settings of ours in which null has a meaning
 
 
 def take(table: Table, theirs: Settings, ours: Settings | None = None) -> Settings:

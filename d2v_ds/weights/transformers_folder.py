@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +20,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from d2v_ds.errors import UserError
-from d2v_ds.key_maps import HUGGING_FACE, HUGGING_FACE_HEADS, left_out, match, to_ours
+from d2v_ds.key_maps import (
+    HUGGING_FACE,
+    HUGGING_FACE_HEADS,
+    is_known,
+    left_out,
+    named_error,
+    to_ours,
+)
 from d2v_ds.weights.assemble import Foreign, assemble, exact
 from d2v_ds.weights.model import Settings, Weights
 from d2v_ds.weights.tables import Table, take
@@ -232,9 +238,9 @@ def renamed(modality: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor],
     unused: list[str] = []
     for name, value in (shared_table(state) if modality == "vision" else state).items():
         inner = name.removeprefix(prefix)
-        if matches(name, heads):
+        if is_known(name, heads):
             head[name] = value
-        elif (whole and inner == name) or matches(inner, DROPPED):
+        elif (whole and inner == name) or is_known(inner, DROPPED):
             unused.append(name)
         else:
             encoder[inner] = value
@@ -244,17 +250,7 @@ def renamed(modality: str, state: dict[str, Tensor]) -> tuple[dict[str, Tensor],
     try:
         return to_ours(encoder, rules) | ours, unused
     except KeyError as error:
-        raise Refused(
-            f"{error.args[0]}: no parameter of transformers' data2vec for {modality}"
-        ) from None
-
-
-def matches(name: str, rules: list[Any]) -> bool:
-    try:
-        match(name, rules, side="theirs")
-    except KeyError:
-        return False
-    return True
+        raise Refused(named_error(error, f"transformers' data2vec for {modality}")) from None
 
 
 TABLE = "relative_position_bias_table"

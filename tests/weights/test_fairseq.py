@@ -1,4 +1,4 @@
-"""Checkpoints of fairseq and data2vec_vision, made here from our own models, give the same model."""
+"""Checkpoints of fairseq and data2vec_vision, made from our own models, give the same models."""
 
 from __future__ import annotations
 
@@ -56,6 +56,9 @@ def test_parameters_and_settings_are_those_of_the_model(variant: str, tmp_path: 
     # What neither the tensors nor the original configuration have, and is listed as assumed.
     free = {"cls_views", "crop_scale", "crop_seconds", "jitter", "position_std", "pad_id"}
     free |= {"decoder", "head"}  # those that the variant does not use
+    if variant == "v1_vision":  # a mean over channels; the variant has that of another width
+        free |= {"loss_scale"}
+        assert found.modality["vision"]["loss_scale"] == 1 / 32
     ours, expected = found.modality[variant[3:]], config.modality[variant[3:]]
     assert {k: v for k, v in ours.items() if k not in free} == {
         k: v for k, v in expected.items() if k not in free
@@ -99,7 +102,11 @@ def test_the_configurations_of_the_originals(name: str, tmp_path: Path) -> None:
     kept = {k for k in expected.model if version == "2.0" or k not in skipped}
     assert {k: found.model[k] for k in kept} == {k: expected.model[k] for k in kept}
     ours, theirs = found.modality[modality], expected.modality[modality]
-    for key in ("shared", "views", "masked", "loss_beta", "loss_scale", "prenet_depth"):
+    # The context of text has no parameters, so it does not matter whether it is shared.
+    assert set(ours["shared"]) == set(theirs["shared"]) - (
+        {"context"} if modality == "text" else set()
+    )
+    for key in ("views", "masked", "loss_beta", "loss_scale", "prenet_depth"):
         assert ours[key] == theirs[key], key
 
 
@@ -292,7 +299,12 @@ BAD: dict[str, tuple[str, Callable[[dict[str, Any]], None], str]] = {
     "teacher's name": (
         "v2_text",
         lambda content: content["model"]["_ema"].update({"9.norm1.weight": torch.zeros(32)}),
-        r"its teacher has 9\.norm1\.weight, which its student lacks",
+        r"the teacher's encoder\.trunk\.blocks\.9\.norm1\.weight is no parameter",
+    ),
+    "teacher's unknown": (
+        "v2_text",
+        lambda content: content["model"]["_ema"].update({"quantizer": torch.zeros(32)}),
+        "quantizer: no parameter of its teacher",
     ),
     "teacher's missing": (
         "v2_text",
@@ -312,15 +324,10 @@ BAD: dict[str, tuple[str, Callable[[dict[str, Any]], None], str]] = {
     ),
     "heads": ("v2_text", put_setting("", "num_heads", 5), "not divisible by heads=5"),
     "no heads": ("v2_text", put_setting("", "num_heads", None), "how many attention heads"),
-    "no strides": (
-        "v1_speech",
-        put_setting("", "conv_feature_layers", None),
-        None or "strides|heads",
-    ),
 }
 
 
-@pytest.mark.parametrize("name", [n for n in BAD if n != "no strides"])
+@pytest.mark.parametrize("name", BAD)
 def test_bad_files_are_one_line(name: str, tmp_path: Path) -> None:
     variant, edit, message = BAD[name]
     path = edited(variant, tmp_path / "model.pt", edit)
