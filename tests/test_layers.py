@@ -40,7 +40,7 @@ SHARDS_MAY_IMPORT = ["errors", "exit_codes", "files", "arguments", "data", "moda
 PLACES = {
     "deepspeed": ["d2v_ds/engine/zero.py"],
     "tensorboard": ["d2v_ds/telemetry/metrics.py"],
-    "safetensors": ["d2v_ds/checkpoint"],
+    "safetensors": ["d2v_ds/checkpoint", "d2v_ds/weights"],
     "torchaudio": ["d2v_ds/data/audio.py"],
     "soundfile": ["d2v_ds/data/audio.py"],
     "PIL": [
