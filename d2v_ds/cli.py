@@ -239,8 +239,11 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
 
 
 def list_recipes(arguments: argparse.Namespace) -> int:
-    for name in recipes.RECIPES:
-        print(f"{name:<16}{recipes.summary(name)}")
+    width = 2 + max(map(len, recipes.RECIPES))
+    for number, (title, group) in enumerate(recipes.GROUPS.items()):
+        print("\n" * (number > 0) + f"{title} (d2v-ds {('train', 'finetune')[number]}):")
+        for name in group:
+            print(f"  {name:<{width}}{recipes.summary(name)}")
     return exit_codes.FINISHED
 
 

@@ -66,6 +66,7 @@ class HeldOut:
             )
         except UserError as error:
             raise UserError(str(error).replace("data.shards", "data.valid", 1)) from None
+        self.remarks = modality.remarks(plan.counts)
         self.lots = chosen(list(one_pass(plan)), config.valid.samples)
         self.samples = sum(len(lot.samples) for lot in self.lots)
         self.reader = Reader(shards, members_of(shards, modality))
@@ -140,7 +141,8 @@ class Validation:
 
     def describe(self) -> str:
         sizes = (f"{held.samples} of {source}" for source, held in self.sets.items())
-        return f"validation every {self.every} steps: {', '.join(sizes)} samples"
+        what = f"validation every {self.every} steps: {', '.join(sizes)} samples"
+        return "; ".join([what, *(r for held in self.sets.values() for r in held.remarks)])
 
     def run(self, step: int) -> Scalars:
         """The scalars of every set: valid_NAME, or valid_NAME/SOURCE and the mean valid_loss if

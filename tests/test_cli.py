@@ -11,7 +11,7 @@ from d2v_ds import cli, exit_codes, recipes
 from d2v_ds.errors import UserError
 from tests.config.helpers import modules_after
 
-COMMANDS = ["recipes", "settings", "show", "train", "status", "evaluate"]
+COMMANDS = ["recipes", "settings", "show", "train", "finetune", "status", "evaluate"]
 
 
 def help_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -50,9 +50,14 @@ def test_every_command_and_option_has_a_help_text(
 
 def test_the_list_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == exit_codes.FINISHED
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(recipes.RECIPES)
-    assert all(line.endswith(".") for line in lines)
+    groups = [group.splitlines() for group in capsys.readouterr().out.split("\n\n")]
+    assert [title for title, *_ in groups] == [
+        "pre-training (d2v-ds train):",
+        "fine-tuning (d2v-ds finetune):",
+    ]
+    for (_, *lines), group in zip(groups, recipes.GROUPS.values(), strict=True):
+        assert [line.split()[0] for line in lines] == list(group)
+        assert all(line.endswith(".") for line in lines)
 
 
 # -------------------------------------------------------------------------------------- exit codes
@@ -100,7 +105,7 @@ def test_settings_and_options_in_any_order(capsys: pytest.CaptureFixture[str]) -
 def test_ranks_get_the_same_command_without_nproc() -> None:
     words = ["train", "speech_tiny", "a=1", "--allow", "optim", "--allow", "run.seed", "--new"]
     arguments = cli.parse([*words, "--nproc", "2"])
-    again = cli.parse(cli.train_arguments(arguments))
+    again = cli.parse(cli.train_arguments("train", arguments))
     assert vars(again) == vars(cli.parse(words)) | {"nproc": None}
 
 

@@ -62,7 +62,7 @@ class BatchSize:
 
     size: float | dict[str, float] = 60.0
     """The size of a whole optimizer step in the modality's unit: seconds of audio, images or
-    tokens. With several modalities, {modality: size}."""
+    tokens; texts in fine-tuning. With several modalities, {modality: size}."""
 
     micro_batches: int = 1
     """The number of micro-batches per step. The number of ranks must divide it."""

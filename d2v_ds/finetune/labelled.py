@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,7 @@ class Labelled(Modality, abstract=True):
     """Reads the samples of another modality together with their labels.
 
     training: crop, augment and mask; otherwise samples are read whole. Recordings with a transcript
-    are never cropped, so `base` must not crop them either (Speech.uncropped).
+    are never cropped. `base` must not crop recordings that are read whole (Speech.uncropped).
     """
 
     def __init__(
@@ -55,6 +55,8 @@ class Labelled(Modality, abstract=True):
         for name in ("name", "batch_unit", "length_unit", "packed_extensions", "converter"):
             setattr(self, name, getattr(base, name))
         self.extensions = (*base.extensions, "json")  # type: ignore[misc]
+        if base.name == "text":
+            self.batch_unit = "samples"  # type: ignore[misc]
 
     @property
     def views(self) -> int:
@@ -70,13 +72,36 @@ class Labelled(Modality, abstract=True):
         raise NotImplementedError("sets are verified by their own modality")
 
     def crop(self, length: int) -> int:
+        return 0 if self.too_long(length) else self.base.crop(length)
+
+    def too_long(self, length: int) -> bool:
+        """Whether a recording exceeds finetune.max_seconds."""
         limit = self.settings.max_seconds
-        if limit and self.batch_unit == "s" and length > limit * self.base.config.sample_rate:
-            return 0
-        return self.base.crop(length)
+        return self.base.name == "speech" and 0 < limit * self.base.config.sample_rate < length
+
+    def is_cut(self, length: int) -> bool:
+        """Whether a text, with the id that is prepended, has more than max_tokens."""
+        more = self.settings.bos_id is not None
+        return self.base.name == "text" and length + more > self.base.config.max_tokens
+
+    def remarks(self, counts: Mapping[int, int]) -> list[str]:
+        def number(affected: Callable[[int], bool]) -> int:
+            return sum(n for length, n in counts.items() if affected(length))
+
+        found = {
+            "longer than finetune.max_seconds and left out": number(self.too_long),
+            "too short and left out": number(lambda n: not self.too_long(n) and not self.crop(n)),
+        }
+        if self.base.name == "text":
+            limit = self.base.config.max_tokens
+            found[f"longer than {limit} tokens and cut"] = number(self.is_cut)
+        total = sum(counts.values())
+        return [f"{n} of {total} samples are {what}" for what, n in found.items() if n]
 
     def cost(self, length: int) -> float:
-        return self.base.cost(length)
+        """Texts count one each: published batches of labelled texts have a number of texts, and
+        their loss is a mean over texts."""
+        return 1.0 if self.base.name == "text" else self.base.cost(length)
 
     def masked_tokens(self, length: int) -> int | None:
         return 1  # the loss is divided by the number of samples

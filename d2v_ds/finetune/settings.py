@@ -160,8 +160,8 @@ def collected(config: Config, sets: dict[str, ShardSet | None]) -> tuple[str, ..
 
 def in_order(names: set[str]) -> tuple[str, ...]:
     """Class names sorted, as numbers if all of them are."""
-    if all(name.lstrip("-").isdecimal() for name in names):
-        return tuple(sorted(names, key=int))
+    if all(name.removeprefix("-").isdecimal() for name in names):
+        return tuple(sorted(names, key=lambda name: (int(name), name)))
     return tuple(sorted(names))
 
 

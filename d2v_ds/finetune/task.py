@@ -40,14 +40,17 @@ class Finetune(Task):
     def __init__(self, model: TransformerConfig, modality: Modality, settings: FineTuning) -> None:
         super().__init__()
         self.finetuning, self.name, self.depth = settings, modality.name, model.depth
+        self.front = f"encoder.front_ends.{self.name}."
         self.labels = create_labels(settings)
-        base = modality
-        if settings.task == "ctc":
-            assert isinstance(modality, Speech), "only speech has transcripts"
-            base = modality.uncropped(settings.max_seconds)
+        whole = modality
+        if isinstance(modality, Speech):
+            whole = modality.uncropped(settings.max_seconds)
         train, held_out = (
             Labelled(base, settings, self.labels, model.dim, training=training)
-            for training in (True, False)
+            for base, training in (
+                (whole if settings.task == "ctc" else modality, True),
+                (whole, False),
+            )
         )
         self.modalities = {self.name: train}
         self._held_out = held_out
@@ -170,7 +173,7 @@ class Finetune(Task):
 
     def is_frozen(self, name: str) -> bool:
         """Whether a parameter of the encoder is never trained, also because nothing reads it."""
-        settings, front = self.finetuning, f"encoder.front_ends.{self.name}."
+        settings, front = self.finetuning, self.front
         unread = name.startswith("encoder.trunk.norm.")
         if name.startswith(f"{front}mask_token."):
             unread = not (settings.time_mask and settings.time_mask_with == "token")
@@ -190,7 +193,9 @@ class Finetune(Task):
             return settings.head_lr
         if name.startswith("encoder.trunk.blocks."):
             return settings.layer_decay ** (self.depth - int(name.split(".")[3]))
-        return settings.layer_decay ** (self.depth + 1) if settings.layer_decay_front_end else 1.0
+        if not settings.layer_decay_front_end or name.startswith(f"{self.front}bias."):
+            return 1.0  # BEiT leaves a position bias that all blocks share
+        return settings.layer_decay ** (self.depth + 1)
 
     # ----------------------------------------------------------------------------------- validation
 

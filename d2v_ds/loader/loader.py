@@ -109,11 +109,11 @@ class Loader:
 
     def describe(self) -> str:
         """An epoch in one line."""
-        return (
-            f"{self.stats.steps} steps, {self.stats.samples} samples, {self.stats.units:.4g} "
-            f"{self.modality.batch_unit}, {self.stats.padding:.1%} padding; {self.stats.left_out} "
-            "samples are too short"
-        )
+        stats = self.stats
+        what = f"{stats.steps} steps, {stats.samples} samples"
+        if self.modality.batch_unit != "samples":
+            what += f", {stats.units:.4g} {self.modality.batch_unit}, {stats.padding:.1%} padding"
+        return "; ".join([what, *self.modality.remarks(self.plan.counts)])
 
     def _lots(self) -> Iterator[Lot]:
         for step in self.plan.steps(self.cursor):

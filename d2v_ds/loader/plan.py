@@ -49,7 +49,7 @@ class EpochStats:
 
     steps: int
     samples: int
-    left_out: int  # too short to be used
+    left_out: int  # too short or too long to be used
     units: float  # seconds of audio, images or tokens, after cropping
     padding: float  # share of padding in the batches
 
@@ -87,6 +87,7 @@ class BatchPlan:
         # The modality is called once for each distinct length, not for each sample.
         self.distinct, counts = np.unique(self.lengths, return_counts=True)
         distinct = [int(length) for length in self.distinct]
+        self.counts = dict(zip(distinct, counts.tolist(), strict=True))
         self.usable = np.array([modality.crop(n) > 0 for n in distinct], dtype=bool)
         self.cost = np.zeros(len(distinct))
         masked = np.zeros(len(distinct), dtype=np.int64)
@@ -110,11 +111,12 @@ class BatchPlan:
     def _require_one_step(self, modality: Modality, size: float) -> None:
         lots = self.micro_batches
         if self.samples < lots:
+            why = ", ".join(modality.remarks(self.counts))
             raise UserError(
-                f"data.shards: only {self.samples} of {len(self.lengths)} samples are long enough "
-                f"for modality.{modality.name}, but a step of batch.micro_batches={lots} needs "
-                f"{lots}. "
-                "Add data, allow shorter samples or use fewer micro-batches"
+                f"data.shards: modality.{modality.name} can use only {self.samples} of "
+                f"{len(self.lengths)} samples{f' ({why})' if why else ''}, but a step of "
+                f"batch.micro_batches={lots} needs {lots}. Add data, allow other lengths or use "
+                "fewer micro-batches"
             )
         require_room(modality, size, lots, float(self.cost.max()))
 

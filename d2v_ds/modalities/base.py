@@ -125,7 +125,7 @@ class Modality(ABC):
     """The name in settings, shard sets and the registry."""
 
     batch_unit: ClassVar[str]
-    """The unit of batch.size: "s", "images", "tokens"."""
+    """The unit of batch.size: "s", "images", "tokens", or "samples"."""
 
     length_unit: ClassVar[str]
     """The unit of lengths in a shard set's index: "frames", "pixels", "tokens"."""
@@ -202,6 +202,12 @@ class Modality(ABC):
         """The number of masked tokens over all M views of a sample of this length (before
         cropping), or 1 if samples have labels (Batch.terms). None, for every length, if the number
         does not follow from the length."""
+
+    def remarks(self, counts: Mapping[int, int]) -> list[str]:
+        """What happens to samples that are not used, or not as they are, for the log. counts:
+        {length in the index: number of samples}, of a whole set."""
+        short = sum(number for length, number in counts.items() if not self.crop(length))
+        return [f"{short} samples are too short"] if short else []
 
     # ------------------------------------------------------------------------------ making a batch
 

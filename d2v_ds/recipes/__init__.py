@@ -15,9 +15,18 @@ from d2v_ds.config import Config, modality_of
 from d2v_ds.config.compat import apply_compat
 from d2v_ds.config.decoding import apply_overrides, decode, load_yaml
 from d2v_ds.errors import UserError, suggestion
-from d2v_ds.recipes import finetuning, joint, speech, text, vision
+from d2v_ds.recipes import (
+    finetuning,
+    finetuning_speech,
+    finetuning_text,
+    finetuning_vision,
+    joint,
+    speech,
+    text,
+    vision,
+)
 
-FUNCTIONS = [
+PRETRAINING = [
     speech.speech_tiny,
     speech.speech_base,
     speech.speech_large,
@@ -39,11 +48,21 @@ FUNCTIONS = [
     text.text_base_v1,
     joint.joint_tiny,
     joint.joint_base,
+]
+FINETUNING = [
     finetuning.finetune_speech_tiny,
     finetuning.finetune_vision_tiny,
     finetuning.finetune_text_tiny,
+    *finetuning_speech.FUNCTIONS,
+    *finetuning_vision.FUNCTIONS,
+    *finetuning_text.FUNCTIONS,
 ]
-RECIPES: dict[str, Callable[[], dict[str, Any]]] = {f.__name__: f for f in FUNCTIONS}
+# {title: {name: recipe}}, as `d2v-ds recipes` prints them
+GROUPS: dict[str, dict[str, Callable[[], dict[str, Any]]]] = {
+    "pre-training": {f.__name__: f for f in PRETRAINING},
+    "fine-tuning": {f.__name__: f for f in FINETUNING},
+}
+RECIPES = {name: f for group in GROUPS.values() for name, f in group.items()}
 
 
 def load(source: str, overrides: list[str]) -> Config:

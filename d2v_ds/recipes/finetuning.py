@@ -5,7 +5,24 @@ The encoder's settings come from `init`; a recipe only has those that fine-tunin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+Function = Callable[[], dict[str, Any]]
+
+
+def named(
+    name: str, summary: str, build: Callable[..., Any], *row: Any, **columns: Any
+) -> Function:
+    """A recipe of a row of a table: a function with this name and docstring that calls `build`."""
+
+    def recipe() -> dict[str, Any]:
+        raw: dict[str, Any] = build(*row, **columns)
+        return raw
+
+    recipe.__name__, recipe.__doc__ = name, summary
+    return recipe
+
 
 # Dropouts and LayerDrop of the encoder in fine-tuning, unless a recipe has others.
 NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
@@ -83,7 +100,7 @@ def finetune_text_tiny() -> dict[str, Any]:
     return {
         "run": {"steps": 400},
         "data": {"workers": 1},
-        "batch": {"size": 2048.0, "micro_batches": 2},
+        "batch": {"size": 32.0, "micro_batches": 2},
         "model": {**NO_DROPOUT, "dropout": 0.1, "attention_dropout": 0.1},
         "modality": {"text": {"dropout": 0.1}},
         "finetune": {"task": "classification", "pool": "mean", "bos_id": None},

@@ -61,7 +61,7 @@ def pretrained(sets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 
 
 SOURCE = {"speech": "spoken", "vision": "vision", "text": "text"}
-SIZES = {"speech": "batch.size=6", "vision": "batch.size=16", "text": "batch.size=400"}
+SIZES = {"speech": "batch.size=6", "vision": "batch.size=16", "text": "batch.size=12"}
 
 
 def tuning(root: Path, modality: str, sets: dict[str, Path], init: Path, *more: str) -> Tuning:

@@ -296,8 +296,9 @@ def test_too_few_samples_for_a_step() -> None:
     with pytest.raises(UserError) as caught:
         make_plan([[3, 50], [60, 70]], micro_batches=4)
     assert str(caught.value) == (
-        "data.shards: only 3 of 4 samples are long enough for modality.series, but a step of "
-        "batch.micro_batches=4 needs 4. Add data, allow shorter samples or use fewer micro-batches"
+        "data.shards: modality.series can use only 3 of 4 samples (1 samples are too short), but a "
+        "step of batch.micro_batches=4 needs 4. Add data, allow other lengths or use fewer "
+        "micro-batches"
     )
     with pytest.raises(UserError, match="0 of 2 samples"):
         make_plan([[1, 2]], micro_batches=1)

@@ -240,7 +240,7 @@ def test_tars_with_less_than_a_step_are_skipped(
     with closing(stream(url)) as loader:
         found = {key for step in first_epoch(loader) for key in keys(step)}
     assert found == {f"clip{i}" for i in range(17)} - {"clip8"}
-    assert "1.tar: skipped: data.shards: only 1 of 1 samples are long enough" in caplog.text
+    assert "1.tar: skipped: data.shards: modality.speech can use only 1 of 1 sam" in caplog.text
     assert "3.tar: skipped: they have no usable sample" in caplog.text
     with (
         closing(stream(url.replace("0..3", "1,3"))) as loader,
