@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from d2v_ds.errors import UserError
 from shards.arguments import number
 from shards.layout import AUTO, detect, open_source
 from shards.text.folder import Folder
@@ -13,17 +14,18 @@ from shards.text.jsonl import JsonLines
 from shards.text.layout import TextLayout, TextOptions
 from shards.text.parquet import Parquet
 from shards.text.plain import PlainText
+from shards.text.tsv import Tsv
 
 if TYPE_CHECKING:
     from shards.family import Converter, Corpus, Rejected
 
 DESCRIPTION = (
     "Converts text to a shard set of token ids: concatenates the documents, each ended by eos, and "
-    "cuts the result into blocks. With --label-key, every document is a sample of its own. An "
-    "interrupted conversion resumes if the same command is run again."
+    "cuts the result into blocks. With --label-key, every document, or pair, is a sample "
+    "of its own. An interrupted conversion resumes if the same command is run again."
 )
 # The first layout that recognises SOURCE is used. A folder uses the file formats of this table.
-LAYOUTS: list[type[TextLayout]] = [PlainText, JsonLines, Parquet, Folder]
+LAYOUTS: list[type[TextLayout]] = [PlainText, JsonLines, Tsv, Parquet, Folder]
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
@@ -52,8 +54,21 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         "--label-key",
         default="",
         metavar="NAME",
-        help="key of the label in .jsonl and .parquet: makes one labelled sample per document, for "
-        "probes",
+        help="key of the label in .jsonl, .tsv and .parquet: makes one labelled sample per "
+        "document, for probes and fine-tuning",
+    )
+    parser.add_argument(
+        "--pair-key",
+        default="",
+        metavar="NAME",
+        help="key of a second text, as in sentence pairs of GLUE; needs --label-key",
+    )
+    parser.add_argument(
+        "--columns",
+        type=lambda names: tuple(names.split(",")),
+        default=(),
+        metavar="NAME,NAME",
+        help="names of all columns of a .tsv without a header line",
     )
 
 
@@ -62,7 +77,7 @@ def add_text_key(parser: argparse._ActionsContainer) -> None:
         "--text-key",
         default="text",
         metavar="NAME",
-        help="key of the text in .jsonl and .parquet (%(default)s)",
+        help="key of the text in .jsonl, .tsv and .parquet (%(default)s)",
     )
 
 
@@ -73,7 +88,15 @@ def read(arguments: argparse.Namespace) -> Corpus:
     from shards.text.tokenizer import Tokenizer
 
     model, source, name = arguments.tokenizer, arguments.source, arguments.layout
-    settings = TextOptions(arguments.document, arguments.text_key, arguments.label_key)
+    settings = TextOptions(
+        arguments.document,
+        arguments.text_key,
+        arguments.label_key,
+        arguments.pair_key,
+        arguments.columns,
+    )
+    if settings.pair_key and not settings.label_key:
+        raise UserError("--pair-key needs --label-key, which makes one sample per pair")
     layout = open_source(LAYOUTS, name, source, settings)
     tokenizer = Tokenizer.load(model)
     options: dict[str, Any] = {
@@ -86,9 +109,13 @@ def read(arguments: argparse.Namespace) -> Corpus:
     if name != AUTO and detect(LAYOUTS, source) is not type(layout):
         options["layout"] = name
     converter: Converter
+    if settings.columns:
+        options["columns"] = ",".join(settings.columns)
     if settings.label_key:
         options["label-key"] = settings.label_key
-        converter = LabelledText(layout, model, tokenizer.about())
+        if settings.pair_key:
+            options["pair-key"] = settings.pair_key
+        converter = LabelledText(layout, model, tokenizer.about(), settings.pair_key)
     else:
         options["block"] = arguments.block
         converter = PackedText(layout, model, tokenizer.about(), arguments.block)

@@ -18,7 +18,7 @@ class Folder(TextLayout):
     takes = "folder"
 
     formats: tuple[TextFormat, ...] = ()
-    """Every TextFormat in the table of the family, opened."""
+    """The formats in the table of the family that folders may hold, opened."""
 
     @classmethod
     def recognises(cls, source: Path) -> bool:
@@ -29,7 +29,9 @@ class Folder(TextLayout):
         from shards.text import LAYOUTS
 
         formats = [
-            layout.open(source, options) for layout in LAYOUTS if issubclass(layout, TextFormat)
+            layout.open(source, options)
+            for layout in LAYOUTS
+            if issubclass(layout, TextFormat) and layout.in_folders
         ]
         return replace(super().open(source, options), formats=tuple(formats))
 

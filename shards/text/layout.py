@@ -36,10 +36,18 @@ class TextOptions:
     document: Literal["line", "blank-line", "file"] = "line"  # in .txt
     text_key: str = "text"
     label_key: str = ""  # "": no labels
+    pair_key: str = ""  # of the second text; "": single texts
+    columns: tuple[str, ...] = ()  # of a table without a header line
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys that every row must have."""
+        return [key for key in (self.text_key, self.pair_key, self.label_key) if key]
 
 
 class TextLayout(Layout[TextOptions, str], abstract=True):
-    """An item holds a document; its column "label" is the label if --label-key is given."""
+    """An item holds a document; its column "label" is the label if --label-key is given, and the
+    column that --pair-key names the second text."""
 
     @abstractmethod
     def read(self, sample: Sample, rejected: list[Rejected]) -> Iterator[Item[str]]:
@@ -56,6 +64,9 @@ class TextFormat(TextLayout, abstract=True):
 
     compressed: ClassVar[bool] = False
     """Whether .gz and .zst files of the format are read too."""
+
+    in_folders: ClassVar[bool] = True
+    """Whether the layout `folder` reads files of the format."""
 
     @classmethod
     def has_name(cls, name: str) -> bool:
@@ -111,12 +122,13 @@ class TextFormat(TextLayout, abstract=True):
 def from_row(row: Mapping[str, Any], options: TextOptions) -> tuple[str, dict[str, Any]]:
     """(text, columns) of a row. Raises ValueError if the row lacks a text or a label."""
     text_key, label_key = options.text_key, options.label_key
-    for key in filter(None, (text_key, label_key)):
+    for key in options.keys:
         if key not in row:
             raise ValueError(f"has no {key!r}{suggestion(key, row)}")
     text = row[text_key]
-    if not isinstance(text, str):
-        raise ValueError(f"{text_key!r} is not text but {type(text).__name__}")
+    for key in filter(None, (text_key, options.pair_key)):
+        if not isinstance(row[key], str):
+            raise ValueError(f"{key!r} is not text but {type(row[key]).__name__}")
     if not label_key:
         return text, {}
     label = row[label_key]

@@ -80,7 +80,7 @@ class _TextConverter:
         for sample in samples:
             for item in self.layout.read(sample, rejected):
                 try:
-                    ids = tokenizer.encode(item.content)
+                    ids = self.ids_of(item, tokenizer)
                 except ValueError as error:
                     rejected.append((item.name, str(error)))
                     continue
@@ -88,6 +88,10 @@ class _TextConverter:
                     yield sample, item, ids
                 elif item.columns:
                     rejected.append((item.name, "contains no text"))
+
+    def ids_of(self, item: Item[str], tokenizer: Tokenizer) -> list[int]:
+        """The ids of a document without the last eos; none if it is empty. Raises ValueError."""
+        return tokenizer.encode(item.content)
 
 
 @dataclass(frozen=True)
@@ -135,9 +139,22 @@ class PackedText(_TextConverter):
 
 @dataclass(frozen=True)
 class LabelledText(_TextConverter):
-    """One sample per document, with its label: for probes and fine-tuning."""
+    """One sample per document, with its label: for probes and fine-tuning.
+
+    pair_key: the column with a second text. The ids of a pair are a </s> </s> b </s>, as RoBERTa
+    packs them after the <s> that fine-tuning prepends.
+    """
+
+    pair_key: str = ""
 
     fields: ClassVar[tuple[str, ...]] = ("json", "npy")
+
+    def ids_of(self, item: Item[str], tokenizer: Tokenizer) -> list[int]:
+        first = tokenizer.encode(item.content)
+        if not self.pair_key:
+            return first
+        second = tokenizer.encode(item.columns[self.pair_key])
+        return [*first, tokenizer.eos_id, tokenizer.eos_id, *second] if first and second else []
 
     def convert(self, samples: Iterable[Sample]) -> Iterator[Converted]:
         samples = list(samples)
@@ -148,7 +165,8 @@ class LabelledText(_TextConverter):
             number = number + 1 if sample is last else 0
             last = sample
             found += 1
-            about = json.dumps({**item.columns, "path": item.name}).encode()
+            columns = {k: v for k, v in item.columns.items() if k != self.pair_key}
+            about = json.dumps({**columns, "path": item.name}).encode()
             ids.append(eos)
             payload = npy_bytes(np.asarray(ids, dtype=kind))
             yield Converted(f"{sample.key}/{number:06d}", (about, payload), len(ids))

@@ -21,11 +21,10 @@ class Parquet(TextFormat):
     def documents(self, part: Input, rejected: list[Rejected]) -> Iterator[Document]:
         table = parquet.open_table(self.root / part.path)
         names = table.schema_arrow.names
-        text_key, label_key = self.options.text_key, self.options.label_key
-        for key in filter(None, (text_key, label_key)):
+        for key in self.options.keys:
             if key not in names:
                 raise ValueError(f"has no column {key!r}{suggestion(key, names)}")
-        columns = names if label_key else [text_key]
+        columns = names if self.options.label_key else self.options.keys
         for number, row in parquet.rows(table, part, columns):
             name = f"{part.path}, row {number}"
             try:

@@ -31,7 +31,7 @@ class PlainText(LineFormat):
         if self.options.label_key:
             raise UserError(
                 f"--label-key {self.options.label_key}: {file} is plain text and has no labels; "
-                "use .jsonl or .parquet"
+                "use .jsonl, .tsv or .parquet"
             )
         return super().samples_of(file)
 

@@ -224,7 +224,7 @@ def test_recipes_of_text(name: str, row: list[Any]) -> None:
     assert config.batch.size == batch
 
 
-# ---------------------------------------------------------------------------------------- everything
+# --------------------------------------------------------------------------------------- everything
 
 
 def test_every_recipe_is_in_a_table() -> None:

@@ -99,6 +99,10 @@ def text_jsonl(folder: Path) -> Path:
     return put(folder / "a.jsonl", '{"text": "hello"}\n')
 
 
+def text_tsv(folder: Path) -> Path:
+    return put(folder / "a.tsv", "id\ttext\n1\thello\n")
+
+
 def text_parquet(folder: Path) -> Path:
     return put_parquet(folder / "a.parquet", {"text": ["hello"]})
 
@@ -125,6 +129,7 @@ CORPORA: list[tuple[str, str, Callable[[Path], Path]]] = [
     ("images", "folder", image_folder),
     ("text", "txt", plain),
     ("text", "jsonl", text_jsonl),
+    ("text", "tsv", text_tsv),
     ("text", "parquet", text_parquet),
     ("text", "folder", text_folder),
 ]
