@@ -4,17 +4,19 @@
 #   slurm/pipeline.sh [--dry-run] STAGE [then STAGE ...]
 #
 # STAGE is [--sbatch-option=value ...] NAME ARGUMENTS. NAME is a script of this folder without
-# .sbatch (convert, pretrain ...) or any other command, which runs on one node. After a `convert`
-# with --array its merge is submitted, too. --dry-run prints the jobs without submitting. Example:
+# .sbatch (convert, pretrain, finetune, evaluate ...) or any other command, which runs on one node.
+# After a `convert` with --array its merge is submitted, too. --dry-run prints the jobs without
+# submitting. Example:
 #
 #   slurm/pipeline.sh \
 #     --array=0-7 convert speech /corpora/librispeech /shards/librispeech \
 #     then --nodes=1 pretrain speech_base data.shards=/shards/librispeech \
-#     then --gpus=1 d2v-ds evaluate knn runs/speech_base --gallery /shards/a --test /shards/b
+#     then finetune ctc_vox_100h_3 init=runs/speech_base data.shards=/shards/100h \
+#     then evaluate knn runs/ctc_vox_100h_3 --gallery /shards/a --test /shards/b
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-usage() { sed -n '2,14s/^# \{0,1\}//p' "$0"; }
+usage() { sed -n '2,16s/^# \{0,1\}//p' "$0"; }
 wrong() {
   echo "pipeline.sh: $*" >&2
   exit 2
@@ -50,7 +52,7 @@ stage() { # [options] NAME arguments
     shift
   done
   name=${1:-}
-  [[ $name ]] || wrong "a stage needs a name: convert, pretrain, or a command"
+  [[ $name ]] || wrong "a stage needs a name: convert, pretrain, finetune, evaluate, or a command"
   if [[ -e $here/$name.sbatch ]]; then
     submit "${options[@]}" "$here/$name.sbatch" "${@:2}"
   else
