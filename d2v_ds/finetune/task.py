@@ -114,10 +114,11 @@ class Finetune(Task):
         return self.head(x, batch.valid).float(), batch.valid
 
     def masked(self, batch: Batch, tokens: Tensor) -> Tensor:
-        """Tokens [B, T, D] with the masks of the batch applied; unchanged in evaluation mode."""
+        """Tokens [B, T, D] with the front end's dropout and the masks of the batch; unchanged in
+        evaluation mode."""
         if not self.training:
             return tokens
-        settings = self.finetuning
+        settings, tokens = self.finetuning, self.encoder.front_end(self.name).dropout(tokens)
         if settings.time_mask:
             seen = batch.seen[:, :, None]
             if settings.time_mask_with == "token":
