@@ -31,7 +31,7 @@ LAYERS = [
     ["telemetry"],
     ["weights"],
     ["encoder", "evaluate", "finetune", "show"],
-    ["validation", "best", "start", "train"],
+    ["validation", "best", "probing", "start", "train"],
     ["cli", "__init__", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
