@@ -221,7 +221,7 @@ def descend(
 
 PROBES = {
     "knn": Probe("kNN", fit_knn),
-    "ridge": Probe("Ridge", fit_ridge, "alpha", tuple(10.0**i for i in range(-4, 4))),
+    "ridge": Probe("Ridge", fit_ridge, "alpha", tuple(10.0**i for i in range(-6, 3))),
     "logistic": Probe(
         "Logistic regression", fit_logistic, "C", tuple(10.0**i for i in range(-4, 3))
     ),

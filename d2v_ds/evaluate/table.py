@@ -44,7 +44,7 @@ def held_out_lines(chosen: Mapping[str, Result], scorer: Scorer, width: int) -> 
             for block, accuracy in result.held_out.items()
         ]
         more = f"  {strength} {result.strength:g}" if strength else ""
-        lines.append(f"{name:<{width}}{' '.join(cells)}{more}")
+        lines.append(f"{name:<{width}}{' '.join(cells)}{more}".rstrip())
     return lines
 
 

@@ -1,12 +1,12 @@
 """Features of a shard set, one file for each shard: the command `d2v-ds features`.
 
-    SOURCE, SET --open_request--> encoder, shard set, OUT/features.json
+    SOURCE, SET --open_request--> encoder, shard set, OUT/_features.json
     shards of this rank --write--> OUT/NAME.npy, OUT/NAME.keys.txt    or OUT/NAME.parquet
-    OUT/*.bad.jsonl      --report--> the summary with all bad samples
+    OUT/_*.bad.jsonl     --report--> the summary with all bad samples
 
 The file with the features is written last and atomically, so a shard is finished if it exists.
 Ranks divide the shards and need not communicate. Samples that cannot be used are left out and
-listed in OUT/NAME.bad.jsonl.
+listed in OUT/_NAME.bad.jsonl.
 
 n samples of a shard, T tokens of a sample, D width.
 """
@@ -42,7 +42,7 @@ from d2v_ds.loader.find_set import find_set
 from d2v_ds.loader.reading import BadSample, Reader
 from d2v_ds.weights import Which
 
-SETTINGS = "features.json"
+SETTINGS = "_features.json"  # readers of Parquet folders skip names that begin with _
 WINDOW = 16  # batches whose samples are sorted by size together
 NAMED = 5  # bad samples that the summary names
 
@@ -76,8 +76,8 @@ class Opened:
 
 
 def open_request(request: Request) -> Opened:
-    """Opens the encoder and the set, and writes OUT/features.json or compares it. Raises UserError,
-    also if OUT has features with other settings."""
+    """Opens the encoder and the set, and writes OUT/_features.json or compares it. Raises
+    UserError, also if OUT has features with other settings."""
     if request.format == "parquet":
         import_pyarrow()
     encoder = load_encoder(request.source, weights=request.weights, modality=request.modality)
@@ -163,7 +163,7 @@ def write_shard(opened: Opened, reader: Reader, shard: ShardEntry, ids: range) -
             rows = encode(opened, examples)
             target.add([key for key, _ in samples], rows, [meta for _, meta in samples])
         lines = [json.dumps(dataclasses.asdict(each), ensure_ascii=False) for each in bad]
-        listed = request.out / f"{shard.name}.bad.jsonl"
+        listed = request.out / f"_{shard.name}.bad.jsonl"
         if bad:
             write_atomically(listed, "".join(f"{line}\n" for line in lines))
         else:
@@ -260,13 +260,13 @@ def report(request: Request, world: World | None = None) -> str:
     only of the shards of this rank."""
     shards = find_set(request.shards)
     own = shards.shards[world.rank :: world.size] if world else shards.shards
-    bad = [each for shard in own for each in bad_samples(request.out / f"{shard.name}.bad.jsonl")]
+    bad = [each for shard in own for each in bad_samples(request.out / f"_{shard.name}.bad.jsonl")]
     total = sum(shard.samples for shard in own)
     lines = [f"{request.out}: {len(own)} shards, {total - len(bad)} of {total} samples"]
     if world and world.size > 1:
         lines[0] = f"rank {world.rank} of {world.size}, {lines[0]}"
     if bad:
-        lines.append(f"{len(bad)} samples cannot be used; {request.out}/*.bad.jsonl lists all:")
+        lines.append(f"{len(bad)} samples cannot be used; {request.out}/_*.bad.jsonl lists all:")
         lines += [f"  {each}" for each in bad[:NAMED]] + ["  ..."] * (len(bad) > NAMED)
     return "\n".join(lines)
 
