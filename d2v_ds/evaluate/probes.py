@@ -221,7 +221,7 @@ def descend(
 
 PROBES = {
     "knn": Probe("kNN", fit_knn),
-    "ridge": Probe("Ridge", fit_ridge, "alpha", tuple(10.0**i for i in range(-6, 3))),
+    "ridge": Probe("Ridge", fit_ridge, "alpha", tuple(10.0**i for i in range(2, -7, -1))),
     "logistic": Probe(
         "Logistic regression", fit_logistic, "C", tuple(10.0**i for i in range(-4, 3))
     ),

@@ -241,7 +241,8 @@ class Scorer:
         return result
 
     def choose(self, features: OfBlock, blocks: list[int]) -> Result:
-        """The best block and strength; of equal ones the first."""
+        """The best block and strength. Of equal ones the first: the lower block, and for ridge and
+        logistic regression the stronger penalty."""
         strengths = self.probe.strengths
         if len(blocks) == len(strengths) == 1:
             return Result(blocks[0], strengths[0], {})
