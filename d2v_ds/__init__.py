@@ -86,7 +86,8 @@ def load_encoder(
     """The encoder of a run folder or a checkpoint as a plain torch module.
 
     Called with a list of examples it returns the features of every block, [B, T, D] each, and
-    which tokens exist. weights: the student's or the teacher's. modality: required for a run with
+    which tokens exist. Its method `prepare` makes an example of a waveform, an image or token ids.
+    weights: the student's or the teacher's. modality: required for a run with
     several. Raises UserError.
     """
     from d2v_ds import encoder

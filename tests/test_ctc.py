@@ -126,6 +126,16 @@ def test_unusable_words_and_models_are_named(
         BeamSearch(LABELS, words=WORDS, lm=lm)
 
 
+@needs_decoder
+def test_a_missing_kenlm_names_the_extra(lm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import_torchaudio()
+    module = importlib.import_module("torchaudio.models.decoder._ctc_decoder")
+    monkeypatch.setattr(module, "_KenLM", None)
+    assert BeamSearch(LABELS)(UNSURE) == "bat"
+    with pytest.raises(UserError, match=r"needs kenlm; run `pip install 'd2v-ds\[lm\]'`"):
+        BeamSearch(LABELS, words=WORDS, lm=lm)
+
+
 def test_missing_packages_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     import_torchaudio()
     package = importlib.import_module("torchaudio.models.decoder")

@@ -132,6 +132,20 @@ def test_fine_tuning_reaches_every_parameter_of_the_encoder() -> None:
             assert (parameter.grad is None) == name.endswith(unused), f"{variant}: {name}"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("variant", variants.VARIANTS)
+def test_a_gpu_gives_the_features_of_the_cpu(variant: str) -> None:
+    task = variants.build(variant).eval()
+    encoder = encoder_of(task, variants.modality_of(task).name, "student")
+    examples = variants.examples(task, 30, 17)
+    with torch.no_grad():
+        expected = encoder(examples).pooled(2)
+        found = encoder.to("cuda")(examples).pooled(2)
+    assert found.device.type == "cuda"
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_encode_goes_through_many_examples_in_small_batches() -> None:
     task = variants.build("v2_text").eval()
     encoder = encoder_of(task, "text", "student")

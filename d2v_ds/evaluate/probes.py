@@ -179,9 +179,11 @@ class AttentivePool(nn.Module):
 def fit_attentive(known: Tokens, classes: Classes, C: int, rate: float) -> Predict:
     """Attention pooling and a linear layer on standardised tokens, trained with Adam and a cosine
     schedule. rate: its learning rate."""
-    every = torch.cat(known)
-    mean, std = every.mean(0), every.std(0) + SMALLEST
-    model = AttentivePool(every.shape[1], C)
+    total = sum(len(tokens) for tokens in known)
+    mean = torch.stack([tokens.sum(0) for tokens in known]).sum(0) / total
+    squares = torch.stack([(tokens - mean).square().sum(0) for tokens in known]).sum(0)
+    std = (squares / total).sqrt() + SMALLEST
+    model = AttentivePool(len(mean), C)
 
     def scores(samples: Tokens) -> Tensor:
         lengths = torch.tensor([len(tokens) for tokens in samples])
