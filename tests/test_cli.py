@@ -11,7 +11,7 @@ from d2v_ds import cli, exit_codes, recipes
 from d2v_ds.errors import UserError
 from tests.config.helpers import modules_after
 
-COMMANDS = ["recipes", "settings", "show", "train", "status", "evaluate"]
+COMMANDS = ["recipes", "settings", "show", "train", "status", "evaluate", "features"]
 
 
 def help_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
