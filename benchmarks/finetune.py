@@ -156,7 +156,7 @@ def text(corpus: Path, more: Path | None, out: Path) -> Experiment:
     model = out / "tokenizer.model"
     command("d2v-shards", "tokenizer", plain, model, "--vocab-size", "4096")
     sets = {"pretrain": out / "shards" / "pretrain"}
-    words = ["--tokenizer", model]
+    words: list[str | Path] = ["--tokenizer", model]
     command("d2v-shards", "text", plain, sets["pretrain"], *words, "--block", "128")
     labelled = {"few": rows["train"][::FEW], "all": rows["train"], "valid": rows["dev"]}
     for name, chosen in {**labelled, "test": rows["test"]}.items():

@@ -6,17 +6,21 @@ Importing this module imports no torch.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from d2v_ds import exit_codes
 from d2v_ds.arguments import positive
+from d2v_ds.errors import UserError
 
 PROBE_HELP = (
-    "knn: nearest neighbours by cosine, without training; ridge: ridge regression; logistic: "
-    "logistic regression; linear: a linear layer; attentive: attention pooling over tokens and a "
-    "linear layer"
+    "of a frozen encoder: knn: nearest neighbours by cosine, without training; ridge: ridge "
+    "regression; logistic: logistic regression; linear: a linear layer; attentive: attention "
+    "pooling over tokens and a linear layer. Of a fine-tuned model: wer, accuracy or correlation, "
+    "with all metrics of its task"
 )
+FINETUNED = ("wer", "accuracy", "correlation")
 
 
 def block(text: str) -> int | Literal["all"]:
@@ -26,14 +30,15 @@ def block(text: str) -> int | Literal["all"]:
 
 def add_evaluate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "probe", choices=["knn", "ridge", "logistic", "linear", "attentive"], help=PROBE_HELP
+        "probe",
+        choices=["knn", "ridge", "logistic", "linear", "attentive", *FINETUNED],
+        help=PROBE_HELP,
     )
     command.add_argument("run", type=Path, metavar="RUN", help="a run folder or a checkpoint")
     command.add_argument(
         "--gallery",
         "--train",
         dest="train",
-        required=True,
         metavar="SET",
         help="labelled shard set that the probe is fitted on; of knn, the set of the neighbours",
     )
@@ -42,9 +47,8 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--label",
-        default="label",
         metavar="COLUMN",
-        help="the column with the label (default: label)",
+        help="the column with the label (default: label; of a fine-tuned model, as in training)",
     )
     command.add_argument(
         "--weights",
@@ -64,6 +68,29 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
         "--compare",
         action="store_true",
         help="also score the untrained encoder and plain features of the input",
+    )
+    add_beam(command)
+
+
+def add_beam(command: argparse.ArgumentParser) -> None:
+    beam = command.add_argument_group("beam search (wer), in addition to greedy decoding")
+    beam.add_argument(
+        "--lm", type=Path, metavar="FILE", help="n-gram language model, ARPA or KenLM"
+    )
+    beam.add_argument(
+        "--words",
+        type=Path,
+        metavar="FILE",
+        help="lexicon: a word per line, made of the letters",
+    )
+    beam.add_argument(
+        "--beam", type=positive, metavar="N", help="hypotheses kept after each token (default: 50)"
+    )
+    beam.add_argument(
+        "--lm-weight", type=float, default=2.0, metavar="X", help="of the model (default: 2)"
+    )
+    beam.add_argument(
+        "--word-score", type=float, default=-1.0, metavar="X", help="for each word (default: -1)"
     )
 
 
@@ -128,28 +155,78 @@ def add_features(command: argparse.ArgumentParser) -> None:
 def evaluate_run(arguments: argparse.Namespace) -> int:
     from d2v_ds import evaluate
 
-    table, summary = evaluate.run_probe(
-        arguments.run,
-        probe=arguments.probe,
-        train=arguments.train,
-        tests=arguments.test,
-        label=arguments.label,
-        weights=arguments.weights,
-        layer=arguments.layer,
-        modality=arguments.modality,
-        compare=arguments.compare,
-    )
+    refuse_unused(arguments)
+    if arguments.probe in FINETUNED:
+        table, summary = evaluate.run_finetuned(
+            arguments.run,
+            kind=arguments.probe,
+            tests=arguments.test,
+            label=arguments.label or "",
+            beam=beam_of(arguments),
+        )
+    else:
+        table, summary = evaluate.run_probe(
+            arguments.run,
+            probe=arguments.probe,
+            train=arguments.train,
+            tests=arguments.test,
+            label=arguments.label or "label",
+            weights=arguments.weights,
+            layer=arguments.layer,
+            modality=arguments.modality,
+            compare=arguments.compare,
+        )
     print(table)
     given = {name: value for name, value in vars(arguments).items() if name != "command"}
     print(evaluate.as_json(summary, evaluate.record(arguments.run, summary, given)))
     return exit_codes.FINISHED
 
 
+def refuse_unused(arguments: argparse.Namespace) -> None:
+    """Raises UserError for options that the chosen evaluation does not have, and for a missing
+    one."""
+    kind = arguments.probe
+    of_probes = {
+        "--train": arguments.train is not None,
+        "--layer": arguments.layer is not None,
+        "--compare": arguments.compare,
+        "--weights": arguments.weights != "student",
+    }
+    of_beams = {f"--{name}": getattr(arguments, name) is not None for name in BEAM_OPTIONS}
+    unused = of_beams if kind not in FINETUNED else of_probes
+    if kind in FINETUNED and kind != "wer":
+        unused = {**of_probes, **of_beams}
+    for option, given in unused.items():
+        if given:
+            raise UserError(f"{option}: not an option of `evaluate {kind}`")
+    if kind not in FINETUNED and arguments.train is None:
+        raise UserError(f"--train: must be given for `evaluate {kind}`: a labelled shard set")
+
+
+BEAM_OPTIONS = ("lm", "words", "beam")
+
+
+def beam_of(arguments: argparse.Namespace) -> Callable[[Sequence[str]], Any] | None:
+    """Makes the decoder that the options describe; None without any of them."""
+    if all(getattr(arguments, name) is None for name in BEAM_OPTIONS):
+        return None
+    from d2v_ds import ctc
+
+    words = None if arguments.words is None else ctc.read_words(arguments.words)
+    return lambda labels: ctc.BeamSearch(
+        labels,
+        words=words,
+        lm=arguments.lm,
+        beam=arguments.beam or 50,
+        lm_weight=arguments.lm_weight,
+        word_score=arguments.word_score,
+    )
+
+
 def features_run(arguments: argparse.Namespace) -> int:
     from d2v_ds import features
     from d2v_ds.distributed.launcher import launch
     from d2v_ds.distributed.world import World
-    from d2v_ds.errors import UserError
 
     wanted = features.Request(
         source=arguments.source,

@@ -36,7 +36,8 @@ def record(source: Path, summary: Mapping[str, Any], arguments: Mapping[str, Any
     """Writes the summary of an evaluation into the run of `source`; returns the names of the files
     in the run that it was written to, none if there is no run or it cannot be written.
 
-    summary: as from `run_probe`: `accuracy` has a row `trained WEIGHTS` for each of the weights.
+    summary: as from `run_probe`, whose `accuracy` has a row `trained WEIGHTS` for each of the
+    weights, or from `run_finetuned`, whose `scores` have the metrics of each set.
     arguments: of the command.
     """
     run = run_of(source)
@@ -44,13 +45,7 @@ def record(source: Path, summary: Mapping[str, Any], arguments: Mapping[str, Any
         return []
     given = {name: str(x) if isinstance(x, Path) else x for name, x in arguments.items()}
     line = {"time": round(time.time(), 3), "arguments": given, **summary}
-    values = {
-        name.removeprefix(TRAINED): {
-            f"eval/{summary['probe']}/{test}": value for test, value in row.items()
-        }
-        for name, row in summary["accuracy"].items()
-        if name.startswith(TRAINED)
-    }
+    values = curves(summary)
     written = []
     try:
         append_row(run.evaluations, line)
@@ -66,6 +61,21 @@ def record(source: Path, summary: Mapping[str, Any], arguments: Mapping[str, Any
             "%s: the result is not recorded there completely (%s)", run.root, error.strerror
         )
     return written
+
+
+def curves(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """{weights: {tag: value}}: eval/PROBE/SET, or eval/METRIC/SET of a fine-tuned model."""
+    if "scores" in summary:
+        of_sets = summary["scores"].items()
+        tags = {f"eval/{name}/{test}": x for test, row in of_sets for name, x in row.items()}
+        return {summary["weights"]: tags}
+    return {
+        name.removeprefix(TRAINED): {
+            f"eval/{summary['probe']}/{test}": value for test, value in row.items()
+        }
+        for name, row in summary["accuracy"].items()
+        if name.startswith(TRAINED)
+    }
 
 
 def metrics_row(line: Mapping[str, Any], values: Mapping[str, Mapping[str, float]]) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from d2v_ds.config.decoding import decode
 from d2v_ds.config.finetuning import FineTuning
 from d2v_ds.errors import UserError
+from d2v_ds.finetune.labelled import Labelled
 from d2v_ds.finetune.labels import Classes, Transcripts
 from d2v_ds.finetune.task import Finetune, lengths_of
 from d2v_ds.modalities import create_modalities
@@ -46,7 +47,7 @@ class FinetunedModel(nn.Module):
         super().__init__()
         self.task, self.step = task, step
         self.labels = task.labels
-        self.modality = task.held_out(task.name)
+        self.modality: Labelled = task.held_out(task.name)
         self.eval()
 
     def forward(self, examples: Sequence[Any]) -> Logits:
