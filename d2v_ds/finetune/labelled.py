@@ -104,8 +104,8 @@ class Labelled(Modality, abstract=True):
             return self.labels.encode(read_label(sample, self.settings.label))
         except ValueError as error:
             meta = json.loads(sample.get("json", b"{}"))
-            name = meta.get("path") or meta.get("paths") or "a sample"
-            raise UserError(f"finetune.label: {name}: {error}") from None
+            name = meta.get("path") or meta.get("paths")
+            raise UserError(f"finetune.label: {f'{name}: ' if name else ''}{error}") from None
 
     def fit(self, example: Example, length: int) -> Example:
         size = self.crop(length)
