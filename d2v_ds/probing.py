@@ -92,6 +92,7 @@ class Probing:
     def close(self) -> None:
         if self.running:
             self.running.process.kill()
+            self.running.process.wait()
             self.running.output.close()
 
     def _start(self, step: int, modality: str) -> None:
