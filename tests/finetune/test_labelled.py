@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from d2v_ds.errors import UserError
-from tests.helpers import tuning, variants
-from tests.helpers.tuning import batch_of, build, reader, sample
+from tests.helpers import labelled, variants
+from tests.helpers.labelled import batch_of, build, reader, sample
 
 SIZES = [30, 11, 22]
 LABELS: dict[str, list[Any]] = {
@@ -21,7 +21,7 @@ LABELS: dict[str, list[Any]] = {
 }
 
 
-def samples_of(variant: str) -> list[tuning.Sample]:
+def samples_of(variant: str) -> list[labelled.Sample]:
     labels = LABELS[variant.split("_")[1]]
     return [
         sample(variant, n, label, seed)
@@ -63,7 +63,7 @@ def test_labels_of_a_batch(variant: str) -> None:
     else:
         assert batch.label_lengths is None
         assert batch.labels.tolist() == [
-            [float(name == label) for name in tuning.CLASSES] for label in labels
+            [float(name == label) for name in labelled.CLASSES] for label in labels
         ]
     assert batch.terms == len(SIZES) and batch.views == 1
 
@@ -138,7 +138,7 @@ def test_texts_begin_with_bos_and_are_cut() -> None:
 def test_classified_recordings_are_validated_whole() -> None:
     """Training crops them."""
     crop = "modality.speech.crop_seconds=0.5"
-    task = build("v2_speech", crop, task="classification", labels=tuning.CLASSES)
+    task = build("v2_speech", crop, task="classification", labels=labelled.CLASSES)
     one = sample("v2_speech", 50, "up")
     frames = 320 * 50 + 80
     train, held_out = reader(task), reader(task, training=False)
@@ -160,7 +160,7 @@ def test_a_sample_that_replaces_a_bad_one_has_no_label(variant: str) -> None:
     length = 320 * SIZES[1] + 80 if "speech" in variant else SIZES[1]
     replaced = modality.fit(first, length)
     assert replaced[1] is None and len(replaced[0]) == len(second[0])
-    rngs = tuning.generators(2)
+    rngs = labelled.generators(2)
     batch = modality.collate([first, replaced], rngs, 0)
     if batch.label_lengths is not None:
         assert batch.label_lengths.tolist() == [4, -1] and batch.labels is not None

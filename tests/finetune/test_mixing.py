@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from d2v_ds.config.finetuning import FineTuning
 from d2v_ds.data import images
 from d2v_ds.finetune.mixing import ERASED_AREA, Mixing, cut_and_paste, erased
-from tests.helpers.tuning import batch_of, build, reader, sample
+from tests.helpers.labelled import batch_of, build, reader, sample
 
 B, SIDE = 4, 24
 

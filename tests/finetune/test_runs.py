@@ -3,7 +3,6 @@ stays, and a killed run resumes bit-identically."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -15,59 +14,9 @@ import torch
 import yaml
 
 from d2v_ds.weights import open_weights
-from tests import ROOT
+from tests.finetune.tuning import QUICK, tuning
 from tests.helpers import joint_sets
-from tests.helpers.runs import Run, assert_equal_runs, environment
-
-QUICK = ["data.workers=0", "optim.warmup_steps=2", "log.every=1", "run.threads=1"]
-
-
-class Tuning(Run):
-    """A run of `d2v-ds finetune`."""
-
-    def command(self, *more: str, nproc: int = 1) -> list[str]:
-        words = ["finetune", self.recipe, *self.settings, *more, "--nproc", str(nproc)]
-        return [sys.executable, "-m", "d2v_ds", *words]
-
-    def tune(self, *more: str, nproc: int = 1) -> subprocess.CompletedProcess[str]:
-        done = self.train(*more, nproc=nproc)
-        assert done.returncode == 0, done.stderr
-        return done
-
-
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    root = tmp_path_factory.mktemp("sets")
-    sets = joint_sets.write_all(root)
-    spoken = root / "spoken.jsonl"
-    names = "zero one two three four five six seven eight nine".split()
-    recordings = sorted((ROOT / "shards/samples/speech").glob("**/*.flac"))[:40]
-    rows = [{"audio_filepath": str(p), "text": names[int(p.stem[0])]} for p in recordings]
-    spoken.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["speech", str(spoken), str(root / "spoken"), "-j", "1"]
-    assert joint_sets.shards_main(words) == 0
-    return {**sets, "spoken": root / "spoken"}
-
-
-@pytest.fixture(scope="module")
-def pretrained(sets: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("pretrained") / "run"
-    names = {name: sets[name] for name in ("speech", "vision", "text")}
-    run = Run(root, "joint_tiny", *joint_sets.SMALL, joint_sets.shards_setting(names))
-    settings = ["run.steps=2", "optim.warmup_steps=1", "save.every=2", "engine.config=local"]
-    done = run.train(*settings, nproc=1)
-    assert done.returncode == 0, done.stderr
-    return root
-
-
-SOURCE = {"speech": "spoken", "vision": "vision", "text": "text"}
-SIZES = {"speech": "batch.size=6", "vision": "batch.size=16", "text": "batch.size=12"}
-
-
-def tuning(root: Path, modality: str, sets: dict[str, Path], init: Path, *more: str) -> Tuning:
-    data = sets[SOURCE[modality]]
-    words = [f"data.shards={data}", f"init={init}", SIZES[modality], *QUICK, *more]
-    return Tuning(root, f"finetune_{modality}_tiny", *words)
+from tests.helpers.runs import assert_equal_runs, environment
 
 
 def test_images_are_learnt(sets: Any, pretrained: Path, tmp_path: Path) -> None:
