@@ -12,7 +12,7 @@
 #     --array=0-7 convert speech /corpora/librispeech /shards/librispeech \
 #     then --nodes=1 pretrain speech_base data.shards=/shards/librispeech \
 #     then finetune ctc_vox_100h_3 init=runs/speech_base data.shards=/shards/100h \
-#     then evaluate knn runs/ctc_vox_100h_3 --gallery /shards/a --test /shards/b
+#     then evaluate wer runs/ctc_vox_100h_3 --test /shards/test_clean /shards/test_other
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)

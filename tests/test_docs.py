@@ -100,7 +100,7 @@ set -euo pipefail
 out=
 case "$1" in
   speech | images | text | tokenizer) out=$3 ;;
-  train) for word; do case $word in run.dir=*) out=${word#run.dir=} ;; esac; done ;;
+  train | finetune) for word; do case $word in run.dir=*) out=${word#run.dir=} ;; esac; done ;;
 esac
 kept="$KEPT/$(printf '%s\\n' NAME "$@" | sha256sum | cut -c -16)"
 if [[ -z $out || (-e $out && ! -e $kept) ]]; then exec PYTHON -m MODULE "$@"; fi
@@ -360,10 +360,12 @@ def test_commands_and_options_exist(page: str) -> None:
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), f"make {target}"
 
 
-RECIPE = re.compile(r"(?:speech|vision|text|joint)_\w+")
-STARTED = re.compile(r"\b(?:d2v-ds (?:train|show)|(pretrain)(?:\.sbatch)?) ([a-z]\w*)(?!\S)(.*)")
+RECIPE = re.compile(r"(?:speech|vision|text|joint|finetune|ctc|imagenet|glue)_\w+")
+STARTED = re.compile(
+    r"\b(?:d2v-ds (?:train|finetune|show)|(pretrain|finetune)(?:\.sbatch)?) ([a-z]\w*)(?!\S)(.*)"
+)
 SETTING = re.compile(
-    r"((?:run|data|batch|model|target|modality|teacher|optim|engine|log|save)\.\S+)"
+    r"((?:run|data|batch|model|target|modality|teacher|optim|finetune|valid|engine|log|save)\.\S+)"
 )
 
 
@@ -401,7 +403,9 @@ def is_code(word: str) -> bool:
 
 
 def test_every_recipe_is_documented() -> None:
-    assert set(recipes.RECIPES) <= set(words("docs/training.md"))
+    for title, page in (("pre-training", "training"), ("fine-tuning", "finetuning")):
+        missing = set(recipes.GROUPS[title]) - set(words(f"docs/{page}.md"))
+        assert not missing, missing
 
 
 FOLDERS = ("d2v_ds", "docs", "tests", "shards", "slurm", "benchmarks", "ds_configs")
