@@ -177,7 +177,7 @@ def test_chosen_lots_are_evenly_spaced() -> None:
     ("settings", "message"),
     [
         (["data.valid=/nowhere"], "/nowhere"),
-        (["data.valid={text}"], "holds text, not speech"),
+        (["data.valid={text}"], "holds text, but speech is required"),
         (["data.valid={speech}", "batch.size=0.1"], "batch.size: 0.1 s in 4 micro-batches"),
         (
             ["data.valid={speech}", "save.keep_best=1", "save.every=3", "valid.every=2"],

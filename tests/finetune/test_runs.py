@@ -3,6 +3,7 @@ stays, and a killed run resumes bit-identically."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -63,7 +64,14 @@ def test_transcripts_are_learnt_by_heart(sets: Any, pretrained: Path, tmp_path: 
 def test_texts_are_learnt(sets: Any, pretrained: Path, tmp_path: Path) -> None:
     run = tuning(tmp_path, "text", sets, pretrained, "engine.config=local", "optim.lr=1e-2")
     more = ["run.steps=20", f"data.valid={sets['text']}", "valid.every=20", "save.every=20"]
-    run.tune(*more, "finetune.metric=matthews", "model.dropout=0", "model.attention_dropout=0")
+    more += ["model.dropout=0", "model.attention_dropout=0"]
+    done = run.tune(*more, "finetune.metric=matthews", "modality.text.dropout=0")
+    lines = re.findall(
+        r"(an epoch|validation every).*; (\d+) of 40 samples are longer than 40 tokens and cut",
+        done.stdout,
+    )
+    assert [line for line, _ in lines] == ["an epoch", "validation every"]
+    assert 0 < int(lines[0][1]) < 40 and lines[0][1] == lines[1][1]
     row = run.rows()[-1]
     assert row["valid_accuracy"] == 1.0 and row["valid_matthews"] == 1.0
 
