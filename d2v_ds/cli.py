@@ -224,6 +224,11 @@ def show_settings(arguments: argparse.Namespace) -> int:
 
 def show_run(arguments: argparse.Namespace) -> int:
     config = recipes.load(arguments.source, arguments.overrides)
+    if config.finetune.task != "none":
+        raise UserError(
+            f"{arguments.source}: show describes pre-training only; `d2v-ds finetune "
+            f"{arguments.source} ... --check` checks a configuration of fine-tuning"
+        )
     if arguments.measure:
         # Silences the start-up log of torch's profiler, which measures memory on a CPU.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
