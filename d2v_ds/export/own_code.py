@@ -26,7 +26,7 @@ def own_config(exported: Exported) -> dict[str, Any]:
     architecture = HEADS[exported.names[0]][1] if exported.finetune else "D2vModel"
     config: dict[str, Any] = {
         "architectures": [architecture],
-        "model_type": "d2v",
+        "model_type": "d2v_ds",
         "auto_map": {
             "AutoConfig": "configuration_d2v.D2vConfig",
             **{auto: f"modeling_d2v.{name}" for auto, name in classes.items()},

@@ -21,6 +21,7 @@ from d2v_ds.export.text import MODEL_FILE, TextTokenizer, converted
 Files = dict[str, str | bytes]  # name -> content
 Settings = dict[str, Any]
 
+CTC_PROCESSOR = "Wav2Vec2Processor"  # the feature extractor with the tokenizer
 BICUBIC = 3  # Pillow's number
 
 
@@ -32,6 +33,8 @@ def preprocessor_files(exported: Exported) -> tuple[Files, list[str]]:
     if "speech" in exported.modality:
         settings |= speech_settings(exported.modality["speech"])
         code["AutoFeatureExtractor"] = "feature_extraction_d2v.D2vFeatureExtractor"
+        if exported.finetune.get("task") == "ctc":
+            settings["processor_class"] = CTC_PROCESSOR
     if "vision" in exported.modality:
         settings |= vision_settings(exported.modality["vision"])
         code["AutoImageProcessor"] = "image_processing_d2v.D2vImageProcessor"
@@ -93,6 +96,7 @@ def ctc_files(labels: list[str]) -> Files:
     """The tokenizer of transcripts. labels[0] is the blank, which transformers calls padding."""
     settings = {
         "tokenizer_class": "Wav2Vec2CTCTokenizer",
+        "processor_class": CTC_PROCESSOR,
         "pad_token": labels[0],
         "unk_token": "<unk>" if "<unk>" in labels else None,
         "bos_token": None,

@@ -128,7 +128,7 @@ def collect(
     elif exported.finetune.get("task") == "ctc":
         files |= ctc_files(list(exported.finetune["labels"]))
     else:
-        files |= {name: path.read_bytes() for name, path in found.files.items()}
+        files |= other_tokenizer(found) if "text" in exported.modality else {}
     config |= {"dtype": "float32", **label_fields(exported), "d2v_ds": exported.entry()}
     files |= {name: source_of(name) for name in code}
     files["config.json"] = as_json(config)
@@ -137,6 +137,14 @@ def collect(
     if "text" in exported.modality and "tokenizer_config.json" not in files:
         missing = "no tokenizer was found; give its sentencepiece model with --tokenizer"
     return Content(config, tensors, {**exported.predictors, **lacking}, files, missing, problems)
+
+
+def other_tokenizer(found: Weights) -> Files:
+    """The files of a tokenizer that is not sentencepiece, as the source has them."""
+    names = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens")
+    return {
+        name: path.read_bytes() for name, path in found.files.items() if name.startswith(names)
+    }
 
 
 def label_fields(exported: Exported) -> dict[str, Any]:

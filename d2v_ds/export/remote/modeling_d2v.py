@@ -169,7 +169,7 @@ class D2vForCTC(D2vPreTrainedModel):
 
     def __init__(self, config: D2vConfig) -> None:
         super().__init__(config)
-        self.head = Head("ctc", config.hidden_size, getattr(config, "vocab_size", 32), 0.0)
+        self.head = Head("ctc", config.hidden_size, config.vocab_size, 0.0)
         self.post_init()
 
     def forward(
