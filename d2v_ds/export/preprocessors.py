@@ -40,8 +40,10 @@ def preprocessor_files(exported: Exported) -> tuple[Files, list[str]]:
         code["AutoImageProcessor"] = "image_processing_d2v.D2vImageProcessor"
     if not code:
         return {}, []
-    files = {"preprocessor_config.json": as_json({**settings, "auto_map": code})}
-    return files, [f"{name.partition('.')[0]}.py" for name in code.values()]
+    content = as_json({**settings, "auto_map": code})
+    return {"preprocessor_config.json": content}, [
+        f"{name.partition('.')[0]}.py" for name in code.values()
+    ]
 
 
 def speech_settings(settings: Settings) -> Settings:

@@ -108,7 +108,8 @@ def converted(text: TextTokenizer) -> str | None:
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
-    proto = sentencepiece_model_pb2.ModelProto.FromString(text.model)
+    protobuf: Any = sentencepiece_model_pb2
+    proto = protobuf.ModelProto.FromString(text.model)
     kind = proto.trainer_spec.model_type
     ordinary = [p.piece.replace(SPACE, " ") for p in proto.pieces if p.type == NORMAL]
     special = [p.piece for p in proto.pieces if p.type != NORMAL]
@@ -117,7 +118,7 @@ def converted(text: TextTokenizer) -> str | None:
     pieces = [(p.piece.replace(SPACE, " "), p.score) for p in proto.pieces]
     unk = text.special_ids["unk"]
     if kind == UNIGRAM:
-        model = models.Unigram(pieces, unk_id=unk, byte_fallback=True)
+        model: Any = models.Unigram(pieces, unk_id=unk, byte_fallback=True)
     else:
         ids = {piece: i for i, (piece, _) in enumerate(pieces)}
         merges = bpe_merges(dict(pieces), set(ordinary))
@@ -129,11 +130,14 @@ def converted(text: TextTokenizer) -> str | None:
             tokenizers.Regex(f"<(?={names})"), "isolated"
         )
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    names = text.special_tokens()
+    tokens = text.special_tokens()
     tokenizer.add_special_tokens(
-        [AddedToken(name, special=True, normalized=False) for name in dict.fromkeys(names.values())]
+        [
+            AddedToken(name, special=True, normalized=False)
+            for name in dict.fromkeys(tokens.values())
+        ]
     )
-    eos = (names["eos_token"], text.special_ids["eos"])
+    eos = (tokens["eos_token"], text.special_ids["eos"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {eos[0]}", pair=f"$A {eos[0]} $B:1 {eos[0]}:1", special_tokens=[eos]
     )

@@ -46,6 +46,10 @@ TEXTS = (
 )
 
 
+class VerificationFailed(RuntimeError):
+    """transformers does not give what our encoder gives; the message has the reasons."""
+
+
 @dataclass(frozen=True)
 class Found:
     """What the fresh process measured."""
@@ -77,8 +81,8 @@ def require_transformers() -> None:
 
 
 def verify(folder: Path, exported: Exported, text: TextTokenizer | None) -> Found:
-    """Loads the folder in a fresh process and compares. Raises RuntimeError, with what the process
-    printed, if it cannot be loaded."""
+    """Loads the folder in a fresh process and compares. Raises VerificationFailed, with what the
+    process printed, if it cannot be loaded."""
     with tempfile.TemporaryDirectory() as scratch:
         plan, tensors = expectations(exported, text)
         separate = {key: value.clone().contiguous() for key, value in tensors.items()}
@@ -97,7 +101,7 @@ def verify(folder: Path, exported: Exported, text: TextTokenizer | None) -> Foun
             text=True,
         )
         if done.returncode:
-            raise RuntimeError(f"transformers cannot load the export\n{done.stderr.rstrip()}")
+            raise VerificationFailed(f"transformers cannot load the export\n{done.stderr.rstrip()}")
         return Found(**json.loads((Path(scratch) / "found.json").read_text()))
 
 

@@ -29,13 +29,9 @@ from d2v_ds.export.preprocessors import (
 )
 from d2v_ds.export.stock import stock_config, stock_problems, stock_tensors
 from d2v_ds.export.text import MODEL_FILE, TextTokenizer, open_tokenizer
-from d2v_ds.export.verify import Found, require_transformers, verify
+from d2v_ds.export.verify import Found, VerificationFailed, require_transformers, verify
 from d2v_ds.files import sync, temporary, write_durably
 from d2v_ds.weights import Weights, Which
-
-
-class VerificationFailed(RuntimeError):
-    """transformers does not give what our encoder gives; the message has the reasons."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +95,8 @@ def text_tokenizer(found: Weights, exported: Exported, options: Options) -> Text
             raise UserError(f"--tokenizer {options.tokenizer}: the export has no text modality")
         return None
     path = options.tokenizer or found.files.get(MODEL_FILE)
+    if options.tokenizer and not options.tokenizer.is_file():
+        raise UserError(f"{path}: no such file; give a sentencepiece model with --tokenizer")
     if path is None and options.needs_tokenizer:
         raise UserError(
             f"{found.path}: has no tokenizer.model; give the sentencepiece model of the training "
@@ -142,9 +140,7 @@ def collect(
 def other_tokenizer(found: Weights) -> Files:
     """The files of a tokenizer that is not sentencepiece, as the source has them."""
     names = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens")
-    return {
-        name: path.read_bytes() for name, path in found.files.items() if name.startswith(names)
-    }
+    return {name: path.read_bytes() for name, path in found.files.items() if name.startswith(names)}
 
 
 def label_fields(exported: Exported) -> dict[str, Any]:

@@ -36,6 +36,7 @@ def open_run(path: Path) -> Weights:
     UserError."""
     found = open_newest(path)
     config = Pretrain.resolve(decode(Config, found.state["config"]))
+    tokenizer = RunFolder(found.path.parent.parent).tokenizer
 
     def tensors(part: Part) -> dict[str, Tensor]:
         kind: StateKind = "ema" if part == "teacher" else "master"
@@ -54,6 +55,7 @@ def open_run(path: Path) -> Weights:
         step=found.step,
         config=config,
         about=about(config, found),
+        files={"tokenizer.model": tokenizer} if tokenizer.is_file() else {},
     )
 
 

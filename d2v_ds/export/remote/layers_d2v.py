@@ -302,7 +302,9 @@ class FrontEnd(nn.Module):
     def __init__(self, name: str, model: Settings, settings: Settings) -> None:
         super().__init__()
         D, H = model["dim"], model["heads"]
-        self.positions = self.bias = None
+        self.positions: ConvPositions | None = None
+        self.bias: Alibi | RelativeBias | None = None
+        self.features: nn.Module
         norm, dropout, prenet_dropout = True, 0.0, settings["prenet_dropout"]
         if name == "speech":
             self.features = SpeechFeatures(settings, D)

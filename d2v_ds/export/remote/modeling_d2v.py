@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,12 @@ from transformers.utils import ModelOutput
 
 from .configuration_d2v import D2vConfig
 from .layers_d2v import FrontEnd, Settings, Trunk
+
+
+class Encoded(NamedTuple):
+    last: Tensor  # [B, E + T, D]
+    states: tuple[Tensor, ...]
+    exists: Tensor | None  # [B, E + T]
 
 
 @dataclass
@@ -69,7 +75,7 @@ class D2vPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         self.encoder = Encoder(config)
 
-    def encode(self, name: str, inputs: Tensor, attention_mask: Tensor | None) -> D2vOutput:
+    def encode(self, name: str, inputs: Tensor, attention_mask: Tensor | None) -> Encoded:
         """Features of a batch of one modality; attention_mask: 0 for padding."""
         if name not in self.encoder.front_ends:
             known = ", ".join(self.encoder.front_ends)
@@ -77,15 +83,15 @@ class D2vPreTrainedModel(PreTrainedModel):
         exists = self.existing_tokens(name, inputs, attention_mask)
         x, bias, exists = self.encoder.front_ends[name](inputs, exists)
         x, states = self.encoder.trunk(x, bias)
-        return D2vOutput(last_hidden_state=x, hidden_states=states, token_mask=exists)
+        return Encoded(x, states, exists)
 
     def existing_tokens(self, name: str, inputs: Tensor, mask: Tensor | None) -> Tensor | None:
         """[B, T] bool, False for padding; None if there is none."""
-        if name == "vision" or (mask is None and name == "speech"):
-            return None
         settings = self.config.d2v_ds["modality"][name]
         if name == "text":
             exists = inputs != settings["pad_id"] if mask is None else mask.bool()
+        elif mask is None or name == "vision":
+            return None
         else:  # waveforms end with their padding
             T = token_count(torch.tensor(inputs.shape[1]), settings["convs"]).item()
             lengths = token_count(mask.sum(1), settings["convs"])
@@ -132,9 +138,10 @@ class D2vModel(D2vPreTrainedModel):
             raise ValueError(f"give one of {', '.join(INPUTS)}")
         [(name, inputs)] = given.items()
         found = self.encode(name, inputs, attention_mask)
-        if not wanted(self.config, "output_hidden_states", output_hidden_states):
-            found = D2vOutput(found.last_hidden_state, token_mask=found.token_mask)
-        return found if wanted(self.config, "return_dict", return_dict) else found.to_tuple()
+        output = D2vOutput(last_hidden_state=found.last, token_mask=found.exists)
+        if wanted(self.config, "output_hidden_states", output_hidden_states):
+            output["hidden_states"] = found.states
+        return output if wanted(self.config, "return_dict", return_dict) else output.to_tuple()
 
 
 def wanted(config: D2vConfig, name: str, given: bool | None) -> bool:
@@ -183,12 +190,12 @@ class D2vForCTC(D2vPreTrainedModel):
         are undefined for padding."""
         found = self.encode("speech", input_values, attention_mask)
         E = self.extra("speech")
-        logits = self.head.proj(found.last_hidden_state[:, E:])
+        logits = self.head.proj(found.last[:, E:])
         loss = None
         if labels is not None:
             exists = logits.new_ones(logits.shape[:2], dtype=torch.bool)
-            if found.token_mask is not None:
-                exists = found.token_mask[:, E:]
+            if found.exists is not None:
+                exists = found.exists[:, E:]
             loss = F.ctc_loss(
                 logits.float().log_softmax(-1).transpose(0, 1),
                 labels[labels >= 0],
@@ -197,7 +204,7 @@ class D2vForCTC(D2vPreTrainedModel):
                 zero_infinity=True,
             )
         output = CausalLMOutput(loss=loss, logits=logits)
-        return result(self.config, output, found.hidden_states, options)
+        return result(self.config, output, found.states, options)
 
 
 class D2vForImageClassification(D2vPreTrainedModel):
@@ -214,11 +221,11 @@ class D2vForImageClassification(D2vPreTrainedModel):
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
         """labels [B]: class ids. Logits [B, C]."""
         found = self.encode("vision", pixel_values, None)
-        mean = found.hidden_states[-1][:, self.extra("vision") :].mean(1)
+        mean = found.states[-1][:, self.extra("vision") :].mean(1)
         logits = self.head.proj(self.head.norm(mean))
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
         output = ImageClassifierOutput(loss=loss, logits=logits)
-        return result(self.config, output, found.hidden_states, options)
+        return result(self.config, output, found.states, options)
 
 
 class D2vForSequenceClassification(D2vPreTrainedModel):
@@ -241,7 +248,7 @@ class D2vForSequenceClassification(D2vPreTrainedModel):
     ) -> Any:
         """labels [B]: class ids, or numbers for a regression. Logits [B, C]."""
         found = self.encode("text", input_ids, attention_mask)
-        first = found.last_hidden_state[:, self.extra("text")]
+        first = found.last[:, self.extra("text")]
         logits = self.head.proj(torch.tanh(self.head.dense(first)))
         loss = None
         if labels is not None and self.config.num_labels == 1:
@@ -249,4 +256,4 @@ class D2vForSequenceClassification(D2vPreTrainedModel):
         elif labels is not None:
             loss = F.cross_entropy(logits.float(), labels)
         output = SequenceClassifierOutput(loss=loss, logits=logits)
-        return result(self.config, output, found.hidden_states, options)
+        return result(self.config, output, found.states, options)
