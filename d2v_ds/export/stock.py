@@ -54,8 +54,8 @@ def stock_problems(model: Settings, modality: Mapping[str, Settings]) -> list[st
         return ["several modalities"]
     [(name, settings)] = modality.items()
     implied = {
-        **IMPLIED[name],
         "masked": "replaced",
+        **IMPLIED[name],
         "prenet_depth": 0,
         "extra_tokens": EXTRA_TOKENS[name],
     }
