@@ -83,10 +83,12 @@ def webdataset(
 def load_encoder(
     path: str | Path, *, weights: Literal["student", "teacher"] = "student", modality: str = ""
 ) -> PretrainedEncoder:
-    """The encoder of a run folder or a checkpoint as a plain torch module.
+    """A trained encoder as a plain torch module. path: a run folder, a checkpoint, an exported
+    folder, a folder of Hugging Face transformers (data2vec 1.0), or a checkpoint of fairseq or
+    data2vec_vision.
 
     Called with a list of examples it returns the features of every block, [B, T, D] each, and
-    which tokens exist. weights: the student's or the teacher's. modality: required for a run with
+    which tokens exist. weights: the student's or the teacher's. modality: required for a model with
     several. Raises UserError.
     """
     from d2v_ds import encoder

@@ -71,8 +71,25 @@ class Batch:
     shown: Tensor | None = None
     """[B, T] bool: the part of `inputs` that the teacher sees. None: all of it."""
 
+    labels: Tensor | None = None
+    """What fine-tuning predicts: [B, C] fp32 probabilities of the classes, zeros for a sample that
+    does not count; [B] fp32 numbers, NaN for one that does not count; or, with `label_lengths`, the
+    ids of all transcripts after each other, [U] int64."""
+
+    label_lengths: Tensor | None = None
+    """[B] int64: the number of ids of each transcript; -1 for a sample that does not count."""
+
+    channels: Tensor | None = None
+    """[B, D] bool: the channels of the tokens that are not masked, in fine-tuning. None: all."""
+
     padded: bool = False
     """As in fairseq, only attention ignores padding; convolutions and statistics include it."""
+
+    @property
+    def terms(self) -> int:
+        """The number of terms in the loss, by which a step's loss is divided: masked tokens, or
+        samples if they have labels."""
+        return len(self.masked) if self.labels is None else len(self.inputs)
 
     def exists(self) -> Tensor | None:
         """[B, T, 1] bool, False for padding that must be hidden; None if nothing is hidden."""
@@ -123,7 +140,8 @@ class StepBatch:
     micro_batches: list[Batch]
 
     count: int
-    """Masked tokens in all micro-batches of all ranks. The step's loss is divided by it."""
+    """The terms of the loss in all micro-batches of all ranks: masked tokens, or samples if they
+    have labels. The step's loss is divided by it."""
 
     samples: int
     """Samples in all micro-batches of all ranks."""

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
 
 from d2v_ds import __version__, exit_codes, recipes
@@ -92,6 +93,16 @@ def parser() -> argparse.ArgumentParser:
             "pre-train, or resume a run",
             "Resumes automatically if the run folder has a checkpoint. To stop a run: Ctrl-C, "
             "SIGTERM, SIGUSR2, or a file STOP in the run folder.",
+        )
+    )
+    add_train(
+        add(
+            "finetune",
+            finetune_run,
+            "fine-tune an encoder on labelled shards, or resume",
+            "RECIPE is a recipe of fine-tuning, and init=PATH names the encoder: a run folder, a "
+            "checkpoint, an exported folder, a Hugging Face folder, a fairseq .pt or a BEiT .pth. "
+            "Otherwise the same as train.",
         )
     )
     status = add(
@@ -258,6 +269,15 @@ def show_run(arguments: argparse.Namespace) -> int:
 
 
 def train_run(arguments: argparse.Namespace) -> int:
+    return run_task("train", "d2v_ds.pretrain:Pretrain", arguments)
+
+
+def finetune_run(arguments: argparse.Namespace) -> int:
+    return run_task("finetune", "d2v_ds.finetune:Finetune", arguments)
+
+
+def run_task(command: str, task: str, arguments: argparse.Namespace) -> int:
+    """Trains a task, MODULE:CLASS, whose module needs torch."""
     from d2v_ds.run import preflight
 
     config = recipes.load(arguments.source, arguments.overrides)
@@ -265,24 +285,28 @@ def train_run(arguments: argparse.Namespace) -> int:
     if ranks is not None and arguments.nproc is not None and not arguments.check:
         raise UserError(f"--nproc: a launcher has already started {ranks} ranks. Omit --nproc.")
     ranks = arguments.nproc or ranks or gpus() or 1
+    if (config.finetune.task != "none") != (command == "finetune"):
+        raise UserError(
+            f"{arguments.source}: is a configuration of "
+            + ("fine-tuning" if command == "train" else "pre-training")
+            + f"; use `d2v-ds {'finetune' if command == 'train' else 'train'}`"
+        )
     preflight.check(config, ranks)
+    module, _, name = task.partition(":")
     if arguments.check:
-        from d2v_ds.pretrain import Pretrain
-
-        Pretrain.resolve(config)  # model.* and modality.*, which need torch
+        getattr(import_module(module), name).resolve(config)  # what needs torch
         print(config.run_dir)
         return exit_codes.FINISHED
     if launched_ranks() is None and ranks > 1:
         from d2v_ds.distributed.launcher import launch
 
-        return launch(ranks, train_arguments(arguments))
+        return launch(ranks, train_arguments(command, arguments))
 
     from d2v_ds.distributed.world import World
-    from d2v_ds.pretrain import Pretrain
     from d2v_ds.train import train
 
     return train(
-        Pretrain,
+        getattr(import_module(module), name),
         config,
         World.from_environment(),
         new=arguments.new,
@@ -290,11 +314,11 @@ def train_run(arguments: argparse.Namespace) -> int:
     )
 
 
-def train_arguments(arguments: argparse.Namespace) -> list[str]:
+def train_arguments(command: str, arguments: argparse.Namespace) -> list[str]:
     """The command line of one rank."""
     allow = [word for key in arguments.allow for word in ("--allow", key)]
     new = ["--new"] * arguments.new
-    return ["train", *new, *allow, arguments.source, *arguments.overrides]
+    return [command, *new, *allow, arguments.source, *arguments.overrides]
 
 
 def launched_ranks() -> int | None:

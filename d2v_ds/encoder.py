@@ -1,9 +1,9 @@
 """A pre-trained encoder as a plain torch module.
 
-    run folder or checkpoint --load_encoder--> PretrainedEncoder
+    anything that open_weights opens --load_encoder--> PretrainedEncoder
     examples --PretrainedEncoder--> features of every block, [B, T, D] each
 
-Needs neither DeepSpeed nor the data that the run was trained on.
+Needs neither DeepSpeed nor the data that the model was trained on.
 
 B samples, T tokens, D width, L blocks.
 """
@@ -68,7 +68,8 @@ def load_encoder(
     path: str | Path, *, weights: Which = "student", modality: str = ""
 ) -> PretrainedEncoder:
     """The encoder of everything that `open_weights` opens: a run folder (its newest valid
-    checkpoint) or a checkpoint's folder.
+    checkpoint), a checkpoint's folder, an exported folder, a folder of Hugging Face transformers
+    (data2vec 1.0), or a checkpoint of fairseq or data2vec_vision.
 
     weights: the student's or the teacher's. modality: required for a model with several; "": the
     only one. Raises UserError if there are no such weights, or if the modality must be named.

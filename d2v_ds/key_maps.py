@@ -40,14 +40,14 @@ class Rule:
 def to_ours(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
     """Their tensors with our names and shapes. Raises KeyError for an unknown name, or if one of
     several tensors that are joined is missing."""
-    parts: dict[str, tuple[Rule, dict[int, Tensor]]] = {}
+    parts: dict[str, tuple[Rule, dict[str, str], dict[int, Tensor]]] = {}
     for theirs, tensor in state.items():
         rule, part, values = match(theirs, rules, side="theirs")
         if rule.ours:
-            parts.setdefault(fill(rule.ours, values), (rule, {}))[1][part] = tensor
+            parts.setdefault(fill(rule.ours, values), (rule, values, {}))[2][part] = tensor
     result = {}
-    for ours, (rule, found) in parts.items():
-        missing = [name for n, name in enumerate(rule.names) if n not in found]
+    for ours, (rule, values, found) in parts.items():
+        missing = [fill(name, values) for n, name in enumerate(rule.names) if n not in found]
         if missing:
             raise KeyError(f"{ours}: {', '.join(missing)} is missing")
         pieces = [found[n] for n in sorted(found)]
@@ -95,6 +95,21 @@ def match(name: str, rules: Sequence[Rule], *, side: str) -> tuple[Rule, int, di
                         values[letter] = str(int(values[letter]) - 1)
                 return rule, part, values
     raise KeyError(name)
+
+
+def is_known(name: str, rules: Sequence[Rule]) -> bool:
+    """Whether a rule has a template for this name of theirs."""
+    try:
+        match(name, rules, side="theirs")
+    except KeyError:
+        return False
+    return True
+
+
+def named_error(error: KeyError, model: str) -> str:
+    """A sentence about an error of `to_ours`. model: whose names they are."""
+    text = str(error.args[0])
+    return text if text.endswith("is missing") else f"{text}: no parameter of {model}"
 
 
 GROUPS = {"p": "(?P<p>weight|bias)", "rest": "(?P<rest>.+)"}
@@ -177,6 +192,11 @@ FAIRSEQ_V2_VISION = [
         f"{VISION}.features.positions",
         (1, -1, 0),
         (-1, 0),
+    ),
+    # older names of the same
+    *(
+        Rule(f"{IMAGE}.positional_encoder.{name}", f"{VISION}.features.positions", (), (-1, 0))
+        for name in ("positions", "pos_embed")
     ),
     *common_v2("IMAGE", "vision"),
 ]
@@ -343,4 +363,17 @@ HUGGING_FACE = {
     ("speech", "1.0"): HUGGING_FACE_SPEECH,
     ("vision", "1.0"): HUGGING_FACE_VISION,
     ("text", "1.0"): HUGGING_FACE_TEXT,
+}
+
+# Heads of fine-tuned models, by their names in the whole model.
+HUGGING_FACE_HEADS = {
+    "speech": [Rule("lm_head.{p}", "head.proj.{p}")],  # Data2VecAudioForCTC
+    "vision": [  # Data2VecVisionForImageClassification
+        Rule("data2vec_vision.pooler.layernorm.{p}", "head.norm.{p}"),
+        Rule("classifier.{p}", "head.proj.{p}"),
+    ],
+    "text": [  # Data2VecTextForSequenceClassification
+        Rule("classifier.dense.{p}", "head.dense.{p}"),
+        Rule("classifier.out_proj.{p}", "head.proj.{p}"),
+    ],
 }

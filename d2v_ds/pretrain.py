@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from d2v_ds.transformer import TransformerConfig
 class Pretrain(Task):
     """Student, teacher and loss."""
 
+    weights_prefix: ClassVar[str] = "student."
     teacher: Teacher
 
     def __init__(
@@ -132,6 +134,8 @@ class Pretrain(Task):
     @classmethod
     def create(cls, config: Config) -> Pretrain:
         """Raises UserError for invalid settings in model.* or modality.*."""
+        if config.init_from == "nothing":
+            raise UserError("init_from: nothing is for fine-tuning; omit init for random weights")
         model = model_of(config)
         modalities = create_modalities(config.modality)
         require_one_each(config)

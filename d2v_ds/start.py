@@ -23,6 +23,7 @@ import torch
 
 from d2v_ds import checkpoint
 from d2v_ds.batch import StepBatch
+from d2v_ds.best import Judge
 from d2v_ds.config import Config, modality_of
 from d2v_ds.config.decoding import decode, dump_yaml, to_dict
 from d2v_ds.config.resume import refuse_changes
@@ -47,6 +48,8 @@ from d2v_ds.run.watchdog import PATIENT, Watchdog
 from d2v_ds.step import create_engine_and_ema
 from d2v_ds.task import Task
 from d2v_ds.teacher import Ema
+from d2v_ds.validation import Validation
+from d2v_ds.weights import initialise, open_weights
 
 log = logging.getLogger("d2v_ds")
 
@@ -59,6 +62,8 @@ class TrainState:
     samples: int = 0  # seen, over all ranks
     units: Mapping[str, float] = field(default_factory=dict)  # {modality: seconds, images, tokens}
     cursor: Mapping[str, Any] = field(default_factory=dict)  # {source: state of its loader}
+    score: float | None = None  # of the validation at this step; lower is better (best.py)
+    best: Mapping[str, Any] = field(default_factory=dict)  # the best validation so far (best.py)
 
     @staticmethod
     def from_manifest(raw: Mapping[str, Any]) -> TrainState:
@@ -74,6 +79,7 @@ class TrainState:
         seen = self.units.get(batch.modality, 0.0) + batch.units
         self.units = {**self.units, batch.modality: seen}
         self.cursor = batch.cursor
+        self.score = None
 
 
 @dataclass
@@ -89,6 +95,8 @@ class Training:
     ema: Ema | None  # None: the task has no teacher
     shapes: dict[str, tuple[int, ...]]  # of every parameter, by name
     mixture: Mixture
+    validation: Validation | None  # None: no held-out sets
+    judge: Judge
     state: TrainState
     saver: checkpoint.Saver
     watchdog: Watchdog
@@ -104,6 +112,24 @@ class Training:
             state={"train": dataclasses.asdict(self.state), "config": to_dict(self.config)},
         )
         self.watchdog.mark("training", self.state.step)
+
+    def validate(self) -> dict[str, float]:
+        """The scalars of a validation, if one is due after this step. Collective: all ranks must
+        call it."""
+        step, last = self.state.step, self.config.run.steps
+        if self.validation is None or not self.validation.due(step, last):
+            return {}
+        scores = self.validation.run(step)
+        self.watchdog.mark("training", step)
+        self.state.score = self.judge.score(scores)
+        if self.state.score is not None:
+            self.state.best = self.judge.progress(self.state.best, step, self.state.score)
+        return scores
+
+    def close(self) -> None:
+        self.mixture.close()
+        if self.validation:
+            self.validation.close()
 
     def finish_saving(self) -> None:
         """Waits until the last checkpoint is published. Collective: all ranks must call it."""
@@ -140,6 +166,8 @@ def start(
 
     torch.manual_seed(config.run.seed)  # the same weights on every rank
     task = task_class.create(config).train()
+    if config.init and not found:
+        start_from_weights(task, config, run)
     averages = task.averages()
     mixture = create_mixture(config, task.modalities, world, state, watchdog)
     shapes = {name: tuple(p.shape) for name, p in task.named_parameters()}  # ZeRO 3 hides them
@@ -163,12 +191,50 @@ def start(
         run,
         generation,
         keep=config.save.keep,
+        keep_best=config.save.keep_best,
         keep_every=config.save.keep_every,
         replicated=engine.replicated,
     )
     return Training(
-        config, world, run, generation, task, engine, ema, shapes, mixture, state, saver, watchdog
+        config=config,
+        world=world,
+        run=run,
+        generation=generation,
+        task=task,
+        engine=engine,
+        ema=ema,
+        shapes=shapes,
+        mixture=mixture,
+        validation=create_validation(config, task, engine, world, watchdog),
+        judge=Judge.of(config, task.metric),
+        state=state,
+        saver=saver,
+        watchdog=watchdog,
     )
+
+
+def create_validation(
+    config: Config, task: Task, engine: Engine, world: World, watchdog: Watchdog
+) -> Validation | None:
+    """The held-out sets, if the run has any. Raises UserError."""
+    if not config.data.valid:
+        return None
+    return Validation(config, task, engine, watchdog, world.rank, world.size)
+
+
+def start_from_weights(task: Task, config: Config, run: RunFolder) -> None:
+    """Copies the weights that config.init names into the task. Collective: all ranks must call it.
+    Raises UserError."""
+    if config.init_from == "nothing":
+        log.info("init: only the settings of the model, from %s; weights are random", config.init)
+        return
+    weights = open_weights(config.init)
+    settings = {"model": config.model, "modality": config.modality}
+    done = initialise(task, weights, config.init_from, config.init_skip, settings)
+    for line in done.lines():
+        log.info("%s", line)
+    report = json.dumps(done.as_json(), indent=1) + "\n"
+    on_rank_0(lambda: write_atomically(run.init, report))
 
 
 def claim(run: RunFolder) -> Generation:

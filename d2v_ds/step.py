@@ -60,10 +60,11 @@ def train_step(
     settings: StepSettings,
     *,
     seed: int,
+    active: str = "",
     observer: Observer | None = None,
 ) -> bool:
     """Takes one optimizer step. Collective: all ranks must call it. ema: None for a task without a
-    teacher.
+    teacher. active: the part that the step trains (Task.begin_step); "": the batch's modality.
 
     Returns True if parameters changed. If a gradient is not finite on any rank, parameters, moments
     and teacher stay unchanged on all ranks.
@@ -78,13 +79,14 @@ def train_step(
             engine.backward(loss)
         observer.add(step_batch.modality, sums)
 
+    active = active or step_batch.modality
     with observer.timed("optimizer"):
-        taken = engine.step(settings.lr, settings.weight_decay, step_batch.modality)
+        taken = engine.step(settings.lr, settings.weight_decay, active)
 
     # The teacher follows the student's fp32 masters.
     if taken and ema is not None:
         with observer.timed("ema"):
-            ema.update(settings.ema_decay, step_batch.modality)
+            ema.update(settings.ema_decay, active)
     return taken
 
 
@@ -103,7 +105,11 @@ def create_engine_and_ema(
     engine = create_engine(
         task,
         param_groups(
-            task, task.part, set(averages.values()).__contains__, decay_all=optim.decay_all
+            task,
+            task.part,
+            set(averages.values()).__contains__,
+            decay_all=optim.decay_all,
+            lr_scale=task.lr_scale,
         ),
         settings=settings,
         optim=optim,

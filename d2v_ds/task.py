@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,8 @@ class Report(ABC):
     """Turns the sums of a task into scalars, a console line and warnings."""
 
     tags: ClassVar[Mapping[str, str]]
-    """{name of a scalar: its TensorBoard tag}, for every name that `summarize` returns."""
+    """{name of a scalar: its TensorBoard tag}, for every name that `summarize` returns. A name X of
+    a validation, also of Task.score, becomes valid_X, with the tag valid/X."""
 
     @abstractmethod
     def summarize(self, sums: Sums, steps: int) -> dict[str, float]:
@@ -51,6 +52,9 @@ class Task(nn.Module, ABC):
 
     modalities: Mapping[str, Modality]
     report: Report
+    weights_prefix: ClassVar[str] = ""
+    """The prefix of the parameters that `init` provides: encoder.*, predictors.*, head.*."""
+
     teacher: nn.Module | None
     """The frozen submodule, under this name, that holds the averages; None without a teacher."""
 
@@ -60,7 +64,8 @@ class Task(nn.Module, ABC):
 
     @staticmethod
     def resolve(config: Config) -> Config:
-        """The configuration with every default written out. Raises UserError."""
+        """The configuration with every default written out. Collective: all ranks must call it.
+        Raises UserError."""
         return config
 
     @classmethod
@@ -81,6 +86,33 @@ class Task(nn.Module, ABC):
         """The modality that a parameter belongs to; "" for what every step trains. A step of one
         modality leaves the parts of the others untouched."""
         return ""
+
+    def lr_scale(self, name: str) -> float:
+        """The factor of the learning rate for a parameter."""
+        return 1.0
+
+    @property
+    def metric(self) -> str:
+        """The scalar of a validation that decides which checkpoint is best."""
+        return "loss"
+
+    def held_out(self, modality: str) -> Modality:
+        """How samples of a modality are read for validation."""
+        return self.modalities[modality]
+
+    def outcomes(self, batch: Batch, sums: dict[str, Tensor]) -> list[Any]:
+        """What `score` needs of each sample of a batch in evaluation mode, as small host objects.
+        Removes the tensors that it uses from `sums`, which are not added up."""
+        return []
+
+    def score(self, outcomes: list[Any]) -> dict[str, float]:
+        """The metrics of a validation, from the outcomes of all samples."""
+        return {}
+
+    def begin_step(self, step: int, modality: str) -> str:
+        """Prepares for step number `step` (from 0) and returns the part that it trains, in addition
+        to "". Must depend on its arguments alone, so that a resumed run continues exactly."""
+        return modality
 
     def averages(self) -> dict[str, str]:
         """{parameter of the teacher: the trained parameter that it averages}, full names."""

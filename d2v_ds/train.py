@@ -49,7 +49,6 @@ def train(
     Resumes from the newest valid checkpoint in the run folder. new: refuse a folder that has one.
     allow: settings that may differ from the checkpoint's. Raises UserError on every rank.
     """
-    config = task_class.resolve(config)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         alone = torch.cuda.device_count() == 1  # Slurm can show each rank only its own GPU
@@ -57,12 +56,13 @@ def train(
     torch.set_num_threads(config.run.threads or cores_of_rank())
     process_group.init(world, device)
     try:
+        config = task_class.resolve(config)
         with StopFlag(config.run_dir) as stop, Watchdog(world.rank, world.size) as watchdog:
             nodes = check_ranks(config, device)
             training = start(
                 task_class, config, world, device, nodes, watchdog, new=new, allow=allow
             )
-            with contextlib.closing(training.mixture):
+            with contextlib.closing(training):
                 return run_steps(training, stop)
     except UnfitNodes as error:
         return report_unfit(error)
@@ -77,12 +77,19 @@ def run_steps(t: Training, stop: StopFlag) -> int:
         report(t)
     saved, skipped = state.step, 0
     with Telemetry(config, t.run, t.task, state.step, t.watchdog) as telemetry:
-        while state.step < config.run.steps and not stop.agreed():
+        while not finished(t) and not stop.agreed():
             t.saver.poll()
             step_batch = next_batch(t, telemetry)
             settings = StepSettings.of(config, state.step)
+            active = t.task.begin_step(state.step, step_batch.modality)
             if not train_step(
-                t.engine, t.ema, step_batch, settings, seed=config.run.seed, observer=telemetry
+                t.engine,
+                t.ema,
+                step_batch,
+                settings,
+                seed=config.run.seed,
+                active=active,
+                observer=telemetry,
             ):
                 skipped += 1
                 telemetry.step_skipped()
@@ -94,8 +101,10 @@ def run_steps(t: Training, stop: StopFlag) -> int:
                 return UNHEALTHY
             skipped = 0
             state.advance(step_batch)
+            with telemetry.not_counted():
+                scores = t.validate()
             telemetry.step_done(
-                step_batch, settings, state.step, state.samples, t.engine.grad_norm()
+                step_batch, settings, state.step, state.samples, t.engine.grad_norm(), scores
             )
             if state.step % config.save.every == 0:
                 t.save()
@@ -103,13 +112,22 @@ def run_steps(t: Training, stop: StopFlag) -> int:
     if state.step != saved:
         t.save()
     t.finish_saving()
-    done = state.step >= config.run.steps
-    reason = (
-        f"all {config.run.steps} steps" if done else stop.reason or "another rank was asked to stop"
+    done = finished(t)
+    reason = done or stop.reason or "another rank was asked to stop"
+    on_rank_0(
+        lambda: status.finish(t.run, t.generation, state.step, done=bool(done), reason=reason)
     )
-    on_rank_0(lambda: status.finish(t.run, t.generation, state.step, done=done, reason=reason))
     log.info("%s at step %d: %s", "finished" if done else "stopped", state.step, reason)
     return FINISHED
+
+
+def finished(t: Training) -> str:
+    """Why the run is finished; empty if it is not."""
+    if t.state.step >= t.config.run.steps:
+        return f"all {t.config.run.steps} steps"
+    if t.judge.exhausted(t.state.best):
+        return f"no better validation in {t.judge.patience}; {t.judge.describe(t.state.best)}"
+    return ""
 
 
 def next_batch(t: Training, telemetry: Telemetry) -> StepBatch:
@@ -163,6 +181,8 @@ def report(t: Training) -> None:
             else "an epoch",
             loader.describe(),
         )
+    if t.validation:
+        log.info("%s", t.validation.describe())
     for modality in t.task.modalities.values():
         for warning in modality.warnings():
             log.warning("%s", warning)

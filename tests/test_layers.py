@@ -30,8 +30,8 @@ LAYERS = [
     ["checkpoint"],
     ["telemetry"],
     ["weights"],
-    ["encoder", "evaluate", "export", "show"],
-    ["start", "train"],
+    ["encoder", "evaluate", "export", "finetune", "show"],
+    ["validation", "best", "start", "train"],
     ["cli", "__init__", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -40,17 +40,18 @@ SHARDS_MAY_IMPORT = ["errors", "exit_codes", "files", "arguments", "data", "moda
 PLACES = {
     "deepspeed": ["d2v_ds/engine/zero.py"],
     "tensorboard": ["d2v_ds/telemetry/metrics.py"],
-    "safetensors": ["d2v_ds/checkpoint", "d2v_ds/export"],
+    "safetensors": ["d2v_ds/checkpoint", "d2v_ds/export", "d2v_ds/weights"],
     "transformers": ["d2v_ds/export"],
     "tokenizers": ["d2v_ds/export/text.py"],
     "torchaudio": ["d2v_ds/data/audio.py"],
     "soundfile": ["d2v_ds/data/audio.py"],
     "PIL": [
         "d2v_ds/data/images.py",
+        "d2v_ds/data/rand_augment.py",
         "d2v_ds/export/remote/image_processing_d2v.py",
         "shards/samples/make_images.py",
     ],
-    "sentencepiece": ["shards/text/tokenizer.py", "d2v_ds/export"],
+    "sentencepiece": ["shards/text/tokenizer.py", "d2v_ds/export", "d2v_ds/finetune/labels.py"],
     "pyarrow": ["shards/parquet.py"],
     "zstandard": ["shards/text"],
     "webdataset": ["d2v_ds/loader/webdataset.py", "d2v_ds/data/download.py"],

@@ -175,6 +175,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
     )
 
 
+def score_of(path: Path) -> float | None:
+    """The score of a checkpoint at its validation; lower is better. None if there was none, or if
+    the checkpoint is damaged."""
+    try:
+        score = json.loads((path / "manifest.json").read_bytes())["state"]["train"].get("score")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return float(score) if isinstance(score, int | float) else None
+
+
 def newest_verified(run: RunFolder) -> Checkpoint | None:
     """The newest checkpoint whose files are all intact; None if there are no checkpoints.
 

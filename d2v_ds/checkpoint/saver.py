@@ -25,6 +25,7 @@ from torch import Tensor
 
 from d2v_ds.checkpoint import write
 from d2v_ds.checkpoint.format import EmaPieces, Files, Shapes, StateKind, by_kind
+from d2v_ds.checkpoint.read import score_of
 from d2v_ds.distributed.collectives import all_gather, all_true, on_all_ranks, own_rank
 from d2v_ds.engine import Partition, Pieces
 from d2v_ds.errors import UserError
@@ -49,8 +50,9 @@ class _Pending:
 class Saver:
     """Writes the checkpoints of one start of a run, one at a time.
 
-    keep: the number of newest checkpoints to keep; keep_every: checkpoints at multiples of this
-    step are kept permanently (0: none). replicated: every rank holds everything, so only rank 0
+    keep: the number of newest checkpoints to keep; keep_best: of those with the lowest score, in
+    addition (read.score_of); keep_every: checkpoints at multiples of this step are kept permanently
+    (0: none). replicated: every rank holds everything, so only rank 0
     writes. A failure is raised on all ranks by the next method called: UserError if the disk is too
     full, Superseded if a newer start owns the run folder, RankFailed otherwise. The run folder is
     then unchanged. Host memory for one copy of the state is kept between
@@ -63,11 +65,12 @@ class Saver:
         generation: Generation,
         *,
         keep: int,
+        keep_best: int = 0,
         keep_every: int = 0,
         replicated: bool = False,
     ) -> None:
         self.run, self.generation = run, generation
-        self.keep, self.keep_every = keep, keep_every
+        self.keep, self.keep_best, self.keep_every = keep, keep_best, keep_every
         self._owns = own_rank() == 0 or not replicated
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._host: dict[tuple[StateKind, str], Tensor] = {}
@@ -186,9 +189,13 @@ class Saver:
         Checkpoints of later steps remain if they are damaged and the run therefore resumed from an
         earlier one. They are neither counted nor removed, because training will replace them.
         """
-        for old in [s for s in self.run.steps() if s <= step][: -self.keep]:
-            if self.keep_every and old % self.keep_every == 0:
-                continue
+        steps = [s for s in self.run.steps() if s <= step]
+        scored = [(score_of(self.run.checkpoint(s)), s) for s in steps]
+        best = [s for _, s in sorted((score, s) for score, s in scored if score is not None)]
+        kept = {*steps[-self.keep :], *best[: self.keep_best]}
+        if self.keep_every:
+            kept |= {s for s in steps if s % self.keep_every == 0}
+        for old in set(steps) - kept:
             removed = self.run.checkpoints / f".{old:08d}.removed"
             try:
                 os.rename(self.run.checkpoint(old), removed)
@@ -196,6 +203,19 @@ class Saver:
                 shutil.rmtree(removed)
             except OSError as error:  # an extra checkpoint is no reason to end a run
                 log.warning("cannot remove %s: %s", self.run.checkpoint(old), error)
+        if kept & set(best):
+            self._point_to(next(s for s in best if s in kept))
+
+    def _point_to(self, step: int) -> None:
+        """Makes checkpoints/best a link to the best checkpoint."""
+        link = self.run.checkpoints / "best"
+        aside = self.run.checkpoints / f".best.{self.generation.number}"
+        try:
+            aside.unlink(missing_ok=True)
+            aside.symlink_to(self.run.checkpoint(step).name)
+            os.replace(aside, link)
+        except OSError as error:  # a file system without links
+            log.warning("cannot make the link %s to checkpoint %d: %s", link, step, error)
 
 
 def _merge_steps(ranks: list[dict[str, int]]) -> dict[str, int]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from d2v_ds.config.finetuning import FineTuning
 from d2v_ds.config.sections import (
     BatchSize,
     Data,
@@ -22,6 +23,7 @@ from d2v_ds.config.sections import (
     Save,
     Target,
     TeacherSettings,
+    Valid,
 )
 from d2v_ds.errors import UserError
 
@@ -34,6 +36,20 @@ class Config:
     """fairseq: reproduce the original code, including the faults that this project corrects.
     docs/differences.md lists the settings that it changes."""
 
+    init: str = ""
+    """Weights that the run starts from: a run folder (its newest checkpoint), a checkpoint, an
+    exported or imported folder, a Hugging Face folder, a fairseq .pt or a BEiT .pth. Read once,
+    when the run starts; step, schedules, optimizer and EMA start anew. Empty: random weights."""
+
+    init_from: Literal["student", "teacher", "nothing"] = "student"
+    """The weights of init that are used. nothing: fine-tuning takes only the settings of the model,
+    and starts from random weights (a baseline)."""
+
+    init_skip: tuple[str, ...] = ()
+    """Parameters that keep their initial values although init has them, as names or patterns with *
+    (encoder.front_ends.vision.bias.table, predictors.*). Parameters whose shapes differ must be
+    listed."""
+
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
     batch: BatchSize = field(default_factory=BatchSize)
@@ -42,6 +58,8 @@ class Config:
     modality: dict[str, dict[str, Any]] = field(default_factory=dict)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     optim: Optim = field(default_factory=Optim)
+    finetune: FineTuning = field(default_factory=FineTuning)
+    valid: Valid = field(default_factory=Valid)
     engine: EngineSettings = field(default_factory=EngineSettings)
     log: Log = field(default_factory=Log)
     save: Save = field(default_factory=Save)
@@ -57,7 +75,14 @@ class Config:
     @property
     def sources(self) -> dict[str, str]:
         """{source: shard set}, in the order in which ranks open them."""
-        shards = self.data.shards
+        return self._by_source(self.data.shards)
+
+    @property
+    def valid_sources(self) -> dict[str, str]:
+        """{source: held-out shard set}; empty without validation."""
+        return self._by_source(self.data.valid) if self.data.valid else {}
+
+    def _by_source(self, shards: str | dict[str, str]) -> dict[str, str]:
         return shards if isinstance(shards, dict) else dict.fromkeys(self.modality, shards)
 
     def batch_size(self, modality: str) -> float:
@@ -100,6 +125,10 @@ def validate(config: Config) -> None:
         "optim.lr_end",
         f"must be in [0, optim.lr={optim.lr}], got {optim.lr_end}",
     )
+    for key in ("hold_steps", "decay_steps"):
+        number = getattr(optim, key)
+        require(number is None or number >= 0, f"optim.{key}", f"must be 0 or more, got {number}")
+    require(0 < optim.decay_to <= 1, "optim.decay_to", f"must be in (0, 1], got {optim.decay_to}")
     require(optim.clip >= 0, "optim.clip", f"must be 0 (off) or more, got {optim.clip}")
     require(
         all(0 <= beta < 1 for beta in optim.betas),
@@ -131,6 +160,25 @@ def validate(config: Config) -> None:
         f"must be 0 (off) or a multiple of save.every={config.save.every}, "
         f"got {config.save.keep_every}",
     )
+    require(config.valid.every >= 1, "valid.every", f"must be at least 1, got {config.valid.every}")
+    require(
+        config.valid.samples >= 0,
+        "valid.samples",
+        f"must be 0 (all) or more, got {config.valid.samples}",
+    )
+    require(
+        config.save.keep_best >= 0,
+        "save.keep_best",
+        f"must be 0 (off) or more, got {config.save.keep_best}",
+    )
+    if config.save.keep_best:
+        require(bool(config.data.valid), "save.keep_best", "needs data.valid")
+        require(
+            config.save.every % config.valid.every == 0,
+            "save.every",
+            f"must be a multiple of valid.every={config.valid.every} if save.keep_best is set, "
+            f"got {config.save.every}",
+        )
     validate_sources(config)
 
 
@@ -139,8 +187,12 @@ def validate_sources(config: Config) -> None:
     run."""
     names, size = sorted(config.modality), config.batch.size
     sizes = {f".{name}": s for name, s in size.items()} if isinstance(size, dict) else {"": size}
-    sources = config.data.shards if isinstance(config.data.shards, dict) else {}
-    given = [f"data.shards.{source}" for source in sources]
+    given = [
+        f"data.{key}.{source}"
+        for key in ("shards", "valid")
+        if isinstance(sets := getattr(config.data, key), dict)
+        for source in sets
+    ]
     for path in [*given, *(f"batch.size{name}" for name in sizes if name)]:
         name = modality_of(path.split(".", 2)[2])
         if name not in names:
@@ -158,8 +210,9 @@ def require_one_each(config: Config) -> None:
     of them."""
     names, shards, size = sorted(config.modality), config.data.shards, config.batch.size
     several = f"but the run has {len(names)} modalities; give one per modality, for example"
-    if isinstance(shards, str) and shards and len(names) > 1:
-        raise UserError(f"data.shards: is a single set, {several} data.shards.{names[0]}={shards}")
+    for key, sets in (("shards", shards), ("valid", config.data.valid)):
+        if isinstance(sets, str) and sets and len(names) > 1:
+            raise UserError(f"data.{key}: is a single set, {several} data.{key}.{names[0]}={sets}")
     if not isinstance(size, dict) and len(names) > 1:
         raise UserError(f"batch.size: is a single number, {several} batch.size.{names[0]}={size:g}")
     for name in names:

@@ -42,6 +42,9 @@ class Data:
     """One value, or {source: value}. A value is a shard set (a folder, a URL prefix, or
     `pipe:COMMAND {}`), a folder of third-party tars, or tars at URLs, which are streamed."""
 
+    valid: str | dict[str, str] = ""
+    """Held-out shard sets, in the same form; empty: no validation."""
+
     weights: dict[str, float] = field(default_factory=dict)
     """{source: relative share of the steps}; need not sum to 1. Empty: equal shares."""
 
@@ -120,19 +123,43 @@ class Optim:
     warmup_steps: int = 1000
     """Steps of linear warm-up."""
 
-    schedule: Literal["cosine", "tri_stage", "constant", "cosine_beit"] = "cosine"
-    """The learning rate after the warm-up. cosine: half a cosine from lr to lr_end; tri_stage: lr,
-    then exponential decay to 1 % of it over the last 7 % of the steps; constant: lr; cosine_beit:
-    cosine, with a warm-up that is one step shorter, as in BEiT."""
+    schedule: Literal["cosine", "tri_stage", "constant", "linear", "cosine_beit"] = "cosine"
+    """The learning rate after the warm-up. cosine: half a cosine from lr to lr_end; linear: a line
+    from lr to lr_end; tri_stage: lr for hold_steps, then exponential decay over decay_steps;
+    constant: lr; cosine_beit: cosine, with a warm-up that is one step shorter, as in BEiT."""
 
     lr_end: float = 0.0
-    """The final learning rate of both cosine schedules."""
+    """The final learning rate of the cosine and linear schedules."""
+
+    hold_steps: int | None = None
+    """tri_stage: steps at the peak; null: those between the warm-up and the decay."""
+
+    decay_steps: int | None = None
+    """tri_stage: steps of the decay; null: 7 % of the steps."""
+
+    decay_to: float = 0.01
+    """tri_stage: the final learning rate, as a fraction of lr."""
 
     decay_all: bool = False
     """Apply weight decay to biases, norms and scales as well, as fairseq does in effect."""
 
     adam_eps: Literal["torch", "fairseq"] = "torch"
     """torch: add eps after the bias correction of the second moment; fairseq: before it."""
+
+
+@dataclass(frozen=True)
+class Valid:
+    """Validation on the held-out sets of data.valid, in evaluation mode.
+
+    Crops and masks are the same each time and for every run.seed, so values of different steps and
+    runs can be compared.
+    """
+
+    every: int = 1000
+    """Steps between validations; the last step is always validated."""
+
+    samples: int = 0
+    """The number of samples of each set that are used, evenly spaced; 0: all."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +197,14 @@ class Save:
 
     keep: int = 3
     """The number of newest checkpoints to keep."""
+
+    keep_best: int = 0
+    """The number of best checkpoints to keep in addition, by save.best; 0: none. Only steps with a
+    validation are compared, so save.every must be a multiple of valid.every."""
+
+    best: str = ""
+    """The scalar of a validation that decides which checkpoint is best: valid/loss, or a metric of
+    fine-tuning. Empty: the metric of fine-tuning, else valid/loss."""
 
     keep_every: int = 0
     """Checkpoints at multiples of this step are kept permanently; 0: none. Must be a multiple of

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from d2v_ds.batch import Batch
 from d2v_ds.config import EngineSettings, Optim
+from d2v_ds.config.decoding import merge
 from d2v_ds.config.engine_file import load_engine_config
 from d2v_ds.errors import UserError
 
@@ -37,6 +38,7 @@ class ParamGroup:
     averaged: bool  # whether the teacher follows it
     decay: bool  # whether weight decay applies
     parameters: Mapping[str, nn.Parameter]  # by full name in the wrapped module, in module order
+    lr_scale: float = 1.0  # factor of the learning rate
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class Engine(Protocol):
     def __call__(self, batch: Batch, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The forward pass of the wrapped task for a batch on `device`: (loss, sums). The loss is
         this micro-batch's share of the step's loss, whose normaliser `count` is global."""
+
+    def evaluate(self, batch: Batch, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """As `__call__`, in evaluation mode and without gradients. Collective at stage 3: all ranks
+        must call it."""
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of one micro-batch; they are summed over micro-batches and ranks.
@@ -141,14 +147,3 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if precision == "fp16" and device.type == "cpu":
         raise UserError("engine.precision: fp16 needs a GPU; use bf16 or fp32 on a CPU")
     return precision
-
-
-def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base`, updated recursively with `over`."""
-    merged = dict(base)
-    for key, value in over.items():
-        below = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(below, Mapping):
-            value = merge(below, value)
-        merged[key] = value
-    return merged

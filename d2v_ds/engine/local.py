@@ -60,6 +60,14 @@ class LocalEngine:
         result: tuple[Tensor, dict[str, Tensor]] = self._module(batch, count)
         return result
 
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        self._module.eval()
+        try:
+            return self(batch, count)
+        finally:
+            self._module.train()
+
     def backward(self, loss: Tensor) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         if self._masters is self._weights:

@@ -25,28 +25,38 @@ def param_groups(
     averaged: Callable[[str], bool],
     *,
     decay_all: bool,
+    lr_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> list[ParamGroup]:
-    """The trainable parameters of `module`, grouped by (part, averaged, decay), in module order.
+    """The trainable parameters of `module`, grouped by (part, averaged, decay, factor of the
+    learning rate), in module order.
 
     Parameters of fewer than 2 dimensions, biases and scales are exempt from weight decay, unless
     `decay_all`. Parameters that the teacher averages have groups of their own, so that its copy can
     have the same layout as the optimizer's flat buffers.
     """
-    grouped: dict[tuple[str, bool, bool], dict[str, nn.Parameter]] = {}
+    grouped: dict[tuple[str, bool, bool, float], dict[str, nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             spared = parameter.dim() < 2 or name.endswith(("bias", "_scale"))
-            key = part_of(name), averaged(name), decay_all or not spared
+            key = part_of(name), averaged(name), decay_all or not spared, lr_scale(name)
             grouped.setdefault(key, {})[name] = parameter
     return [
         ParamGroup(
-            name="/".join([part or "all", *["averaged"] * mean, *["decay"] * decay]),
+            name="/".join(
+                [
+                    part or "all",
+                    *["averaged"] * mean,
+                    *["decay"] * decay,
+                    *[f"lr x {scale:.3g}"] * (scale != 1.0),
+                ]
+            ),
             part=part,
             averaged=mean,
             decay=decay,
+            lr_scale=scale,
             parameters=parameters,
         )
-        for (part, mean, decay), parameters in grouped.items()
+        for (part, mean, decay, scale), parameters in grouped.items()
     ]
 
 
@@ -72,6 +82,7 @@ class AdamW(torch.optim.AdamW):
                     "params": list(group.parameters.values()),
                     "part": group.part,
                     "decay": group.decay,
+                    "lr_scale": group.lr_scale,
                     "active": False,
                 }
                 for group in groups
@@ -101,7 +112,7 @@ class AdamW(torch.optim.AdamW):
     def prepare(self, lr: float, weight_decay: float, parts: Iterable[str]) -> None:
         """Sets the next step's learning rate and weight decay, and the parts that take it."""
         for group in self.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
             group["weight_decay"] = weight_decay if group["decay"] else 0.0
             group["active"] = group["part"] in parts
 

@@ -25,7 +25,8 @@ from torch.nn.utils import get_total_norm
 
 from d2v_ds.batch import Batch
 from d2v_ds.config import Optim
-from d2v_ds.engine import DTYPES, ParamGroup, Partition, Pieces, merge
+from d2v_ds.config.decoding import merge
+from d2v_ds.engine import DTYPES, ParamGroup, Partition, Pieces
 from d2v_ds.engine.layout import FlatCopy, check_layout, gather_layout, signature
 from d2v_ds.engine.local import publish_whole
 from d2v_ds.engine.optimizer import AdamW
@@ -134,6 +135,14 @@ class ZeroEngine:
     def __call__(self, batch: Batch, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         result: tuple[Tensor, dict[str, Tensor]] = self._engine(batch, count)
         return result
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        self._engine.eval()
+        try:
+            return self(batch, count)
+        finally:
+            self._engine.train()
 
     def backward(self, loss: Tensor) -> None:
         if self._micro_batches:

@@ -75,7 +75,7 @@ class Loader:
             )
         self.modality = modality
         self.plan = BatchPlan(
-            [_lengths(shards, entry) for entry in shards.shards],
+            [lengths_of(shards, entry) for entry in shards.shards],
             modality,
             seed=seed,
             size=size,
@@ -88,7 +88,7 @@ class Loader:
         self.sums = RankSums(world if self.plan.masked is None else 1)
         self.planned: deque[Step] = deque()  # requested from the workers, not yet returned
         self.quarantine = quarantine or Quarantine()
-        self.reader = Reader(shards, _members(shards, modality))
+        self.reader = Reader(shards, members_of(shards, modality))
         self.prefetcher = _Prefetcher(shards, self.plan) if shards.remote else None
         make = MicroBatches(self.reader, modality, seed)
         self.workers: LoaderWorkers | None = None
@@ -149,7 +149,7 @@ class Loader:
         except (UserError, OSError):
             self.close()
             raise
-        pending = self.sums.begin(sum(len(micro_batch.batch.masked) for micro_batch in made))
+        pending = self.sums.begin(sum(micro_batch.batch.terms for micro_batch in made))
         batch = StepBatch(
             modality=self.modality.name,
             micro_batches=[micro_batch.batch for micro_batch in made],
@@ -197,7 +197,7 @@ class _Prefetcher:
         self.cursors.put(None)
 
 
-def _members(shards: ShardSet, modality: Modality) -> list[str]:
+def members_of(shards: ShardSet, modality: Modality) -> list[str]:
     """The fields that the modality reads. Raises UserError if the set has none of them."""
     found = [key for key in modality.extensions if key in shards.fields]
     if not found:
@@ -210,5 +210,5 @@ def _members(shards: ShardSet, modality: Modality) -> list[str]:
     return found
 
 
-def _lengths(shards: ShardSet, entry: ShardEntry) -> npt.NDArray[np.uint32]:
+def lengths_of(shards: ShardSet, entry: ShardEntry) -> npt.NDArray[np.uint32]:
     return np.frombuffer(read_lengths(shards.index(entry), entry), np.uint32)

@@ -218,8 +218,8 @@ class MicroBatches:
         rngs = [generator(self.seed, MASK, lot.epoch, sample_id) for sample_id in ids]
         batch = self.modality.collate(examples, rngs, lot.index)
         keys = tuple(self.reader.key(sample_id) for sample_id in used)
-        assert lot.masked in (None, len(batch.masked)), (
-            f"planned {lot.masked} masked tokens, drew {len(batch.masked)} for the samples {keys}"
+        assert lot.masked in (None, batch.terms), (
+            f"planned {lot.masked} masked tokens, drew {batch.terms} for the samples {keys}"
         )
         return Made(dataclasses.replace(batch, keys=keys), tuple(bad))
 

@@ -200,7 +200,8 @@ class Modality(ABC):
     @abstractmethod
     def masked_tokens(self, length: int) -> int | None:
         """The number of masked tokens over all M views of a sample of this length (before
-        cropping). None, for every length, if the number does not follow from the length."""
+        cropping), or 1 if samples have labels (Batch.terms). None, for every length, if the number
+        does not follow from the length."""
 
     # ------------------------------------------------------------------------------ making a batch
 

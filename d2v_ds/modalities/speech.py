@@ -9,6 +9,7 @@ B samples, M masked views per sample, R rows (B or B * M), S raw audio samples, 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -30,6 +31,7 @@ from d2v_ds.transformer import Alibi, TransformerConfig
 
 Waveform = npt.NDArray[np.float32]
 
+WHOLE = 1e5  # seconds that no recording exceeds
 LONG = 4  # of recordings longer than this many crops, only the crop is decoded
 CONTAINERS = ("flac", "wav", "mp3", "ogg", "opus")  # extensions of recordings in a set
 SILENCE = 1e-9  # mean square of samples in [-1, 1]: one quantisation step of 16-bit audio
@@ -358,6 +360,17 @@ class Speech(Modality):
         if config.masked == "replaced":  # torch's initialisation, as in fairseq
             return Head(model.dim, config.head.layers, None, config.head.zero_last)
         return ConvDecoder(config.decoder, model.dim)
+
+    def uncropped(self, max_seconds: float = 0.0) -> Speech:
+        """The same modality for recordings that are used whole, of at least two tokens and, unless
+        max_seconds is 0, of at most max_seconds."""
+        return Speech(
+            dataclasses.replace(
+                self.config,
+                crop_seconds=max_seconds or WHOLE,
+                min_seconds=self.samples(2) / self.config.sample_rate,
+            )
+        )
 
     def picture(self, batch: Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
         """Log-mel frames [T_mel, bands] of the first sample, and the mask [T] of its first view."""

@@ -15,7 +15,7 @@ from d2v_ds.config import Config, modality_of
 from d2v_ds.config.compat import apply_compat
 from d2v_ds.config.decoding import apply_overrides, decode, load_yaml
 from d2v_ds.errors import UserError, suggestion
-from d2v_ds.recipes import joint, speech, text, vision
+from d2v_ds.recipes import finetuning, joint, speech, text, vision
 
 FUNCTIONS = [
     speech.speech_tiny,
@@ -31,6 +31,7 @@ FUNCTIONS = [
     vision.vision_tiny_v1,
     vision.vision_base_v1,
     vision.vision_large_v1,
+    vision.vision_large_v1_second,
     text.text_tiny,
     text.text_base,
     text.text_large,
@@ -38,6 +39,9 @@ FUNCTIONS = [
     text.text_base_v1,
     joint.joint_tiny,
     joint.joint_base,
+    finetuning.finetune_speech_tiny,
+    finetuning.finetune_vision_tiny,
+    finetuning.finetune_text_tiny,
 ]
 RECIPES: dict[str, Callable[[], dict[str, Any]]] = {f.__name__: f for f in FUNCTIONS}
 

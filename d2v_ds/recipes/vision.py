@@ -195,9 +195,8 @@ def vision_base_v1() -> dict[str, Any]:
 
 def vision_large_v1() -> dict[str, Any]:
     """data2vec 1.0 ViT-L/16 on ImageNet-1k: 304 M parameters, 4,096 images per step."""
-    # data2vec_vision beit/README.md: the differences from base. This is the first of two runs. The
-    # second starts from the student of the first, with 40 epochs of warm-up (12,480 steps) and
-    # decay 0.9999. The paper has batches of 8,192.
+    # data2vec_vision beit/README.md: the differences from base. This is the first of two runs;
+    # vision_large_v1_second is the other. The paper has batches of 8,192.
     raw = vision_base_v1()
     raw["run"]["steps"] = 249_600  # 800 epochs of 312
     raw["batch"] = {"size": 4096.0, "micro_batches": 64}  # 64 GPUs x 64 images
@@ -211,6 +210,17 @@ def vision_large_v1() -> dict[str, Any]:
     }
     raw["modality"]["vision"]["loss_scale"] = 1 / 1024
     raw["optim"] |= {"lr": 1e-3, "warmup_steps": 24_960}  # 80 epochs
+    return raw
+
+
+def vision_large_v1_second() -> dict[str, Any]:
+    """data2vec 1.0 ViT-L/16, second run: starts from the student of vision_large_v1."""
+    # data2vec_vision beit/README.md: --seed_model with the first run's student, 800 further epochs
+    # with a schedule of their own
+    raw = vision_large_v1()
+    raw["init"] = "runs/vision_large_v1"  # the default run.dir of the first run
+    raw["teacher"] = {"decay": 0.9999, "decay_end": 0.9999, "anneal_steps": 0}
+    raw["optim"]["warmup_steps"] = 12_480  # 40 epochs
     return raw
 
 

@@ -41,10 +41,22 @@ def check(config: Config, ranks: int) -> None:
     for name in config.modality:
         require_shards(config, name, ranks)
     run = RunFolder(config.run_dir)
+    if config.init and not run.steps():
+        require_init(config.init)
     if run.stop.exists():
         raise UserError(f"{run.stop}: this file stops the run; remove it to resume")
     if run.root.exists() and not run.root.is_dir():
         raise UserError(f"run.dir: {run.root} is a file, not a folder")
+
+
+def require_init(init: str) -> None:
+    """Raises UserError unless there is something to start from. A run that resumes does not read
+    it again."""
+    if not Path(init).exists():
+        raise UserError(
+            f"init: {init}: no such file or folder; name a run folder, a checkpoint, an exported "
+            "folder, a Hugging Face folder, or a .pt or .pth file"
+        )
 
 
 def require_shards(config: Config, modality: str, ranks: int) -> None:

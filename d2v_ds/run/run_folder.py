@@ -2,6 +2,7 @@
 
     RUN/
       config.yaml  environment.json        configuration; versions, hosts, variables
+      init.json                            the parameters that were copied from `init`, by name
       code/HASH.tar.gz                     the code of each start, by its hash in environment.json
       logs/JOB.RESTART/rank00000.txt       one folder per start, one log per rank
       metrics.jsonl  tb/                   curves
@@ -60,6 +61,10 @@ class RunFolder:
     @property
     def environment(self) -> Path:
         return self.root / "environment.json"
+
+    @property
+    def init(self) -> Path:
+        return self.root / "init.json"
 
     @property
     def code(self) -> Path:

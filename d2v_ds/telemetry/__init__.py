@@ -27,7 +27,7 @@ from d2v_ds.run.run_folder import RunFolder
 from d2v_ds.run.watchdog import Watchdog
 from d2v_ds.step import Observer, StepSettings
 from d2v_ds.task import Task
-from d2v_ds.telemetry.metrics import Accumulator, MetricsWriter
+from d2v_ds.telemetry.metrics import VALID, Accumulator, MetricsWriter
 from d2v_ds.telemetry.pictures import masked_picture
 
 log = logging.getLogger("d2v_ds")
@@ -93,11 +93,25 @@ class Telemetry(Observer):
     def step_skipped(self) -> None:
         self.skipped += 1
 
+    @contextmanager
+    def not_counted(self) -> Iterator[None]:
+        """Time that does not belong to training steps."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
     def step_done(
-        self, batch: StepBatch, settings: StepSettings, step: int, samples: int, grad_norm: Tensor
+        self,
+        batch: StepBatch,
+        settings: StepSettings,
+        step: int,
+        samples: int,
+        grad_norm: Tensor,
+        scores: Mapping[str, float] | None = None,
     ) -> None:
         """Call it after every applied step. step: its number; samples: seen so far. Collective: all
-        ranks must call it. grad_norm is copied to the host once per row of metrics."""
+        ranks must call it. grad_norm is copied to the host once per row of metrics. scores: the
+        scalars of a validation after this step, which always has a row."""
         self.steps += 1
         self.samples += batch.samples
         self.bad += batch.bad
@@ -107,8 +121,8 @@ class Telemetry(Observer):
         window.steps, window.grad_norm = window.steps + 1, grad_norm
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
-        if step % self.config.log.every == 0 or step == self.config.run.steps:
-            self._report(batch, settings, step, samples)
+        if step % self.config.log.every == 0 or step == self.config.run.steps or scores:
+            self._report(batch, settings, step, samples, scores or {})
         if step % self.config.log.pictures_every == 0:
             self.pictures_due = set(self.modalities)
         if self.writer and batch.modality in self.pictures_due:
@@ -117,7 +131,14 @@ class Telemetry(Observer):
             picture = masked_picture(*modality.picture(batch.micro_batches[0]))
             self.writer.image(f"mask/{batch.modality}", picture, step)
 
-    def _report(self, batch: StepBatch, settings: StepSettings, step: int, samples: int) -> None:
+    def _report(
+        self,
+        batch: StepBatch,
+        settings: StepSettings,
+        step: int,
+        samples: int,
+        scores: Mapping[str, float],
+    ) -> None:
         rows = self._by_modality()
         passed = time.perf_counter() - self.since
         waited = self.seconds.get("data", 0.0)
@@ -140,11 +161,17 @@ class Telemetry(Observer):
                 "wait_share": float(longest_wait) / passed,
                 "bad": float(bad),
                 **named(epochs, len(epochs) > 1),
+                **scores,
             }
             if self.audio_seconds:
                 row["audio_h_per_h"] = self.audio_seconds / passed
             self.writer.scalars(step, samples, row)
             self._print(step, rows, row["step_s"])
+            if scores:
+                shown = ", ".join(
+                    f"{name.removeprefix(VALID)} {value:.4g}" for name, value in scores.items()
+                )
+                log.info("step %d: validation: %s", step, shown)
         self._reset()
 
     def _by_modality(self) -> dict[str, dict[str, float]]:

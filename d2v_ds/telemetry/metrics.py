@@ -42,6 +42,9 @@ TAGS = {
 }
 
 
+VALID = "valid_"  # begins the names of a validation's scalars
+
+
 class Accumulator:
     """Sums of the reported quantities over micro-batches, steps and ranks.
 
@@ -85,7 +88,9 @@ class Accumulator:
 
 
 def tag_of(name: str, tags: Mapping[str, str]) -> str:
-    """The TensorBoard tag of a scalar."""
+    """The TensorBoard tag of a scalar; valid/X for valid_X."""
+    if name.startswith(VALID):
+        return f"valid/{name.removeprefix(VALID)}"
     name, of, modality = name.partition("/")
     assert name in tags, f"{name!r} has no TensorBoard tag"
     return tags[name].removesuffix("/total") + of + modality if of else tags[name]

@@ -10,7 +10,8 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from d2v_ds.config import EngineSettings, Optim
-from d2v_ds.engine import create_engine, merge, resolve_precision
+from d2v_ds.config.decoding import merge
+from d2v_ds.engine import create_engine, resolve_precision
 from d2v_ds.engine.local import LocalEngine
 from d2v_ds.errors import UserError
 from d2v_ds.seeding import seed_torch

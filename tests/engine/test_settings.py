@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from d2v_ds.config.decoding import merge
 from d2v_ds.config.engine_file import load_engine_config
-from d2v_ds.engine import merge
 from d2v_ds.engine.zero import check_settings
 from d2v_ds.errors import UserError
 from d2v_ds.files import resource

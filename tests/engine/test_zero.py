@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from d2v_ds.config import EngineSettings, Optim
-from d2v_ds.engine import create_engine, merge
+from d2v_ds.config.decoding import merge
+from d2v_ds.engine import create_engine
 from d2v_ds.engine.layout import check_layout
 from d2v_ds.errors import UserError
 from d2v_ds.seeding import seed_torch

@@ -1,0 +1,199 @@
+"""A modality whose samples have labels: what the loader reads in fine-tuning.
+
+    members, .json --decode--> (example, label) --collate--> Batch with labels, masks, mixed images
+
+B samples, T tokens, D width, C classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from d2v_ds.batch import Batch
+from d2v_ds.config.finetuning import FineTuning
+from d2v_ds.errors import UserError
+from d2v_ds.finetune.labels import Classes, Labels, Transcripts
+from d2v_ds.finetune.mixing import Mixing
+from d2v_ds.masking import span_mask
+from d2v_ds.modalities.base import Modality
+from d2v_ds.student import FrontEnd
+from d2v_ds.transformer import TransformerConfig
+
+Example = tuple[Any, Any]  # what the modality decodes, and its label's numbers; None: not counted
+
+
+class Labelled(Modality, abstract=True):
+    """Reads the samples of another modality together with their labels.
+
+    training: crop, augment and mask; otherwise samples are read whole. Recordings with a transcript
+    are never cropped, so `base` must not crop them either (Speech.uncropped).
+    """
+
+    def __init__(
+        self,
+        base: Modality,
+        settings: FineTuning,
+        labels: Labels,
+        dim: int,
+        *,
+        training: bool,
+    ) -> None:
+        super().__init__(base.config)
+        self.base, self.settings, self.labels, self.dim = base, settings, labels, dim
+        self.training = training
+        self.whole = settings.task == "ctc" or base.name == "text" or not training
+        self.mixing = Mixing.of(settings) if training and base.name == "vision" else None
+        # Class attributes of the contract, as those of `base`.
+        for name in ("name", "batch_unit", "length_unit", "packed_extensions", "converter"):
+            setattr(self, name, getattr(base, name))
+        self.extensions = (*base.extensions, "json")  # type: ignore[misc]
+
+    @property
+    def views(self) -> int:
+        return 1
+
+    # -------------------------------------------------------------------------- planning a step
+
+    def check_set(self, about: Mapping[str, Any]) -> None:
+        self.base.check_set(about)
+
+    @classmethod
+    def check_sample(cls, members: Mapping[str, bytes], about: Mapping[str, Any]) -> int:
+        raise NotImplementedError("sets are verified by their own modality")
+
+    def crop(self, length: int) -> int:
+        limit = self.settings.max_seconds
+        if limit and self.batch_unit == "s" and length > limit * self.base.config.sample_rate:
+            return 0
+        return self.base.crop(length)
+
+    def cost(self, length: int) -> float:
+        return self.base.cost(length)
+
+    def masked_tokens(self, length: int) -> int | None:
+        return 1  # the loss is divided by the number of samples
+
+    # ---------------------------------------------------------------------------- making a batch
+
+    def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Example:
+        """Raises UserError for a sample without a label or with one that is not known, because
+        that is no damage of a single sample."""
+        label = self.label(sample)
+        example = self.base.decode(sample, None if self.whole else rng)
+        if self.base.name == "text" and self.settings.bos_id is not None:
+            example = np.concatenate([[self.settings.bos_id], example])
+            example = example[: self.base.config.max_tokens]
+        if self.mixing and rng is not None:
+            example = self.mixing.augment(example, rng)
+        return example, label
+
+    def label(self, sample: Mapping[str, bytes]) -> Any:
+        try:
+            return self.labels.encode(read_label(sample, self.settings.label))
+        except ValueError as error:
+            meta = json.loads(sample.get("json", b"{}"))
+            name = meta.get("path") or meta.get("paths") or "a sample"
+            raise UserError(f"finetune.label: {name}: {error}") from None
+
+    def fit(self, example: Example, length: int) -> Example:
+        size = self.crop(length)
+        content, _ = example
+        if self.base.name == "text" and self.settings.bos_id is not None:
+            size = min(length + 1, self.base.config.max_tokens)
+        if self.base.name == "vision" or len(content) == size:
+            return example
+        return np.resize(content, size), None  # another sample's, cut: its label no longer fits
+
+    def collate(
+        self, examples: Sequence[Example], rngs: Sequence[np.random.Generator], index: int
+    ) -> Batch:
+        contents, labels = [list(column) for column in zip(*examples, strict=True)]
+        batch = self.base.unmasked(contents)
+        fields = self.label_fields(labels)
+        if self.mixing and self.mixing.mixes:
+            rng = rngs[0]  # of the first sample: the plan determines who is mixed with whom
+            inputs, mixed = self.mixing.mix(batch.inputs.numpy(), fields["labels"].numpy(), rng)
+            fields["labels"] = torch.from_numpy(mixed)
+            batch = dataclasses.replace(batch, inputs=torch.from_numpy(inputs))
+        if self.training:
+            fields |= self.masks(batch, rngs)
+        return dataclasses.replace(batch, index=index, **fields)
+
+    def label_fields(self, labels: Sequence[Any]) -> dict[str, Any]:
+        """`labels` and `label_lengths` of a Batch."""
+        if isinstance(self.labels, Classes):
+            rows = torch.zeros(len(labels), len(self.labels.names))
+            for row, label in zip(rows, labels, strict=True):
+                if label is not None:
+                    row[label] = 1
+            return {"labels": rows}
+        if isinstance(self.labels, Transcripts):
+            ids = [label for label in labels if label is not None]
+            return {
+                "labels": torch.from_numpy(np.concatenate(ids or [np.zeros(0, np.int64)])),
+                "label_lengths": torch.tensor([-1 if n is None else len(n) for n in labels]),
+            }
+        return {"labels": torch.tensor([np.nan if n is None else n for n in labels]).float()}
+
+    def masks(self, batch: Batch, rngs: Sequence[np.random.Generator]) -> dict[str, Any]:
+        """Masked tokens and channels of a batch of speech: `seen` and `channels` of a Batch."""
+        settings, (B, T) = self.settings, batch.seen.shape
+        fields: dict[str, Any] = {}
+        if settings.time_mask:
+            lengths = [T] * B if batch.valid is None else batch.valid.sum(1).tolist()
+            masks = [
+                np.pad(spans(n, settings.time_mask, settings.time_mask_length, rng), (0, T - n))
+                for n, rng in zip(lengths, rngs, strict=True)
+            ]
+            fields["seen"] = torch.from_numpy(np.stack(masks)).logical_not() & batch.seen
+        if settings.channel_mask:
+            hidden = [
+                spans(self.dim, settings.channel_mask, settings.channel_mask_length, rng)
+                for rng in rngs
+            ]
+            fields["channels"] = torch.from_numpy(np.stack(hidden)).logical_not()
+        return fields
+
+    def unmasked(self, examples: Sequence[Any]) -> Batch:
+        return self.base.unmasked(examples)
+
+    def largest(self) -> Any:
+        return self.base.largest()
+
+    # ---------------------------------------------------------------------- the model, inspection
+
+    def front_end(self, model: TransformerConfig) -> FrontEnd:
+        return self.base.front_end(model)
+
+    def predictor(self, model: TransformerConfig) -> nn.Module:
+        raise NotImplementedError("fine-tuning has a head instead")
+
+    def baseline(self, example: Example) -> npt.NDArray[np.float32]:
+        return self.base.baseline(example[0])
+
+    def picture(self, batch: Batch) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+        return self.base.picture(batch)
+
+
+def spans(length: int, prob: float, span: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
+    """Masked positions [length], in spans as data2vec 1.0 draws them."""
+    [mask] = span_mask(length, prob=prob, length=span, views=1, rng=rng)
+    return np.asarray(mask)
+
+
+def read_label(sample: Mapping[str, bytes], column: str) -> Any:
+    """The label of a sample. Raises ValueError if its .json has none."""
+    meta = json.loads(sample.get("json", b"{}"))
+    if column not in meta:
+        raise ValueError(
+            f"its .json has no {column!r} (it has: {', '.join(sorted(meta)) or 'nothing'})"
+        )
+    return meta[column]
