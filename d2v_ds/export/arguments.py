@@ -67,7 +67,8 @@ def add_common(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from d2v_ds.export.writer import Options, VerificationFailed, export
+    from d2v_ds.export.verify import VerificationFailed
+    from d2v_ds.export.writer import Options, export
     from d2v_ds.weights import open_weights
 
     options = Options(

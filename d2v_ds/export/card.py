@@ -13,6 +13,7 @@ import torch
 from d2v_ds import __version__
 from d2v_ds.data.shard_format import open_set
 from d2v_ds.errors import UserError
+from d2v_ds.export.heads import classes_of
 from d2v_ds.export.model import Exported
 from d2v_ds.run.run_folder import RunFolder
 from d2v_ds.weights import Weights
@@ -27,6 +28,7 @@ TAGS = {
 }
 TASK_TAGS = {
     "ctc": "automatic-speech-recognition",
+    "speech": "audio-classification",
     "vision": "image-classification",
     "text": "text-classification",
 }
@@ -53,7 +55,7 @@ EXAMPLES = {  # modality -> (what is processed, the lines that process it)
         ],
     ),
 }
-CLASSES = {
+PREPROCESSORS = {
     "speech": "AutoFeatureExtractor",
     "vision": "AutoImageProcessor",
     "text": "AutoTokenizer",
@@ -163,23 +165,20 @@ def usage(
     if name == "text" and "tokenizer_config.json" not in files:
         return "The folder has no tokenizer; give the model ids of the training text's tokenizer."
     sample, lines = EXAMPLES[name]
-    auto = "AutoModel"
-    if exported.finetune:
-        pairs = {"speech": "CTC", "vision": "ImageClassification", "text": "SequenceClassification"}
-        auto = f"AutoModelFor{pairs[name]}"
+    auto = classes_of(name, exported.head)[0] if exported.head else "AutoModel"
     trust = ", trust_remote_code=True" if own else ""
     libraries = {"speech": ["import numpy as np"], "vision": ["from PIL import Image"]}
     rate = exported.modality[name].get("sample_rate")
     program = [
         *libraries.get(name, []),
-        f"from transformers import {', '.join(sorted((CLASSES[name], auto)))}",
+        f"from transformers import {', '.join(sorted((PREPROCESSORS[name], auto)))}",
         "",
         'folder = "."  # of this file',
         sample,
         *(line.replace("{rate}", str(rate)) for line in lines),
         f"model = {auto}.from_pretrained(folder{trust})",
         "outputs = model(**inputs, output_hidden_states=True)",
-        f"print({'outputs.logits' if exported.finetune else 'outputs.last_hidden_state'}.shape)",
+        f"print({'outputs.logits' if exported.head else 'outputs.last_hidden_state'}.shape)",
     ]
     return python(program)
 

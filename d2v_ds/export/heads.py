@@ -1,34 +1,37 @@
-"""The outputs of a fine-tuned model's head on features of the encoder.
-
-    ctc                         every token                     -> proj
-    classification of images    mean of the last block's output -> norm -> proj
-    classification, regression  first token -> dense -> tanh    -> proj
-
-T tokens, D width, C outputs.
-"""
+"""The head of a fine-tuned model: which kind it is, and the classes of transformers for it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
+
+from d2v_ds.finetune.heads import HEADS, STD, HeadKind
+
+# (modality, kind) -> (class of transformers for any model, class of remote/modeling_d2v.py)
+CLASSES: dict[tuple[str, str], tuple[str, str]] = {
+    ("speech", "ctc"): ("AutoModelForCTC", "D2vForCTC"),
+    ("speech", "pooled"): ("AutoModelForAudioClassification", "D2vForAudioClassification"),
+    ("vision", "pooled"): ("AutoModelForImageClassification", "D2vForImageClassification"),
+    ("text", "pooled"): ("AutoModelForSequenceClassification", "D2vForSequenceClassification"),
+}
 
 
-def logits(
-    head: Mapping[str, Tensor], task: str, last: Tensor, block: Tensor, norm_eps: float
-) -> Tensor:
-    """One example: the trunk's output [T, D] and the last block's output [T, D] -> [T, C] for ctc,
-    else [C]. head: head.* by name."""
+def head_kind(head: Mapping[str, Tensor]) -> HeadKind:
+    """The kind of a head, from the names of its tensors, head.*."""
+    if "head.dense.weight" in head:
+        return "first"
+    return "mean" if "head.norm.weight" in head else "ctc"
 
-    def linear(name: str, x: Tensor) -> Tensor:
-        return F.linear(x, head[f"head.{name}.weight"], head[f"head.{name}.bias"])
 
-    if task == "ctc":
-        return linear("proj", last)
-    if "head.norm.weight" in head:
-        mean = block.mean(0)
-        norm = head["head.norm.weight"], head["head.norm.bias"]
-        return linear("proj", F.layer_norm(mean, mean.shape, *norm, eps=norm_eps))
-    return linear("proj", torch.tanh(linear("dense", last[0])))
+def classes_of(modality: str, head: Mapping[str, Tensor]) -> tuple[str, str]:
+    """The classes for a model with this head."""
+    return CLASSES[modality, "ctc" if head_kind(head) == "ctc" else "pooled"]
+
+
+def build_head(head: Mapping[str, Tensor]) -> nn.Module:
+    """The head with its weights, in evaluation mode."""
+    outputs, dim = head["head.proj.weight"].shape
+    module = HEADS[head_kind(head)](dim, outputs, std=STD, dropout=0.0)
+    module.load_state_dict({name.removeprefix("head."): value for name, value in head.items()})
+    return module.eval()

@@ -21,11 +21,6 @@ from torch import Tensor
 from d2v_ds.data.audio import import_torchaudio
 
 INPUTS = {"speech": "input_values", "vision": "pixel_values", "text": "input_ids"}
-HEADS = {
-    "speech": "AutoModelForCTC",
-    "vision": "AutoModelForImageClassification",
-    "text": "AutoModelForSequenceClassification",
-}
 STOCK = "data2vec-"  # the model types of transformers
 
 
@@ -49,7 +44,7 @@ def main(folder: str, scratch: Path) -> None:
     }
     if plan.get("texts"):
         problems += compare_texts(folder, plan["texts"], plan["ids"])
-    if plan["task"] == "ctc":
+    if plan["class"] == "AutoModelForCTC":
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         if tokenizer.convert_ids_to_tokens(list(range(len(plan["labels"])))) != plan["labels"]:
             problems.append("the tokenizer has other symbols than the model")
@@ -60,15 +55,15 @@ def load_model(folder: str, plan: Mapping[str, Any], problems: list[str]) -> Any
     import transformers
 
     stock = STOCK in json.loads((Path(folder) / "config.json").read_text())["model_type"]
-    kind = HEADS[plan["model"][0]] if plan["task"] else "AutoModel"
     # Data2VecTextModel would add a pooling layer, which is in no pre-trained model.
-    more = {"add_pooling_layer": False} if stock and plan["model"] == ["text"] else {}
-    model, info = getattr(transformers, kind).from_pretrained(
+    pooled = stock and plan["model"] == ["text"] and plan["class"] == "AutoModel"
+    more = {"add_pooling_layer": False} if pooled else {}
+    model, info = getattr(transformers, plan["class"]).from_pretrained(
         folder,
         trust_remote_code=not stock,
         dtype=torch.float32,
         output_loading_info=True,
-        **({} if plan["task"] else more),
+        **more,
     )
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, info[what])):

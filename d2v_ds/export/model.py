@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ def select(found: Weights, which: Which, modality: str, about: Settings) -> Expo
     head = dict(found.tensors("head")) if found.finetune else {}
     if head and which == "teacher":
         raise UserError(f"{found.path}: is fine-tuned and has no teacher; use --weights student")
-    finetune = dict(found.finetune) if head else {}
+    finetune = portable(found.finetune) if head else {}
     if finetune and len(kept) > 1:
         raise UserError(
             f"{found.path}: is fine-tuned on one of {', '.join(kept)}; name it with --modality"
@@ -104,6 +105,12 @@ def select(found: Weights, which: Which, modality: str, about: Settings) -> Expo
         head=head,
         predictors=predictors(found, kept),
     )
+
+
+def portable(finetune: Settings) -> Settings:
+    """finetune.* without the folders of this machine."""
+    named = {"tokenizer": Path(finetune["tokenizer"]).name} if finetune.get("tokenizer") else {}
+    return {**finetune, **named}
 
 
 def predictors(found: Weights, kept: Mapping[str, Settings]) -> dict[str, Tensor]:

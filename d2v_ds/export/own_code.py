@@ -8,22 +8,20 @@ from typing import Any
 
 from torch import Tensor
 
+from d2v_ds.export.heads import CLASSES, classes_of, head_kind
 from d2v_ds.export.model import Exported
 
 CODE = Path(__file__).parent / "remote"
 MODEL_FILES = ["configuration_d2v.py", "layers_d2v.py", "modeling_d2v.py"]
-HEADS = {  # modality -> (class of transformers, class of modeling_d2v.py)
-    "speech": ("AutoModelForCTC", "D2vForCTC"),
-    "vision": ("AutoModelForImageClassification", "D2vForImageClassification"),
-    "text": ("AutoModelForSequenceClassification", "D2vForSequenceClassification"),
-}
 
 
 def own_config(exported: Exported) -> dict[str, Any]:
     """config.json for the classes of modeling_d2v.py."""
-    heads = {HEADS[name][0]: HEADS[name][1] for name in exported.names}
+    heads = dict(pair for (name, _), pair in CLASSES.items() if name in exported.modality)
     classes = {"AutoModel": "D2vModel", **heads}
-    architecture = HEADS[exported.names[0]][1] if exported.finetune else "D2vModel"
+    architecture = "D2vModel"
+    if exported.head:
+        architecture = classes_of(exported.names[0], exported.head)[1]
     config: dict[str, Any] = {
         "architectures": [architecture],
         "model_type": "d2v_ds",
@@ -32,6 +30,8 @@ def own_config(exported: Exported) -> dict[str, Any]:
             **{auto: f"modeling_d2v.{name}" for auto, name in classes.items()},
         },
     }
+    if exported.head and head_kind(exported.head) != "ctc":
+        config["pool"] = head_kind(exported.head)
     if exported.finetune.get("task") == "ctc":
         config["vocab_size"] = len(exported.finetune["labels"])
     elif "text" in exported.modality:

@@ -16,7 +16,8 @@ from typing import Any
 
 from d2v_ds.data import images
 from d2v_ds.export.model import Exported
-from d2v_ds.export.text import MODEL_FILE, TextTokenizer, converted
+from d2v_ds.export.text import MODEL_FILE, SPACE, TextTokenizer, converted
+from d2v_ds.finetune.labels import BOUNDARY
 
 Files = dict[str, str | bytes]  # name -> content
 Settings = dict[str, Any]
@@ -103,7 +104,7 @@ def ctc_files(labels: list[str]) -> Files:
         "unk_token": "<unk>" if "<unk>" in labels else None,
         "bos_token": None,
         "eos_token": None,
-        "word_delimiter_token": "|",
+        "word_delimiter_token": BOUNDARY if BOUNDARY in labels else SPACE,
         "replace_word_delimiter_char": " ",
         "do_lower_case": False,
         "clean_up_tokenization_spaces": False,

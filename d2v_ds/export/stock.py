@@ -9,13 +9,15 @@ The fields of their configurations that have no counterpart here keep their defa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from d2v_ds.export.heads import head_kind
 from d2v_ds.export.model import Exported
-from d2v_ds.key_maps import HUGGING_FACE, to_theirs
+from d2v_ds.finetune.heads import NORM_EPS
+from d2v_ds.key_maps import HUGGING_FACE, HUGGING_FACE_HEADS, fill, match, to_theirs
+from d2v_ds.weights.transformers_folder import PREFIXES
 
 Settings = dict[str, Any]
 
@@ -33,26 +35,19 @@ IMPLIED: dict[str, Settings] = {
 }
 EXTRA_TOKENS = {"speech": 0, "vision": 1, "text": 0}
 BASE = {"speech": "Data2VecAudio", "vision": "Data2VecVision", "text": "Data2VecText"}
-PREFIX = {"speech": "data2vec_audio", "vision": "data2vec_vision", "text": "data2vec_text"}
-# Of each modality: the class with a head, and the names of the head's tensors.
-HEADS: dict[str, tuple[str, dict[str, str]]] = {
-    "speech": ("ForCTC", {"proj": "lm_head"}),
-    "vision": (
-        "ForImageClassification",
-        {"norm": "data2vec_vision.pooler.layernorm", "proj": "classifier"},
-    ),
-    "text": (
-        "ForSequenceClassification",
-        {"dense": "classifier.dense", "proj": "classifier.out_proj"},
-    ),
+HEADS = {  # modality -> (kind of the head, class with it)
+    "speech": ("ctc", "ForCTC"),
+    "vision": ("mean", "ForImageClassification"),
+    "text": ("first", "ForSequenceClassification"),
 }
 
 
-def stock_problems(model: Settings, modality: Mapping[str, Settings]) -> list[str]:
+def stock_problems(exported: Exported) -> list[str]:
     """The settings that the classes of transformers cannot express; empty if they can."""
-    if len(modality) > 1:
+    if len(exported.modality) > 1:
         return ["several modalities"]
-    [(name, settings)] = modality.items()
+    [(name, settings)] = exported.modality.items()
+    model = exported.model
     implied = {
         "masked": "replaced",
         **IMPLIED[name],
@@ -67,13 +62,17 @@ def stock_problems(model: Settings, modality: Mapping[str, Settings]) -> list[st
             problems.append(f"{path}={found}")
     if name == "vision" and model["layer_scale"] <= 0:
         problems.append("model.layer_scale=0")
+    if exported.head and head_kind(exported.head) != HEADS[name][0]:
+        problems.append(f"a head of the kind {head_kind(exported.head)} for {name}")
+    if exported.head and name == "vision" and model["norm_eps"] != NORM_EPS:
+        problems.append(f"model.norm_eps={model['norm_eps']}, unlike that of the head")
     return problems
 
 
 def stock_config(exported: Exported) -> Settings:
     """config.json for the classes of transformers."""
     name = exported.names[0]
-    suffix = HEADS[name][0] if exported.finetune else "Model"
+    suffix = HEADS[name][1] if exported.head else "Model"
     fields = {"speech": speech_fields, "vision": vision_fields, "text": text_fields}[name]
     return {
         "architectures": [BASE[name] + suffix],
@@ -118,7 +117,7 @@ def speech_fields(exported: Exported, settings: Settings) -> Settings:
         "pad_token_id": 0,
         "bos_token_id": None,
         "eos_token_id": None,
-        **({"vocab_size": len(finetune["labels"])} if finetune else {}),
+        **({"vocab_size": len(finetune["labels"])} if exported.head else {}),
     }
 
 
@@ -133,7 +132,7 @@ def vision_fields(exported: Exported, settings: Settings) -> Settings:
         "use_relative_position_bias": False,
         "use_shared_relative_position_bias": True,
         # Without: the class token, and the norm of the trunk; with: the norm of the head.
-        "use_mean_pooling": bool(exported.finetune),
+        "use_mean_pooling": bool(exported.head),
         "layer_scale_init_value": model["layer_scale"],
         "hidden_dropout_prob": model["dropout"],
         "attention_probs_dropout_prob": model["attention_dropout"],
@@ -160,14 +159,14 @@ def stock_tensors(exported: Exported) -> tuple[dict[str, Tensor], dict[str, Tens
     """(the tensors of their class, by their names; tensors of ours that it lacks, by our names)."""
     name = exported.names[0]
     theirs = to_theirs(exported.encoder, HUGGING_FACE[name, "1.0"])
-    if not exported.finetune:
+    if not exported.head:
         return theirs, {}
     lacking = {}
     if name == "vision":  # ForImageClassification has no norm after the trunk
         lacking = {k: v for k, v in exported.encoder.items() if ".trunk.norm." in k}
         theirs = {k: v for k, v in theirs.items() if not k.startswith("layernorm.")}
-    theirs = {f"{PREFIX[name]}.{key}": tensor for key, tensor in theirs.items()}
+    theirs = {PREFIXES[name] + key: tensor for key, tensor in theirs.items()}
     for key, tensor in exported.head.items():
-        part, _, which = key.removeprefix("head.").rpartition(".")
-        theirs[f"{HEADS[name][1][part]}.{which}"] = tensor
+        rule, _, values = match(key, HUGGING_FACE_HEADS[name], side="ours")
+        theirs[fill(rule.names[0], values)] = tensor
     return theirs, lacking

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from d2v_ds.data import images
 from d2v_ds.errors import UserError
-from d2v_ds.export.heads import logits
+from d2v_ds.export.heads import build_head, classes_of
 from d2v_ds.export.model import Exported
 from d2v_ds.export.text import TextTokenizer
 from d2v_ds.modalities.base import Modality
@@ -114,7 +114,7 @@ def expectations(
     plan: dict[str, Any] = {
         "model": exported.names,
         "inputs": [],
-        "task": exported.finetune.get("task", ""),
+        "class": classes_of(exported.names[0], exported.head)[0] if exported.head else "AutoModel",
         "labels": list(exported.finetune.get("labels", ())),
         "settings": exported.modality,
     }
@@ -158,14 +158,8 @@ def outputs(exported: Exported, modality: Modality, example: Any) -> dict[str, T
         ready = images.normalise(batch.inputs)[0]
     found = {"input": ready, "last": last[0]}
     found |= {f"block.{n}": block for n, block in enumerate(blocks)}
-    if exported.finetune:
-        found["logits"] = logits(
-            exported.head,
-            exported.finetune["task"],
-            last[0],
-            blocks[-1],
-            exported.model["norm_eps"],
-        )
+    if exported.head:
+        found["logits"] = build_head(exported.head)(blocks[-1][None], None)[0]
     return found
 
 

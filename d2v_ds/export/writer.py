@@ -110,7 +110,7 @@ def collect(
 ) -> Content:
     """All files of the export."""
     exported = exported.with_special_ids(text.special_ids if text else {})
-    problems = stock_problems(exported.model, exported.modality)
+    problems = stock_problems(exported)
     lacking: dict[str, Tensor] = {}
     if problems:
         config, tensors, code = own_config(exported), own_tensors(exported), [*MODEL_FILES]
@@ -125,6 +125,9 @@ def collect(
         code += more
     elif exported.finetune.get("task") == "ctc":
         files |= ctc_files(list(exported.finetune["labels"]))
+        pieces = Path(found.finetune.get("tokenizer", ""))
+        if pieces.is_file():
+            files[pieces.name] = pieces.read_bytes()
     else:
         files |= other_tokenizer(found) if "text" in exported.modality else {}
     config |= {"dtype": "float32", **label_fields(exported), "d2v_ds": exported.entry()}

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from d2v_ds import recipes
+from d2v_ds.config.decoding import to_dict
+from d2v_ds.config.finetuning import FineTuning
 from d2v_ds.encoder import EncoderOutput, pretrained
 from d2v_ds.export.writer import Content, Options, export
+from d2v_ds.finetune.heads import HEADS, HeadKind
 from d2v_ds.pretrain import Pretrain
 from d2v_ds.weights import Weights, Which
 from d2v_ds.weights.model import Part
@@ -64,23 +67,22 @@ def from_task(raw: Any) -> Weights:
     )
 
 
-def with_head(found: Weights, task: str = "") -> Weights:
+KINDS: dict[str, HeadKind] = {"speech": "ctc", "vision": "mean", "text": "first"}
+
+
+def with_head(found: Weights, task: str = "", kind: HeadKind | None = None) -> Weights:
     """The weights, fine-tuned: with a random head."""
     [name] = found.modality
     usual, labels = LABELS[name]
     task = task or usual
-    labels = [] if task == "regression" else labels
-    D, outputs = found.model["dim"], len(labels) or 1
-    shapes = {"head.proj.weight": (outputs, D), "head.proj.bias": (outputs,)}
-    if name == "vision":
-        shapes |= {"head.norm.weight": (D,), "head.norm.bias": (D,)}
-    if name == "text":
-        shapes |= {"head.dense.weight": (D, D), "head.dense.bias": (D,)}
+    labels = ["value"] if task == "regression" else labels
     torch.manual_seed(1)
-    head = {key: torch.randn(shape) for key, shape in shapes.items()}
+    module = HEADS[kind or KINDS[name]](found.model["dim"], len(labels), std=0.5, dropout=0.0)
+    head = {f"head.{key}": torch.randn_like(p) for key, p in module.named_parameters()}
+    settings = to_dict(FineTuning(task=cast(Any, task), labels=tuple(labels)))
     return dataclasses.replace(
         found,
-        finetune={"task": task, "labels": labels},
+        finetune=settings,
         tensors=lambda part: head if part == "head" else found.tensors(part),
     )
 

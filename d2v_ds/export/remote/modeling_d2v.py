@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import (
     CausalLMOutput,
-    ImageClassifierOutput,
     SequenceClassifierOutput,
 )
 from transformers.utils import ModelOutput
@@ -98,9 +97,16 @@ class D2vPreTrainedModel(PreTrainedModel):
             exists = torch.arange(T, device=inputs.device) < lengths[:, None]
         return None if bool(exists.all()) else exists
 
-    def extra(self, name: str) -> int:
-        """E."""
-        return self.config.d2v_ds["modality"][name]["extra_tokens"]
+    def last_block(
+        self, name: str, inputs: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        """For heads: the last block's output without extra tokens [B, T, D], which of its tokens
+        exist [B, T], and all states. Heads replace the norm after the last block."""
+        found = self.encode(name, inputs, attention_mask)
+        E = self.config.d2v_ds["modality"][name]["extra_tokens"]
+        x = found.states[-1][:, E:]
+        exists = x.new_ones(x.shape[:2], dtype=torch.bool)
+        return x, exists if found.exists is None else found.exists[:, E:], found.states
 
 
 def token_count(samples: Tensor, convs: Sequence[Sequence[int]]) -> Tensor:
@@ -158,13 +164,13 @@ def result(config: D2vConfig, output: ModelOutput, states: Any, options: Setting
 
 
 class Head(nn.Module):
-    """norm or dense, where a task has them, and proj: the outputs."""
+    """norm for a mean over tokens, or dense for the first token; proj: the outputs."""
 
-    def __init__(self, task: str, D: int, outputs: int, eps: float) -> None:
+    def __init__(self, kind: str, D: int, outputs: int) -> None:
         super().__init__()
-        if task == "images":
-            self.norm = nn.LayerNorm(D, eps=eps)
-        if task == "texts":
+        if kind == "mean":
+            self.norm = nn.LayerNorm(D, eps=1e-6)
+        if kind == "first":
             self.dense = nn.Linear(D, D)
         self.proj = nn.Linear(D, outputs)
 
@@ -176,7 +182,7 @@ class D2vForCTC(D2vPreTrainedModel):
 
     def __init__(self, config: D2vConfig) -> None:
         super().__init__(config)
-        self.head = Head("ctc", config.hidden_size, config.vocab_size, 0.0)
+        self.head = Head("ctc", config.hidden_size, config.vocab_size)
         self.post_init()
 
     def forward(
@@ -188,14 +194,10 @@ class D2vForCTC(D2vPreTrainedModel):
     ) -> Any:
         """labels [B, N]: ids of the transcript's symbols, negative for padding. Logits [B, T, V]
         are undefined for padding."""
-        found = self.encode("speech", input_values, attention_mask)
-        E = self.extra("speech")
-        logits = self.head.proj(found.last[:, E:])
+        x, exists, states = self.last_block("speech", input_values, attention_mask)
+        logits = self.head.proj(x)
         loss = None
         if labels is not None:
-            exists = logits.new_ones(logits.shape[:2], dtype=torch.bool)
-            if found.exists is not None:
-                exists = found.exists[:, E:]
             loss = F.ctc_loss(
                 logits.float().log_softmax(-1).transpose(0, 1),
                 labels[labels >= 0],
@@ -204,40 +206,66 @@ class D2vForCTC(D2vPreTrainedModel):
                 zero_infinity=True,
             )
         output = CausalLMOutput(loss=loss, logits=logits)
-        return result(self.config, output, found.states, options)
+        return result(self.config, output, states, options)
 
 
-class D2vForImageClassification(D2vPreTrainedModel):
-    """The mean over patches of the last block's output, a norm and a linear layer."""
+class D2vForClassification(D2vPreTrainedModel):
+    """Classes, or one number, per sample. The mean over tokens, a norm and a linear layer; or, the
+    default for text, a linear layer, tanh and a linear layer on the first token."""
 
-    main_input_name = "pixel_values"
+    modality = ""
 
     def __init__(self, config: D2vConfig) -> None:
         super().__init__(config)
-        eps = config.d2v_ds["model"]["norm_eps"]
-        self.head = Head("images", config.hidden_size, config.num_labels, eps)
+        self.pool = config.pool or ("first" if self.modality == "text" else "mean")
+        self.head = Head(self.pool, config.hidden_size, config.num_labels)
         self.post_init()
+
+    def classify(
+        self, inputs: Tensor, mask: Tensor | None, labels: Tensor | None, options: Settings
+    ) -> Any:
+        """labels [B]: class ids, or numbers if the model has one output. Logits [B, C]."""
+        x, exists, states = self.last_block(self.modality, inputs, mask)
+        if self.pool == "mean":
+            weight = exists[:, :, None].to(x.dtype)
+            x = self.head.norm((x * weight).sum(1) / weight.sum(1))
+        else:
+            x = torch.tanh(self.head.dense(x[:, 0]))
+        logits = self.head.proj(x)
+        loss = None
+        if labels is not None and self.config.num_labels == 1:
+            loss = F.mse_loss(logits[:, 0].float(), labels.float())
+        elif labels is not None:
+            loss = F.cross_entropy(logits.float(), labels)
+        output = SequenceClassifierOutput(loss=loss, logits=logits)
+        return result(self.config, output, states, options)
+
+
+class D2vForAudioClassification(D2vForClassification):
+    main_input_name = "input_values"
+    modality = "speech"
+
+    def forward(
+        self,
+        input_values: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        return self.classify(input_values, attention_mask, labels, options)
+
+
+class D2vForImageClassification(D2vForClassification):
+    main_input_name = "pixel_values"
+    modality = "vision"
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
-        """labels [B]: class ids. Logits [B, C]."""
-        found = self.encode("vision", pixel_values, None)
-        mean = found.states[-1][:, self.extra("vision") :].mean(1)
-        logits = self.head.proj(self.head.norm(mean))
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
-        output = ImageClassifierOutput(loss=loss, logits=logits)
-        return result(self.config, output, found.states, options)
+        return self.classify(pixel_values, None, labels, options)
 
 
-class D2vForSequenceClassification(D2vPreTrainedModel):
-    """Classes or one number per text: a linear layer, tanh and a linear layer on the first
-    token."""
-
+class D2vForSequenceClassification(D2vForClassification):
     main_input_name = "input_ids"
-
-    def __init__(self, config: D2vConfig) -> None:
-        super().__init__(config)
-        self.head = Head("texts", config.hidden_size, config.num_labels, 0.0)
-        self.post_init()
+    modality = "text"
 
     def forward(
         self,
@@ -246,14 +274,4 @@ class D2vForSequenceClassification(D2vPreTrainedModel):
         labels: Tensor | None = None,
         **options: Any,
     ) -> Any:
-        """labels [B]: class ids, or numbers for a regression. Logits [B, C]."""
-        found = self.encode("text", input_ids, attention_mask)
-        first = found.last[:, self.extra("text")]
-        logits = self.head.proj(torch.tanh(self.head.dense(first)))
-        loss = None
-        if labels is not None and self.config.num_labels == 1:
-            loss = F.mse_loss(logits[:, 0].float(), labels.float())
-        elif labels is not None:
-            loss = F.cross_entropy(logits.float(), labels)
-        output = SequenceClassifierOutput(loss=loss, logits=logits)
-        return result(self.config, output, found.states, options)
+        return self.classify(input_ids, attention_mask, labels, options)
