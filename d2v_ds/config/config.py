@@ -171,8 +171,7 @@ def validate(config: Config) -> None:
         "save.keep_best",
         f"must be 0 (off) or more, got {config.save.keep_best}",
     )
-    if config.save.keep_best:
-        require(bool(config.data.valid), "save.keep_best", "needs data.valid")
+    if config.save.keep_best and config.data.valid:
         require(
             config.save.every % config.valid.every == 0,
             "save.every",

@@ -199,8 +199,9 @@ class Save:
     """The number of newest checkpoints to keep."""
 
     keep_best: int = 0
-    """The number of best checkpoints to keep in addition, by save.best; 0: none. Only steps with a
-    validation are compared, so save.every must be a multiple of valid.every."""
+    """The number of best checkpoints to keep in addition, by save.best; 0: none. Without data.valid
+    it has no effect. Only steps with a validation are compared, so save.every must be a multiple of
+    valid.every."""
 
     best: str = ""
     """The scalar of a validation that decides which checkpoint is best: valid/loss, or a metric of

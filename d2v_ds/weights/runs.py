@@ -10,14 +10,22 @@ from torch import Tensor
 
 from d2v_ds.checkpoint import Checkpoint, StateKind, newest_verified, open_checkpoint
 from d2v_ds.config import Config
-from d2v_ds.config.decoding import decode
+from d2v_ds.config.decoding import decode, to_dict
 from d2v_ds.errors import UserError
 from d2v_ds.pretrain import Pretrain
 from d2v_ds.run.run_folder import RunFolder
 from d2v_ds.weights.model import Part, Weights
 
-# Prefixes of a task's parameters: the student's and the teacher's in pre-training.
-PREFIXES = {"student": "student.", "teacher": "teacher."}
+# (prefix that is removed, beginning of the names) of a task's parameters, in pre-training and in
+# fine-tuning
+PREFIXES: dict[bool, dict[Part, tuple[str, str]]] = {
+    False: {
+        "student": ("student.", "student."),
+        "teacher": ("teacher.", "teacher."),
+        "head": ("", "head."),
+    },
+    True: {"student": ("", "encoder."), "teacher": ("", "teacher."), "head": ("", "head.")},
+}
 
 
 def open_newest(path: Path) -> Checkpoint:
@@ -35,16 +43,19 @@ def open_run(path: Path) -> Weights:
     """The weights of the newest valid checkpoint in a run folder, or of a checkpoint. Raises
     UserError."""
     found = open_newest(path)
-    config = Pretrain.resolve(decode(Config, found.state["config"]))
+    config = decode(Config, found.state["config"])
+    finetuned = config.finetune.task != "none"
+    if not finetuned:
+        config = Pretrain.resolve(config)
     tokenizer = RunFolder(found.path.parent.parent).tokenizer
 
     def tensors(part: Part) -> dict[str, Tensor]:
         kind: StateKind = "ema" if part == "teacher" else "master"
-        prefix = PREFIXES.get(part, part)
+        prefix, wanted = PREFIXES[finetuned][part]
         return {
             name.removeprefix(prefix): tensor
             for name, tensor in found.tensors(kind).items()
-            if name.startswith(prefix)
+            if name.startswith(wanted)
         }
 
     return Weights(
@@ -53,6 +64,7 @@ def open_run(path: Path) -> Weights:
         modality=config.modality,
         tensors=tensors,
         step=found.step,
+        finetune=to_dict(config.finetune) if finetuned else {},
         config=config,
         about=about(config, found),
         files={"tokenizer.model": tokenizer} if tokenizer.is_file() else {},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -60,7 +60,12 @@ def write(root: Path, modality: str, unit: str, fields: Sequence[str], rows: Ite
     return root
 
 
-def write_images(root: Path, number: int, seed: int = 0) -> Path:
+def write_images(
+    root: Path,
+    number: int,
+    seed: int = 0,
+    label: Callable[[int], str] = lambda corner: f"corner {corner}",
+) -> Path:
     def rows() -> Iterator[Row]:
         rng = np.random.default_rng(seed)
         for i in range(number):
@@ -70,8 +75,8 @@ def write_images(root: Path, number: int, seed: int = 0) -> Path:
             pixels[y : y + 10, x : x + 10] = rng.integers(128, 256, 3)
             buffer = io.BytesIO()
             Image.fromarray(pixels).save(buffer, "PNG")
-            label = json.dumps({"label": f"corner {corner}"}).encode()
-            yield f"image{i:04d}", (label, buffer.getvalue()), 400
+            about = json.dumps({"label": label(corner)}).encode()
+            yield f"image{i:04d}", (about, buffer.getvalue()), 400
 
     return write(root, "vision", "pixels", ("json", "png"), rows())
 
