@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from d2v_ds.weights import Weights
 
 Settings = dict[str, Any]
 
+RESULTS = re.compile(r"step$|loss|valid_|.*spread")  # names in metrics.jsonl
 FILL_IN = "FILL IN: the licence of the weights, which depends on the training data"
 TAGS = {
     "speech": "feature-extraction",
@@ -91,13 +93,17 @@ def data_sets(sources: Mapping[str, str]) -> Iterator[tuple[str, Settings]]:
 
 
 def last_metrics(path: Path, step: int) -> Settings:
-    """The last row of metrics.jsonl up to the step, for a run folder or one of its checkpoints."""
+    """The last value up to the step of each metric that describes the model: losses, results of
+    validations and spreads. path: a run folder or one of its checkpoints."""
     for root in (path, path.parent.parent):
         file = RunFolder(root).metrics
         if file.is_file():
             rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
-            rows = [row for row in rows if row.get("step", 0) <= step]
-            return dict(rows[-1]) if rows else {}
+            found: Settings = {}
+            for row in rows:
+                if row["step"] <= step:
+                    found |= {key: value for key, value in row.items() if RESULTS.match(key)}
+            return found
     return {}
 
 
@@ -121,7 +127,7 @@ def model_card(
         "## Use",
         *(usage(exported, config, name, files, bool(problems)) for name in exported.names),
         "With d2v_ds:",
-        python(["import d2v_ds", "", f"encoder = d2v_ds.load_encoder(folder{named(exported)})"]),
+        python(["import d2v_ds", "", f'encoder = d2v_ds.load_encoder("."{named(exported)})']),
         *format_notes(exported, files, problems),
         "## Training",
         table(facts(exported)),
@@ -196,8 +202,8 @@ def format_notes(exported: Exported, files: Mapping[str, Any], problems: list[st
     notes = []
     if problems:
         notes.append(
-            "transformers has no class for this model, so that the folder contains its own "
-            "(`modeling_d2v.py`), which need `trust_remote_code=True`."
+            "transformers has no class for this model, so the folder contains its own "
+            "(`modeling_d2v.py`), which needs `trust_remote_code=True`."
         )
     if "preprocessor_config.json" in files:
         notes.append(
@@ -233,7 +239,7 @@ def metrics_part(exported: Exported) -> list[str]:
     rows = [(key, f"{value:.4g}") for key, value in metrics.items() if isinstance(value, float)]
     if not rows:
         return []
-    return [f"The metrics of step {metrics.get('step')} of the run:", table(rows)]
+    return [f"The last metrics of the run, up to step {metrics.get('step')}:", table(rows)]
 
 
 def table(rows: list[tuple[str, str]]) -> str:

@@ -90,6 +90,7 @@ def tokenizer_files(text: TextTokenizer) -> tuple[Files, list[str]]:
     settings = {
         "tokenizer_class": "D2vTokenizer",
         "auto_map": {"AutoTokenizer": ["tokenization_d2v.D2vTokenizer", None]},
+        "prefix_id": text.prefix,
         **text.settings(),
     }
     return {**files, "tokenizer_config.json": as_json(settings)}, ["tokenization_d2v.py"]

@@ -23,12 +23,13 @@ BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 class TextTokenizer:
-    """A sentencepiece model. Raises RuntimeError if the bytes are not one."""
+    """A sentencepiece model. prefix: the id that fine-tuning prepends to each text; None: none.
+    Raises RuntimeError if the bytes are not a model."""
 
-    def __init__(self, model: bytes, max_tokens: int) -> None:
+    def __init__(self, model: bytes, max_tokens: int, prefix: int | None = None) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        self.model, self.max_tokens = model, max_tokens
+        self.model, self.max_tokens, self.prefix = model, max_tokens, prefix
         self.pieces = SentencePieceProcessor()
         self.pieces.LoadFromSerializedProto(model)
 
@@ -42,9 +43,9 @@ class TextTokenizer:
         return {name: i for name, i in ids.items() if i >= 0}
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, with eos."""
+        """Ids of a text, with eos and the prefix."""
         space = [self.pieces.PieceToId(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        ids: list[int] = []
+        ids = [] if self.prefix is None else [self.prefix]
         for i, part in enumerate(text.split(SPACE)):
             ids += space if i else []
             ids += self.pieces.EncodeAsIds(part)
@@ -75,11 +76,13 @@ class TextTokenizer:
         }
 
 
-def open_tokenizer(path: Path, settings: dict[str, Any]) -> TextTokenizer:
-    """The sentencepiece model in a file; settings: modality.text.*. Raises UserError if it is not
-    one or has other ids than the model of the export."""
+def open_tokenizer(
+    path: Path, settings: dict[str, Any], prefix: int | None = None
+) -> TextTokenizer:
+    """The sentencepiece model in a file; settings: modality.text.*; prefix: as in TextTokenizer.
+    Raises UserError if it is not a model or has other ids than the model of the export."""
     try:
-        text = TextTokenizer(path.read_bytes(), settings["max_tokens"])
+        text = TextTokenizer(path.read_bytes(), settings["max_tokens"], prefix)
     except RuntimeError:
         raise UserError(f"{path}: is not a sentencepiece model") from None
     special = text.special_ids
@@ -137,9 +140,15 @@ def converted(text: TextTokenizer) -> str | None:
             for name in dict.fromkeys(tokens.values())
         ]
     )
-    eos = (tokens["eos_token"], text.special_ids["eos"])
+    eos, around = tokens["eos_token"], [(tokens["eos_token"], text.special_ids["eos"])]
+    first = ""
+    if text.prefix is not None:
+        around.append((text.pieces.IdToPiece(text.prefix), text.prefix))
+        first = around[-1][0]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {eos[0]}", pair=f"$A {eos[0]} $B:1 {eos[0]}:1", special_tokens=[eos]
+        single=f"{first} $A {eos}".strip(),
+        pair=f"{first} $A {eos} $B:1 {eos}:1".strip(),
+        special_tokens=around,
     )
     return str(tokenizer.to_str(pretty=True))
 

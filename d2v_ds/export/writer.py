@@ -102,7 +102,8 @@ def text_tokenizer(found: Weights, exported: Exported, options: Options) -> Text
             f"{found.path}: has no tokenizer.model; give the sentencepiece model of the training "
             "text with --tokenizer (a copy is in its shard set)"
         )
-    return open_tokenizer(path, exported.modality["text"]) if path else None
+    prefix = exported.finetune.get("bos_id")  # {} before fine-tuning: no prefix
+    return open_tokenizer(path, exported.modality["text"], prefix) if path else None
 
 
 def collect(

@@ -106,6 +106,29 @@ def test_token_ids_are_equal(kind: str, models: dict[str, bytes], tmp_path: Path
     assert pair == [*ours.encode("a b"), ours.eos_id, *ours.encode("c"), ours.eos_id]
 
 
+@pytest.mark.parametrize("kind", ["unigram", "other"])
+def test_fine_tuned_models_keep_their_prefix(
+    kind: str, models: dict[str, bytes], tmp_path: Path
+) -> None:
+    """The id that fine-tuning prepends, which the head reads."""
+    from transformers import AutoTokenizer
+
+    ours = Tokenizer(models[kind], kind)
+    settings = [f"vocab_size={ours.vocab_size}", f"mask_id={ours.mask_id}", f"pad_id={ours.pad_id}"]
+    found = with_head(weights_of("v2_text", *(f"modality.text.{each}" for each in settings)))
+    prefix = 1 if kind == "other" else 0
+    assert found.finetune["bos_id"] == 0
+    found.finetune["bos_id"] = prefix
+    file = tmp_path / "x.model"
+    file.write_bytes(models[kind])
+    write(found, tmp_path / "out", tokenizer=file)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    a, b = ours.encode("a text"), ours.encode("another")
+    assert tokenizer("a text")["input_ids"] == [prefix, *a, ours.eos_id]
+    pair = tokenizer("a text", "another")["input_ids"]
+    assert pair == [prefix, *a, ours.eos_id, *b, ours.eos_id]
+
+
 def test_saved_tokenizers_load_again(models: dict[str, bytes], tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

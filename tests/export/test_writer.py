@@ -126,7 +126,7 @@ def test_the_model_card(tmp_path: Path) -> None:
     write(joint_weights(), tmp_path / "joint")
     text = (tmp_path / "joint/README.md").read_text()
     assert card.FILL_IN in text and "license: other" in text
-    assert 'load_encoder(folder, modality="speech")' in text
+    assert 'load_encoder(".", modality="speech")' in text
     assert "AutoModel.from_pretrained(folder, trust_remote_code=True)" in text
 
 

@@ -1,5 +1,6 @@
 """Text and token ids by a sentencepiece model, exactly as d2v-ds converts text: each text ends with
-eos, and names of special tokens in a text are ordinary characters."""
+eos, and begins with a prefix if the model was fine-tuned with one. Names of special tokens in a
+text are ordinary characters."""
 
 from __future__ import annotations
 
@@ -14,16 +15,18 @@ SPACE = "▁"  # the character that sentencepiece uses for a space
 
 
 class D2vTokenizer(PreTrainedTokenizer):
-    """vocab_file: the sentencepiece model. The mask token's id follows the last id of the model."""
+    """vocab_file: the sentencepiece model; prefix_id: the id that is prepended to each text. The
+    mask token's id follows the last id of the model."""
 
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
-    def __init__(self, vocab_file: str, **kwargs: Any) -> None:
+    def __init__(self, vocab_file: str, prefix_id: int | None = None, **kwargs: Any) -> None:
         self.vocab_file = vocab_file
+        self.prefix = [] if prefix_id is None else [prefix_id]
         self.pieces = SentencePieceProcessor(model_file=vocab_file)
         self.space = [self.pieces.PieceToId(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        super().__init__(**{**kwargs, "split_special_tokens": True})
+        super().__init__(**{**kwargs, "prefix_id": prefix_id, "split_special_tokens": True})
 
     @property
     def vocab_size(self) -> int:
@@ -53,7 +56,7 @@ class D2vTokenizer(PreTrainedTokenizer):
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None
     ) -> list[int]:
         second = [] if token_ids_1 is None else [*token_ids_1, self.eos_token_id]
-        return [*token_ids_0, self.eos_token_id, *second]
+        return [*self.prefix, *token_ids_0, self.eos_token_id, *second]
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> Any:
         name = "tokenizer.model" if not filename_prefix else f"{filename_prefix}-tokenizer.model"
