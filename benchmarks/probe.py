@@ -190,7 +190,7 @@ def order_accuracy(run: Path, paragraphs: Path) -> Accuracies:
     load_weights(task, found)
     config = dataclasses.replace(task.modalities["text"].config, views=VIEWS)
     modality = Text(config)
-    examples = read_labelled(open_set(paragraphs, "text"), modality, "label").examples
+    examples = read_labelled(open_set(paragraphs, "text"), modality, "label").decoded()
     real = [ids[:LENGTH] for ids in examples if len(ids) >= LENGTH]
     rng = np.random.default_rng(0)
     error = errors(task, modality, real)

@@ -88,7 +88,8 @@ def load_encoder(
     data2vec_vision.
 
     Called with a list of examples it returns the features of every block, [B, T, D] each, and
-    which tokens exist. weights: the student's or the teacher's. modality: required for a model with
+    which tokens exist. Its method `prepare` makes an example of a waveform, an image or token ids.
+    weights: the student's or the teacher's. modality: required for a model with
     several. Raises UserError.
     """
     from d2v_ds import encoder

@@ -6,7 +6,6 @@ A command imports torch only if it needs it. `train` checks the configuration be
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from d2v_ds import __version__, exit_codes, recipes
 from d2v_ds.arguments import positive, size
+from d2v_ds.cli_evaluate import add_evaluate, add_features, evaluate_run, features_run
 from d2v_ds.errors import UserError
 from d2v_ds.export import arguments as exporting
 
@@ -118,7 +118,16 @@ def parser() -> argparse.ArgumentParser:
             "evaluate",
             evaluate_run,
             "probe a frozen encoder on labelled shard sets",
-            "Prints a table and, as the last line, a JSON summary.",
+            "Prints a table and, as the last line, a JSON summary, and records both in the run.",
+        )
+    )
+    add_features(
+        add(
+            "features",
+            features_run,
+            "write the features of a shard set",
+            "Writes one file for each shard. Finished shards are skipped, so the same command "
+            "resumes.",
         )
     )
     exporting.add_export(add("export", exporting.run, exporting.EXPORT, exporting.EXPORT_DETAILS))
@@ -194,47 +203,6 @@ def add_train(command: argparse.ArgumentParser) -> None:
         "--check",
         action="store_true",
         help="only check the settings, the shard sets and the run folder, and print its path",
-    )
-
-
-def add_evaluate(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "probe", choices=["knn"], help="knn: nearest neighbours by cosine, without training"
-    )
-    command.add_argument("run", type=Path, metavar="RUN", help="a run folder or a checkpoint")
-    command.add_argument(
-        "--gallery", required=True, metavar="SET", help="labelled shard set of the neighbours"
-    )
-    command.add_argument(
-        "--test", required=True, nargs="+", metavar="SET", help="labelled shard sets to score"
-    )
-    command.add_argument(
-        "--label",
-        default="label",
-        metavar="COLUMN",
-        help="the column with the label (default: label)",
-    )
-    command.add_argument(
-        "--weights",
-        choices=["student", "teacher"],
-        default="student",
-        help="the weights to probe (default: student)",
-    )
-    command.add_argument(
-        "--layer",
-        type=positive,
-        metavar="N",
-        help="the block whose output is probed, counted from 1 (default: the middle block)",
-    )
-    command.add_argument(
-        "--modality",
-        metavar="NAME",
-        help="the modality to probe; needed if the run has several",
-    )
-    command.add_argument(
-        "--compare",
-        action="store_true",
-        help="also score the untrained encoder and plain features of the input",
     )
 
 
@@ -346,22 +314,4 @@ def show_status(arguments: argparse.Namespace) -> int:
     from d2v_ds.run import status
 
     print(status.describe(arguments.run))
-    return exit_codes.FINISHED
-
-
-def evaluate_run(arguments: argparse.Namespace) -> int:
-    from d2v_ds import evaluate
-
-    table, summary = evaluate.run_knn(
-        arguments.run,
-        gallery=arguments.gallery,
-        tests=arguments.test,
-        label=arguments.label,
-        weights=arguments.weights,
-        layer=arguments.layer,
-        modality=arguments.modality,
-        compare=arguments.compare,
-    )
-    print(table)
-    print(json.dumps(summary))
     return exit_codes.FINISHED

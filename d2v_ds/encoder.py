@@ -1,47 +1,64 @@
 """A pre-trained encoder as a plain torch module.
 
-    anything that open_weights opens --load_encoder--> PretrainedEncoder
-    examples --PretrainedEncoder--> features of every block, [B, T, D] each
+    everything that open_weights opens --load_encoder--> PretrainedEncoder
+    waveforms, images, token ids --prepare--> examples --forward--> features of every block
 
 Needs neither DeepSpeed nor the data that the model was trained on.
 
-B samples, T tokens, D width, L blocks.
+B samples, S raw audio samples, T tokens, D width, L blocks.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from d2v_ds.errors import UserError
 from d2v_ds.modalities import create_modalities
 from d2v_ds.modalities.base import Modality
 from d2v_ds.pretrain import Pretrain
 from d2v_ds.student import Encoder
 from d2v_ds.weights import Weights, Which, build_encoder, open_weights
 
+BATCH = 16  # examples in one forward pass
+
 
 class EncoderOutput(NamedTuple):
     """Features of a padded batch."""
 
     blocks: list[Tensor]
-    """The output of each of the L blocks, [B, T, D]; undefined for padding."""
+    """The output of each of the L blocks, [B, T, D]; undefined for padding. In post-norm models it
+    is normalised, in pre-norm models it is the residual stream. Extra tokens (the class token) are
+    not included. The trunk's final norm, if there is one, is not applied: it belongs to the
+    pre-training head, as in BEiT."""
 
     valid: Tensor | None
     """[B, T] bool: which tokens exist; None if all of them do."""
 
+    def pooled(self, layer: int) -> Tensor:
+        """The mean over the tokens that exist of block `layer`, counted from 1: [B, D], fp32."""
+        block = self.blocks[layer - 1].float()
+        if self.valid is None:
+            return block.mean(1)
+        weight = self.valid[:, :, None]
+        return block.where(weight, 0.0).sum(1) / weight.sum(1)
+
 
 class PretrainedEncoder(nn.Module):
-    """Front end and trunk for one modality, without masks, in evaluation mode and fp32.
+    """Front end and trunk for one modality, without masks.
 
-    forward(examples) takes a list of examples as `modality.decode(members, None)` and
-    `d2v_ds.webdataset` return (normalised waveforms [S], pixels [3, h, w], token ids [T]); they
-    may differ in length, and padding does not influence the result. All parameters are trainable,
-    so the module can be fine-tuned; `requires_grad_(False)` freezes it.
+    It is created in evaluation mode, in fp32 and on the CPU; `.to("cuda")` moves it, and inputs
+    follow. All parameters are trainable: `train()` turns on dropout and LayerDrop for fine-tuning,
+    `requires_grad_(False)` freezes the model.
+
+        examples = [encoder.prepare(waveform, rate=16_000) for waveform in waveforms]
+        blocks, valid = encoder(examples)
     """
 
     def __init__(self, encoder: Encoder, modality: Modality, step: int, weights: Which) -> None:
@@ -57,11 +74,62 @@ class PretrainedEncoder(nn.Module):
         """L."""
         return len(self.encoder.trunk.blocks)
 
+    def prepare(self, raw: Any, *, rate: int | None = None) -> Any:
+        """One example of forward's list from raw content; equal to what `modality.decode` gives for
+        the same content in a shard.
+
+        speech: a waveform [S], floats in [-1, 1] or int16, as numpy or torch, with its `rate`, the
+        model's sample rate; or the path or bytes of a recording. The result is normalised to mean 0
+        and variance 1.
+        vision: a Pillow image, uint8 pixels [h, w, 3] or [3, h, w], or the path or bytes of an
+        image file. The result is the central crop.
+        text: token ids of the tokenizer of the training data, with its special ids.
+
+        Raises UserError if the content does not fit the model.
+        """
+        try:
+            example = self.modality.prepare(raw, rate=rate)
+            self.modality.check_example(example)
+        except (ValueError, TypeError, OSError) as error:
+            raise UserError(f"the input {error}") from None
+        return example
+
     def forward(self, examples: Sequence[Any]) -> EncoderOutput:
+        """Features of a list of B examples, as `prepare`, `modality.decode(members, None)` and
+        `d2v_ds.webdataset` return them: normalised waveforms float32 [S], pixels uint8 [3, h, w],
+        token ids int64 [T].
+
+        Examples may differ in length. They are padded into one batch, and padding does not
+        influence the features, so a batch gives what its examples give one by one (up to rounding).
+        T is the number of tokens of the longest example: a speech model makes one token of 20 ms of
+        audio, a vision model one of each patch, row by row, a text model one of each id.
+
+        The forward pass runs on the device of the parameters and under the caller's autocast and
+        no_grad. Raises UserError for an empty list or an example that does not fit the model.
+        """
+        if isinstance(examples, str | bytes) or not len(examples):
+            raise UserError("the encoder takes a list of at least one example")
+        for i, example in enumerate(examples):
+            try:
+                self.modality.check_example(example)
+            except ValueError as error:
+                raise UserError(f"example {i} {error}; `prepare` makes examples") from None
         batch = self.modality.unmasked(examples).to(next(self.parameters()).device)
         tokens = self.encoder.features(batch)
         _, _, layers = self.encoder.whole(batch, tokens, collect=self.depth)
         return EncoderOutput([block for _, block in layers], batch.valid)
+
+    @torch.no_grad()
+    def encode(
+        self, examples: Sequence[Any], batch: int = BATCH
+    ) -> Iterator[tuple[list[int], EncoderOutput]]:
+        """Encodes any number of examples, `batch` at a time and those of similar size together:
+        yields the indices of some examples and their features. Evaluation mode must be on."""
+        assert not self.training, "call eval() first"
+        by_size = sorted(range(len(examples)), key=lambda i: int(np.size(examples[i])))
+        for start in range(0, len(by_size), batch):
+            group = by_size[start : start + batch]
+            yield group, self([examples[i] for i in group])
 
 
 def load_encoder(
@@ -81,6 +149,13 @@ def pretrained(found: Weights, which: Which, modality: str = "") -> PretrainedEn
     """As `load_encoder`, for weights that are already open."""
     kind = create_modalities(found.modality)[found.only_modality(modality)]
     return PretrainedEncoder(build_encoder(found, which), kind, found.step, which)
+
+
+def best_device(local_rank: int = 0) -> torch.device:
+    """The GPU of a rank of this machine, or the CPU if there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 def encoder_of(

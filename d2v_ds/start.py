@@ -41,6 +41,7 @@ from d2v_ds.loader.quarantine import Quarantine
 from d2v_ds.loader.stream import StreamLoader
 from d2v_ds.loader.tokenizer_file import keep_tokenizer
 from d2v_ds.modalities.base import Modality
+from d2v_ds.probing import Probing
 from d2v_ds.run import environment
 from d2v_ds.run.rank_check import warn_of_too_few_cores
 from d2v_ds.run.run_folder import Generation, RunFolder, claim_generation
@@ -99,6 +100,7 @@ class Training:
     judge: Judge
     state: TrainState
     saver: checkpoint.Saver
+    probing: Probing | None  # rank 0, if the run has a probe
     watchdog: Watchdog
 
     def save(self) -> None:
@@ -130,6 +132,8 @@ class Training:
         self.mixture.close()
         if self.validation:
             self.validation.close()
+        if self.probing:
+            self.probing.close()
 
     def finish_saving(self) -> None:
         """Waits until the last checkpoint is published. Collective: all ranks must call it."""
@@ -209,6 +213,9 @@ def start(
         judge=Judge.of(config, task.metric),
         state=state,
         saver=saver,
+        probing=Probing(config, run, run.logs(generation), state.step)
+        if config.probes and world.rank == 0
+        else None,
         watchdog=watchdog,
     )
 

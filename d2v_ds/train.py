@@ -79,6 +79,8 @@ def run_steps(t: Training, stop: StopFlag) -> int:
     with Telemetry(config, t.run, t.task, state.step, t.watchdog) as telemetry:
         while not finished(t) and not stop.agreed():
             t.saver.poll()
+            if t.probing:
+                t.probing.poll()
             step_batch = next_batch(t, telemetry)
             settings = StepSettings.of(config, state.step)
             active = t.task.begin_step(state.step, step_batch.modality)
@@ -118,6 +120,8 @@ def run_steps(t: Training, stop: StopFlag) -> int:
         lambda: status.finish(t.run, t.generation, state.step, done=bool(done), reason=reason)
     )
     log.info("%s at step %d: %s", "finished" if done else "stopped", state.step, reason)
+    if done and t.probing:
+        t.probing.finish(t.watchdog)
     return FINISHED
 
 

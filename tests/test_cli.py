@@ -11,7 +11,10 @@ from d2v_ds import cli, exit_codes, recipes
 from d2v_ds.errors import UserError
 from tests.config.helpers import modules_after
 
-COMMANDS = ["recipes", "settings", "show", "train", "status", "evaluate"]
+COMMANDS = [
+    *("recipes", "settings", "show", "train", "finetune"),
+    *("status", "evaluate", "features", "export", "import"),
+]
 
 
 def help_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -97,10 +100,11 @@ def test_settings_and_options_in_any_order(capsys: pytest.CaptureFixture[str]) -
         assert exit_.value.code == 2 and capsys.readouterr().err.startswith("usage: d2v-ds")
 
 
-def test_ranks_get_the_same_command_without_nproc() -> None:
-    words = ["train", "speech_tiny", "a=1", "--allow", "optim", "--allow", "run.seed", "--new"]
+@pytest.mark.parametrize("command", ["train", "finetune"])
+def test_ranks_get_the_same_command_without_nproc(command: str) -> None:
+    words = [command, "speech_tiny", "a=1", "--allow", "optim", "--allow", "run.seed", "--new"]
     arguments = cli.parse([*words, "--nproc", "2"])
-    again = cli.parse(cli.train_arguments(arguments))
+    again = cli.parse(cli.train_arguments(command, arguments))
     assert vars(again) == vars(cli.parse(words)) | {"nproc": None}
 
 

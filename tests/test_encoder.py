@@ -46,6 +46,27 @@ def test_it_gives_the_features_of_the_task(variant: str, weights: Which) -> None
         assert found.valid.sum(1).tolist() == lengths
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("variant", variants.VARIANTS)
+def test_a_padded_batch_gives_what_single_examples_give(variant: str, weights: Which) -> None:
+    task = variants.build(variant).eval()
+    modality = variants.modality_of(task)
+    encoder = encoder_of(task, modality.name, weights)
+    examples = variants.examples(task, 30, 17, 38)
+    with torch.no_grad():
+        together = encoder(examples)
+        assert (together.valid is None) == (variant not in variants.RAGGED)
+        for i, example in enumerate(examples):
+            alone = encoder([example])
+            T = alone.blocks[0].shape[1]
+            assert alone.valid is None and T == variants.tokens_of(modality, example)
+            for layer in range(1, encoder.depth + 1):
+                torch.testing.assert_close(
+                    together.blocks[layer - 1][i, :T], alone.blocks[layer - 1][0]
+                )
+                torch.testing.assert_close(together.pooled(layer)[i], alone.pooled(layer)[0])
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     root = tmp_path_factory.mktemp("run")
@@ -97,6 +118,47 @@ def test_it_can_be_fine_tuned(run: Run) -> None:
     encoder.train()([np.arange(4, 24)]).blocks[-1].square().mean().backward()
     optimizer.step()
     assert not torch.equal(features(encoder.eval()), before)
+
+
+def test_fine_tuning_reaches_every_parameter_of_the_encoder() -> None:
+    for variant in variants.VARIANTS:
+        encoder = encoder_of(variants.build(variant), variant[3:], "student").train()
+        examples = variants.examples(variants.build(variant), 30, 17)
+        encoder(examples).pooled(encoder.depth).square().sum().backward()
+        # The mask token is used only in pre-training; the class token reaches the patches through
+        # attention, and the final norm belongs to the pre-training head.
+        unused = ("mask_token.embedding", "trunk.norm.weight", "trunk.norm.bias")
+        for name, parameter in encoder.named_parameters():
+            assert (parameter.grad is None) == name.endswith(unused), f"{variant}: {name}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("variant", variants.VARIANTS)
+def test_a_gpu_gives_the_features_of_the_cpu(variant: str) -> None:
+    task = variants.build(variant).eval()
+    encoder = encoder_of(task, variants.modality_of(task).name, "student")
+    examples = variants.examples(task, 30, 17)
+    with torch.no_grad():
+        expected = encoder(examples).pooled(2)
+        found = encoder.to("cuda")(examples).pooled(2)
+    assert found.device.type == "cuda"
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_encode_goes_through_many_examples_in_small_batches() -> None:
+    task = variants.build("v2_text").eval()
+    encoder = encoder_of(task, "text", "student")
+    examples = variants.examples(task, *range(10, 27))
+    with torch.no_grad():
+        expected = [encoder([example]).pooled(2)[0] for example in examples]
+    found: dict[int, torch.Tensor] = {}
+    for group, output in encoder.encode(examples, batch=5):
+        assert len(group) <= 5
+        found.update(zip(group, output.pooled(2), strict=True))
+    assert sorted(found) == list(range(17))
+    for i, features in found.items():
+        torch.testing.assert_close(features, expected[i])
 
 
 def test_errors_are_one_line(run: Run, tmp_path: Path) -> None:

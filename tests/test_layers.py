@@ -20,6 +20,7 @@ LAYERS = [
     ["config", "recipes", "schedules"],
     ["seeding", "distributed"],
     ["data"],
+    ["scores", "ctc"],
     ["batch", "masking", "loss", "transformer", "student"],
     ["modalities"],
     ["engine", "key_maps"],
@@ -30,9 +31,9 @@ LAYERS = [
     ["checkpoint"],
     ["telemetry"],
     ["weights"],
-    ["encoder", "evaluate", "export", "finetune", "show"],
-    ["validation", "best", "start", "train"],
-    ["cli", "__init__", "__main__"],
+    ["encoder", "evaluate", "export", "features", "finetune", "show"],
+    ["validation", "best", "probing", "start", "train"],
+    ["cli", "cli_evaluate", "__init__", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 WITHOUT_TORCH = ["errors", "exit_codes", "files", "arguments", "config", "recipes", "schedules"]
@@ -43,7 +44,7 @@ PLACES = {
     "safetensors": ["d2v_ds/checkpoint", "d2v_ds/export", "d2v_ds/weights"],
     "transformers": ["d2v_ds/export"],
     "tokenizers": ["d2v_ds/export/text.py"],
-    "torchaudio": ["d2v_ds/data/audio.py"],
+    "torchaudio": ["d2v_ds/data/audio.py", "d2v_ds/ctc.py"],
     "soundfile": ["d2v_ds/data/audio.py"],
     "PIL": [
         "d2v_ds/data/images.py",
@@ -52,7 +53,9 @@ PLACES = {
         "shards/samples/make_images.py",
     ],
     "sentencepiece": ["shards/text/tokenizer.py", "d2v_ds/export", "d2v_ds/finetune/labels.py"],
-    "pyarrow": ["shards/parquet.py"],
+    "pyarrow": ["shards/parquet.py", "d2v_ds/features"],
+    "sklearn": ["d2v_ds/evaluate", "d2v_ds/scores.py"],
+    "scipy": ["d2v_ds/evaluate", "d2v_ds/scores.py"],
     "zstandard": ["shards/text"],
     "webdataset": ["d2v_ds/loader/webdataset.py", "d2v_ds/data/download.py"],
 }

@@ -19,6 +19,7 @@ from d2v_ds.config.sections import (
     EngineSettings,
     Log,
     Optim,
+    Probe,
     Run,
     Save,
     Target,
@@ -60,6 +61,7 @@ class Config:
     optim: Optim = field(default_factory=Optim)
     finetune: FineTuning = field(default_factory=FineTuning)
     valid: Valid = field(default_factory=Valid)
+    probe: Probe = field(default_factory=Probe)
     engine: EngineSettings = field(default_factory=EngineSettings)
     log: Log = field(default_factory=Log)
     save: Save = field(default_factory=Save)
@@ -76,6 +78,14 @@ class Config:
     def sources(self) -> dict[str, str]:
         """{source: shard set}, in the order in which ranks open them."""
         return self._by_source(self.data.shards)
+
+    @property
+    def probes(self) -> dict[str, tuple[str, str]]:
+        """{modality: (training set, test set)} of the probe; empty without one."""
+        if not self.probe.train:
+            return {}
+        train, test = self._by_source(self.probe.train), self._by_source(self.probe.test)
+        return {name: (train[name], test[name]) for name in train if name in test}
 
     @property
     def valid_sources(self) -> dict[str, str]:
@@ -165,6 +175,17 @@ def validate(config: Config) -> None:
         config.valid.samples >= 0,
         "valid.samples",
         f"must be 0 (all) or more, got {config.valid.samples}",
+    )
+    require(
+        bool(config.probe.train) == bool(config.probe.test),
+        "probe",
+        "needs both probe.train and probe.test",
+    )
+    require(config.probe.layer >= 0, "probe.layer", f"must be 0 or more, got {config.probe.layer}")
+    require(
+        config.probe.threads >= 1,
+        "probe.threads",
+        f"must be at least 1, got {config.probe.threads}",
     )
     require(
         config.save.keep_best >= 0,

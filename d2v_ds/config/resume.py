@@ -9,7 +9,7 @@ from d2v_ds.errors import UserError
 
 MAY_CHANGE = (
     *("run.steps", "run.threads", "run.dir", "engine", "data.workers", "log", "save"),
-    *("data.max_bad", "data.valid", "valid", "finetune.patience"),
+    *("data.max_bad", "data.valid", "valid", "probe", "finetune.patience"),
     "model.checkpoint_activations",
 )
 

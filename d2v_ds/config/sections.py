@@ -163,6 +163,30 @@ class Valid:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """A probe of each checkpoint's encoder on labelled sets, in a process of its own beside
+    training, on the CPU of rank 0's node. Several modalities: {modality: set}."""
+
+    train: str | dict[str, str] = ""
+    """The labelled shard sets that the probe is fitted on; empty: no probe."""
+
+    test: str | dict[str, str] = ""
+    """The labelled shard sets that are scored."""
+
+    kind: Literal["knn", "ridge"] = "knn"
+    """knn: nearest neighbours; ridge: ridge regression."""
+
+    label: str = "label"
+    """The key of the label in a sample's .json."""
+
+    layer: int = 0
+    """The block that is probed, counted from 1; 0: the middle block."""
+
+    threads: int = 1
+    """CPU threads of the process, which has the lowest priority."""
+
+
+@dataclass(frozen=True)
 class EngineSettings:
     """The training engine: plain torch in one process, or DeepSpeed ZeRO."""
 

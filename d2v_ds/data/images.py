@@ -15,7 +15,8 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,29 @@ def open_image(data: bytes) -> Image.Image:
     """The image, opened but not decoded. Raises ValueError if it is not an image or too large."""
     with _as_value_error():
         return Image.open(io.BytesIO(data))
+
+
+def as_image(raw: Any) -> Image.Image:
+    """An image from the bytes or the path of a file, a Pillow image, which stays unchanged, or
+    uint8 pixels [h, w, 3], [3, h, w] or [h, w]. Raises ValueError."""
+    if isinstance(raw, str | Path):
+        raw = Path(raw).read_bytes()
+    if isinstance(raw, bytes):
+        return open_image(raw)
+    with _as_value_error():
+        if isinstance(raw, Image.Image):
+            return raw.copy()
+    pixels = np.asarray(raw)
+    if pixels.ndim == 3 and pixels.shape[0] == 3:
+        pixels = pixels.transpose(1, 2, 0)
+    if pixels.dtype != np.uint8 or not (
+        pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
+    ):
+        raise ValueError(
+            f"is {pixels.dtype} of shape {list(pixels.shape)}, expected an image file, a Pillow "
+            "image, or uint8 pixels [h, w, 3], [3, h, w] or [h, w]"
+        )
+    return Image.fromarray(np.ascontiguousarray(pixels))
 
 
 def decode(data: bytes) -> Image.Image:

@@ -88,12 +88,16 @@ class Labelled(Modality, abstract=True):
         that is no damage of a single sample."""
         label = self.label(sample)
         example = self.base.decode(sample, None if self.whole else rng)
-        if self.base.name == "text" and self.settings.bos_id is not None:
-            example = np.concatenate([[self.settings.bos_id], example])
-            example = example[: self.base.config.max_tokens]
+        example = self.begun(example)
         if self.mixing and rng is not None:
             example = self.mixing.augment(example, rng)
         return example, label
+
+    def begun(self, example: Any) -> Any:
+        """A text with its first id, cut to the positions of the model; other examples unchanged."""
+        if self.base.name != "text" or self.settings.bos_id is None:
+            return example
+        return np.concatenate([[self.settings.bos_id], example])[: self.base.config.max_tokens]
 
     def label(self, sample: Mapping[str, bytes]) -> Any:
         try:
@@ -163,7 +167,8 @@ class Labelled(Modality, abstract=True):
         return fields
 
     def unmasked(self, examples: Sequence[Any]) -> Batch:
-        return self.base.unmasked(examples)
+        """Examples of `base`, without labels."""
+        return self.base.unmasked([self.begun(example) for example in examples])
 
     def largest(self) -> Any:
         return self.base.largest()

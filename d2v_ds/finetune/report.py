@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
+from torch import Tensor
 
 from d2v_ds import scores
 from d2v_ds.task import Report, Sums
@@ -36,6 +37,13 @@ class FinetuneReport(Report):
 
 
 TOP = 5
+LOWER = ("wer", "cer")  # metrics of which lower values are better
+
+
+def best_classes(logits: Tensor) -> list[list[int]]:
+    """The numbers of the five classes with the highest logits [B, C], the best first."""
+    best: list[list[int]] = logits.topk(min(TOP, logits.shape[1])).indices.tolist()
+    return best
 
 
 def score(metric: str, given: Any, wanted: Any) -> dict[str, float]:

@@ -22,7 +22,7 @@ from d2v_ds.errors import UserError
 from d2v_ds.finetune.heads import HEADS, HeadKind
 from d2v_ds.finetune.labelled import Labelled
 from d2v_ds.finetune.labels import Classes, Transcripts
-from d2v_ds.finetune.report import TOP, FinetuneReport, score
+from d2v_ds.finetune.report import FinetuneReport, best_classes, score
 from d2v_ds.finetune.settings import create_labels, resolve
 from d2v_ds.modalities import create_modalities
 from d2v_ds.modalities.base import Modality
@@ -198,7 +198,7 @@ class Finetune(Task):
     def metric(self) -> str:
         return self.finetuning.metric
 
-    def held_out(self, modality: str) -> Modality:
+    def held_out(self, modality: str) -> Labelled:
         return self._held_out
 
     def outcomes(self, batch: Batch, sums: dict[str, Tensor]) -> list[Any]:
@@ -209,9 +209,8 @@ class Finetune(Task):
         if isinstance(self.labels, Transcripts):
             return self._transcripts(batch, logits)
         if isinstance(self.labels, Classes):
-            best = logits.topk(min(TOP, logits.shape[1])).indices.tolist()
             counted = labels.sum(1).tolist()
-            pairs = zip(best, labels.argmax(1).tolist(), counted, strict=True)
+            pairs = zip(best_classes(logits), labels.argmax(1).tolist(), counted, strict=True)
             return [(five, label) for five, label, counts in pairs if counts]
         pairs_ = zip(logits[:, 0].tolist(), labels.tolist(), strict=True)
         return [(value, label) for value, label in pairs_ if not np.isnan(label)]

@@ -226,6 +226,18 @@ class Modality(ABC):
     def unmasked(self, examples: Sequence[Any]) -> Batch:
         """The examples as one batch without masks (M = 1, N = 0)."""
 
+    def check_example(self, example: Any) -> None:
+        """Raises ValueError with the reason if `unmasked` cannot take the example, as far as this
+        can be told from it."""
+        return None
+
+    def prepare(self, raw: Any, *, rate: int | None = None) -> Any:
+        """The example that `decode` gives, without a generator, for the same content outside a
+        shard. rate: the sample rate of a waveform. Raises ValueError with the reason."""
+        raise ValueError(
+            f"{self.name}: takes no raw input; give what modality.decode(members, None) returns"
+        )
+
     @abstractmethod
     def largest(self) -> Any:
         """An example of the largest size that `decode` gives, without content, for memory
@@ -271,6 +283,13 @@ def check_json(members: Mapping[str, bytes]) -> None:
     """Raises ValueError if a sample has a .json that is not an object."""
     if not isinstance(json.loads(members.get("json", b"{}")), dict):
         raise ValueError("json: is not an object")
+
+
+def described(value: Any) -> str:
+    """What a value is, for messages: float64 of shape [2, 3], or its type."""
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}"
+    return f"of type {type(value).__name__}"
 
 
 def extra_tokens(

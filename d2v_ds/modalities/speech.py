@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -25,7 +26,13 @@ from d2v_ds.data import audio, headers
 from d2v_ds.data.headers import HeaderReader
 from d2v_ds.data.ogg import ogg_problem
 from d2v_ds.masking import Mask, block_count, block_mask_1d, span_mask
-from d2v_ds.modalities.base import Modality, ModalityConfig, check_json, extra_tokens
+from d2v_ds.modalities.base import (
+    Modality,
+    ModalityConfig,
+    check_json,
+    described,
+    extra_tokens,
+)
 from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head, MaskToken
 from d2v_ds.transformer import Alibi, TransformerConfig
 
@@ -325,6 +332,46 @@ class Speech(Modality):
         return Batch(
             modality=self.name, index=0, inputs=pad(examples), views=1, **mask_indices(nothing)
         )
+
+    def check_example(self, example: Any) -> None:
+        if not isinstance(example, np.ndarray) or example.dtype != np.float32 or example.ndim != 1:
+            raise ValueError(f"is {described(example)}, expected a waveform, float32 [S]")
+        shortest = self.samples(1)
+        if len(example) < shortest:
+            raise ValueError(
+                f"is {len(example)} audio samples long, but the model needs at least {shortest}"
+            )
+
+    def prepare(self, raw: Any, *, rate: int | None = None) -> Waveform:
+        """raw: a waveform [S] or [1, S], int16 or a float type in [-1, 1], with its `rate`; or the
+        path or the bytes of a recording, which has its own rate."""
+        if isinstance(raw, str | Path):
+            raw = Path(raw).read_bytes()
+        if isinstance(raw, bytes):
+            return self.decode({self.extensions[0]: raw}, None)
+        if isinstance(raw, Tensor):
+            raw = raw.detach().cpu()
+            raw = raw.float() if raw.is_floating_point() else raw  # numpy has no bfloat16
+        wave = np.asarray(raw)
+        if wave.ndim == 2 and len(wave) == 1:
+            wave = wave[0]
+        if wave.ndim != 1 or not (wave.dtype == np.int16 or wave.dtype.kind == "f"):
+            raise ValueError(
+                f"is {described(wave)}, expected one channel [S] of int16 or floats in [-1, 1]"
+            )
+        if rate != self.config.sample_rate:
+            given = "rate is missing" if rate is None else f"has {rate} Hz"
+            raise ValueError(
+                f"{given}, but the model needs {self.config.sample_rate} Hz; resample it first "
+                "(d2v_ds.data.audio.resample) and give its rate"
+            )
+        if wave.dtype != np.int16:
+            wave = wave.astype(np.float32)
+            if not np.isfinite(wave).all():
+                raise ValueError("contains NaN or infinite samples")
+        if not len(wave):
+            raise ValueError("is empty")
+        return normalised(np.ascontiguousarray(wave))
 
     def largest(self) -> Waveform:
         return np.zeros(self.max_samples, dtype=np.float32)

@@ -34,7 +34,13 @@ from d2v_ds.masking import (
     uniform_count,
     uniform_mask,
 )
-from d2v_ds.modalities.base import Modality, ModalityConfig, check_json, extra_tokens
+from d2v_ds.modalities.base import (
+    Modality,
+    ModalityConfig,
+    check_json,
+    described,
+    extra_tokens,
+)
 from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head
 from d2v_ds.transformer import TransformerConfig, bert_init
 
@@ -284,6 +290,39 @@ class Text(Modality):
             views=1,
             **mask_indices(nothing),
         )
+
+    def check_example(self, example: Any) -> None:
+        if (
+            not isinstance(example, np.ndarray)
+            or example.ndim != 1
+            or example.dtype.kind not in "iu"
+        ):
+            raise ValueError(f"is {described(example)}, expected token ids, int64 [T]")
+        if not 0 < len(example) <= self.config.max_tokens:
+            raise ValueError(
+                f"has {len(example)} tokens, expected 1 to {self.config.max_tokens} "
+                "(modality.text.max_tokens)"
+            )
+        low, high = int(example.min()), int(example.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"has token id {low if low < 0 else high}, expected 0 to "
+                f"{self.config.vocab_size - 1} (modality.text.vocab_size)"
+            )
+
+    def prepare(self, raw: Any, *, rate: int | None = None) -> Tokens:
+        """raw: token ids [T] of the model's tokenizer with its special ids, as a list or an array.
+        Of more than max_tokens the first ones are used, as by `decode`."""
+        if isinstance(raw, str | bytes):
+            raise ValueError(
+                "is text, expected token ids; tokenize it with the tokenizer of the training data"
+            )
+        ids = np.asarray(raw.detach().cpu() if isinstance(raw, Tensor) else raw)
+        if ids.ndim == 1 and not len(ids):
+            raise ValueError("is empty")
+        self.check_example(ids[: self.config.max_tokens] if ids.ndim else ids)
+        tokens: Tokens = ids[: self.config.max_tokens].astype(np.int64)
+        return tokens
 
     def largest(self) -> Tokens:
         return np.full(self.config.max_tokens, self.config.vocab_size - 1, dtype=np.int64)

@@ -24,7 +24,13 @@ from d2v_ds.data import headers, images
 from d2v_ds.data.headers import HeaderReader
 from d2v_ds.data.images import Pixels
 from d2v_ds.masking import Mask, beit_mask, block_count, block_mask_2d
-from d2v_ds.modalities.base import Modality, ModalityConfig, check_json, extra_tokens
+from d2v_ds.modalities.base import (
+    Modality,
+    ModalityConfig,
+    check_json,
+    described,
+    extra_tokens,
+)
 from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head, MaskToken
 from d2v_ds.transformer import RelativeBias, TransformerConfig, beit_init, beit_normal
 
@@ -259,6 +265,26 @@ class Vision(Modality):
             views=1,
             **mask_indices([np.zeros((1, h * w), dtype=bool)] * len(examples)),
         )
+
+    def check_example(self, example: Any) -> None:
+        side = self.config.image_size
+        if (
+            not isinstance(example, np.ndarray)
+            or example.shape != (CHANNELS, side, side)
+            or example.dtype not in (np.uint8, np.float32)
+        ):
+            raise ValueError(
+                f"is {described(example)}, expected pixels, uint8 or normalised float32 of shape "
+                f"{[CHANNELS, side, side]}"
+            )
+
+    def prepare(self, raw: Any, *, rate: int | None = None) -> Pixels:
+        """raw: the bytes or the path of an image file, a Pillow image, or uint8 pixels [h, w, 3],
+        [3, h, w] or [h, w]: resized and cropped like every image. A JPEG that is at least twice as
+        large as the crop gives slightly other pixels as a Pillow image than as a file, because
+        `decode` reads such files at a lower resolution."""
+        data = raw.detach().cpu().numpy() if isinstance(raw, Tensor) else raw
+        return images.centre_crop(images.as_image(data), self.config.image_size)
 
     def largest(self) -> Pixels:
         side = self.config.image_size

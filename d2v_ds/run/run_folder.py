@@ -6,6 +6,7 @@
       code/HASH.tar.gz                     the code of each start, by its hash in environment.json
       logs/JOB.RESTART/rank00000.txt       one folder per start, one log per rank
       metrics.jsonl  tb/                   curves
+      evaluations.jsonl                    results of `d2v-ds evaluate`, also in tb/eval/
       checkpoints/00000600/                see checkpoint/__init__.py
       heartbeat/rank00000.json             what each rank is doing, every few seconds
       bad_samples/rank00000.jsonl          samples that could not be used
@@ -73,6 +74,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.root / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.root / "evaluations.jsonl"
 
     @property
     def tensorboard(self) -> Path:

@@ -28,7 +28,8 @@ SILENT = 60.0  # seconds without a heartbeat after which a rank is reported as s
 
 
 def last_row(path: Path) -> dict[str, Any] | None:
-    """The last complete line of metrics.jsonl, without reading the whole file."""
+    """The last complete row of metrics.jsonl that training wrote, without reading the whole file.
+    Rows of evaluations are skipped."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 65_536))
@@ -40,7 +41,7 @@ def last_row(path: Path) -> dict[str, Any] | None:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if isinstance(row, dict):
+        if isinstance(row, dict) and "evaluation" not in row:
             return row
     return None
 
@@ -90,6 +91,15 @@ def describe(root: Path) -> str:
             "data"
         )
     return "\n".join(lines)
+
+
+def training(run: RunFolder, now: float) -> bool:
+    """Whether a start of the run is training or about to: within SILENT seconds a rank gave a sign
+    of life, in a phase that began after the run last ended. A new start removes DONE and STOPPED of
+    the previous one only after its first heartbeats."""
+    markers = [marker for marker in (run.done, run.stopped) if marker.is_file()]
+    ended = max((json.loads(marker.read_text())["time"] for marker in markers), default=0.0)
+    return any(now - b.time <= SILENT and b.since > ended for b in heartbeats(run))
 
 
 def _by_modality(names: Iterable[str], row: Mapping[str, Any]) -> str:

@@ -153,6 +153,30 @@ class MetricsWriter:
         self.close()
 
 
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Appends one line of JSON in a single write, so that lines of several processes do not mix.
+    Values that are not finite become null."""
+    finite = {
+        name: None if isinstance(x, float) and not math.isfinite(x) else x
+        for name, x in row.items()
+    }
+    with path.open("ab", buffering=0) as file:
+        file.write(json.dumps(finite).encode() + b"\n")
+
+
+def write_evaluation(run: RunFolder, weights: str, step: int, values: Mapping[str, float]) -> Path:
+    """Scalars of an evaluation at the step of its checkpoint; returns the folder. It is one of its
+    own below tb/: training purges and replaces only the event files in tb/ itself, and TensorBoard
+    shows student and teacher as two curves."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = run.tensorboard / "eval" / weights
+    with SummaryWriter(str(folder)) as events:
+        for tag, value in values.items():
+            events.add_scalar(tag, value, step)
+    return folder
+
+
 def _cut_back(path: Path, step: int) -> None:
     """Truncates metrics.jsonl before the first row of a later step, or the first incomplete row."""
     if not path.exists():

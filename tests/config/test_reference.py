@@ -162,7 +162,7 @@ def test_one_setting(capsys: pytest.CaptureFixture[str]) -> None:
         "optim.lr (number; default 0.0005)\n    The peak learning rate.\n"
     )
     text = printed(capsys, "optim.schedule")
-    assert text.startswith("optim.schedule (cosine, tri_stage, constant or cosine_beit; default co")
+    assert text.startswith("optim.schedule (cosine, tri_stage, constant, linear or cosine_beit; de")
     assert printed(capsys, "batch.size.speech") == printed(capsys, "batch.size")
     assert "null" in printed(capsys, "modality.vision.cls_views").splitlines()[0]
 
