@@ -39,6 +39,7 @@ from d2v_ds.loader.loader import Loader
 from d2v_ds.loader.mixture import Mixture, divide_workers, shares_of
 from d2v_ds.loader.quarantine import Quarantine
 from d2v_ds.loader.stream import StreamLoader
+from d2v_ds.loader.tokenizer_file import keep_tokenizer
 from d2v_ds.modalities.base import Modality
 from d2v_ds.probing import Probing
 from d2v_ds.run import environment
@@ -311,6 +312,7 @@ def create_mixture(
         else:
             shards = find_set(path, modality.name)
             modality.check_set(shards.about)
+            on_rank_0(partial(keep_tokenizer, shards, RunFolder(config.run_dir).tokenizer))
             loaders[source] = Loader(local_copy(shards, watchdog), modality, **settings)
     return Mixture(loaders, shares, config.run.seed)
 

@@ -10,6 +10,7 @@
       checkpoints/00000600/                see checkpoint/__init__.py
       heartbeat/rank00000.json             what each rank is doing, every few seconds
       bad_samples/rank00000.jsonl          samples that could not be used
+      tokenizer.model                      of the text set, for exports
       GENERATION                           the start that owns the folder now
       STOP  STOPPED  DONE                  a request to stop; stopped and saved; finished
 
@@ -85,6 +86,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer.model"
 
     @property
     def heartbeat(self) -> Path:

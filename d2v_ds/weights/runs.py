@@ -47,6 +47,7 @@ def open_run(path: Path) -> Weights:
     finetuned = config.finetune.task != "none"
     if not finetuned:
         config = Pretrain.resolve(config)
+    tokenizer = RunFolder(found.path.parent.parent).tokenizer
 
     def tensors(part: Part) -> dict[str, Tensor]:
         kind: StateKind = "ema" if part == "teacher" else "master"
@@ -66,6 +67,7 @@ def open_run(path: Path) -> Weights:
         finetune=to_dict(config.finetune) if finetuned else {},
         config=config,
         about=about(config, found),
+        files={"tokenizer.model": tokenizer} if tokenizer.is_file() else {},
     )
 
 
