@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -236,7 +237,11 @@ def start_from_weights(task: Task, config: Config, run: RunFolder) -> None:
         log.info("init: only the settings of the model, from %s; weights are random", config.init)
         return
     weights = open_weights(config.init)
-    settings = {"model": config.model, "modality": config.modality}
+    settings = {
+        "model": config.model,
+        "modality": config.modality,
+        "labels": config.finetune.labels,
+    }
     done = initialise(task, weights, config.init_from, config.init_skip, settings)
     for line in done.lines():
         log.info("%s", line)
@@ -339,6 +344,8 @@ def describe_run(config: Config, run: RunFolder, nodes: list[str]) -> None:
     write_atomically(run.config, dump_yaml(config))
     write_atomically(run.environment, json.dumps(environment.describe(nodes), indent=1) + "\n")
     environment.keep_code(run.code)
+    if config.finetune.tokenizer and not run.labels.exists():
+        shutil.copyfile(config.finetune.tokenizer, run.labels)
     for marker in (run.stopped, run.done):  # of the previous start
         marker.unlink(missing_ok=True)
 
