@@ -17,6 +17,7 @@ from d2v_ds import __version__, exit_codes, recipes
 from d2v_ds.arguments import positive, size
 from d2v_ds.cli_evaluate import add_evaluate, add_features, evaluate_run, features_run
 from d2v_ds.errors import UserError
+from d2v_ds.export import arguments as exporting
 
 DESCRIPTION = """\
 Pre-trains data2vec 1.0 and 2.0 on speech, images and text with DeepSpeed ZeRO.
@@ -129,6 +130,8 @@ def parser() -> argparse.ArgumentParser:
             "resumes.",
         )
     )
+    exporting.add_export(add("export", exporting.run, exporting.EXPORT, exporting.EXPORT_DETAILS))
+    exporting.add_import(add("import", exporting.run, exporting.IMPORT, exporting.IMPORT_DETAILS))
     return top
 
 
@@ -227,6 +230,11 @@ def show_settings(arguments: argparse.Namespace) -> int:
 
 def show_run(arguments: argparse.Namespace) -> int:
     config = recipes.load(arguments.source, arguments.overrides)
+    if config.finetune.task != "none":
+        raise UserError(
+            f"{arguments.source}: show describes pre-training only; `d2v-ds finetune "
+            f"{arguments.source} ... --check` checks a configuration of fine-tuning"
+        )
     if arguments.measure:
         # Silences the start-up log of torch's profiler, which measures memory on a CPU.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ from d2v_ds.loader.loader import Loader
 from d2v_ds.loader.mixture import Mixture, divide_workers, shares_of
 from d2v_ds.loader.quarantine import Quarantine
 from d2v_ds.loader.stream import StreamLoader
+from d2v_ds.loader.tokenizer_file import keep_tokenizer
 from d2v_ds.modalities.base import Modality
 from d2v_ds.probing import Probing
 from d2v_ds.run import environment
@@ -235,7 +237,11 @@ def start_from_weights(task: Task, config: Config, run: RunFolder) -> None:
         log.info("init: only the settings of the model, from %s; weights are random", config.init)
         return
     weights = open_weights(config.init)
-    settings = {"model": config.model, "modality": config.modality}
+    settings = {
+        "model": config.model,
+        "modality": config.modality,
+        "labels": config.finetune.labels,
+    }
     done = initialise(task, weights, config.init_from, config.init_skip, settings)
     for line in done.lines():
         log.info("%s", line)
@@ -311,6 +317,7 @@ def create_mixture(
         else:
             shards = find_set(path, modality.name)
             modality.check_set(shards.about)
+            on_rank_0(partial(keep_tokenizer, shards, RunFolder(config.run_dir).tokenizer))
             loaders[source] = Loader(local_copy(shards, watchdog), modality, **settings)
     return Mixture(loaders, shares, config.run.seed)
 
@@ -337,6 +344,8 @@ def describe_run(config: Config, run: RunFolder, nodes: list[str]) -> None:
     write_atomically(run.config, dump_yaml(config))
     write_atomically(run.environment, json.dumps(environment.describe(nodes), indent=1) + "\n")
     environment.keep_code(run.code)
+    if config.finetune.tokenizer and not run.labels.exists():
+        shutil.copyfile(config.finetune.tokenizer, run.labels)
     for marker in (run.stopped, run.done):  # of the previous start
         marker.unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from d2v_ds.data.audio import import_torchaudio
 from tests.helpers.rank_pool import Pool
 
 # A shell starts background jobs with SIGINT ignored. Processes of the tests would inherit that, and
@@ -71,6 +72,16 @@ def pool() -> Iterator[Pool]:
     pool = Pool()
     yield pool
     pool.stop()
+
+
+@pytest.fixture(scope="session")
+def remote_code(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Prepares transformers, which keeps copies of remote code: the tests give it a folder of
+    their own. torchaudio is imported first, with our workaround for a mismatched wheel."""
+    import_torchaudio()
+    from transformers import dynamic_module_utils
+
+    dynamic_module_utils.HF_MODULES_CACHE = str(tmp_path_factory.mktemp("modules"))
 
 
 @pytest.fixture

@@ -11,7 +11,10 @@ from d2v_ds import cli, exit_codes, recipes
 from d2v_ds.errors import UserError
 from tests.config.helpers import modules_after
 
-COMMANDS = ["recipes", "settings", "show", "train", "finetune", "status", "evaluate", "features"]
+COMMANDS = [
+    *("recipes", "settings", "show", "train", "finetune"),
+    *("status", "evaluate", "features", "export", "import"),
+]
 
 
 def help_of(capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -250,11 +250,14 @@ def entries(page: str, root: str) -> list[str]:
     return names
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")
 @pytest.mark.parametrize("page", sorted({page for page, _ in blocks_of("python")}))
-def test_python_blocks_run(page: str, folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs the blocks in the folder of training.md, which contains a run. Programs that start a
-    command are skipped."""
-    monkeypatch.chdir(folder_of("docs/training.md"))
+def test_python_blocks_run(
+    page: str, folder_of: FolderOf, remote_code: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs the blocks in the folder of training.md, which contains a run, or of export.md. Programs
+    that start a command are skipped."""
+    monkeypatch.chdir(folder_of(page if page == "docs/export.md" else "docs/training.md"))
     monkeypatch.setattr(speech, "LAYOUTS", [*speech.LAYOUTS])
     for _, block in blocks_of("python", pages=[page]):
         if "sys.exit" not in block.code:
@@ -399,7 +402,7 @@ def check_setting(page: str, path: str) -> None:
 
 
 def is_code(word: str) -> bool:
-    return word.endswith((".py", ".sh", ".sbatch", ".md", ")"))
+    return word.endswith((".py", ".sh", ".sbatch", ".md", ".safetensors", ")"))
 
 
 def test_every_recipe_is_documented() -> None:

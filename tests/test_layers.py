@@ -31,7 +31,7 @@ LAYERS = [
     ["checkpoint"],
     ["telemetry"],
     ["weights"],
-    ["encoder", "evaluate", "features", "finetune", "show"],
+    ["encoder", "evaluate", "export", "features", "finetune", "show"],
     ["validation", "best", "probing", "start", "train"],
     ["cli", "cli_evaluate", "__init__", "__main__"],
 ]
@@ -41,21 +41,26 @@ SHARDS_MAY_IMPORT = ["errors", "exit_codes", "files", "arguments", "data", "moda
 PLACES = {
     "deepspeed": ["d2v_ds/engine/zero.py"],
     "tensorboard": ["d2v_ds/telemetry/metrics.py"],
-    "safetensors": ["d2v_ds/checkpoint", "d2v_ds/weights"],
+    "safetensors": ["d2v_ds/checkpoint", "d2v_ds/export", "d2v_ds/weights"],
+    "transformers": ["d2v_ds/export"],
+    "tokenizers": ["d2v_ds/export/text.py"],
     "torchaudio": ["d2v_ds/data/audio.py", "d2v_ds/ctc.py"],
     "soundfile": ["d2v_ds/data/audio.py"],
     "PIL": [
         "d2v_ds/data/images.py",
         "d2v_ds/data/rand_augment.py",
+        "d2v_ds/export/remote/image_processing_d2v.py",
         "shards/samples/make_images.py",
     ],
-    "sentencepiece": ["shards/text/tokenizer.py", "d2v_ds/finetune/labels.py"],
+    "sentencepiece": ["shards/text/tokenizer.py", "d2v_ds/export", "d2v_ds/finetune/labels.py"],
     "pyarrow": ["shards/parquet.py", "d2v_ds/features"],
     "sklearn": ["d2v_ds/evaluate", "d2v_ds/scores.py"],
     "scipy": ["d2v_ds/evaluate", "d2v_ds/scores.py"],
     "zstandard": ["shards/text"],
     "webdataset": ["d2v_ds/loader/webdataset.py", "d2v_ds/data/download.py"],
 }
+REMOTE = Path("d2v_ds/export/remote")
+EXPORTED = [path.stem for path in (ROOT / REMOTE).glob("*.py")]
 FILES = sorted(
     path.relative_to(ROOT)
     for folder in ("d2v_ds", "shards")
@@ -78,7 +83,10 @@ def imports(path: Path, typing_only: bool = True) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: relative import"
+            # Exported files import each other by relative names, as transformers requires.
+            assert node.level == (path.parent == REMOTE and node.module in EXPORTED), (
+                f"{path}:{node.lineno}: relative import"
+            )
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -118,6 +126,14 @@ def test_lower_layers_never_import_higher_ones(path: Path) -> None:
         other = module(name)
         if other in LEVEL:
             assert LEVEL[other] <= LEVEL[own], f"{path} (layer {LEVEL[own]}) imports {name}"
+
+
+def test_exported_files_import_nothing_of_this_project() -> None:
+    """They are copied into exports, where d2v_ds need not be installed."""
+    assert EXPORTED
+    for name in EXPORTED:
+        roots = {found.split(".")[0] for found in imports(REMOTE / f"{name}.py")}
+        assert not roots & {"d2v_ds", "shards"}, name
 
 
 def test_modules_and_packages_form_no_cycle() -> None:

@@ -10,6 +10,8 @@
       checkpoints/00000600/                see checkpoint/__init__.py
       heartbeat/rank00000.json             what each rank is doing, every few seconds
       bad_samples/rank00000.jsonl          samples that could not be used
+      tokenizer.model                      of the text set, for exports
+      labels.model                         a copy of finetune.tokenizer
       GENERATION                           the start that owns the folder now
       STOP  STOPPED  DONE                  a request to stop; stopped and saved; finished
 
@@ -85,6 +87,14 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
+
+    @property
+    def labels(self) -> Path:
+        return self.root / "labels.model"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer.model"
 
     @property
     def heartbeat(self) -> Path:

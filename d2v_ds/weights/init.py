@@ -65,7 +65,8 @@ def initialise(
     task: Task, weights: Weights, which: Which, skip: Sequence[str], settings: Mapping[str, Any]
 ) -> Initialised:
     """Copies the weights into a task, in fp32. skip: patterns of parameters that keep their values.
-    settings: those of the task, {"model": model.*, "modality": modality.*}, with every default.
+    settings: those of the task, {"model": model.*, "modality": modality.*}, with every default, and
+    "labels" of a task with a head.
 
     The teacher's averages become copies of the student's parameters. Raises UserError if a
     parameter of both differs in shape and is not skipped, if the encoder is not covered by both
@@ -95,6 +96,8 @@ def initialise(
         settings=differing_settings(settings, weights),
     )
     refuse_other_encoder(task, weights, done, skip)
+    if any(name.startswith("head.") for name in names):
+        refuse_other_labels(weights, settings)
     for name in names:
         ours[name].copy_(theirs[name])
     parameters = dict(task.named_parameters())
@@ -146,6 +149,17 @@ def refuse_other_encoder(
                 f"init: {weights.path}: is another encoder: {problem} {listed(names)}. Change "
                 "model.* or modality.* to those of init, or name these parameters in init_skip"
             )
+
+
+def refuse_other_labels(weights: Weights, settings: Mapping[str, Any]) -> None:
+    """Raises UserError if the outputs of a head mean something else in this run."""
+    before, now = list(weights.finetune.get("labels", ())), list(settings.get("labels", ()))
+    if before != now:
+        raise UserError(
+            f"init: {weights.path}: its head has other labels ({', '.join(before[:5])} ...) than "
+            f"this run ({', '.join(now[:5])} ...). Give finetune.labels of init, or start with a "
+            "new head: init_skip=[head.*]"
+        )
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

@@ -47,6 +47,7 @@ def open_run(path: Path) -> Weights:
     finetuned = config.finetune.task != "none"
     if not finetuned:
         config = Pretrain.resolve(config)
+    run = RunFolder(found.path.resolve().parent.parent)
 
     def tensors(part: Part) -> dict[str, Tensor]:
         kind: StateKind = "ema" if part == "teacher" else "master"
@@ -66,6 +67,7 @@ def open_run(path: Path) -> Weights:
         finetune=to_dict(config.finetune) if finetuned else {},
         config=config,
         about=about(config, found),
+        files={file.name: file for file in (run.tokenizer, run.labels) if file.is_file()},
     )
 
 

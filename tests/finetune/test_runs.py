@@ -14,8 +14,9 @@ import pytest
 import torch
 import yaml
 
+from d2v_ds.finetune.model import load_finetuned
 from d2v_ds.weights import open_weights
-from tests.finetune.tuning import QUICK, tuning
+from tests.finetune.tuning import QUICK, Tuning, tuning
 from tests.helpers import joint_sets
 from tests.helpers.runs import assert_equal_runs, environment
 
@@ -140,6 +141,42 @@ def test_from_scratch_takes_only_the_settings(sets: Any, pretrained: Path, tmp_p
     weight = "trunk.blocks.0.ffn.fc1.weight"
     assert after[weight].shape == before[weight].shape
     assert not torch.allclose(after[weight], before[weight], atol=1e-3)
+
+
+def test_a_head_continues_only_with_the_same_labels(
+    tuned: dict[str, Tuning], sets: Any, tmp_path: Path
+) -> None:
+    init = tuned["text"].folder.root
+    run = tuning(tmp_path / "run", "text", sets, init, "engine.config=local", "optim.lr=1e-12")
+    done = run.tune("run.steps=2", "save.every=2")
+    assert "parameters are new" not in done.stdout
+    before, after = (
+        open_weights(init).tensors("head"),
+        open_weights(run.folder.root).tensors("head"),
+    )
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-9, rtol=1e-6)
+    swapped = tuning(tmp_path / "swapped", "text", sets, init, "finetune.labels=[low, high]")
+    refused = swapped.train("run.steps=2", "engine.config=local", nproc=1)
+    assert refused.returncode == 2
+    assert "its head has other labels (high, low ...) than this run (low, high" in refused.stderr
+    assert swapped.tune("run.steps=2", "engine.config=local", "init_skip=[head.*]")
+
+
+def test_sentencepiece_units_stay_with_the_run(sets: Any, pretrained: Path, tmp_path: Path) -> None:
+    """The model is copied into the run folder, so that the run can be evaluated without it."""
+    text = tmp_path / "text.txt"
+    text.write_text("zero one two three four five six seven eight nine\n" * 3)
+    model = tmp_path / "units.model"
+    assert joint_sets.shards_main(["tokenizer", str(text), str(model), "--vocab-size", "280"]) == 0
+    run = tuning(tmp_path / "run", "speech", sets, pretrained, "engine.config=local")
+    more = ["run.steps=2", "save.every=2", "optim.decay_steps=1", f"finetune.tokenizer={model}"]
+    run.tune(*more, f"data.valid={sets['spoken']}", "valid.every=2")
+    model.rename(tmp_path / "elsewhere")
+    loaded = load_finetuned(run.folder.root)
+    assert loaded.labels.names[0] == "<blank>" and len(loaded.labels.names) == 280
+    ids = loaded.labels.encode("two nine")
+    assert loaded.labels.decode(ids.tolist()) == "two nine"
 
 
 @pytest.mark.parametrize(
