@@ -31,7 +31,7 @@ SOURCES = {
 }
 COMMANDS = {"speech": "speech", "vision": "images", "text": "text"}
 BATCH = {"speech": 2.01, "vision": 8.0, "text": 512.0}  # a quarter of the recipes' batch size
-TINY = [name for name in recipes.RECIPES if "_tiny" in name]
+TINY = [name for name in recipes.GROUPS["pre-training"] if "_tiny" in name]
 
 
 @pytest.fixture(scope="module")
