@@ -26,5 +26,6 @@ def test_a_single_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> 
         assert tensor.tolist() == [1, 1] and os.environ["LOCAL_RANK"] == "0"
     finally:
         shutdown()
+    assert "WORLD_SIZE" not in os.environ  # else a later command would expect other ranks
     shutdown()  # a second call does nothing
     assert not dist.is_initialized()

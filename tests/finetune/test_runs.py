@@ -81,7 +81,13 @@ FREEZE = ["finetune.freeze=front_end", "finetune.freeze_blocks=1", "finetune.fre
 
 
 @pytest.mark.parametrize(
-    ("engine", "nproc"), [("local", 1), ("zero1", 2), ("zero2", 2), ("zero3", 2)]
+    ("engine", "nproc"),
+    [
+        ("local", 1),
+        pytest.param("zero1", 2, marks=pytest.mark.slow),
+        pytest.param("zero2", 2, marks=pytest.mark.slow),
+        ("zero3", 2),
+    ],
 )
 def test_what_is_frozen_stays_under_every_stage(
     sets: Any, pretrained: Path, tmp_path: Path, engine: str, nproc: int
