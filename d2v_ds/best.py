@@ -14,9 +14,10 @@ from typing import Any
 
 from d2v_ds.config import Config
 from d2v_ds.errors import UserError
+from d2v_ds.scores import ERROR_RATES
 from d2v_ds.telemetry.metrics import VALID
 
-LOWER_IS_BETTER = ("loss", "wer", "cer")
+LOWER_IS_BETTER = ("loss", *ERROR_RATES)
 
 
 @dataclass(frozen=True)

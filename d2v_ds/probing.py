@@ -135,7 +135,7 @@ class Probing:
         )
 
 
-# The environment of a rank: the probe is a process of its own.
+# Variables of a rank, which the probe must not take for its own launcher.
 OF_A_RANK = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_LOCALID"),

@@ -20,6 +20,7 @@ from d2v_ds.errors import UserError, suggestion
 
 RESAMPLES = 1000
 LEVEL = 0.95
+ERROR_RATES = ("wer", "cer")  # names of metrics of which lower values are better
 
 Column = Sequence[Any] | npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]

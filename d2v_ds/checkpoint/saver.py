@@ -52,11 +52,10 @@ class Saver:
 
     keep: the number of newest checkpoints to keep; keep_best: of those with the lowest score, in
     addition (read.score_of); keep_every: checkpoints at multiples of this step are kept permanently
-    (0: none). replicated: every rank holds everything, so only rank 0
-    writes. A failure is raised on all ranks by the next method called: UserError if the disk is too
-    full, Superseded if a newer start owns the run folder, RankFailed otherwise. The run folder is
-    then unchanged. Host memory for one copy of the state is kept between
-    saves.
+    (0: none). replicated: every rank holds everything, so only rank 0 writes. A failure is raised
+    on all ranks by the next method called: UserError if the disk is too full, Superseded if a newer
+    start owns the run folder, RankFailed otherwise. The run folder is then unchanged. Host memory
+    for one copy of the state is kept between saves.
     """
 
     def __init__(
@@ -75,6 +74,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._host: dict[tuple[StateKind, str], Tensor] = {}
         self._pending: _Pending | None = None
+        self._scores: dict[int, float | None] = {}  # by step, as far as they were read
 
     def start(
         self,
@@ -190,8 +190,12 @@ class Saver:
         earlier one. They are neither counted nor removed, because training will replace them.
         """
         steps = [s for s in self.run.steps() if s <= step]
-        scored = [(score_of(self.run.checkpoint(s)), s) for s in steps]
-        best = [s for _, s in sorted((score, s) for score, s in scored if score is not None)]
+        self._scores.pop(step, None)  # it may have replaced a damaged one
+        for s in steps:
+            if s not in self._scores:  # manifests never change and can be large
+                self._scores[s] = score_of(self.run.checkpoint(s))
+        scored = [(score, s) for s in steps if (score := self._scores[s]) is not None]
+        best = [s for _, s in sorted(scored)]
         kept = {*steps[-self.keep :], *best[: self.keep_best]}
         if self.keep_every:
             kept |= {s for s in steps if s % self.keep_every == 0}

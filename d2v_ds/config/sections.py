@@ -164,8 +164,8 @@ class Valid:
 
 @dataclass(frozen=True)
 class Probe:
-    """A probe of each checkpoint's encoder on labelled sets, in a process of its own beside
-    training, on the CPU of rank 0's node. Several modalities: {modality: set}."""
+    """A probe of each checkpoint's encoder on labelled sets, in a separate process while
+    the run trains, on the CPU of rank 0's node. Several modalities: {modality: set}."""
 
     train: str | dict[str, str] = ""
     """The labelled shard sets that the probe is fitted on; empty: no probe."""

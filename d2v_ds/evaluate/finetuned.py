@@ -25,7 +25,7 @@ from d2v_ds.errors import UserError
 from d2v_ds.evaluate.table import bounds, percent
 from d2v_ds.finetune.labels import Transcripts
 from d2v_ds.finetune.model import FinetunedModel, finetuned
-from d2v_ds.finetune.report import LOWER, best_classes, score
+from d2v_ds.finetune.report import best_classes, score
 from d2v_ds.loader.find_set import find_set
 from d2v_ds.loader.reading import read_samples
 from d2v_ds.weights import open_weights
@@ -150,7 +150,7 @@ def beams(
 def interval(metric: str, pairs: Pairs) -> tuple[float, float]:
     """The 95 % bootstrap interval of the metric over samples."""
     given, wanted = zip(*pairs, strict=True)
-    if metric in LOWER:
+    if metric in scores.ERROR_RATES:
         counts = scores.error_counts(given, wanted, "word" if metric == "wer" else "character")
         return scores.interval(scores.error_rate, *counts)
     columns = np.array([g[0] for g in given]) if metric in CLASSES else np.array(given)

@@ -23,7 +23,7 @@ from d2v_ds.finetune.labels import Classes, Transcripts
 from d2v_ds.finetune.task import Finetune, lengths_of
 from d2v_ds.modalities import create_modalities
 from d2v_ds.transformer import TransformerConfig
-from d2v_ds.weights import Weights, open_weights
+from d2v_ds.weights import Weights, load_parameters, open_weights
 
 
 class Logits(NamedTuple):
@@ -52,8 +52,7 @@ class FinetunedModel(nn.Module):
 
     def forward(self, examples: Sequence[Any]) -> Logits:
         batch = self.modality.unmasked(examples).to(next(self.parameters()).device)
-        values, valid = self.task.logits(batch)
-        return Logits(values, lengths_of(batch, valid))
+        return Logits(self.task.logits(batch), lengths_of(batch))
 
     @torch.no_grad()
     def predict(self, examples: Sequence[Any]) -> list[Any]:
@@ -74,7 +73,6 @@ def load_finetuned(path: str | Path) -> FinetunedModel:
     return finetuned(open_weights(path))
 
 
-@torch.no_grad()
 def finetuned(found: Weights) -> FinetunedModel:
     """As `load_finetuned`, for weights that are already open."""
     if not found.finetune:
@@ -90,10 +88,5 @@ def finetuned(found: Weights) -> FinetunedModel:
     task = Finetune(decode(TransformerConfig, found.model, "model"), modality, settings)
     encoder = {f"encoder.{name}": value for name, value in found.encoder().items()}
     values = {**encoder, **found.tensors("head")}
-    for name, parameter in task.named_parameters():
-        value = values.get(name)
-        if value is None or value.shape != parameter.shape:
-            state = "is missing" if value is None else f"has shape {list(value.shape)}"
-            raise UserError(f"{found.path}: {name} {state}, expected {list(parameter.shape)}")
-        parameter.copy_(value)
+    load_parameters(task, values, found.path)
     return FinetunedModel(task, found.step)

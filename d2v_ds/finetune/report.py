@@ -37,7 +37,6 @@ class FinetuneReport(Report):
 
 
 TOP = 5
-LOWER = ("wer", "cer")  # metrics of which lower values are better
 
 
 def best_classes(logits: Tensor) -> list[list[int]]:
@@ -48,7 +47,7 @@ def best_classes(logits: Tensor) -> list[list[int]]:
 
 def score(metric: str, given: Any, wanted: Any) -> dict[str, float]:
     """The metrics of predictions and references, as `outcomes` returns them."""
-    if metric in ("wer", "cer"):
+    if metric in scores.ERROR_RATES:
         return {
             "wer": scores.word_error_rate(given, wanted),
             "cer": scores.character_error_rate(given, wanted),

@@ -94,24 +94,23 @@ class Finetune(Task):
     def forward(self, batch: Batch, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The batch's share of the step's loss, and sums for the report. count: samples of the
         whole step. In evaluation mode the sums also have what `outcomes` needs."""
-        logits, valid = self.logits(batch)
-        losses = self.losses(logits, valid, batch)  # [B]
+        logits = self.logits(batch)
+        losses = self.losses(logits, batch)  # [B]
         loss = losses.sum() / count
         sums = {"loss": loss.detach()}
         if isinstance(self.labels, Transcripts):
-            sums["impossible"] = impossible(batch, lengths_of(batch, valid)).sum().float()
+            sums["impossible"] = impossible(batch).sum().float()
         if not self.training:
             sums["logits"] = logits.detach()
         return loss, sums
 
-    def logits(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Logits in fp32, [B, T, C] for transcripts, else [B, C], and which tokens exist, [B, T];
-        None if all of them do."""
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits in fp32, [B, T, C] for transcripts, else [B, C]."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._encoder_frozen):
             tokens = self.masked(batch, self.encoder.features(batch))
             _, _, [(_, x)] = self.encoder.whole(batch, tokens, collect=1)
         # The last block's output: a pre-norm trunk's own norm is replaced by that of the head.
-        return self.head(x, batch.valid).float(), batch.valid
+        return self.head(x, batch.valid).float()  # type: ignore[no-any-return]
 
     def masked(self, batch: Batch, tokens: Tensor) -> Tensor:
         """Tokens [B, T, D] with the front end's dropout and the masks of the batch; unchanged in
@@ -133,7 +132,7 @@ class Finetune(Task):
                 tokens = tokens * seen
         return tokens if batch.channels is None else tokens * batch.channels[:, None]
 
-    def losses(self, logits: Tensor, valid: Tensor | None, batch: Batch) -> Tensor:
+    def losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """The loss of each sample, [B] in fp32; 0 for one that does not count."""
         labels = batch.labels
         assert labels is not None, "a batch without labels"
@@ -142,7 +141,7 @@ class Finetune(Task):
             losses = F.ctc_loss(
                 logits.log_softmax(-1).transpose(0, 1),
                 labels,
-                lengths_of(batch, valid),
+                lengths_of(batch),
                 lengths.clamp(min=0),
                 reduction="none",
                 zero_infinity=True,  # transcripts longer than their recordings
@@ -224,7 +223,7 @@ class Finetune(Task):
     def _transcripts(self, batch: Batch, logits: Tensor) -> list[tuple[str, str]]:
         assert isinstance(self.labels, Transcripts) and batch.label_lengths is not None
         assert batch.labels is not None
-        lengths, sizes = lengths_of(batch, batch.valid).tolist(), batch.label_lengths.tolist()
+        lengths, sizes = lengths_of(batch).tolist(), batch.label_lengths.tolist()
         ids = torch.split(batch.labels, [max(0, size) for size in sizes])
         return [
             (self.labels.greedy(best[:T].cpu().numpy()), self.labels.decode(own.tolist()))
@@ -248,16 +247,16 @@ def head_kind(modality: str, settings: FineTuning) -> HeadKind:
     return settings.pool
 
 
-def lengths_of(batch: Batch, valid: Tensor | None) -> Tensor:
+def lengths_of(batch: Batch) -> Tensor:
     """The number of tokens of each sample, [B]."""
     B, T = batch.seen.shape
-    if valid is None:
+    if batch.valid is None:
         return torch.full((B,), T, dtype=torch.int64, device=batch.seen.device)
-    return valid.sum(1)
+    return batch.valid.sum(1)
 
 
-def impossible(batch: Batch, lengths: Tensor) -> Tensor:
+def impossible(batch: Batch) -> Tensor:
     """[B] bool: transcripts with more symbols than the recording has tokens, which CTC cannot
     produce. They add nothing to the loss."""
     assert batch.label_lengths is not None
-    return batch.label_lengths > lengths
+    return batch.label_lengths > lengths_of(batch)

@@ -1,8 +1,8 @@
 """Trained weights, wherever they were saved, with the settings that build their model.
 
-    run folder, checkpoint          runs.py                --.
-    exported or transformers folder transformers_folder.py --+-- open_weights --> Weights
-    fairseq .pt, BEiT .pth          fairseq.py             --'
+    run folder, checkpoint           runs.py                 --.
+    exported or transformers folder  transformers_folder.py  --+-- open_weights --> Weights
+    fairseq .pt, BEiT .pth           fairseq.py              --'
 
     Weights --build_encoder--> Encoder        --initialise--> a task that starts from the weights
 
@@ -20,7 +20,7 @@ from d2v_ds.errors import UserError
 from d2v_ds.run.run_folder import RunFolder
 from d2v_ds.weights.fairseq import open_fairseq
 from d2v_ds.weights.init import initialise
-from d2v_ds.weights.model import Weights, Which, build_encoder
+from d2v_ds.weights.model import Weights, Which, build_encoder, load_parameters
 from d2v_ds.weights.runs import load_weights, open_newest, open_run
 from d2v_ds.weights.transformers_folder import open_folder
 
@@ -29,6 +29,7 @@ __all__ = [
     "Which",
     "build_encoder",
     "initialise",
+    "load_parameters",
     "load_weights",
     "open_newest",
     "open_weights",

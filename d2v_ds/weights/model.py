@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2v_ds.config import Config
 from d2v_ds.config.decoding import decode
@@ -87,14 +87,19 @@ def build_encoder(weights: Weights, which: Which = "student") -> Encoder:
     model = decode(TransformerConfig, weights.model, "model")
     modalities = create_modalities(weights.modality)
     encoder = Encoder(model, {name: kind.front_end(model) for name, kind in modalities.items()})
-    values = weights.encoder(which)
-    with torch.no_grad():
-        for name, parameter in encoder.named_parameters():
-            value = values.get(name)
-            if value is None or value.shape != parameter.shape:
-                found = "is missing" if value is None else f"has shape {list(value.shape)}"
-                raise UserError(
-                    f"{weights.path}: encoder.{name} {found}, expected {list(parameter.shape)}"
-                )
-            parameter.copy_(value)
+    load_parameters(encoder, weights.encoder(which), weights.path, "encoder.")
     return encoder.eval()
+
+
+@torch.no_grad()
+def load_parameters(
+    module: nn.Module, values: Mapping[str, Tensor], path: Path, prefix: str = ""
+) -> None:
+    """Copies a value into every parameter of a module. path: where they come from; prefix: of the
+    names in messages. Raises UserError if one is missing or has another shape."""
+    for name, parameter in module.named_parameters():
+        value = values.get(name)
+        if value is None or value.shape != parameter.shape:
+            found = "is missing" if value is None else f"has shape {list(value.shape)}"
+            raise UserError(f"{path}: {prefix}{name} {found}, expected {list(parameter.shape)}")
+        parameter.copy_(value)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = (
     "Converts text to a shard set of token ids: concatenates the documents, each ended by eos, and "
-    "cuts the result into blocks. With --label-key, every document, or pair, is a sample "
-    "of its own. An interrupted conversion resumes if the same command is run again."
+    "cuts the result into blocks. With --label-key, every document, or pair, is a separate "
+    "sample. An interrupted conversion resumes if the same command is run again."
 )
 # The first layout that recognises SOURCE is used. A folder uses the file formats of this table.
 LAYOUTS: list[type[TextLayout]] = [PlainText, JsonLines, Tsv, Parquet, Folder]

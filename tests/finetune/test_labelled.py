@@ -31,7 +31,7 @@ def samples_of(variant: str) -> list[labelled.Sample]:
 
 def logits(task: Any, batch: Any) -> list[torch.Tensor]:
     """The logits of each sample, without padding."""
-    found, valid = task.logits(batch)
+    found, valid = task.logits(batch), batch.valid
     if found.dim() == 2:
         return list(found)
     lengths = [found.shape[1]] * len(found) if valid is None else valid.sum(1).tolist()
