@@ -21,6 +21,7 @@ from torch import Tensor
 from d2v_ds.data.audio import import_torchaudio
 
 INPUTS = {"speech": "input_values", "vision": "pixel_values", "text": "input_ids"}
+SPACE = "▁"  # a space in a piece of sentencepiece
 STOCK = "data2vec-"  # the model types of transformers
 
 
@@ -46,8 +47,10 @@ def main(folder: str, scratch: Path) -> None:
         problems += compare_texts(folder, plan["texts"], plan["ids"])
     if plan["class"] == "AutoModelForCTC":
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        if tokenizer.convert_ids_to_tokens(list(range(len(plan["labels"])))) != plan["labels"]:
+        symbols = tokenizer.convert_ids_to_tokens(list(range(len(plan["labels"]))))
+        if [symbol.replace(" ", SPACE) for symbol in symbols] != plan["labels"]:
             problems.append("the tokenizer has other symbols than the model")
+        problems += compare_transcripts(tokenizer, plan["transcripts"])[:1]
     (scratch / "found.json").write_text(json.dumps(found))
 
 
@@ -137,6 +140,15 @@ def compare_inputs(folder: str, name: str, tensors: Mapping[str, Tensor]) -> flo
         difference(ours, theirs[: len(ours)])
         for ours, theirs in zip(expected, ready[INPUTS[name]], strict=True)
     )
+
+
+def compare_transcripts(tokenizer: Any, transcripts: list[tuple[list[int], str]]) -> list[str]:
+    return [
+        f"the tokenizer decodes {theirs!r}, expected {ours!r}"
+        for path, ours in transcripts
+        # A path of random symbols can repeat and begin with spaces; a decoded text has none.
+        if (theirs := " ".join(tokenizer.decode(path).split())) != ours
+    ]
 
 
 def compare_texts(folder: str, texts: list[str], ids: list[list[int]]) -> list[str]:

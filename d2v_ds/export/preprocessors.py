@@ -18,6 +18,7 @@ from d2v_ds.data import images
 from d2v_ds.export.model import Exported
 from d2v_ds.export.text import MODEL_FILE, SPACE, TextTokenizer, converted
 from d2v_ds.finetune.labels import BOUNDARY
+from d2v_ds.finetune.labels import MODEL_FILE as LABELS_FILE
 
 Files = dict[str, str | bytes]  # name -> content
 Settings = dict[str, Any]
@@ -96,8 +97,14 @@ def tokenizer_files(text: TextTokenizer) -> tuple[Files, list[str]]:
     return {**files, "tokenizer_config.json": as_json(settings)}, ["tokenization_d2v.py"]
 
 
-def ctc_files(labels: list[str]) -> Files:
-    """The tokenizer of transcripts. labels[0] is the blank, which transformers calls padding."""
+def ctc_files(labels: list[str], pieces: bytes | None) -> Files:
+    """The tokenizer of transcripts. labels[0] is the blank, which transformers calls padding.
+
+    pieces: the sentencepiece model whose pieces the labels are; None: letters. transformers only
+    replaces a symbol that is the word delimiter as a whole, so spaces within pieces are written as
+    spaces.
+    """
+    names = [label.replace(SPACE, " ") for label in labels] if pieces else labels
     settings = {
         "tokenizer_class": "Wav2Vec2CTCTokenizer",
         "processor_class": CTC_PROCESSOR,
@@ -105,15 +112,16 @@ def ctc_files(labels: list[str]) -> Files:
         "unk_token": "<unk>" if "<unk>" in labels else None,
         "bos_token": None,
         "eos_token": None,
-        "word_delimiter_token": BOUNDARY if BOUNDARY in labels else SPACE,
+        "word_delimiter_token": " " if pieces else BOUNDARY,
         "replace_word_delimiter_char": " ",
         "do_lower_case": False,
         "clean_up_tokenization_spaces": False,
     }
-    return {
-        "vocab.json": as_json({label: i for i, label in enumerate(labels)}),
+    files: Files = {
+        "vocab.json": as_json({name: i for i, name in enumerate(names)}),
         "tokenizer_config.json": as_json(settings),
     }
+    return {**files, LABELS_FILE: pieces} if pieces else files
 
 
 def as_json(content: Any) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -26,15 +27,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from d2v_ds.config.decoding import decode
+from d2v_ds.config.finetuning import FineTuning
 from d2v_ds.data import images
 from d2v_ds.errors import UserError
 from d2v_ds.export.heads import build_head, classes_of
 from d2v_ds.export.model import Exported
 from d2v_ds.export.text import TextTokenizer
+from d2v_ds.finetune.labels import MODEL_FILE as LABELS_FILE
+from d2v_ds.finetune.labels import Transcripts
+from d2v_ds.finetune.settings import create_labels
 from d2v_ds.modalities.base import Modality
 from d2v_ds.modalities.speech import normalised
 
 TOLERANCE = 1e-5
+TRANSCRIPTS = 20
 SHORTER = (1.0, 0.61, 0.35)  # lengths of the examples, relative to the largest
 IMAGE_SIZES = ((300, 200), (97, 260), (640, 640))  # width, height
 TEXTS = (
@@ -85,6 +92,8 @@ def verify(folder: Path, exported: Exported, text: TextTokenizer | None) -> Foun
     process printed, if it cannot be loaded."""
     with tempfile.TemporaryDirectory() as scratch:
         plan, tensors = expectations(exported, text)
+        if exported.finetune.get("task") == "ctc":
+            plan["transcripts"] = transcripts(exported, folder)
         separate = {key: value.clone().contiguous() for key, value in tensors.items()}
         save_file(separate, f"{scratch}/tensors.safetensors")
         (Path(scratch) / "plan.json").write_text(json.dumps(plan))
@@ -143,6 +152,22 @@ def examples(modality: Modality) -> list[Any]:
     config = modality.config
     usual = [i for i in range(config.vocab_size) if i != config.pad_id]
     return [rng.choice(usual, n).astype(np.int64) for n in lengths]
+
+
+def transcripts(exported: Exported, folder: Path) -> list[tuple[list[int], str]]:
+    """Paths of random symbols and the transcripts that our greedy decoding makes of them."""
+    tokenizer = str(folder / LABELS_FILE) if exported.finetune["tokenizer"] else ""
+    labels = decode(FineTuning, {**exported.finetune, "tokenizer": tokenizer}, "finetune")
+    decoder = create_labels(labels)
+    assert isinstance(decoder, Transcripts)
+    special = re.compile(r"<.+>")  # blank, unknown, control symbols and bytes
+    usual = [i for i, name in enumerate(decoder.names) if not special.fullmatch(name)]
+    rng, found = np.random.default_rng(2), []
+    for _ in range(TRANSCRIPTS):
+        symbols = rng.choice(usual, 20)
+        path = np.stack([symbols, symbols, np.zeros_like(symbols)], axis=1).ravel()
+        found.append((path.tolist(), decoder.greedy(path)))
+    return found
 
 
 @torch.no_grad()

@@ -31,6 +31,7 @@ from d2v_ds.export.stock import stock_config, stock_problems, stock_tensors
 from d2v_ds.export.text import MODEL_FILE, TextTokenizer, open_tokenizer
 from d2v_ds.export.verify import Found, VerificationFailed, require_transformers, verify
 from d2v_ds.files import sync, temporary, write_durably
+from d2v_ds.finetune.labels import MODEL_FILE as LABELS_FILE
 from d2v_ds.weights import Weights, Which
 
 
@@ -125,10 +126,7 @@ def collect(
         files |= made
         code += more
     elif exported.finetune.get("task") == "ctc":
-        files |= ctc_files(list(exported.finetune["labels"]))
-        pieces = Path(found.finetune.get("tokenizer", ""))
-        if pieces.is_file():
-            files[pieces.name] = pieces.read_bytes()
+        files |= ctc_files(list(exported.finetune["labels"]), label_pieces(found))
     else:
         files |= other_tokenizer(found) if "text" in exported.modality else {}
     config |= {"dtype": "float32", **label_fields(exported), "d2v_ds": exported.entry()}
@@ -139,6 +137,21 @@ def collect(
     if "text" in exported.modality and "tokenizer_config.json" not in files:
         missing = "no tokenizer was found; give its sentencepiece model with --tokenizer"
     return Content(config, tensors, {**exported.predictors, **lacking}, files, missing, problems)
+
+
+def label_pieces(found: Weights) -> bytes | None:
+    """The sentencepiece model of the symbols of transcripts; None if they are letters. Raises
+    UserError if it is missing."""
+    given = found.finetune.get("tokenizer")
+    if not given:
+        return None
+    path = found.files.get(LABELS_FILE, Path(given))
+    if not path.is_file():
+        raise UserError(
+            f"{found.path}: lacks {LABELS_FILE}, the sentencepiece model of its symbols; copy the "
+            f"one of the training, {given}, to this name"
+        )
+    return path.read_bytes()
 
 
 def other_tokenizer(found: Weights) -> Files:

@@ -19,7 +19,7 @@ from d2v_ds.config.decoding import decode
 from d2v_ds.config.finetuning import FineTuning
 from d2v_ds.errors import UserError
 from d2v_ds.finetune.labelled import Labelled
-from d2v_ds.finetune.labels import Classes, Transcripts
+from d2v_ds.finetune.labels import MODEL_FILE, Classes, Transcripts
 from d2v_ds.finetune.task import Finetune, lengths_of
 from d2v_ds.modalities import create_modalities
 from d2v_ds.transformer import TransformerConfig
@@ -81,8 +81,8 @@ def finetuned(found: Weights) -> FinetunedModel:
             "`d2v-ds finetune`, or probe it with `d2v-ds evaluate knn`"
         )
     raw = dict(found.finetune)
-    if "labels.model" in found.files:  # the copy that belongs to the weights
-        raw["tokenizer"] = str(found.files["labels.model"])
+    if MODEL_FILE in found.files:  # the copy that belongs to the weights
+        raw["tokenizer"] = str(found.files[MODEL_FILE])
     settings = decode(FineTuning, raw, "finetune")
     [modality] = create_modalities(found.modality).values()
     task = Finetune(decode(TransformerConfig, found.model, "model"), modality, settings)

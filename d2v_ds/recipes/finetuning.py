@@ -32,16 +32,16 @@ def finetune_speech_tiny() -> dict[str, Any]:
     """CTC on letters for a laptop, with the encoder of speech_tiny."""
     # Not published: tuned on strings of spoken digits.
     return {
-        "run": {"steps": 300},
+        "run": {"steps": 1000},
         "data": {"workers": 1},
-        "batch": {"size": 48.0, "micro_batches": 2},
+        "batch": {"size": 16.0, "micro_batches": 2},
         "model": {**NO_DROPOUT, "activation_dropout": 0.1, "layer_drop": 0.0},
         "modality": {"speech": {"prenet_dropout": 0.0}},
         "finetune": {
             "task": "ctc",
             "label": "text",
-            "freeze_steps": 50,
-            "time_mask": 0.3,
+            "freeze_steps": 100,
+            "time_mask": 0.5,
             "time_mask_length": 5,
             "time_mask_with": "zero",
             "channel_mask": 0.1,
@@ -53,15 +53,15 @@ def finetune_speech_tiny() -> dict[str, Any]:
             "betas": [0.9, 0.98],
             "eps": 1e-8,
             "weight_decay": 0.0,
-            "warmup_steps": 30,
+            "warmup_steps": 100,
             "schedule": "tri_stage",
-            "decay_steps": 150,
+            "decay_steps": 500,
             "decay_to": 0.05,
             "clip": 1.0,
         },
-        "valid": {"every": 100},
+        "valid": {"every": 200},
         "log": {"every": 10, "pictures_every": 1000},
-        "save": {"every": 100, "keep": 1, "keep_best": 1},
+        "save": {"every": 200, "keep": 1, "keep_best": 1},
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,12 +70,14 @@ def from_task(raw: Any) -> Weights:
 KINDS: dict[str, HeadKind] = {"speech": "ctc", "vision": "mean", "text": "first"}
 
 
-def with_head(found: Weights, task: str = "", kind: HeadKind | None = None) -> Weights:
+def with_head(
+    found: Weights, task: str = "", kind: HeadKind | None = None, labels: Sequence[str] = ()
+) -> Weights:
     """The weights, fine-tuned: with a random head."""
     [name] = found.modality
-    usual, labels = LABELS[name]
+    usual, few = LABELS[name]
     task = task or usual
-    labels = ["value"] if task == "regression" else labels
+    labels = labels or (["value"] if task == "regression" else few)
     torch.manual_seed(1)
     module = HEADS[kind or KINDS[name]](found.model["dim"], len(labels), std=0.5, dropout=0.0)
     head = {f"head.{key}": torch.randn_like(p) for key, p in module.named_parameters()}

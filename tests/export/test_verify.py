@@ -3,6 +3,7 @@ preprocessors."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -22,6 +23,9 @@ from d2v_ds.export.model import select
 from d2v_ds.export.text import open_tokenizer
 from d2v_ds.export.verify import Found, verify
 from d2v_ds.export.writer import Options, VerificationFailed, export
+from d2v_ds.finetune.labels import Pieces
+from d2v_ds.finetune.model import finetuned
+from d2v_ds.weights import open_weights
 from tests import ROOT
 from tests.export.helpers import TOKENIZER, from_task, weights_of, with_head, write
 from tests.helpers.joint_sets import SMALL
@@ -70,16 +74,41 @@ def test_altered_exports_fail(tmp_path: Path) -> None:
     vocabulary = tmp_path / "out/vocab.json"
     vocabulary.write_text(vocabulary.read_text().replace('"a": 2', '"c": 2'))
     failures = verify(tmp_path / "out", exported, None).failures()
-    assert len(failures) == 5
+    assert len(failures) == 6
     starts = (
         "features of speech differ",
         f"missing keys: {renamed}",
         "preprocessed inputs of speech differ",
+        "the tokenizer decodes ",
         "the tokenizer has other symbols",
         "unexpected keys: other",
     )
     for failure, start in zip(sorted(failures), starts, strict=True):
         assert failure.startswith(start), failure
+
+
+def test_transcripts_of_sentencepiece_symbols(tmp_path: Path) -> None:
+    """The model that makes them is in the export, and transformers decodes as we do."""
+    labels = tmp_path / "labels.model"
+    labels.write_bytes(MODEL.read_bytes())
+    names = Pieces.collect(str(labels))
+    found = with_head(weights_of("v1_speech"), labels=names)
+    assert names[0] == "<blank>" and any(name.startswith("▁") for name in names)
+    found.finetune["tokenizer"] = "spm/of/the/training.model"
+    with pytest.raises(UserError, match=r"lacks labels.model.*copy .*spm/of/the/training.model"):
+        export(found, tmp_path / "out", Options())
+
+    found = dataclasses.replace(found, files={labels.name: labels})
+    _, measured = export(found, tmp_path / "out", Options())
+    assert measured is not None and not measured.failures()
+    labels.unlink()
+    again = finetuned(open_weights(tmp_path / "out"))
+    assert isinstance(again.labels, Pieces)
+    ids = again.labels.encode("a text of words")
+    assert again.labels.decode(ids) == "a text of words"
+    assert tuple(again.labels.names) == names
+    export(open_weights(tmp_path / "out"), tmp_path / "again", Options())
+    assert (tmp_path / "again/labels.model").read_bytes() == MODEL.read_bytes()
 
 
 def alter(folder: Path, name: str, renamed: str = "") -> None:
