@@ -71,7 +71,7 @@ def finetune_vision_tiny() -> dict[str, Any]:
     return {
         "run": {"steps": 400},
         "data": {"workers": 1},
-        "batch": {"size": 128.0, "micro_batches": 2},
+        "batch": {"size": 64.0, "micro_batches": 2},
         "model": {**NO_DROPOUT, "drop_path": 0.1},
         "modality": {"vision": {"crop_scale": [0.36, 1.0]}},
         "finetune": {
