@@ -40,7 +40,7 @@ from d2v_ds.loader.loader import Loader
 from d2v_ds.loader.mixture import Mixture, divide_workers, shares_of
 from d2v_ds.loader.quarantine import Quarantine
 from d2v_ds.loader.stream import StreamLoader
-from d2v_ds.loader.tokenizer_file import keep_tokenizer
+from d2v_ds.loader.tokenizer_file import keep_tokenizer, refuse_mixed, refuse_other
 from d2v_ds.modalities.base import Modality
 from d2v_ds.probing import Probing
 from d2v_ds.run import environment
@@ -245,6 +245,8 @@ def start_from_weights(task: Task, config: Config, run: RunFolder) -> None:
     done = initialise(task, weights, config.init_from, config.init_skip, settings)
     for line in done.lines():
         log.info("%s", line)
+    if "encoder.front_ends.text.features.tokens.weight" in done.copied:
+        refuse_other(weights.path, weights.files, text_sets(config))
     report = json.dumps(done.as_json(), indent=1) + "\n"
     on_rank_0(lambda: write_atomically(run.init, report))
 
@@ -295,6 +297,7 @@ def create_mixture(
 ) -> Mixture:
     """The loaders of all sources, each at its cursor in `state`. Collective: all ranks must call
     it. Raises UserError."""
+    refuse_mixed(text_sets(config))
     shares, loaders = shares_of(config), dict[str, Loader | StreamLoader]()
     for (source, path), workers in zip(
         config.sources.items(), divide_workers(config.data.workers, shares), strict=True
@@ -320,6 +323,13 @@ def create_mixture(
             on_rank_0(partial(keep_tokenizer, shards, RunFolder(config.run_dir).tokenizer))
             loaders[source] = Loader(local_copy(shards, watchdog), modality, **settings)
     return Mixture(loaders, shares, config.run.seed)
+
+
+def text_sets(config: Config) -> list[ShardSet]:
+    """The sets of text for training and validation, except tars that are streamed."""
+    sources = [*config.sources.items(), *config.valid_sources.items()]
+    paths = {path for source, path in sources if modality_of(source) == "text"}
+    return [find_set(path, "text") for path in sorted(paths) if not stream_tars(path)]
 
 
 def local_copy(shards: ShardSet, watchdog: Watchdog) -> ShardSet:

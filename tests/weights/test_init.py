@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,11 @@ import torch
 from d2v_ds.config.decoding import to_dict
 from d2v_ds.errors import UserError
 from d2v_ds.pretrain import Pretrain
+from d2v_ds.run.run_folder import RunFolder
+from d2v_ds.start import start_from_weights
 from d2v_ds.weights import Weights, Which, initialise, open_weights
+from shards import samples
+from tests.export import helpers as exported
 from tests.helpers import joint_sets, variants
 from tests.helpers.runs import Run
 
@@ -119,6 +124,30 @@ def test_another_modality_is_an_error() -> None:
     task = variants.build("v2_text")
     with pytest.raises(UserError, match="has speech, this run has text; none is in both"):
         initialise(task, weights, "student", (), settings_of("v2_text"))
+
+
+def test_text_of_another_tokenizer_is_an_error(tmp_path: Path) -> None:
+    """The weights are an export, which has its tokenizer."""
+    settings = [f"modality.text.{each}" for each in ("vocab_size=4096", "mask_id=4095", "pad_id=1")]
+    model = samples.path("text") / "tokenizer.model"
+    exported.write(exported.weights_of("v2_text", *settings), tmp_path / "export", tokenizer=model)
+    shards = joint_sets.write_texts(tmp_path / "text", 4)
+    index = json.loads((shards / "index.json").read_text())
+    index["tokenizer"] = {"sha256": hashlib.sha256(model.read_bytes()).hexdigest()}
+    (shards / "index.json").write_text(json.dumps(index))
+    init = [f"init={tmp_path / 'export'}", f"data.shards={shards}"]
+    skip = "init_skip=[encoder.front_ends.text.features.tokens.weight]"
+
+    def begin(*overrides: str) -> None:
+        config = Pretrain.resolve(variants.config("v2_text", *settings, *init, *overrides))
+        start_from_weights(Pretrain.create(config), config, RunFolder(tmp_path))
+
+    begin()
+    index["tokenizer"]["sha256"] = "0" * 64
+    (shards / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"^init: .*export was trained with another tokenizer"):
+        begin()
+    begin(skip)
 
 
 # ---------------------------------------------------------------------------------- a whole run
