@@ -7,6 +7,7 @@
     for item in d2v_ds.webdataset("/data/librispeech", "speech"):     # its decoded samples
         ...
     encoder = d2v_ds.load_encoder("runs/speech_base")                 # a plain torch module
+    model = d2v_ds.load_finetuned("runs/finetuned")                   # the same, with its head
 
 Importing d2v_ds imports neither torch nor DeepSpeed; functions import what they need when they are
 called. Bad input raises UserError, whose message says what to change.
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from webdataset import DataPipeline
 
     from d2v_ds.encoder import PretrainedEncoder
+    from d2v_ds.finetune.model import FinetunedModel
     from d2v_ds.modalities.base import Modality
 
 __version__ = "0.1.0"
@@ -38,6 +40,7 @@ __all__ = [
     "__version__",
     "load_config",
     "load_encoder",
+    "load_finetuned",
     "open_shards",
     "recipes",
     "webdataset",
@@ -95,3 +98,16 @@ def load_encoder(
     from d2v_ds import encoder
 
     return encoder.load_encoder(path, weights=weights, modality=modality)
+
+
+def load_finetuned(path: str | Path) -> FinetunedModel:
+    """A fine-tuned model, encoder and head, as a plain torch module. path: a run folder, a
+    checkpoint, an exported folder, or a folder of Hugging Face transformers with a head.
+
+    Its methods: `prepare` makes an example of a waveform, an image or token ids; a call with a list
+    of examples returns logits; `predict` returns transcripts, class names or numbers. Raises
+    UserError.
+    """
+    from d2v_ds.finetune import model
+
+    return model.load_finetuned(path)

@@ -87,12 +87,7 @@ class PretrainedEncoder(nn.Module):
 
         Raises UserError if the content does not fit the model.
         """
-        try:
-            example = self.modality.prepare(raw, rate=rate)
-            self.modality.check_example(example)
-        except (ValueError, TypeError, OSError) as error:
-            raise UserError(f"the input {error}") from None
-        return example
+        return prepare_example(self.modality, raw, rate)
 
     def forward(self, examples: Sequence[Any]) -> EncoderOutput:
         """Features of a list of B examples, as `prepare`, `modality.decode(members, None)` and
@@ -107,13 +102,7 @@ class PretrainedEncoder(nn.Module):
         The forward pass runs on the device of the parameters and under the caller's autocast and
         no_grad. Raises UserError for an empty list or an example that does not fit the model.
         """
-        if isinstance(examples, str | bytes) or not len(examples):
-            raise UserError("the encoder takes a list of at least one example")
-        for i, example in enumerate(examples):
-            try:
-                self.modality.check_example(example)
-            except ValueError as error:
-                raise UserError(f"example {i} {error}; `prepare` makes examples") from None
+        check_examples(self.modality, examples)
         batch = self.modality.unmasked(examples).to(next(self.parameters()).device)
         tokens = self.encoder.features(batch)
         _, _, layers = self.encoder.whole(batch, tokens, collect=self.depth)
@@ -130,6 +119,27 @@ class PretrainedEncoder(nn.Module):
         for start in range(0, len(by_size), batch):
             group = by_size[start : start + batch]
             yield group, self([examples[i] for i in group])
+
+
+def prepare_example(modality: Modality, raw: Any, rate: int | None) -> Any:
+    """One example from raw content. Raises UserError if the content does not fit the model."""
+    try:
+        example = modality.prepare(raw, rate=rate)
+        modality.check_example(example)
+    except (ValueError, TypeError, OSError) as error:
+        raise UserError(f"the input {error}") from None
+    return example
+
+
+def check_examples(modality: Modality, examples: Sequence[Any]) -> None:
+    """Raises UserError for an empty list or an example that does not fit the model."""
+    if isinstance(examples, str | bytes) or not len(examples):
+        raise UserError("the model takes a list of at least one example")
+    for i, example in enumerate(examples):
+        try:
+            modality.check_example(example)
+        except ValueError as error:
+            raise UserError(f"example {i} {error}; `prepare` makes examples") from None
 
 
 def load_encoder(

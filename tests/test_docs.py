@@ -255,9 +255,10 @@ def entries(page: str, root: str) -> list[str]:
 def test_python_blocks_run(
     page: str, folder_of: FolderOf, remote_code: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs the blocks in the folder of training.md, which contains a run, or of export.md. Programs
-    that start a command are skipped."""
-    monkeypatch.chdir(folder_of(page if page == "docs/export.md" else "docs/training.md"))
+    """Runs the blocks in the folder of their page if its commands make a run, else in that of
+    training.md. Programs that start a command are skipped."""
+    own = page in ("docs/export.md", "docs/finetuning.md")
+    monkeypatch.chdir(folder_of(page if own else "docs/training.md"))
     monkeypatch.setattr(speech, "LAYOUTS", [*speech.LAYOUTS])
     for _, block in blocks_of("python", pages=[page]):
         if "sys.exit" not in block.code:

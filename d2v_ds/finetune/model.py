@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from d2v_ds.config.decoding import decode
 from d2v_ds.config.finetuning import FineTuning
+from d2v_ds.encoder import check_examples, prepare_example
 from d2v_ds.errors import UserError
 from d2v_ds.finetune.labelled import Labelled
 from d2v_ds.finetune.labels import MODEL_FILE, Classes, Transcripts
@@ -50,7 +51,13 @@ class FinetunedModel(nn.Module):
         self.modality: Labelled = task.held_out(task.name)
         self.eval()
 
+    def prepare(self, raw: Any, *, rate: int | None = None) -> Any:
+        """One example from a waveform, an image or token ids, as PretrainedEncoder.prepare. Raises
+        UserError if the content does not fit the model."""
+        return prepare_example(self.modality.base, raw, rate)
+
     def forward(self, examples: Sequence[Any]) -> Logits:
+        check_examples(self.modality.base, examples)
         batch = self.modality.unmasked(examples).to(next(self.parameters()).device)
         return Logits(self.task.logits(batch), lengths_of(batch))
 

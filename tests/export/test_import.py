@@ -1,4 +1,5 @@
-"""Folders of transformers are imported, and the import gives the same outputs in transformers."""
+"""Imports: of folders of transformers, with the same outputs in transformers, and of checkpoints of
+fairseq and data2vec_vision, with the same features."""
 
 from __future__ import annotations
 
@@ -10,7 +11,13 @@ import pytest
 import torch
 
 from d2v_ds.cli import main
+from d2v_ds.encoder import load_encoder
+from d2v_ds.pretrain import Pretrain
+from d2v_ds.weights import Which
 from tests.export.helpers import load
+from tests.helpers import fairseq_files, variants
+from tests.helpers.variants import VARIANTS
+from tests.test_key_maps import shaken
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -86,3 +93,24 @@ def test_folders_of_transformers(make: Any, tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
         assert (out / "merges.txt").exists() == (make is text)
         source = out
+
+
+@pytest.mark.parametrize("weights", ["student", "teacher"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_checkpoints_of_fairseq_and_data2vec_vision(
+    variant: str, weights: Which, tmp_path: Path
+) -> None:
+    """By the command; one of them with its verification by transformers."""
+    task, config = shaken(variant).eval(), Pretrain.resolve(variants.config(variant))
+    with torch.no_grad():
+        for parameter in task.teacher.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    source = fairseq_files.write(task, config, variant, tmp_path / "model.pt")
+    verified = (variant, weights) == ("v2_speech", "student")
+    options = ["--weights", weights, *([] if verified else ["--no-verify"])]
+    assert main(["import", str(source), str(tmp_path / "out"), *options]) == 0
+    theirs, ours = (load_encoder(p, weights=weights) for p in (source, tmp_path / "out"))
+    examples = variants.examples(task, 30, 40)
+    with torch.no_grad():
+        for a, b in zip(theirs(examples).blocks, ours(examples).blocks, strict=True):
+            assert torch.equal(a, b)

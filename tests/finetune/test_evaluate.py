@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from d2v_ds import evaluate
+from d2v_ds import evaluate, load_finetuned
 from d2v_ds.errors import UserError
-from d2v_ds.finetune.model import load_finetuned
 from tests.finetune.tuning import Tuning
 
 KINDS = {"speech": "wer", "vision": "accuracy", "text": "accuracy"}
@@ -53,6 +52,10 @@ def test_a_run_a_checkpoint_and_the_link_to_the_best_load(tuned: dict[str, Tunin
         a, b = newest(images).values, older(images).values
         assert a.shape == (2, 4) and not torch.equal(a, b)
         assert torch.equal(a, load_finetuned(run.checkpoint(4))(images).values)
+    pixels = np.full((16, 16, 3), 90, dtype=np.uint8)  # height, width, channels
+    assert np.array_equal(newest.prepare(pixels), images[1])
+    with pytest.raises(UserError, match=r"example 1 .*; `prepare` makes examples"):
+        newest([images[0], pixels[:8]])
     best = load_finetuned(run.checkpoints / "best")
     assert best.step in (2, 4) and best.predict(images)[0] in best.labels.names
 
