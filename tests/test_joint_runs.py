@@ -100,6 +100,7 @@ def test_curves_and_pictures_of_each_modality_are_in_tensorboard(undisturbed: Ru
     assert set(tags["images"]) == {f"mask/{name}" for name in set(planned(undisturbed)[6:])}
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_exactly(
     undisturbed: Run, sets: dict[str, Path], tmp_path: Path
 ) -> None:

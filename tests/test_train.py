@@ -115,7 +115,7 @@ def test_a_changed_model_is_refused_by_name(undisturbed: Run) -> None:
     assert "model.depth was 2, is 3" in line and "--allow model.depth" in line
 
 
-@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+@pytest.mark.parametrize("stage", ["zero2", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_a_run_whose_rank_was_killed_resumes_bit_exactly(
     stage: str, undisturbed: Run, shards: Path, tmp_path: Path
 ) -> None:
@@ -142,7 +142,9 @@ def test_a_run_whose_rank_was_killed_resumes_bit_exactly(
         assert_equal_runs(run, other)
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR2", "STOP"])
+@pytest.mark.parametrize(
+    "how", ["SIGTERM", *(pytest.param(how, marks=pytest.mark.slow) for how in ("SIGUSR2", "STOP"))]
+)
 def test_a_stopped_run_saves_and_resumes_bit_exactly(
     how: str, undisturbed: Run, shards: Path, tmp_path: Path
 ) -> None:
@@ -167,6 +169,7 @@ def test_a_stopped_run_saves_and_resumes_bit_exactly(
     assert_equal_runs(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_one_stage_loads_into_another(
     undisturbed: Run, shards: Path, tmp_path: Path
 ) -> None:

@@ -20,6 +20,7 @@ def test_a_lost_node_is_replaced(standin: Workplace, cluster: Cluster) -> None:
     reaches_step(job, standin, rows + 3)
 
 
+@pytest.mark.slow
 def test_a_preempted_job_saves_and_resumes(standin: Workplace, cluster: Cluster) -> None:
     options = (*NODES, "--exclusive", "--nodes=3")
     job = standin.submit("pretrain.sbatch", "run.dir=run", "run.steps=60", options=options)
@@ -32,6 +33,7 @@ def test_a_preempted_job_saves_and_resumes(standin: Workplace, cluster: Cluster)
     assert set(starts(standin)) == {0, 1}
 
 
+@pytest.mark.slow
 def test_a_job_whose_ranks_got_sigterm_resumes(standin: Workplace, cluster: Cluster) -> None:
     """A preemption without an early signal: the ranks get SIGTERM at once."""
     options = (*NODES, *FIRST_TWO)

@@ -39,6 +39,7 @@ def jobs(where: Workplace, output: str) -> list[Job]:
     return [Job(where.cluster, number, where.folder) for number in numbers]
 
 
+@pytest.mark.slow  # test_slurm_finetune has a longer pipeline
 def test_a_pipeline_from_corpus_to_evaluation(cluster: Cluster, tmp_path: Path) -> None:
     """An array with a task that fails once, its merge, training on two nodes, a final command."""
     where = place(cluster, tmp_path / "home")
