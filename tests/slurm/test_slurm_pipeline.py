@@ -9,6 +9,8 @@ import sys
 import urllib.request
 from pathlib import Path
 
+import pytest
+
 from d2v_ds.data.shard_format import open_set
 from shards import samples
 from shards.cli import main as shards_main
