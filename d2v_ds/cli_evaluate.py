@@ -25,7 +25,10 @@ FINETUNED = ("wer", "accuracy", "correlation")
 
 def block(text: str) -> int | Literal["all"]:
     """The number of a block, or "all"."""
-    return "all" if text == "all" else positive(text)
+    try:
+        return "all" if text == "all" else positive(text)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{error}, or all") from None
 
 
 def add_evaluate(command: argparse.ArgumentParser) -> None:
@@ -86,12 +89,8 @@ def add_beam(command: argparse.ArgumentParser) -> None:
     beam.add_argument(
         "--beam", type=positive, metavar="N", help="hypotheses kept after each token (default: 50)"
     )
-    beam.add_argument(
-        "--lm-weight", type=float, default=2.0, metavar="X", help="of the model (default: 2)"
-    )
-    beam.add_argument(
-        "--word-score", type=float, default=-1.0, metavar="X", help="for each word (default: -1)"
-    )
+    beam.add_argument("--lm-weight", type=float, metavar="X", help="of the model (default: 2)")
+    beam.add_argument("--word-score", type=float, metavar="X", help="for each word (default: -1)")
 
 
 def add_modality(command: argparse.ArgumentParser) -> None:
@@ -191,19 +190,24 @@ def refuse_unused(arguments: argparse.Namespace) -> None:
         "--layer": arguments.layer is not None,
         "--compare": arguments.compare,
         "--weights": arguments.weights != "student",
+        "--modality": arguments.modality is not None,
     }
-    of_beams = {f"--{name}": getattr(arguments, name) is not None for name in BEAM_OPTIONS}
+    of_beams = {
+        f"--{name.replace('_', '-')}": getattr(arguments, name) is not None for name in BEAM_OPTIONS
+    }
     unused = of_beams if kind not in FINETUNED else of_probes
     if kind in FINETUNED and kind != "wer":
         unused = {**of_probes, **of_beams}
     for option, given in unused.items():
         if given:
             raise UserError(f"{option}: not an option of `evaluate {kind}`")
+    if arguments.lm_weight is not None and arguments.lm is None:
+        raise UserError("--lm-weight: has no effect without a language model; give one with --lm")
     if kind not in FINETUNED and arguments.train is None:
         raise UserError(f"--train: must be given for `evaluate {kind}`: a labelled shard set")
 
 
-BEAM_OPTIONS = ("lm", "words", "beam")
+BEAM_OPTIONS = ("lm", "words", "beam", "lm_weight", "word_score")
 
 
 def beam_of(arguments: argparse.Namespace) -> Callable[[Sequence[str]], Any] | None:
@@ -218,8 +222,8 @@ def beam_of(arguments: argparse.Namespace) -> Callable[[Sequence[str]], Any] | N
         words=words,
         lm=arguments.lm,
         beam=arguments.beam or 50,
-        lm_weight=arguments.lm_weight,
-        word_score=arguments.word_score,
+        lm_weight=2.0 if arguments.lm_weight is None else arguments.lm_weight,
+        word_score=-1.0 if arguments.word_score is None else arguments.word_score,
     )
 
 

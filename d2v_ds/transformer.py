@@ -75,7 +75,7 @@ class TransformerConfig:
     costs time."""
 
     def __post_init__(self) -> None:
-        if self.dim % self.heads:
+        if self.heads < 1 or self.dim % self.heads:
             raise ValueError(f"dim={self.dim} is not divisible by heads={self.heads}")
         for name in (
             "dropout",

@@ -18,7 +18,7 @@ are on disk, so a crash at any time leaves the earlier checkpoints intact.
 """
 
 from d2v_ds.checkpoint.format import DamagedCheckpoint, Shapes, StateKind
-from d2v_ds.checkpoint.read import Checkpoint, newest_verified, open_checkpoint
+from d2v_ds.checkpoint.read import Checkpoint, newest_verified, open_checkpoint, open_verified
 from d2v_ds.checkpoint.saver import Saver
 from d2v_ds.checkpoint.write import clean, publish
 
@@ -31,5 +31,6 @@ __all__ = [
     "clean",
     "newest_verified",
     "open_checkpoint",
+    "open_verified",
     "publish",
 ]

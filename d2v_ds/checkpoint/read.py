@@ -185,12 +185,16 @@ def score_of(path: Path) -> float | None:
     return float(score) if isinstance(score, int | float) else None
 
 
-def newest_verified(run: RunFolder) -> Checkpoint | None:
+FROM_SCRATCH = "remove them to start from scratch, or choose another run.dir"
+
+
+def newest_verified(run: RunFolder, remedy: str = FROM_SCRATCH) -> Checkpoint | None:
     """The newest checkpoint whose files are all intact; None if there are no checkpoints.
 
     Collective: all ranks must call it, and each reads some of the files. A damaged checkpoint is
     skipped with a warning that names the file and the damage. Raises UserError if there are
     checkpoints but none is valid, because starting from scratch must be an explicit decision.
+    remedy: the end of that message.
     """
     steps = all_gather(run.steps())[0]
     for step in reversed(steps):
@@ -201,10 +205,18 @@ def newest_verified(run: RunFolder) -> Checkpoint | None:
             log.warning("checkpoint %d is skipped: %s", step, damage[0])
     if steps:
         raise UserError(
-            f"{run.checkpoints}: none of the {len(steps)} checkpoints is valid; remove them to "
-            "start from scratch, or choose another run.dir"
+            f"{run.checkpoints}: none of the {len(steps)} checkpoints is valid; {remedy}"
         )
     return None
+
+
+def open_verified(path: Path) -> Checkpoint:
+    """The checkpoint in the folder `path`, whose files are all intact. Collective: all ranks must
+    call it, and each reads some of the files. Raises UserError."""
+    damage = [text for text in on_all_ranks(partial(_damage, path)) if text]
+    if damage:
+        raise UserError(f"{damage[0]}; use another checkpoint, or the run folder")
+    return open_checkpoint(path)
 
 
 def _damage(path: Path) -> str:

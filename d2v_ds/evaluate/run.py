@@ -163,6 +163,11 @@ def untrained(found: Weights, modality: str) -> PretrainedEncoder:
         raise UserError(
             f"--compare: {found.path} is not a run, so its encoder before training is unknown"
         )
+    if found.finetune:
+        raise UserError(
+            f"--compare: {found.path} is fine-tuned, so its encoder before training is that of "
+            "init; evaluate that one, or omit --compare"
+        )
     torch.manual_seed(found.config.run.seed)
     return encoder_of(Pretrain.create(found.config), modality, "student")
 

@@ -100,7 +100,8 @@ def last_metrics(path: Path, step: int) -> Settings:
         if file.is_file():
             rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
             found: Settings = {}
-            for row in rows:
+            # An evaluation of an older checkpoint is written after the rows of later steps.
+            for row in sorted(rows, key=lambda row: int(row["step"])):
                 if row["step"] <= step:
                     found |= {key: value for key, value in row.items() if RESULTS.match(key)}
             return found

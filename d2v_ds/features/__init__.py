@@ -120,7 +120,15 @@ def keep_settings(file: Path, settings: Mapping[str, Any], names: Mapping[str, A
     if not file.exists():
         write_atomically(file, json.dumps({**settings, **names}, indent=1) + "\n")
         return
-    old = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        old = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        old = None
+    if not isinstance(old, dict):
+        raise UserError(
+            f"{file}: is damaged, so the features beside it may be of another model; give another "
+            "folder, or remove this one"
+        )
     changed = [name for name, value in settings.items() if old.get(name) != value]
     if changed:
         described = ", ".join(

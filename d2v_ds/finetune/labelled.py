@@ -129,7 +129,8 @@ class Labelled(Modality, abstract=True):
             return self.labels.encode(read_label(sample, self.settings.label))
         except ValueError as error:
             meta = json.loads(sample.get("json", b"{}"))
-            name = meta.get("path") or meta.get("paths")
+            first, *more = [meta["path"]] if "path" in meta else meta.get("paths") or [""]
+            name = f"{first} and {len(more)} more" if more else first
             raise UserError(f"finetune.label: {f'{name}: ' if name else ''}{error}") from None
 
     def fit(self, example: Example, length: int) -> Example:

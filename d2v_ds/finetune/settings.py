@@ -20,7 +20,7 @@ from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.distributed.collectives import on_rank_0
 from d2v_ds.errors import UserError
 from d2v_ds.finetune.labelled import read_label
-from d2v_ds.finetune.labels import Classes, Labels, Letters, Numbers, Pieces
+from d2v_ds.finetune.labels import BLANK, Classes, Labels, Letters, Numbers, Pieces
 from d2v_ds.loader.find_set import find_set, stream_tars
 from d2v_ds.loader.reading import read_samples
 from d2v_ds.modalities import create_modalities
@@ -107,6 +107,7 @@ def labels_of(config: Config) -> tuple[str, ...]:
     local sets. Raises UserError for a sample whose label is missing or unknown."""
     settings = config.finetune
     local = {path: find(config, path) for path in every_set(config)}
+    refuse_unusable(settings)
     names = settings.labels or collected(config, local)
     labels = create_labels(dataclasses.replace(settings, labels=names))
     for shards in local.values():
@@ -120,6 +121,18 @@ def labels_of(config: Config) -> tuple[str, ...]:
                         "them in finetune.labels"
                     ) from None
     return labels.names
+
+
+def refuse_unusable(settings: FineTuning) -> None:
+    """Raises UserError for given labels that no model can have."""
+    given = settings.labels
+    if given and settings.task == "ctc" and given[0] != BLANK:
+        raise UserError(
+            f"finetune.labels: the first label of CTC is the blank, got {given[0]!r}; begin the "
+            f"list with {BLANK}"
+        )
+    if repeated := [name for i, name in enumerate(given) if name in given[:i]]:
+        raise UserError(f"finetune.labels: {repeated[0]!r} is given twice; name each label once")
 
 
 def every_set(config: Config) -> list[str]:

@@ -279,7 +279,8 @@ def blueprint(
                 kinds = {n: kind.predictor(model) for n, kind in modalities.items()}
                 parts["predictors"] = nn.ModuleDict(kinds)
             student = nn.ModuleDict(parts)
-    except ValueError as error:  # torch's, for example of groups that do not divide the width
+    except (ValueError, RuntimeError) as error:
+        # torch's, for example of groups that do not divide the width, or of impossible sizes
         raise UserError(f"{found.path}: its settings describe no model ({error})") from None
     return {
         name: {key: list(value.shape) for key, value in module.named_parameters()}

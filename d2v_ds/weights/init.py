@@ -21,7 +21,7 @@ from torch import Tensor
 from d2v_ds.config.decoding import differences, value_at
 from d2v_ds.errors import UserError
 from d2v_ds.task import Task
-from d2v_ds.weights.model import Weights, Which
+from d2v_ds.weights.model import Weights, Which, refuse_not_finite
 
 # Settings without an influence on shapes that change what the weights compute.
 STRUCTURE = ("heads", "norm", "norm_eps", "convs", "positions", "patch_size", "pad_id", "alibi")
@@ -70,7 +70,8 @@ def initialise(
 
     The teacher's averages become copies of the student's parameters. Raises UserError if a
     parameter of both differs in shape and is not skipped, if the encoder is not covered by both
-    sides, if a setting in STRUCTURE differs, or if a pattern matches nothing.
+    sides, if a setting in STRUCTURE differs, if a pattern matches nothing, or if a value is not
+    finite.
     """
     prefix = task.weights_prefix
     ours = {
@@ -99,6 +100,7 @@ def initialise(
     if any(name.startswith("head.") for name in names):
         refuse_other_labels(weights, settings)
     for name in names:
+        refuse_not_finite(weights.path, name, theirs[name])
         ours[name].copy_(theirs[name])
     parameters = dict(task.named_parameters())
     for average, student in task.averages().items():

@@ -96,10 +96,21 @@ def load_parameters(
     module: nn.Module, values: Mapping[str, Tensor], path: Path, prefix: str = ""
 ) -> None:
     """Copies a value into every parameter of a module. path: where they come from; prefix: of the
-    names in messages. Raises UserError if one is missing or has another shape."""
+    names in messages. Raises UserError if one is missing, has another shape or is not finite."""
     for name, parameter in module.named_parameters():
         value = values.get(name)
         if value is None or value.shape != parameter.shape:
             found = "is missing" if value is None else f"has shape {list(value.shape)}"
             raise UserError(f"{path}: {prefix}{name} {found}, expected {list(parameter.shape)}")
+        refuse_not_finite(path, f"{prefix}{name}", value)
         parameter.copy_(value)
+
+
+def refuse_not_finite(path: Path, name: str, value: Tensor) -> None:
+    """Raises UserError for NaN and infinite values: whatever is computed with them looks like the
+    result of a poor model."""
+    if not value.isfinite().all():
+        raise UserError(
+            f"{path}: {name} has values that are NaN or infinite, so its run has diverged; use an "
+            "earlier checkpoint, or other weights"
+        )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2v_ds.checkpoint import Checkpoint, StateKind, newest_verified, open_checkpoint
+from d2v_ds.checkpoint import Checkpoint, StateKind, newest_verified, open_verified
 from d2v_ds.config import Config
 from d2v_ds.config.decoding import decode, to_dict
 from d2v_ds.errors import UserError
@@ -30,10 +30,10 @@ PREFIXES: dict[bool, dict[Part, tuple[str, str]]] = {
 
 def open_newest(path: Path) -> Checkpoint:
     """The checkpoint in `path`: the newest valid one of a run folder, or a checkpoint's own folder.
-    Raises UserError."""
+    Collective: all ranks must call it. Raises UserError."""
     if (path / "manifest.json").is_file():
-        return open_checkpoint(path)
-    found = newest_verified(RunFolder(path))
+        return open_verified(path)
+    found = newest_verified(RunFolder(path), "choose another run")
     if found is None:
         raise UserError(f"{path}: neither a checkpoint nor a run folder with a checkpoint")
     return found

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -79,6 +80,12 @@ REQUIRED: dict[str, Settings] = {
     "vision": {"hidden_act": "gelu", "use_absolute_position_embeddings": False, "num_channels": 3},
     "text": {"hidden_act": "gelu", "is_decoder": False, "position_embedding_type": "absolute"},
 }
+KINDS = {  # types of entries that are read here, not converted by a table
+    **dict.fromkeys(("architectures", "conv_dim", "conv_kernel", "conv_stride"), list),
+    "id2label": dict,
+    "pad_token_id": int,
+}
+TYPE_NAMES = {int: "an integer", list: "a list", dict: "an object"}
 # Parts beside the encoder that do not belong to it.
 DROPPED = [left_out("pooler.{rest}"), left_out("embeddings.position_ids")]
 
@@ -87,7 +94,8 @@ def open_folder(path: Path) -> Weights:
     """The weights in a folder with config.json. Raises UserError."""
     config = read_json(path / "config.json")
     kind, own = config.get("model_type"), config.get(OURS)
-    if kind not in TYPES and not (kind == OURS and isinstance(own, dict)):
+    ours = kind == OURS and isinstance(own, dict)
+    if not isinstance(kind, str) or not (kind in TYPES or ours):
         raise UserError(
             f"{path}: has model_type {kind!r}; supported are {', '.join(TYPES)} (data2vec 1.0) and "
             "folders that d2v_ds exported"
@@ -167,11 +175,16 @@ def exported(path: Path, config: Settings, own: Settings, state: dict[str, Tenso
     """A folder that d2v_ds exported."""
     if own.get("version") != VERSION:
         raise Refused(
-            f"was exported in format {own.get('version')}, but this d2v_ds reads {VERSION}"
+            f"was exported in format {own.get('version')!r}, but this d2v_ds reads {VERSION}"
         )
     settings = {key: own.get(key) for key in ("model", "modality")}
     if not all(isinstance(value, dict) and value for value in settings.values()):
         raise Refused("its entry d2v_ds in config.json lacks model or modality")
+    step = of_type("d2v_ds.step", own.get("step") or 0, int)
+    finetune = of_type("d2v_ds.finetune", own.get("finetune") or {}, dict)
+    about = of_type("d2v_ds.about", own.get("about") or {}, dict)
+    if finetune and "task" not in finetune:
+        raise Refused("its entry d2v_ds.finetune in config.json has no task")
     if config["model_type"] != OURS:
         state = renamed(TYPES[config["model_type"]], state)[0]
     if (path / EXTRA).is_file():
@@ -185,22 +198,33 @@ def exported(path: Path, config: Settings, own: Settings, state: dict[str, Tenso
         # Exported averages are the teacher's and can also be a student to start from.
         teacher=dict(student) if own.get("weights") == "teacher" else {},
         head={name: value for name, value in state.items() if name.startswith("head.")},
-        finetune=own.get("finetune") or {},
-        step=own.get("step") or 0,
-        about=own.get("about") or {},
+        finetune=finetune,
+        step=step,
+        about=about,
         files=other_files(path),
     )
     return exact(found, settings)
 
 
+def of_type(key: str, value: Any, kind: type) -> Any:
+    """An entry of config.json. Raises Refused if it has another type."""
+    if isinstance(value, kind) and not isinstance(value, bool):
+        return value
+    raise Refused(f"config.json has {key}={value!r}, expected {TYPE_NAMES[kind]}")
+
+
 def stock(path: Path, modality: str, config: Settings, state: dict[str, Tensor]) -> Foreign:
     """A folder of a class of transformers."""
+    for key, kind in KINDS.items():
+        if config.get(key) is not None:
+            of_type(key, config[key], kind)
     for key, required in REQUIRED[modality].items():
         if config.get(key, required) != required:
             raise Refused(f"{key}={config[key]!r} is not supported, only {required!r}")
     tensors, unused = renamed(modality, state)
     head = {name: value for name, value in tensors.items() if name.startswith("head.")}
     student = {name: value for name, value in tensors.items() if name not in head}
+    classes = ", ".join(map(str, config.get("architectures") or "?"))
     given = take(TABLES[modality], config)
     given.setdefault("modality", {}).setdefault(modality, {})
     found = Foreign(
@@ -210,7 +234,7 @@ def stock(path: Path, modality: str, config: Settings, state: dict[str, Tensor])
         student=student,
         head=head,
         given=given,
-        about={"source": f"transformers folder, {', '.join(config.get('architectures') or ['?'])}"},
+        about={"source": f"transformers folder, {classes}"},
         files=other_files(path),
     )
     found.left_out(unused)

@@ -109,8 +109,10 @@ def reason(error: Exception) -> str:
     if found := GLOBAL.search(str(error)):
         return f"contains {found[1]}; only tensors and plain containers are read"
     detail = DETAIL.search(str(error))
-    first = detail[1] if detail else next(iter(str(error).splitlines()), "")
-    return f"is damaged or not a PyTorch file ({(first or type(error).__name__)[:120]})"
+    first = detail[1] if detail else next(iter(str(error).splitlines()), "").partition(". ")[0]
+    if first.isdecimal() or "eights only" in first or "weights_only" in first:
+        first = ""  # an opcode, or advice to run what the file contains
+    return "is damaged or not a PyTorch file" + f" ({first[:120]})" * bool(first)
 
 
 def plain(value: Any) -> Any:

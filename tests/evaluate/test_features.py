@@ -294,6 +294,11 @@ def test_other_settings_are_refused(
     )
     assert "another model" in refused(source=trained.run.folder.checkpoint(1))
     assert "another set" in refused(shards=trained.sets["speech"])
+    for damaged in ("{", "[1]"):
+        kept = (tmp_path / "_features.json").read_text()
+        (tmp_path / "_features.json").write_text(damaged)
+        assert "_features.json: is damaged" in refused()
+        (tmp_path / "_features.json").write_text(kept)
     moved = shutil.copytree(several, tmp_path / "moved")
     assert write(trained, moved, tmp_path, "--batch", "2") == 0
 

@@ -191,6 +191,13 @@ def test_export_of_a_run(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture
     assert done.stdout.startswith("torch.Size([2, ")
 
 
+def test_metrics_are_of_the_newest_step_whatever_was_evaluated_last(tmp_path: Path) -> None:
+    rows = [{"step": 6, "loss": 1.0}, {"step": 3, "evaluation": "knn"}, {"step": 9, "loss": 0.5}]
+    text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert card.last_metrics(tmp_path, 6) == {"step": 6, "loss": 1.0}
+
+
 def test_import_writes_the_same(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,6 +96,14 @@ def test_other_models_and_options_are_refused(
         evaluate.run_finetuned(run, kind="wer", tests=spoken, label="words")
     for words, message in (
         (["wer", str(run), "--layer", "2"], "--layer: not an option of `evaluate wer`"),
+        (["wer", str(run), "--modality", "vision"], "--modality: not an option of `evaluate wer`"),
+        (["wer", str(run), "--lm-weight", "3"], "--lm-weight: has no effect without a language mo"),
+        (["accuracy", str(run), "--word-score", "1"], "--word-score: not an option of `evaluate a"),
+        (["knn", str(run), "--layer", "x"], "expected an integer of at least 1, or all"),
+        (
+            ["knn", str(run), "--train", str(spoken[0]), "--compare"],
+            "is fine-tuned, so its encoder",
+        ),
         (["knn", str(run)], "--train: must be given for `evaluate knn`"),
         (["knn", str(run), "--train", "x", "--beam", "3"], "--beam: not an option of `evaluate kn"),
     ):

@@ -179,11 +179,15 @@ def test_a_sample_that_replaces_a_bad_one_has_no_label(variant: str) -> None:
     [
         ({"label": "down"}, "finetune.label: x.png: its label 'down' is not among the 3 classes"),
         ({"class": "up"}, "finetune.label: x.png: its .json has no 'label' (it has: class, path)"),
+        ({"label": "down", "path": ["a", "b", "c"]}, "finetune.label: a and 2 more: its label"),
     ],
 )
-def test_a_label_that_is_not_known_ends_the_run(label: dict[str, str], message: str) -> None:
+def test_a_label_that_is_not_known_ends_the_run(label: dict[str, Any], message: str) -> None:
     modality = reader(build("v2_vision"))
-    one = {**sample("v2_vision", 0, ""), "json": json.dumps({**label, "path": "x.png"}).encode()}
+    meta = {"path": "x.png", **label}
+    if isinstance(meta["path"], list):  # of recordings that were joined
+        meta["paths"] = meta.pop("path")
+    one = {**sample("v2_vision", 0, ""), "json": json.dumps(meta).encode()}
     with pytest.raises(UserError) as caught:
         modality.decode(one, None)
     assert str(caught.value).startswith(message)

@@ -211,6 +211,18 @@ def test_sentencepiece_units_stay_with_the_run(sets: Any, pretrained: Path, tmp_
         ),
         (
             "finetune",
+            "finetune_speech_tiny",
+            ["init={pre}", "data.shards={spoken}", "finetune.labels=['|', a, b]"],
+            "finetune.labels: the first label of CTC is the blank, got '|'",
+        ),
+        (
+            "finetune",
+            "finetune_vision_tiny",
+            ["init={pre}", "finetune.labels=[corner 0, corner 1, corner 0]"],
+            "finetune.labels: 'corner 0' is given twice",
+        ),
+        (
+            "finetune",
             "finetune_vision_tiny",
             ["init={pre}", "model.dim=64"],
             "init: {pre}: shapes differ: encoder.",

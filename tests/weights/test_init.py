@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,14 @@ def test_deeper_models_start_from_shallower_ones_if_the_blocks_are_named() -> No
         initialise(task, weights, "student", ("encoder.trunk.block.*",), settings)
 
 
+def test_weights_that_are_not_finite_are_an_error() -> None:
+    source, weights = trained("v2_text")
+    with torch.no_grad():
+        source.student.encoder.trunk.blocks[0].norm1.weight[0] = float("inf")
+    with pytest.raises(UserError, match=r"blocks\.0\.norm1\.weight has values that are NaN or inf"):
+        initialise(variants.build("v2_text"), weights, "student", (), settings_of("v2_text"))
+
+
 def test_another_modality_is_an_error() -> None:
     _, weights = trained("v2_speech")
     task = variants.build("v2_text")
@@ -204,6 +213,19 @@ def test_a_run_continues_on_another_corpus_with_new_counters(
     )
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming at step 2" in resumed.stdout and "init: " not in resumed.stdout
+
+
+def test_a_damaged_checkpoint_is_refused_also_by_its_own_path(first: Run, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    copied = shutil.copytree(first.folder.checkpoint(2), run.checkpoint(2))
+    [file] = copied.glob("rank*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="SHA-256 differs from what was written; use another check"):
+        open_weights(copied)
+    with pytest.raises(UserError, match=r"none of the 1 checkpoints is valid; choose another run$"):
+        open_weights(run.root)
 
 
 @pytest.mark.parametrize(

@@ -347,6 +347,14 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: edit_state(f, lambda t: t.pop("encoder.layers.2.final_layer_norm.bias")),
         r"blocks\.2\.norm2\.bias is missing",
     ),
+    "type of type": (lambda f: edit_config(f, model_type=["x"]), r"has model_type \['x'\]"),
+    "type of classes": (
+        lambda f: edit_config(f, architectures=3),
+        "architectures=3, expected a list",
+    ),
+    "type of strides": (lambda f: edit_config(f, conv_stride=2), "conv_stride=2, expected a list"),
+    "type of padding": (lambda f: edit_config(f, pad_token_id="x"), "pad_token_id='x', expected"),
+    "no heads": (lambda f: edit_config(f, num_attention_heads=0), "not divisible by heads=0"),
     "outside": (lambda f: index(f, a="../other.safetensors"), "outside the folder"),
     "missing shard": (lambda f: index(f, a="a.safetensors"), "lacks a.safetensors"),
 }
@@ -392,14 +400,29 @@ def test_a_head_without_its_labels_or_pooling(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"version": 2}, "was exported in format 2, but this d2v_ds reads 1"),
-        ({"version": 1}, "lacks model or modality"),
+        ({"version": "1"}, "was exported in format '1', but this d2v_ds reads 1"),
+        ({"model": None}, "lacks model or modality"),
+        ({"step": "five"}, r"d2v_ds\.step='five', expected an integer"),
+        ({"about": [1]}, r"d2v_ds\.about=\[1\], expected an object"),
+        ({"finetune": "x"}, r"d2v_ds\.finetune='x', expected an object"),
+        ({"finetune": {"x": 1}}, r"d2v_ds\.finetune in config\.json has no task"),
+        ({"model": {"dim": 12 * 10**11}}, "its settings describe no model"),
     ],
 )
 def test_bad_exports(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     exported(shaken("v2_text"), tmp_path)
-    edit_config(tmp_path, d2v_ds=change)
+    entry = json.loads((tmp_path / "config.json").read_text())["d2v_ds"]
+    edit_config(tmp_path, d2v_ds=entry | change)
     with pytest.raises(UserError, match=message):
         open_weights(tmp_path)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    exported(shaken("v2_text"), tmp_path)
+    name = "encoder.trunk.blocks.0.norm1.weight"
+    edit_state(tmp_path, lambda tensors: tensors[name][:1].fill_(float("nan")))
+    with pytest.raises(UserError, match=r"blocks\.0\.norm1\.weight has values that are NaN or inf"):
+        load_encoder(tmp_path)
 
 
 def test_what_is_supported_is_listed(tmp_path: Path) -> None:
