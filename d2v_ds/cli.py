@@ -102,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
             "fine-tune an encoder on labelled shards, or resume",
             "RECIPE is a recipe of fine-tuning, and init=PATH names the encoder: a run folder, a "
             "checkpoint, an exported folder, a Hugging Face folder, a fairseq .pt or a BEiT .pth. "
-            "Otherwise the same as train.",
+            "All other options are those of train.",
         )
     )
     status = add(
@@ -117,7 +117,7 @@ def parser() -> argparse.ArgumentParser:
         add(
             "evaluate",
             evaluate_run,
-            "probe a frozen encoder on labelled shard sets",
+            "probe a frozen encoder, or score a fine-tuned model, on labelled shard sets",
             "Prints a table and, as the last line, a JSON summary, and records both in the run.",
         )
     )

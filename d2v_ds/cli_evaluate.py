@@ -20,6 +20,7 @@ PROBE_HELP = (
     "pooling over tokens and a linear layer. Of a fine-tuned model: wer, accuracy or correlation, "
     "with all metrics of its task"
 )
+SOURCE_HELP = "a run folder, a checkpoint, an exported folder or other weights"
 FINETUNED = ("wer", "accuracy", "correlation")
 
 
@@ -37,7 +38,7 @@ def add_evaluate(command: argparse.ArgumentParser) -> None:
         choices=["knn", "ridge", "logistic", "linear", "attentive", *FINETUNED],
         help=PROBE_HELP,
     )
-    command.add_argument("run", type=Path, metavar="RUN", help="a run folder or a checkpoint")
+    command.add_argument("run", type=Path, metavar="RUN", help=SOURCE_HELP)
     command.add_argument(
         "--gallery",
         "--train",
@@ -89,8 +90,12 @@ def add_beam(command: argparse.ArgumentParser) -> None:
     beam.add_argument(
         "--beam", type=positive, metavar="N", help="hypotheses kept after each token (default: 50)"
     )
-    beam.add_argument("--lm-weight", type=float, metavar="X", help="of the model (default: 2)")
-    beam.add_argument("--word-score", type=float, metavar="X", help="for each word (default: -1)")
+    beam.add_argument(
+        "--lm-weight", type=float, metavar="X", help="factor of its log-probabilities (default: 2)"
+    )
+    beam.add_argument(
+        "--word-score", type=float, metavar="X", help="score added for each word (default: -1)"
+    )
 
 
 def add_modality(command: argparse.ArgumentParser) -> None:
@@ -102,7 +107,7 @@ def add_modality(command: argparse.ArgumentParser) -> None:
 
 
 def add_features(command: argparse.ArgumentParser) -> None:
-    command.add_argument("source", type=Path, metavar="SOURCE", help="a run folder or a checkpoint")
+    command.add_argument("source", type=Path, metavar="SOURCE", help=SOURCE_HELP)
     command.add_argument("set", metavar="SET", help="the shard set to encode")
     command.add_argument("out", type=Path, metavar="OUT", help="the folder to write into")
     command.add_argument(
@@ -200,7 +205,9 @@ def refuse_unused(arguments: argparse.Namespace) -> None:
         unused = {**of_probes, **of_beams}
     for option, given in unused.items():
         if given:
-            raise UserError(f"{option}: not an option of `evaluate {kind}`")
+            raise UserError(f"{option}: is not an option of `evaluate {kind}`; omit it")
+    if repeated := [each for i, each in enumerate(arguments.test) if each in arguments.test[:i]]:
+        raise UserError(f"--test: {repeated[0]} is given twice")
     if arguments.lm_weight is not None and arguments.lm is None:
         raise UserError("--lm-weight: has no effect without a language model; give one with --lm")
     if kind not in FINETUNED and arguments.train is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -14,7 +13,7 @@ import numpy as np
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
 from d2v_ds.loader.find_set import find_set
-from d2v_ds.loader.reading import read_samples
+from d2v_ds.loader.reading import read_label, read_samples
 from d2v_ds.modalities.base import Modality
 
 WINDOW = 256  # decoded samples in memory
@@ -48,19 +47,18 @@ class Labelled:
 
 
 def read_labelled(shards: ShardSet, modality: Modality, column: str, name: str = "") -> Labelled:
-    """A whole shard set with the values of `column` as labels. Raises UserError if the .json of a
-    sample has no `column`."""
+    """A whole shard set with the values of `column` as labels. Raises UserError for a sample
+    without a label."""
     modality.check_set(shards.about)
     labels = []
     for key, sample in read_samples(shards, ("json",)):
-        meta = json.loads(sample.get("json", b"{}"))
-        if column not in meta:
+        try:
+            labels.append(str(read_label(sample, column)))
+        except ValueError as error:
             raise UserError(
-                f"{shards.root}, sample {key!r}: its .json has no {column!r} "
-                f"(it has: {', '.join(sorted(meta)) or 'nothing'}); convert with that column in "
-                "the manifest, or name another column with --label"
-            )
-        labels.append(str(meta[column]))
+                f"{shards.root}, sample {key!r}: {error}; convert with that column in the "
+                "manifest, or name another column with --label"
+            ) from None
     return Labelled(name or shards.root.name, shards, modality, labels)
 
 

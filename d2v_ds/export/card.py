@@ -223,7 +223,7 @@ def facts(exported: Exported) -> list[tuple[str, str]]:
         size = ""
         if "samples" in entry:
             size = f": {entry['samples']:,} samples, {entry['length']:,} {entry['unit']}"
-        rows.append((f"data, {source}", f"{entry['set']}{size}"))
+        rows.append((f"data, {source}", f"{entry.get('set', 'unknown')}{size}"))
     if seen := about.get("seen"):
         rows.append(("samples seen", f"{seen['samples']:,}"))
     if exported.finetune:

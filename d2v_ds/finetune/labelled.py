@@ -8,7 +8,6 @@ B samples, T tokens, D width, C classes.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from d2v_ds.config.finetuning import FineTuning
 from d2v_ds.errors import UserError
 from d2v_ds.finetune.labels import Classes, Labels, Transcripts
 from d2v_ds.finetune.mixing import Mixing
+from d2v_ds.loader.reading import read_label, read_meta
 from d2v_ds.masking import span_mask
 from d2v_ds.modalities.base import Modality
 from d2v_ds.student import FrontEnd
@@ -125,13 +125,12 @@ class Labelled(Modality, abstract=True):
         return np.concatenate([[self.settings.bos_id], example])[: self.base.config.max_tokens]
 
     def label(self, sample: Mapping[str, bytes]) -> Any:
+        meta = read_meta(sample)  # raises ValueError: damage of a single sample
         try:
             return self.labels.encode(read_label(sample, self.settings.label))
         except ValueError as error:
-            meta = json.loads(sample.get("json", b"{}"))
-            first, *more = [meta["path"]] if "path" in meta else meta.get("paths") or [""]
-            name = f"{first} and {len(more)} more" if more else first
-            raise UserError(f"finetune.label: {f'{name}: ' if name else ''}{error}") from None
+            name = f"{origin}: " if (origin := origin_of(meta)) else ""
+            raise UserError(f"finetune.label: {name}{error}") from None
 
     def fit(self, example: Example, length: int) -> Example:
         size = self.crop(length)
@@ -214,17 +213,13 @@ class Labelled(Modality, abstract=True):
         return self.base.picture(batch)
 
 
+def origin_of(meta: Mapping[str, Any]) -> str:
+    """The source file of a sample, or the first of several; "" if it is unknown. meta: its .json"""
+    first, *more = [meta["path"]] if "path" in meta else meta.get("paths") or [""]
+    return f"{first} and {len(more)} more" if more else str(first)
+
+
 def spans(length: int, prob: float, span: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
     """Masked positions [length], in spans as data2vec 1.0 draws them."""
     [mask] = span_mask(length, prob=prob, length=span, views=1, rng=rng)
     return np.asarray(mask)
-
-
-def read_label(sample: Mapping[str, bytes], column: str) -> Any:
-    """The label of a sample. Raises ValueError if its .json has none."""
-    meta = json.loads(sample.get("json", b"{}"))
-    if column not in meta:
-        raise ValueError(
-            f"its .json has no {column!r} (it has: {', '.join(sorted(meta)) or 'nothing'})"
-        )
-    return meta[column]

@@ -19,10 +19,9 @@ from d2v_ds.config.finetuning import FineTuning, Metric
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.distributed.collectives import on_rank_0
 from d2v_ds.errors import UserError
-from d2v_ds.finetune.labelled import read_label
 from d2v_ds.finetune.labels import BLANK, Classes, Labels, Letters, Numbers, Pieces
 from d2v_ds.loader.find_set import find_set, stream_tars
-from d2v_ds.loader.reading import read_samples
+from d2v_ds.loader.reading import read_label, read_samples
 from d2v_ds.modalities import create_modalities
 from d2v_ds.run.run_folder import RunFolder
 from d2v_ds.transformer import TransformerConfig
@@ -66,6 +65,11 @@ def resolve(config: Config) -> Config:
             raise UserError(f"init: {config.init}: has {', '.join(weights.modality)}, not {name}")
         model = merge(weights.model, model)
         modality = merge(weights.modality[name], modality)
+    elif "dim" not in model:
+        raise UserError(
+            "init: must be given: fine-tuning takes the encoder's settings from it, also with "
+            "init_from=nothing; name a run, a checkpoint or an exported folder"
+        )
     model = to_dict(decode(TransformerConfig, model, "model"))
     modality = to_dict(create_modalities({name: modality})[name].config)
     config = dataclasses.replace(config, model=model, modality={name: modality})

@@ -7,6 +7,8 @@ read with one os.pread at its offset in the index; tars are never scanned.
 from __future__ import annotations
 
 import dataclasses
+import json
+import math
 import os
 from bisect import bisect_right
 from collections import OrderedDict
@@ -148,6 +150,31 @@ def read_samples(shards: ShardSet, fields: Sequence[str]) -> Iterator[tuple[str,
             yield reader.key(sample_id), members
     finally:
         reader.close()
+
+
+def read_meta(sample: Mapping[str, bytes]) -> dict[str, Any]:
+    """The .json of a sample; {} if it has none. Raises ValueError if it is not a JSON object."""
+    try:
+        meta = json.loads(sample.get("json", b"{}"))
+    except ValueError:
+        meta = None
+    if not isinstance(meta, dict):
+        raise ValueError("its .json is not a JSON object")
+    return meta
+
+
+def read_label(sample: Mapping[str, bytes], column: str) -> str | int | float:
+    """The label of a sample. Raises ValueError if its .json has none, or if it is not text or a
+    number, as null and NaN are not."""
+    meta = read_meta(sample)
+    if column not in meta:
+        raise ValueError(
+            f"its .json has no {column!r} (it has: {', '.join(sorted(meta)) or 'nothing'})"
+        )
+    label = meta[column]
+    if not isinstance(label, str | int | float) or (isinstance(label, float) and math.isnan(label)):
+        raise ValueError(f"its {column!r} is {json.dumps(label)}, expected text or a number")
+    return label
 
 
 @dataclass(frozen=True)

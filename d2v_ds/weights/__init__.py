@@ -46,6 +46,13 @@ def open_weights(path: str | Path) -> Weights:
     folder, a folder of Hugging Face transformers (data2vec 1.0), or a checkpoint of fairseq
     (data2vec 1.0 and 2.0) or data2vec_vision. Raises UserError."""
     path = Path(path)
+    try:
+        return opened(path)
+    except PermissionError as error:
+        raise UserError(f"{error.filename or path}: must be readable ({error.strerror})") from None
+
+
+def opened(path: Path) -> Weights:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if path.is_file():

@@ -26,6 +26,7 @@ from d2v_ds.weights.model import Weights, Which, refuse_not_finite
 # Settings without an influence on shapes that change what the weights compute.
 STRUCTURE = ("heads", "norm", "norm_eps", "convs", "positions", "patch_size", "pad_id", "alibi")
 SHOWN = 8  # names in a message
+SHOWN_SHAPES = 3
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,9 @@ def refuse_other_shapes(weights: Weights, pairs: Mapping[str, tuple[Tensor, Tens
     ]
     if wrong:
         raise UserError(
-            f"init: {weights.path}: shapes differ: {listed(wrong)}. Use the model.* and modality.* "
-            "of init, or name parameters that are to keep their random values in init_skip"
+            f"init: {weights.path}: shapes differ: {listed(wrong, SHOWN_SHAPES)}. Use the model.* "
+            "and modality.* of init, or name parameters that are to keep their random values in "
+            "init_skip"
         )
 
 
@@ -203,9 +205,9 @@ def differing_settings(ours: Mapping[str, Any], weights: Weights) -> list[str]:
 # ----------------------------------------------------------------------------------------- messages
 
 
-def listed(items: Sequence[str]) -> str:
-    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return ", ".join(items[:SHOWN]) + more
+def listed(items: Sequence[str], most: int = SHOWN) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
 
 
 def grouped(names: Iterable[str]) -> str:

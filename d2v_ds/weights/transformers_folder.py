@@ -183,6 +183,10 @@ def exported(path: Path, config: Settings, own: Settings, state: dict[str, Tenso
     step = of_type("d2v_ds.step", own.get("step") or 0, int)
     finetune = of_type("d2v_ds.finetune", own.get("finetune") or {}, dict)
     about = of_type("d2v_ds.about", own.get("about") or {}, dict)
+    for key in ("data", "seen", "metrics"):
+        of_type(f"d2v_ds.about.{key}", about.get(key) or {}, dict)
+    for source, entry in (about.get("data") or {}).items():
+        of_type(f"d2v_ds.about.data.{source}", entry, dict)
     if finetune and "task" not in finetune:
         raise Refused("its entry d2v_ds.finetune in config.json has no task")
     if config["model_type"] != OURS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -70,16 +69,6 @@ def test_fine_tuned_models_are_kept(variant: str, tmp_path: Path) -> None:
     write(found, tmp_path / "out")
     again = exact(found, tmp_path / "out", "student")
     assert json.dumps(again.finetune) == json.dumps(found.finetune)
-
-
-def test_symbols_of_a_sentencepiece_model(tmp_path: Path) -> None:
-    model = tmp_path / "pieces.model"
-    model.write_bytes((ROOT / TOKENIZER).read_bytes())
-    found = with_head(weights_of("v2_speech"))
-    finetune = {**found.finetune, "tokenizer": str(model)}
-    write(dataclasses.replace(found, finetune=finetune), tmp_path / "out")
-    assert open_weights(tmp_path / "out").finetune["tokenizer"] == "pieces.model"
-    assert (tmp_path / "out/pieces.model").read_bytes() == model.read_bytes()
 
 
 def test_one_modality_of_a_joint_model(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from d2v_ds import evaluate, load_finetuned
+from d2v_ds.cli import main
 from d2v_ds.errors import UserError
 from tests.finetune.tuning import Tuning
 
@@ -95,17 +96,20 @@ def test_other_models_and_options_are_refused(
     with pytest.raises(UserError, match=r"its \.json has no 'words'"):
         evaluate.run_finetuned(run, kind="wer", tests=spoken, label="words")
     for words, message in (
-        (["wer", str(run), "--layer", "2"], "--layer: not an option of `evaluate wer`"),
-        (["wer", str(run), "--modality", "vision"], "--modality: not an option of `evaluate wer`"),
+        (["wer", str(run), "--layer", "2"], "--layer: is not an option of `evaluate wer`"),
+        (
+            ["wer", str(run), "--modality", "vision"],
+            "--modality: is not an option of `evaluate wer`",
+        ),
         (["wer", str(run), "--lm-weight", "3"], "--lm-weight: has no effect without a language mo"),
-        (["accuracy", str(run), "--word-score", "1"], "--word-score: not an option of `evaluate a"),
+        (["accuracy", str(run), "--word-score", "1"], "--word-score: is not an option of `evalu"),
         (["knn", str(run), "--layer", "x"], "expected an integer of at least 1, or all"),
         (
             ["knn", str(run), "--train", str(spoken[0]), "--compare"],
             "is fine-tuned, so its encoder",
         ),
         (["knn", str(run)], "--train: must be given for `evaluate knn`"),
-        (["knn", str(run), "--train", "x", "--beam", "3"], "--beam: not an option of `evaluate kn"),
+        (["knn", str(run), "--train", "x", "--beam", "3"], "--beam: is not an option of `evalu"),
     ):
         done = subprocess.run(
             [sys.executable, "-m", "d2v_ds", "evaluate", *words, "--test", *spoken],
@@ -114,6 +118,11 @@ def test_other_models_and_options_are_refused(
             timeout=240,
         )
         assert done.returncode == 2 and message in done.stderr
+
+
+def test_a_test_set_that_is_given_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "accuracy", "runs/x", "--test", "a", "b", "a"]) == 2
+    assert capsys.readouterr().err == "d2v-ds: --test: a is given twice\n"
 
 
 def test_probes_read_the_encoder_of_a_fine_tuned_run(

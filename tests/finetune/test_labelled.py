@@ -179,6 +179,9 @@ def test_a_sample_that_replaces_a_bad_one_has_no_label(variant: str) -> None:
     [
         ({"label": "down"}, "finetune.label: x.png: its label 'down' is not among the 3 classes"),
         ({"class": "up"}, "finetune.label: x.png: its .json has no 'label' (it has: class, path)"),
+        ({"label": None}, "finetune.label: x.png: its 'label' is null, expected text or a number"),
+        ({"label": float("nan")}, "finetune.label: x.png: its 'label' is NaN, expected text or a"),
+        ({"label": ["up"]}, "finetune.label: x.png: its 'label' is [\"up\"], expected text or a"),
         ({"label": "down", "path": ["a", "b", "c"]}, "finetune.label: a and 2 more: its label"),
     ],
 )
@@ -193,10 +196,11 @@ def test_a_label_that_is_not_known_ends_the_run(label: dict[str, Any], message: 
     assert str(caught.value).startswith(message)
 
 
-def test_a_damaged_json_is_a_bad_sample() -> None:
+@pytest.mark.parametrize("damaged", [b"{", b"null", b"\xff"])
+def test_a_damaged_json_is_a_bad_sample(damaged: bytes) -> None:
     modality = reader(build("v2_vision"))
-    with pytest.raises(ValueError) as caught:
-        modality.decode({**sample("v2_vision", 0, "up"), "json": b"{"}, None)
+    with pytest.raises(ValueError, match="is not a JSON object") as caught:
+        modality.decode({**sample("v2_vision", 0, "up"), "json": damaged}, None)
     assert not isinstance(caught.value, UserError)
 
 

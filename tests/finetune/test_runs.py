@@ -221,6 +221,7 @@ def test_sentencepiece_units_stay_with_the_run(sets: Any, pretrained: Path, tmp_
             ["init={pre}", "finetune.labels=[corner 0, corner 1, corner 0]"],
             "finetune.labels: 'corner 0' is given twice",
         ),
+        ("finetune", "finetune_vision_tiny", ["--check"], "init: must be given: fine-tuning takes"),
         (
             "finetune",
             "finetune_vision_tiny",

@@ -399,6 +399,8 @@ def test_a_head_without_its_labels_or_pooling(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"about": {"data": [1]}}, r"d2v_ds\.about\.data=\[1\], expected an object"),
+        ({"about": {"data": {"x": 1}}}, r"d2v_ds\.about\.data\.x=1, expected an object"),
         ({"version": 2}, "was exported in format 2, but this d2v_ds reads 1"),
         ({"version": "1"}, "was exported in format '1', but this d2v_ds reads 1"),
         ({"model": None}, "lacks model or modality"),
@@ -423,6 +425,15 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     edit_state(tmp_path, lambda tensors: tensors[name][:1].fill_(float("nan")))
     with pytest.raises(UserError, match=r"blocks\.0\.norm1\.weight has values that are NaN or inf"):
         load_encoder(tmp_path)
+
+
+def test_a_path_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "exists", refused)  # the tests may run as root
+    with pytest.raises(UserError, match=r"runs/x: must be readable \(Permission denied\)"):
+        open_weights("runs/x")
 
 
 def test_what_is_supported_is_listed(tmp_path: Path) -> None:
