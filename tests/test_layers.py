@@ -148,6 +148,27 @@ def test_modules_and_packages_form_no_cycle() -> None:
     assert not uses, f"these import each other: {uses}"
 
 
+def test_files_form_no_cycle() -> None:
+    """Also within a package, and with imports that are only for type checkers. An __init__.py hands
+    names of its package on, so its own imports do not count."""
+    files = [path for path in FILES if path.name != "__init__.py"]
+    uses = {path: {f for name in imports(path) if (f := file_of(name)) != path} for path in files}
+    while free := [path for path, others in uses.items() if not others & uses.keys()]:
+        for path in free:
+            del uses[path]
+    assert not uses, f"among these files is a cycle: {', '.join(map(str, uses))}"
+
+
+def file_of(name: str) -> Path | None:
+    """The file that defines a dotted name of this repository; None for other names."""
+    pieces = name.split(".")
+    for n in range(len(pieces), 0, -1):
+        for path in (Path(*pieces[:n]).with_suffix(".py"), Path(*pieces[:n], "__init__.py")):
+            if (ROOT / path).exists():
+                return path
+    return None
+
+
 def test_modules_for_listing_and_checking_need_no_torch() -> None:
     for path in FILES:
         if path.parts[0] == "d2v_ds" and module_of(path) in WITHOUT_TORCH:

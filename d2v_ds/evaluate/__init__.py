@@ -4,7 +4,8 @@ scores of fine-tuned models.
     labelled shard sets --labelled.py--> samples, labels
     samples, encoder    --embedding.py--> features of a block: [n, D], or tokens of each sample
     features, labels    --probes.py--> class scores of the test samples
-    class scores        --run.py--> accuracy, top-5, intervals; the block, chosen on held-out data
+    class scores        --scoring.py--> accuracy, top-5, intervals; the best block
+    one evaluation      --run.py, table.py--> a table and JSON
     fine-tuned models   --finetuned.py--> word error rate, accuracy or correlation
     results             --record.py--> RUN/evaluations.jsonl, RUN/tb/eval/
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from d2v_ds.evaluate.labelled import Labelled, chance
-
-if TYPE_CHECKING:
-    from d2v_ds.evaluate.run import Result, Scorer
+from d2v_ds.evaluate.scoring import Result, Scorer
 
 
 def format_results(title: str, scorer: Scorer, results: Mapping[str, Result]) -> str:

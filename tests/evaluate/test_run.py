@@ -22,7 +22,8 @@ from d2v_ds.evaluate import embed, knn_accuracy, probes, read_labelled, run_knn,
 from d2v_ds.evaluate.embedding import embed_blocks, embed_tokens
 from d2v_ds.evaluate.labelled import Labelled
 from d2v_ds.evaluate.probes import PROBES
-from d2v_ds.evaluate.run import Scorer, of_encoder
+from d2v_ds.evaluate.run import of_encoder
+from d2v_ds.evaluate.scoring import Scorer
 from d2v_ds.run.heartbeat import Heartbeat, beat
 from d2v_ds.run.run_folder import RunFolder
 from d2v_ds.run.status import describe, training
