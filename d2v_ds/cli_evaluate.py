@@ -21,6 +21,7 @@ PROBE_HELP = (
     "with all metrics of its task"
 )
 SOURCE_HELP = "a run folder, a checkpoint, an exported folder or other weights"
+BEAM_DEFAULTS: dict[str, Any] = {"beam": 50, "lm_weight": 2.0, "word_score": -1.0}
 FINETUNED = ("wer", "accuracy", "correlation")
 
 
@@ -214,7 +215,7 @@ def refuse_unused(arguments: argparse.Namespace) -> None:
         raise UserError(f"--train: must be given for `evaluate {kind}`: a labelled shard set")
 
 
-BEAM_OPTIONS = ("lm", "words", "beam", "lm_weight", "word_score")
+BEAM_OPTIONS = ("lm", "words", *BEAM_DEFAULTS)
 
 
 def beam_of(arguments: argparse.Namespace) -> Callable[[Sequence[str]], Any] | None:
@@ -228,9 +229,10 @@ def beam_of(arguments: argparse.Namespace) -> Callable[[Sequence[str]], Any] | N
         labels,
         words=words,
         lm=arguments.lm,
-        beam=arguments.beam or 50,
-        lm_weight=2.0 if arguments.lm_weight is None else arguments.lm_weight,
-        word_score=-1.0 if arguments.word_score is None else arguments.word_score,
+        **{
+            name: default if (given := getattr(arguments, name)) is None else given
+            for name, default in BEAM_DEFAULTS.items()
+        },
     )
 
 

@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -169,10 +169,12 @@ def start(
         found = checkpoint.newest_verified(run)  # one was published or restored in the meantime
     state = TrainState.from_manifest(found.state["train"]) if found else TrainState()
 
+    texts = text_sets(config)
+    refuse_mixed(texts)
     torch.manual_seed(config.run.seed)  # the same weights on every rank
     task = task_class.create(config).train()
     if config.init and not found:
-        start_from_weights(task, config, run)
+        start_from_weights(task, config, run, texts)
     averages = task.averages()
     mixture = create_mixture(config, task.modalities, world, state, watchdog)
     shapes = {name: tuple(p.shape) for name, p in task.named_parameters()}  # ZeRO 3 hides them
@@ -230,9 +232,11 @@ def create_validation(
     return Validation(config, task, engine, watchdog, world.rank, world.size)
 
 
-def start_from_weights(task: Task, config: Config, run: RunFolder) -> None:
-    """Copies the weights that config.init names into the task. Collective: all ranks must call it.
-    Raises UserError."""
+def start_from_weights(
+    task: Task, config: Config, run: RunFolder, texts: Sequence[ShardSet]
+) -> None:
+    """Copies the weights that config.init names into the task. texts: the sets of text, whose
+    tokenizer must be that of the weights. Collective: all ranks must call it. Raises UserError."""
     if config.init_from == "nothing":
         log.info("init: only the settings of the model, from %s; weights are random", config.init)
         return
@@ -246,7 +250,7 @@ def start_from_weights(task: Task, config: Config, run: RunFolder) -> None:
     for line in done.lines():
         log.info("%s", line)
     if "encoder.front_ends.text.features.tokens.weight" in done.copied:
-        refuse_other(weights.path, weights.files, text_sets(config))
+        refuse_other(weights.path, weights.files, texts)
     report = json.dumps(done.as_json(), indent=1) + "\n"
     on_rank_0(lambda: write_atomically(run.init, report))
 
@@ -297,7 +301,6 @@ def create_mixture(
 ) -> Mixture:
     """The loaders of all sources, each at its cursor in `state`. Collective: all ranks must call
     it. Raises UserError."""
-    refuse_mixed(text_sets(config))
     shares, loaders = shares_of(config), dict[str, Loader | StreamLoader]()
     for (source, path), workers in zip(
         config.sources.items(), divide_workers(config.data.workers, shares), strict=True
@@ -329,7 +332,8 @@ def text_sets(config: Config) -> list[ShardSet]:
     """The sets of text for training and validation, except tars that are streamed."""
     sources = [*config.sources.items(), *config.valid_sources.items()]
     paths = {path for source, path in sources if modality_of(source) == "text"}
-    return [find_set(path, "text") for path in sorted(paths) if not stream_tars(path)]
+    local = [path for path in sorted(paths) if not stream_tars(path)]
+    return [find_set(path, "text", check_tars=False) for path in local]
 
 
 def local_copy(shards: ShardSet, watchdog: Watchdog) -> ShardSet:

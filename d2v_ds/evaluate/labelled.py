@@ -13,8 +13,8 @@ import numpy as np
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
 from d2v_ds.loader.find_set import find_set
-from d2v_ds.loader.reading import read_label, read_samples
-from d2v_ds.modalities.base import Modality
+from d2v_ds.loader.reading import label_of, read_samples
+from d2v_ds.modalities.base import Modality, metadata
 
 WINDOW = 256  # decoded samples in memory
 
@@ -53,7 +53,7 @@ def read_labelled(shards: ShardSet, modality: Modality, column: str, name: str =
     labels = []
     for key, sample in read_samples(shards, ("json",)):
         try:
-            labels.append(str(read_label(sample, column)))
+            labels.append(str(label_of(metadata(sample), column)))
         except ValueError as error:
             raise UserError(
                 f"{shards.root}, sample {key!r}: {error}; convert with that column in the "

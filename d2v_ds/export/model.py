@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from d2v_ds.errors import UserError
-from d2v_ds.finetune.labels import MODEL_FILE
+from d2v_ds.finetune.labels import LABELS_FILE
 from d2v_ds.modalities import create_modalities
 from d2v_ds.modalities.base import Modality
 from d2v_ds.student import Encoder
@@ -109,7 +109,7 @@ def select(found: Weights, which: Which, modality: str, about: Settings) -> Expo
 
 def portable(finetune: Settings) -> Settings:
     """finetune.* without the folders of this machine."""
-    return {**finetune, "tokenizer": MODEL_FILE if finetune.get("tokenizer") else ""}
+    return {**finetune, "tokenizer": LABELS_FILE if finetune.get("tokenizer") else ""}
 
 
 def predictors(found: Weights, kept: Mapping[str, Settings]) -> dict[str, Tensor]:

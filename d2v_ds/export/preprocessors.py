@@ -17,8 +17,7 @@ from typing import Any
 from d2v_ds.data import images
 from d2v_ds.export.model import Exported
 from d2v_ds.export.text import MODEL_FILE, SPACE, TextTokenizer, converted
-from d2v_ds.finetune.labels import BOUNDARY
-from d2v_ds.finetune.labels import MODEL_FILE as LABELS_FILE
+from d2v_ds.finetune.labels import BOUNDARY, LABELS_FILE
 
 Files = dict[str, str | bytes]  # name -> content
 Settings = dict[str, Any]

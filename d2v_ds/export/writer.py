@@ -31,7 +31,7 @@ from d2v_ds.export.stock import stock_config, stock_problems, stock_tensors
 from d2v_ds.export.text import MODEL_FILE, TextTokenizer, open_tokenizer
 from d2v_ds.export.verify import Found, VerificationFailed, require_transformers, verify
 from d2v_ds.files import sync, temporary, write_durably
-from d2v_ds.finetune.labels import MODEL_FILE as LABELS_FILE
+from d2v_ds.finetune.labels import LABELS_FILE
 from d2v_ds.weights import Weights, Which
 
 

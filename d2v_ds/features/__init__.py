@@ -40,6 +40,7 @@ from d2v_ds.features.formats import (
 from d2v_ds.files import locked, remove_stale, write_atomically
 from d2v_ds.loader.find_set import find_set
 from d2v_ds.loader.reading import BadSample, Reader
+from d2v_ds.modalities.base import metadata
 from d2v_ds.weights import Which
 
 SETTINGS = "_features.json"  # readers of Parquet folders skip names that begin with _
@@ -234,14 +235,6 @@ def read(reader: Reader, sample_id: int) -> dict[str, bytes] | ValueError:
     except ValueError as error:
         return error
     return members
-
-
-def metadata(members: Mapping[str, bytes]) -> dict[str, Any]:
-    """A sample's .json. Raises ValueError."""
-    found = json.loads(members.get("json", b"{}"))
-    if not isinstance(found, dict):
-        raise ValueError("json: is not an object")
-    return found
 
 
 def encode(opened: Opened, examples: Sequence[Any]) -> Rows:

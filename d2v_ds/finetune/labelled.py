@@ -21,9 +21,9 @@ from d2v_ds.config.finetuning import FineTuning
 from d2v_ds.errors import UserError
 from d2v_ds.finetune.labels import Classes, Labels, Transcripts
 from d2v_ds.finetune.mixing import Mixing
-from d2v_ds.loader.reading import read_label, read_meta
+from d2v_ds.loader.reading import label_of
 from d2v_ds.masking import span_mask
-from d2v_ds.modalities.base import Modality
+from d2v_ds.modalities.base import Modality, metadata
 from d2v_ds.student import FrontEnd
 from d2v_ds.transformer import TransformerConfig
 
@@ -125,9 +125,9 @@ class Labelled(Modality, abstract=True):
         return np.concatenate([[self.settings.bos_id], example])[: self.base.config.max_tokens]
 
     def label(self, sample: Mapping[str, bytes]) -> Any:
-        meta = read_meta(sample)  # raises ValueError: damage of a single sample
+        meta = metadata(sample)  # raises ValueError: damage of a single sample
         try:
-            return self.labels.encode(read_label(sample, self.settings.label))
+            return self.labels.encode(label_of(meta, self.settings.label))
         except ValueError as error:
             name = f"{origin}: " if (origin := origin_of(meta)) else ""
             raise UserError(f"finetune.label: {name}{error}") from None

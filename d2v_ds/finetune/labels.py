@@ -22,7 +22,7 @@ Ids = npt.NDArray[np.int64]
 
 BLANK = "<blank>"  # the first symbol of CTC
 BOUNDARY = "|"  # between words, as in fairseq's dictionaries of letters
-MODEL_FILE = "labels.model"  # the copy of finetune.tokenizer in run folders and exports
+LABELS_FILE = "labels.model"  # the copy of finetune.tokenizer in run folders and exports
 
 
 class Labels(ABC):

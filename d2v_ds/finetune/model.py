@@ -20,7 +20,7 @@ from d2v_ds.config.finetuning import FineTuning
 from d2v_ds.encoder import check_examples, prepare_example
 from d2v_ds.errors import UserError
 from d2v_ds.finetune.labelled import Labelled
-from d2v_ds.finetune.labels import MODEL_FILE, Classes, Transcripts
+from d2v_ds.finetune.labels import LABELS_FILE, Classes, Transcripts
 from d2v_ds.finetune.task import Finetune, lengths_of
 from d2v_ds.modalities import create_modalities
 from d2v_ds.transformer import TransformerConfig
@@ -88,8 +88,8 @@ def finetuned(found: Weights) -> FinetunedModel:
             "`d2v-ds finetune`, or probe it with `d2v-ds evaluate knn`"
         )
     raw = dict(found.finetune)
-    if MODEL_FILE in found.files:  # the copy that belongs to the weights
-        raw["tokenizer"] = str(found.files[MODEL_FILE])
+    if LABELS_FILE in found.files:  # the copy that belongs to the weights
+        raw["tokenizer"] = str(found.files[LABELS_FILE])
     settings = decode(FineTuning, raw, "finetune")
     [modality] = create_modalities(found.modality).values()
     task = Finetune(decode(TransformerConfig, found.model, "model"), modality, settings)

@@ -21,8 +21,9 @@ from d2v_ds.distributed.collectives import on_rank_0
 from d2v_ds.errors import UserError
 from d2v_ds.finetune.labels import BLANK, Classes, Labels, Letters, Numbers, Pieces
 from d2v_ds.loader.find_set import find_set, stream_tars
-from d2v_ds.loader.reading import read_label, read_samples
+from d2v_ds.loader.reading import label_of, read_samples
 from d2v_ds.modalities import create_modalities
+from d2v_ds.modalities.base import metadata
 from d2v_ds.run.run_folder import RunFolder
 from d2v_ds.transformer import TransformerConfig
 from d2v_ds.weights import open_weights
@@ -190,7 +191,7 @@ def read_labels(shards: ShardSet, column: str) -> Iterator[tuple[str, Any]]:
         )
     for key, sample in read_samples(shards, ("json",)):
         try:
-            yield key, read_label(sample, column)
+            yield key, label_of(metadata(sample), column)
         except ValueError as error:
             raise UserError(
                 f"{shards.root}, sample {key!r}: {error}; convert with that column, or name "

@@ -152,21 +152,9 @@ def read_samples(shards: ShardSet, fields: Sequence[str]) -> Iterator[tuple[str,
         reader.close()
 
 
-def read_meta(sample: Mapping[str, bytes]) -> dict[str, Any]:
-    """The .json of a sample; {} if it has none. Raises ValueError if it is not a JSON object."""
-    try:
-        meta = json.loads(sample.get("json", b"{}"))
-    except ValueError:
-        meta = None
-    if not isinstance(meta, dict):
-        raise ValueError("its .json is not a JSON object")
-    return meta
-
-
-def read_label(sample: Mapping[str, bytes], column: str) -> str | int | float:
-    """The label of a sample. Raises ValueError if its .json has none, or if it is not text or a
-    number, as null and NaN are not."""
-    meta = read_meta(sample)
+def label_of(meta: Mapping[str, Any], column: str) -> str | int | float:
+    """The label of a sample. meta: its .json. Raises ValueError if it has none, or if the label is
+    not text or a number, as null and NaN are not."""
     if column not in meta:
         raise ValueError(
             f"its .json has no {column!r} (it has: {', '.join(sorted(meta)) or 'nothing'})"

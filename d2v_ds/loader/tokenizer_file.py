@@ -38,15 +38,13 @@ def keep_tokenizer(shards: ShardSet, target: Path) -> None:
 
 def refuse_mixed(sets: Iterable[ShardSet]) -> None:
     """Raises UserError if the sets of a run were made with different tokenizers."""
-    first: ShardSet | None = None
-    for shards in sets:
-        if hash_of(shards) is None:
-            continue
-        first = first or shards
-        if hash_of(shards) != hash_of(first):
+    known = [shards for shards in sets if hash_of(shards)]
+    for shards in known[1:]:
+        if hash_of(shards) != hash_of(known[0]):
+            first = known[0].root
             raise UserError(
-                f"data: {shards.root} was converted with another tokenizer than {first.root}; "
-                f"convert both with the same one, for example with {first.root}/tokenizer.model"
+                f"data: {shards.root} was converted with another tokenizer than {first}; convert "
+                f"both with the same one, for example with {first}/tokenizer.model"
             )
 
 

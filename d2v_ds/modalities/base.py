@@ -285,10 +285,12 @@ class Modality(ABC):
 REQUIRED = ("name", "batch_unit", "length_unit", "extensions", "Config")
 
 
-def check_json(members: Mapping[str, bytes]) -> None:
-    """Raises ValueError if a sample has a .json that is not an object."""
-    if not isinstance(json.loads(members.get("json", b"{}")), dict):
+def metadata(members: Mapping[str, bytes]) -> dict[str, Any]:
+    """The .json of a sample; {} if it has none. Raises ValueError if it is not a JSON object."""
+    found = json.loads(members.get("json", b"{}"))
+    if not isinstance(found, dict):
         raise ValueError("json: is not an object")
+    return found
 
 
 def described(value: Any) -> str:

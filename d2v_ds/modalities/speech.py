@@ -29,9 +29,9 @@ from d2v_ds.masking import Mask, block_count, block_mask_1d, span_mask
 from d2v_ds.modalities.base import (
     Modality,
     ModalityConfig,
-    check_json,
     described,
     extra_tokens,
+    metadata,
 )
 from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head, MaskToken
 from d2v_ds.transformer import Alibi, TransformerConfig
@@ -234,7 +234,7 @@ class Speech(Modality):
             raise ValueError(f"{name}: has {info.rate} Hz, but the set has {rate} Hz")
         if data[:4] == b"OggS" and (problem := ogg_problem(data)):
             raise ValueError(f"{name}: {problem}")
-        check_json(members)
+        metadata(members)
         return len(audio.decode(data))
 
     def crop(self, length: int) -> int:

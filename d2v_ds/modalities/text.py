@@ -37,9 +37,9 @@ from d2v_ds.masking import (
 from d2v_ds.modalities.base import (
     Modality,
     ModalityConfig,
-    check_json,
     described,
     extra_tokens,
+    metadata,
 )
 from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head
 from d2v_ds.transformer import TransformerConfig, bert_init
@@ -179,7 +179,7 @@ class Text(Modality):
     @classmethod
     def check_sample(cls, members: Mapping[str, bytes], about: Mapping[str, Any]) -> int:
         ids = read_ids(members)
-        check_json(members)
+        metadata(members)
         size = about.get("tokenizer", {}).get("vocab_size")
         if size is not None and ids.max(initial=0) >= size:
             raise ValueError(f"has token id {ids.max()}, but its tokenizer has {size} ids")

@@ -27,9 +27,9 @@ from d2v_ds.masking import Mask, beit_mask, block_count, block_mask_2d
 from d2v_ds.modalities.base import (
     Modality,
     ModalityConfig,
-    check_json,
     described,
     extra_tokens,
+    metadata,
 )
 from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head, MaskToken
 from d2v_ds.transformer import RelativeBias, TransformerConfig, beit_init, beit_normal
@@ -187,7 +187,7 @@ class Vision(Modality):
         if len(found) != 1:
             raise ValueError(f"has {len(found)} images, expected one")
         _, w, h = images.inspect(members[found[0]])
-        check_json(members)
+        metadata(members)
         return w * h
 
     def crop(self, length: int) -> int:

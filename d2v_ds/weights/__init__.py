@@ -53,6 +53,7 @@ def open_weights(path: str | Path) -> Weights:
 
 
 def opened(path: Path) -> Weights:
+    """As `open_weights`, which also reports missing permissions."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if path.is_file():

@@ -196,10 +196,17 @@ def test_a_label_that_is_not_known_ends_the_run(label: dict[str, Any], message: 
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize("damaged", [b"{", b"null", b"\xff"])
-def test_a_damaged_json_is_a_bad_sample(damaged: bytes) -> None:
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        (b"{", "^Expecting property name enclosed in double quotes"),
+        (b"null", "^json: is not an object$"),
+        (b"\xff", "^'utf-8' codec can't decode byte 0xff"),
+    ],
+)
+def test_a_damaged_json_is_a_bad_sample(damaged: bytes, message: str) -> None:
     modality = reader(build("v2_vision"))
-    with pytest.raises(ValueError, match="is not a JSON object") as caught:
+    with pytest.raises(ValueError, match=message) as caught:
         modality.decode({**sample("v2_vision", 0, "up"), "json": damaged}, None)
     assert not isinstance(caught.value, UserError)
 

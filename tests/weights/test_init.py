@@ -15,7 +15,7 @@ from d2v_ds.config.decoding import to_dict
 from d2v_ds.errors import UserError
 from d2v_ds.pretrain import Pretrain
 from d2v_ds.run.run_folder import RunFolder
-from d2v_ds.start import start_from_weights
+from d2v_ds.start import start_from_weights, text_sets
 from d2v_ds.weights import Weights, Which, initialise, open_weights
 from shards import samples
 from tests.export import helpers as exported
@@ -149,7 +149,7 @@ def test_text_of_another_tokenizer_is_an_error(tmp_path: Path) -> None:
 
     def begin(*overrides: str) -> None:
         config = Pretrain.resolve(variants.config("v2_text", *settings, *init, *overrides))
-        start_from_weights(Pretrain.create(config), config, RunFolder(tmp_path))
+        start_from_weights(Pretrain.create(config), config, RunFolder(tmp_path), text_sets(config))
 
     begin()
     index["tokenizer"]["sha256"] = "0" * 64
