@@ -15,6 +15,7 @@ import torch
 from d2v_ds import recipes
 from d2v_ds.errors import UserError
 from d2v_ds.pretrain import Pretrain
+from d2v_ds.run import status
 from shards import samples
 from shards.cli import main as shards_main
 from tests import ROOT
@@ -149,6 +150,7 @@ def test_whole_runs_learn(modality: str, tmp_path: Path) -> None:
         assert gain > 0.08, accuracy
     if "text" in found:
         assert found["order of words"]["trained model"]["4 swapped"] > 0.8
-    row = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    row = status.last_row(tmp_path / "metrics.jsonl")  # the probe's own row comes after it
+    assert row
     for name in found.keys() & set(SOURCES):
         assert not signs_of_collapse(row, f"/{name}" if modality == "joint" else ""), row
