@@ -211,7 +211,7 @@ def test_a_run_continues_across_time_limits(
     steps = len(losses(run))
     job.until(lambda: len(losses(run)) > steps, "steps after the time limit", 60)
     stop(job, run)
-    assert job.field("Restarts") == "1"
+    assert int(job.field("Restarts")) >= 1  # a slow machine reaches the limit again
     assert_as_undisturbed(run, undisturbed)
 
 
