@@ -80,7 +80,7 @@ class FineTuning:
     auto: first for text, as RoBERTa does; mean otherwise."""
 
     bos_id: int | None = 0
-    """Text: the id that is prepended to each text; null: none."""
+    """Text: the id that is prepended to each text that does not begin with it; null: none."""
 
     label_smoothing: float = 0.0
     """classification: the probability that is spread over all classes."""

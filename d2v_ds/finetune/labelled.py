@@ -119,9 +119,12 @@ class Labelled(Modality, abstract=True):
         return example, label
 
     def begun(self, example: Any) -> Any:
-        """A text with its first id, cut to the positions of the model; other examples unchanged."""
+        """A text with its first id, cut to the positions of the model; other examples unchanged.
+        Ids of a tokenizer of transformers have it already."""
         if self.base.name != "text" or self.settings.bos_id is None:
             return example
+        if len(example) and example[0] == self.settings.bos_id:
+            return example[: self.base.config.max_tokens]
         return np.concatenate([[self.settings.bos_id], example])[: self.base.config.max_tokens]
 
     def label(self, sample: Mapping[str, bytes]) -> Any:
@@ -135,8 +138,8 @@ class Labelled(Modality, abstract=True):
     def fit(self, example: Example, length: int) -> Example:
         size = self.crop(length)
         content, _ = example
-        if self.base.name == "text" and self.settings.bos_id is not None:
-            size = min(length + 1, self.base.config.max_tokens)
+        if self.base.name == "text" and self.settings.bos_id is not None and len(content) != size:
+            size = min(length + 1, self.base.config.max_tokens)  # with the id that is prepended
         if self.base.name == "vision" or len(content) == size:
             return example
         return np.resize(content, size), None  # another sample's, cut: its label no longer fits

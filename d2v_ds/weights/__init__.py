@@ -50,10 +50,12 @@ def open_weights(path: str | Path) -> Weights:
         return opened(path)
     except PermissionError as error:
         raise UserError(f"{error.filename or path}: must be readable ({error.strerror})") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
 
 
 def opened(path: Path) -> Weights:
-    """As `open_weights`, which also reports missing permissions."""
+    """As `open_weights`; also raises OSError, for example for a name that is too long."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     if path.is_file():

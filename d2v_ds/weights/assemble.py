@@ -245,9 +245,14 @@ def complete(found: Foreign, model: TransformerConfig) -> None:
     if found.version == "1.0" and found.modality != "text" and token not in student:
         student[token] = torch.zeros(1, model.dim)
         found.assume("The mask token is zero: the source has none.")
-    if model.norm == "pre" and "encoder.trunk.norm.weight" not in student:
-        student["encoder.trunk.norm.weight"] = torch.ones(model.dim)
-        student["encoder.trunk.norm.bias"] = torch.zeros(model.dim)
+    add_last_norm(found, model)
+
+
+def add_last_norm(found: Foreign, model: TransformerConfig) -> None:
+    """Adds the norm after pre-norm blocks, which classes with a head lack."""
+    if model.norm == "pre" and "encoder.trunk.norm.weight" not in found.student:
+        found.student["encoder.trunk.norm.weight"] = torch.ones(model.dim)
+        found.student["encoder.trunk.norm.bias"] = torch.zeros(model.dim)
         found.assume("The norm after the last block changes nothing: the source has none.")
 
 

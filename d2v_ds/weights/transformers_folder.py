@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from d2v_ds.config.decoding import decode
 from d2v_ds.errors import UserError
 from d2v_ds.key_maps import (
     HUGGING_FACE,
@@ -29,7 +30,8 @@ from d2v_ds.key_maps import (
     named_error,
     to_ours,
 )
-from d2v_ds.weights.assemble import Foreign, assemble, exact
+from d2v_ds.transformer import TransformerConfig
+from d2v_ds.weights.assemble import Foreign, add_last_norm, assemble, exact
 from d2v_ds.weights.model import Settings, Weights
 from d2v_ds.weights.tables import Table, take
 from d2v_ds.weights.unpickle import Refused, load_pickled
@@ -39,6 +41,7 @@ PREFIXES = {"speech": "data2vec_audio.", "vision": "data2vec_vision.", "text": "
 OURS = "d2v_ds"  # model_type of an exported folder without a class in transformers; also the entry
 VERSION = 1  # of that entry
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+VOCABULARY = ("vocab.json", "added_tokens.json")
 EXTRA = "predictors.safetensors"
 
 SPEECH: Table = {
@@ -80,10 +83,16 @@ REQUIRED: dict[str, Settings] = {
     "vision": {"hidden_act": "gelu", "use_absolute_position_embeddings": False, "num_channels": 3},
     "text": {"hidden_act": "gelu", "is_decoder": False, "position_embedding_type": "absolute"},
 }
+# The defaults of their classes, which hold where config.json lacks an entry.
+DEFAULTS: dict[str, Settings] = {
+    "speech": {"num_attention_heads": 12, "layer_norm_eps": 1e-5},
+    "vision": {"num_attention_heads": 12, "layer_norm_eps": 1e-12},
+    "text": {"num_attention_heads": 12, "layer_norm_eps": 1e-12},
+}
 KINDS = {  # types of entries that are read here, not converted by a table
     **dict.fromkeys(("architectures", "conv_dim", "conv_kernel", "conv_stride"), list),
     "id2label": dict,
-    "pad_token_id": int,
+    **dict.fromkeys(("pad_token_id", "bos_token_id"), int),
 }
 TYPE_NAMES = {int: "an integer", list: "a list", dict: "an object"}
 # Parts beside the encoder that do not belong to it.
@@ -189,25 +198,39 @@ def exported(path: Path, config: Settings, own: Settings, state: dict[str, Tenso
         of_type(f"d2v_ds.about.data.{source}", entry, dict)
     if finetune and "task" not in finetune:
         raise Refused("its entry d2v_ds.finetune in config.json has no task")
+    tensors = dict(state)
     if config["model_type"] != OURS:
-        state = renamed(TYPES[config["model_type"]], state)[0]
+        tensors = renamed(TYPES[config["model_type"]], state)[0]
     if (path / EXTRA).is_file():
-        state |= read_tensors(path / EXTRA)
-    student = {name: value for name, value in state.items() if not name.startswith("head.")}
+        tensors |= read_tensors(path / EXTRA)
+    student, head = parted(tensors)
     found = Foreign(
         path=path,
-        modality="",
+        modality=next(iter(own["modality"])),  # of joint models, which have no head, any
         version="",
         student=student,
-        # Exported averages are the teacher's and can also be a student to start from.
-        teacher=dict(student) if own.get("weights") == "teacher" else {},
-        head={name: value for name, value in state.items() if name.startswith("head.")},
+        head=head,
         finetune=finetune,
         step=step,
         about=about,
         files=other_files(path),
     )
+    # transformers may have trained the model and saved it again, without our other files.
+    fold_token_types(found, state)
+    add_last_norm(found, decode(TransformerConfig, settings["model"], "model"))
+    if head and not finetune:
+        found.finetune = finetune_of(found, config)
+        if found.modality == "text":  # the tokenizer of a pre-trained export prepends nothing
+            found.finetune["bos_id"] = None
+    if own.get("weights") == "teacher":  # which can also be a student to start from
+        found.teacher = dict(student)
     return exact(found, settings)
+
+
+def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(encoder.* and predictors.*, head.*)."""
+    head = {name: value for name, value in tensors.items() if name.startswith("head.")}
+    return {name: value for name, value in tensors.items() if name not in head}, head
 
 
 def of_type(key: str, value: Any, kind: type) -> Any:
@@ -226,10 +249,9 @@ def stock(path: Path, modality: str, config: Settings, state: dict[str, Tensor])
         if config.get(key, required) != required:
             raise Refused(f"{key}={config[key]!r} is not supported, only {required!r}")
     tensors, unused = renamed(modality, state)
-    head = {name: value for name, value in tensors.items() if name.startswith("head.")}
-    student = {name: value for name, value in tensors.items() if name not in head}
+    student, head = parted(tensors)
     classes = ", ".join(map(str, config.get("architectures") or "?"))
-    given = take(TABLES[modality], config)
+    given = take(TABLES[modality], DEFAULTS[modality] | config)
     given.setdefault("modality", {}).setdefault(modality, {})
     found = Foreign(
         path=path,
@@ -324,15 +346,19 @@ def finetune_of(found: Foreign, config: Settings) -> Settings:
     labels = [str(names.get(str(i), f"LABEL_{i}")) for i in range(rows)]
     regression = config.get("problem_type") == "regression" or rows == 1
     task = "regression" if found.modality == "text" and regression else "classification"
-    return {"task": task, "labels": labels}
+    finetune: Settings = {"task": task, "labels": labels}
+    if found.modality == "text" and config.get("bos_token_id", 0) != 0:  # 0 is the usual one
+        finetune["bos_id"] = config["bos_token_id"]
+    return finetune
 
 
 def ctc_labels(found: Foreign, config: Settings, rows: int) -> list[str]:
-    """The labels of a CTC head by row, from vocab.json. The blank, which is the padding token in
-    transformers, is moved to the first row. Raises Refused."""
+    """The labels of a CTC head by row, from vocab.json and added_tokens.json. The blank, which is
+    the padding token in transformers, is moved to the first row. Raises Refused."""
     if "vocab.json" not in found.files:
         raise Refused("is fine-tuned, but lacks vocab.json with its labels")
-    ids = read_json(found.files["vocab.json"])
+    names_of = [found.files[name] for name in VOCABULARY if name in found.files]
+    ids = {label: i for file in names_of for label, i in read_json(file).items()}
     labels = {i: str(label) for label, i in ids.items() if isinstance(i, int)}
     missing = [i for i in range(rows) if i not in labels]
     blank = config.get("pad_token_id") or 0

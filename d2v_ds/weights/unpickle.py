@@ -124,6 +124,9 @@ def plain(value: Any) -> Any:
         if fields := value.fields():
             return plain(fields)
         return value.arguments[0] if len(value.arguments) == 1 else None  # of an enumeration
+    if isinstance(value, torch.Tensor) and (value.is_meta or value.layout != torch.strided):
+        kind = "without values" if value.is_meta else "that is sparse"
+        raise Refused(f"contains a tensor {kind}; only dense tensors are read")
     if isinstance(value, Mapping):
         return {key: plain(each) for key, each in value.items()}
     return [plain(each) for each in value] if isinstance(value, list | tuple) else value

@@ -132,6 +132,9 @@ def test_texts_begin_with_bos_and_are_cut() -> None:
         own, _ = reader(build("v2_text", bos_id=None)).decode(sample("v2_text", size, "up"), None)
         assert ids.tolist() == [3, *own.tolist()][:40]
         assert modality.fit((ids, 0), size)[0] is ids, "not a bad sample"
+    ids = modality.begun(np.array([3, 7, 8]))
+    assert ids.tolist() == [3, 7, 8], "it begins with bos already"
+    assert modality.fit((ids, 0), 3)[0] is ids, "not a bad sample"
     assert [modality.is_cut(n) for n in (5, 39, 40, 60)] == [False, False, True, True]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from d2v_ds.data.audio import import_torchaudio
 from d2v_ds.encoder import encoder_of, load_encoder
 from d2v_ds.errors import UserError
+from d2v_ds.finetune.model import load_finetuned
 from d2v_ds.key_maps import HUGGING_FACE, to_theirs
 from d2v_ds.pretrain import Pretrain
 from d2v_ds.weights import build_encoder, open_weights
@@ -188,9 +190,38 @@ def test_the_blank_becomes_the_first_label(tmp_path: Path) -> None:
     assert torch.equal(found.tensors("head")["head.proj.weight"], weight[[4, 0, 1, 2, 3]])
 
 
+def test_symbols_that_were_added_to_a_vocabulary(tmp_path: Path) -> None:
+    """Tokenizers that are made from a corpus keep <s> and </s> in a file of their own."""
+    with_head("speech", vocab_size=5).save_pretrained(tmp_path)
+    (tmp_path / "vocab.json").write_text('{"[PAD]": 0, "|": 1, "e": 2}')
+    (tmp_path / "added_tokens.json").write_text('{"<s>": 3, "</s>": 4}')
+    assert open_weights(tmp_path).finetune["labels"] == ["<blank>", "|", "e", "<s>", "</s>"]
+
+
+@pytest.mark.parametrize("modality", ["vision", "text"])
+def test_an_epsilon_that_is_not_given_is_that_of_the_class(modality: str, tmp_path: Path) -> None:
+    _, model = base(modality)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    del config["layer_norm_eps"]
+    path.write_text(json.dumps(config))
+    assert open_weights(tmp_path).model["norm_eps"] == type(model.config)().layer_norm_eps == 1e-12
+
+
 def test_one_output_is_regression(tmp_path: Path) -> None:
     with_head("text", num_labels=1).save_pretrained(tmp_path)
     assert open_weights(tmp_path).finetune["task"] == "regression"
+
+
+@pytest.mark.parametrize("bos", [0, 2, None])
+def test_ids_of_their_tokenizer_begin_with_bos(bos: int | None, tmp_path: Path) -> None:
+    model = with_head("text", num_labels=3, bos_token_id=bos)
+    model.save_pretrained(tmp_path)
+    ids = [np.array([*([bos] * (bos is not None)), 7, 8, 9, 2])]
+    with torch.no_grad():
+        expected = model(torch.tensor(np.stack(ids))).logits
+        close(load_finetuned(tmp_path)(ids).values, expected)
 
 
 def test_other_heads_are_left_out_and_reported(tmp_path: Path) -> None:
@@ -304,6 +335,58 @@ def test_the_head_of_our_exports(tmp_path: Path) -> None:
     assert found.tensors("head").keys() == head.keys()
 
 
+def saved_again(tmp_path: Path, kind: str, **settings: Any) -> Any:
+    """A model of transformers that was made of our export, trained and saved without our files."""
+    import transformers
+
+    model = getattr(transformers, kind).from_pretrained(tmp_path / "out", **settings)
+    filled(model).save_pretrained(tmp_path / "again")
+    return model
+
+
+def test_an_export_that_transformers_trained_and_saved(tmp_path: Path) -> None:
+    """It has a trained embedding of the token type, and a head that the export did not have."""
+    (tmp_path / "out").mkdir()
+    task = shaken("v1_text").eval()
+    exported(task, tmp_path / "out")
+    edit_config(tmp_path / "out", **stock_settings("text"))
+    model = saved_again(tmp_path, "AutoModelForSequenceClassification", num_labels=3)
+    found = open_weights(tmp_path / "again")
+    assert found.finetune == {
+        "task": "classification",
+        "labels": ["LABEL_0", "LABEL_1", "LABEL_2"],
+        "bos_id": None,
+    }
+    ids = inputs(task, "text")
+    with torch.no_grad():
+        expected = model(input_ids=ids, output_hidden_states=True)
+        close(load_encoder(tmp_path / "again")(list(ids.numpy())).blocks[-1], expected[1][-1])
+        close(load_finetuned(tmp_path / "again")(list(ids.numpy())).values, expected[0])
+
+
+def test_an_export_without_the_norm_of_the_trunk(tmp_path: Path) -> None:
+    """Data2VecVisionForImageClassification has none; transformers ignores the file with ours."""
+    (tmp_path / "out").mkdir()
+    task = shaken("v1_vision").eval()
+    exported(task, tmp_path / "out")
+    edit_config(tmp_path / "out", **stock_settings("vision") | {"use_mean_pooling": True})
+    model = saved_again(tmp_path, "AutoModelForImageClassification", num_labels=3)
+    found = open_weights(tmp_path / "again")
+    assert (
+        "The norm after the last block changes nothing: the source has none."
+        in (found.about["assumed"])
+    )
+    pixels = variants.examples(task, 40, 40)
+    with torch.no_grad():
+        expected = model(torch.from_numpy(np.stack(pixels))).logits
+        close(load_finetuned(tmp_path / "again")(pixels).values, expected)
+
+
+def stock_settings(modality: str) -> dict[str, Any]:
+    """config.json of the class of transformers for the variant."""
+    return dict(base(modality)[1].config.to_diff_dict())
+
+
 # -------------------------------------------------------------------------------------- bad folders
 
 
@@ -328,6 +411,7 @@ def damage(folder: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
 
 
+QUERY = "encoder.layers.0.attention.q_proj.weight"
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "type": (lambda f: edit_config(f, model_type="bert"), "has model_type 'bert'; supported are"),
     "no type": (lambda f: (f / "config.json").write_text("{}"), "has model_type None"),
@@ -355,6 +439,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "type of strides": (lambda f: edit_config(f, conv_stride=2), "conv_stride=2, expected a list"),
     "type of padding": (lambda f: edit_config(f, pad_token_id="x"), "pad_token_id='x', expected"),
     "no heads": (lambda f: edit_config(f, num_attention_heads=0), "not divisible by heads=0"),
+    "shapes": (
+        lambda f: edit_state(f, lambda t: t.update({QUERY: torch.zeros(3, 5)})),
+        r"attention\.qkv\.weight: \[3, 5\], \[32, 32\], \[32, 32\] do not fit",
+    ),
     "outside": (lambda f: index(f, a="../other.safetensors"), "outside the folder"),
     "missing shard": (lambda f: index(f, a="a.safetensors"), "lacks a.safetensors"),
 }
@@ -434,6 +522,11 @@ def test_a_path_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Path, "exists", refused)  # the tests may run as root
     with pytest.raises(UserError, match=r"runs/x: must be readable \(Permission denied\)"):
         open_weights("runs/x")
+
+
+def test_a_path_that_is_too_long() -> None:
+    with pytest.raises(UserError, match=r"a: cannot be read \(File name too long\)"):
+        open_weights("a" * 5000)
 
 
 def test_what_is_supported_is_listed(tmp_path: Path) -> None:

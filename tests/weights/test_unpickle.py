@@ -185,6 +185,18 @@ def test_containers_of_omegaconf_become_plain(
     assert found == {"cfg": {"depth": 3, "items": [1, "b"], "none": None}}
 
 
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [(torch.eye(3).to_sparse(), "that is sparse"), (torch.eye(3).to("meta"), "without values")],
+)
+def test_tensors_without_dense_values_are_refused(
+    tensor: torch.Tensor, kind: str, tmp_path: Path
+) -> None:
+    torch.save({"model": {"patch_embed.proj.weight": tensor}}, tmp_path / "model.pt")
+    with pytest.raises(UserError, match=f"contains a tensor {kind}; only dense tensors are read"):
+        open_weights(tmp_path / "model.pt")
+
+
 def test_only_the_named_classes_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = set(torch.serialization.get_safe_globals())
     other: Any = class_of(monkeypatch, "fairseq.data.dictionary", "TruncatedDictionary")()
