@@ -42,7 +42,11 @@ class EncoderOutput(NamedTuple):
     """[B, T] bool: which tokens exist; None if all of them do."""
 
     def pooled(self, layer: int) -> Tensor:
-        """The mean over the tokens that exist of block `layer`, counted from 1: [B, D], fp32."""
+        """The mean over the tokens that exist of block `layer`, counted from 1: [B, D], fp32.
+
+        Raises UserError if there is no such block."""
+        if not 1 <= layer <= len(self.blocks):
+            raise UserError(f"layer: the encoder has blocks 1 to {len(self.blocks)}, got {layer}")
         block = self.blocks[layer - 1].float()
         if self.valid is None:
             return block.mean(1)
@@ -126,14 +130,17 @@ def prepare_example(modality: Modality, raw: Any, rate: int | None) -> Any:
     try:
         example = modality.prepare(raw, rate=rate)
         modality.check_example(example)
-    except (ValueError, TypeError, OSError) as error:
+    except OSError as error:
+        raise UserError(f"{error.filename or raw}: cannot be read ({error.strerror})") from None
+    except (ValueError, TypeError) as error:
         raise UserError(f"the input {error}") from None
     return example
 
 
 def check_examples(modality: Modality, examples: Sequence[Any]) -> None:
     """Raises UserError for an empty list or an example that does not fit the model."""
-    if isinstance(examples, str | bytes) or not len(examples):
+    listed = hasattr(examples, "__len__") and not isinstance(examples, str | bytes)
+    if not listed or not len(examples):
         raise UserError("the model takes a list of at least one example")
     for i, example in enumerate(examples):
         try:

@@ -65,6 +65,9 @@ def test_a_padded_batch_gives_what_single_examples_give(variant: str, weights: W
                     together.blocks[layer - 1][i, :T], alone.blocks[layer - 1][0]
                 )
                 torch.testing.assert_close(together.pooled(layer)[i], alone.pooled(layer)[0])
+    for outside in (-1, 0, encoder.depth + 1):
+        with pytest.raises(UserError, match=f"blocks 1 to {encoder.depth}, got {outside}"):
+            together.pooled(outside)
 
 
 @pytest.fixture(scope="module")

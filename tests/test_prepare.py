@@ -77,7 +77,7 @@ def test_waveforms_of_every_type(speech: PretrainedEncoder, tmp_path: Path) -> N
         (PCM.reshape(2, -1), 16_000, r"is int16 of shape \[2, 2000\], expected one channel"),
         (np.full(4000, np.nan), 16_000, "contains NaN or infinite samples"),
         (b"no audio", 16_000, "the input is not audio that libsndfile reads"),
-        ("/nowhere.wav", 16_000, "No such file"),
+        ("/nowhere.wav", 16_000, r"^/nowhere\.wav: cannot be read \(No such file"),
         (None, 16_000, r"is object of shape \[\], expected one channel"),
     ],
 )
@@ -133,8 +133,9 @@ def test_large_jpegs_as_files_and_as_images(vision: PretrainedEncoder) -> None:
         (PIXELS[:, :, :2], r"is uint8 of shape \[50, 70, 2\], expected an image file"),
         (b"no image", "the input cannot be read as an image"),
         (png(PIXELS)[:2000], "the input cannot be read as an image"),
-        ("/nowhere.png", "No such file"),
+        ("/nowhere.png", r"^/nowhere\.png: cannot be read \(No such file"),
         (None, r"is object of shape \[\], expected an image file"),
+        (PIXELS[:0], "the input is empty"),
     ],
 )
 def test_bad_images(vision: PretrainedEncoder, raw: Any, message: str) -> None:
@@ -186,6 +187,10 @@ def test_forward_refuses_what_is_no_list_of_examples(
     wave = np.zeros(4000, dtype=np.float32)
     with pytest.raises(UserError, match=r"example 0 is float32 of shape \[\].*`prepare`"):
         speech(wave)
+    with pytest.raises(UserError, match="takes a list of at least one example"):
+        speech(None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"example 0 is a torch tensor, float32 of shape \[800\]"):
+        speech([torch.zeros(800)])
     with pytest.raises(UserError, match="example 1 is int16 of shape"):
         speech([wave, PCM])
     with pytest.raises(UserError, match="example 0 is of type list, expected token ids"):

@@ -61,6 +61,8 @@ def as_image(raw: Any) -> Image.Image:
             f"is {pixels.dtype} of shape {list(pixels.shape)}, expected an image file, a Pillow "
             "image, or uint8 pixels [h, w, 3], [3, h, w] or [h, w]"
         )
+    if not pixels.size:
+        raise ValueError("is empty")
     return Image.fromarray(np.ascontiguousarray(pixels))
 
 

@@ -172,8 +172,17 @@ def collected(config: Config, sets: dict[str, ShardSet | None]) -> tuple[str, ..
         for _, label in read_labels(shards, settings.label)
     ]
     if settings.task == "ctc":
-        return Letters.collect(label for label in found if isinstance(label, str))
-    return in_order({str(label) for label in found})
+        names = Letters.collect(label for label in found if isinstance(label, str))
+        problem = "all transcripts are empty" * (len(names) == 2)  # the blank and the boundary
+    else:
+        names = in_order({str(label) for label in found})
+        problem = f"all labels are {names[0]!r}" * (len(names) == 1)
+    if problem:
+        raise UserError(
+            f"{', '.join(training)}: {problem}, so there is nothing to learn; name another column "
+            "with finetune.label, or list the labels in finetune.labels"
+        )
+    return names
 
 
 def in_order(names: set[str]) -> tuple[str, ...]:

@@ -296,7 +296,8 @@ def metadata(members: Mapping[str, bytes]) -> dict[str, Any]:
 def described(value: Any) -> str:
     """What a value is, for messages: float64 of shape [2, 3], or its type."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
-        return f"{str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}"
+        kind = "a torch tensor, " * isinstance(value, Tensor)  # where numpy is expected
+        return f"{kind}{str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}"
     return f"of type {type(value).__name__}"
 
 

@@ -17,16 +17,22 @@ DIGITS = "zero one two three four five six seven eight nine".split()
 
 @pytest.fixture(scope="session")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The sets of joint_sets, and `spoken`: recordings of digits with transcripts."""
+    """The sets of joint_sets, and recordings of digits: `spoken`, with transcripts, and `silent`,
+    with empty ones."""
     root = tmp_path_factory.mktemp("sets")
     sets = joint_sets.write_all(root)
     recordings = sorted((ROOT / "shards/samples/speech").glob("**/*.flac"))[:40]
-    rows = [{"audio_filepath": str(p), "text": DIGITS[int(p.stem[0])]} for p in recordings]
-    spoken = root / "spoken.jsonl"
-    spoken.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["speech", str(spoken), str(root / "spoken"), "-j", "1"]
-    assert joint_sets.shards_main(words) == 0
-    return {**sets, "spoken": root / "spoken"}
+    for name in ("spoken", "silent"):
+        texts = [DIGITS[int(p.stem[0])] * (name == "spoken") for p in recordings]
+        rows = [
+            {"audio_filepath": str(p), "text": t} for p, t in zip(recordings, texts, strict=True)
+        ]
+        manifest = root / f"{name}.jsonl"
+        manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        words = ["speech", str(manifest), str(root / name), "-j", "1"]
+        assert joint_sets.shards_main(words) == 0
+        sets[name] = root / name
+    return sets
 
 
 @pytest.fixture(scope="session")

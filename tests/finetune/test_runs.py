@@ -243,6 +243,18 @@ def test_sentencepiece_units_stay_with_the_run(sets: Any, pretrained: Path, tmp_
         (
             "finetune",
             "finetune_speech_tiny",
+            ["init={pre}", "data.shards={silent}"],
+            "{silent}: all transcripts are empty, so there is nothing to learn",
+        ),
+        (
+            "finetune",
+            "finetune_speech_tiny",
+            ["init={pre}", "data.shards={silent}", "finetune.task=classification"],
+            "{silent}: all labels are '', so there is nothing to learn",
+        ),
+        (
+            "finetune",
+            "finetune_speech_tiny",
             ["init={pre}", "data.shards={spoken}", "finetune.tokenizer=/no.model"],
             "finetune.tokenizer: /no.model: cannot be read as a sentencepiece model",
         ),
