@@ -182,6 +182,7 @@ def other_files(path: Path) -> dict[str, Path]:
 
 def exported(path: Path, config: Settings, own: Settings, state: dict[str, Tensor]) -> Weights:
     """A folder that d2v_ds exported."""
+    check_types(config)
     if own.get("version") != VERSION:
         raise Refused(
             f"was exported in format {own.get('version')!r}, but this d2v_ds reads {VERSION}"
@@ -222,6 +223,8 @@ def exported(path: Path, config: Settings, own: Settings, state: dict[str, Tenso
         found.finetune = finetune_of(found, config)
         if found.modality == "text":  # the tokenizer of a pre-trained export prepends nothing
             found.finetune["bos_id"] = None
+    if head and finetune:
+        relabel(found, config)
     if own.get("weights") == "teacher":  # which can also be a student to start from
         found.teacher = dict(student)
     return exact(found, settings)
@@ -233,6 +236,12 @@ def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
     return {name: value for name, value in tensors.items() if name not in head}, head
 
 
+def check_types(config: Settings) -> None:
+    for key, kind in KINDS.items():
+        if config.get(key) is not None:
+            of_type(key, config[key], kind)
+
+
 def of_type(key: str, value: Any, kind: type) -> Any:
     """An entry of config.json. Raises Refused if it has another type."""
     if isinstance(value, kind) and not isinstance(value, bool):
@@ -242,9 +251,7 @@ def of_type(key: str, value: Any, kind: type) -> Any:
 
 def stock(path: Path, modality: str, config: Settings, state: dict[str, Tensor]) -> Foreign:
     """A folder of a class of transformers."""
-    for key, kind in KINDS.items():
-        if config.get(key) is not None:
-            of_type(key, config[key], kind)
+    check_types(config)
     for key, required in REQUIRED[modality].items():
         if config.get(key, required) != required:
             raise Refused(f"{key}={config[key]!r} is not supported, only {required!r}")
@@ -342,14 +349,34 @@ def finetune_of(found: Foreign, config: Settings) -> Settings:
         return {"task": "ctc", "labels": ctc_labels(found, config, rows)}
     if found.modality == "vision" and config.get("use_mean_pooling") is False:
         raise Refused("classifies the class token (use_mean_pooling=false), which is not supported")
-    names = config.get("id2label") or {}
-    labels = [str(names.get(str(i), f"LABEL_{i}")) for i in range(rows)]
+    labels = class_names(config, rows)
     regression = config.get("problem_type") == "regression" or rows == 1
     task = "regression" if found.modality == "text" and regression else "classification"
     finetune: Settings = {"task": task, "labels": labels}
     if found.modality == "text" and config.get("bos_token_id", 0) != 0:  # 0 is the usual one
         finetune["bos_id"] = config["bos_token_id"]
     return finetune
+
+
+def class_names(config: Settings, rows: int) -> list[str]:
+    names = config.get("id2label") or {}
+    return [str(names.get(str(i), f"LABEL_{i}")) for i in range(rows)]
+
+
+def relabel(found: Foreign, config: Settings) -> None:
+    """Replaces the labels of an export by those of transformers if they differ: its head was
+    trained for other labels since, and saved with them."""
+    rows = len(found.head.get("head.proj.weight", ()))
+    finetune = found.finetune
+    if finetune["task"] == "classification" and config.get("id2label"):
+        labels, source = class_names(config, rows), "id2label in config.json"
+    elif finetune["task"] == "ctc" and "vocab.json" in found.files and not finetune.get("tokenizer"):
+        labels, source = ctc_labels(found, config, rows), "vocab.json"
+    else:
+        return
+    if labels != list(finetune.get("labels") or ()):
+        found.finetune = finetune | {"labels": labels}
+        found.assume(f"The labels are those of {source}, which differ from the export's.")
 
 
 def ctc_labels(found: Foreign, config: Settings, rows: int) -> list[str]:

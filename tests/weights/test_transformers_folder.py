@@ -335,6 +335,38 @@ def test_the_head_of_our_exports(tmp_path: Path) -> None:
     assert found.tensors("head").keys() == head.keys()
 
 
+RELABELLED = {
+    "vision": ("v2_vision", "classification", ["cat", "dog"], ["a", "b"]),
+    "speech": ("v2_speech", "ctc", ["<blank>", "a"], ["<blank>", "b"]),
+}
+
+
+@pytest.mark.parametrize("kind", RELABELLED)
+def test_an_export_that_was_trained_for_other_labels(kind: str, tmp_path: Path) -> None:
+    """The labels are saved beside the entry of d2v_ds, which stays as it was."""
+    variant, task, before, after = RELABELLED[kind]
+    exported(shaken(variant), tmp_path, finetune={"task": task, "labels": before, "tokenizer": ""})
+    head = {"head.proj.weight": torch.ones(2, 32), "head.proj.bias": torch.zeros(2)}
+    if kind == "vision":
+        head |= {"head.norm.weight": torch.ones(32), "head.norm.bias": torch.zeros(32)}
+    edit_state(tmp_path, lambda t: t.update(head))
+
+    def save(labels: list[str]) -> None:
+        edit_config(tmp_path, id2label=dict(enumerate(labels)), pad_token_id=0)
+        vocabulary = {label: i for i, label in enumerate(labels)}
+        if kind == "speech":
+            (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+
+    save(before)
+    found = open_weights(tmp_path)
+    assert found.finetune["labels"] == before and "assumed" not in found.about
+    save(after)
+    found = open_weights(tmp_path)
+    assert found.finetune["labels"] == after
+    [sentence] = found.about["assumed"]
+    assert "differ from the export's" in sentence
+
+
 def saved_again(tmp_path: Path, kind: str, **settings: Any) -> Any:
     """A model of transformers that was made of our export, trained and saved without our files."""
     import transformers
