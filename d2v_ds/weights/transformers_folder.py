@@ -367,10 +367,10 @@ def relabel(found: Foreign, config: Settings) -> None:
     """Replaces the labels of an export by those of transformers if they differ: its head was
     trained for other labels since, and saved with them."""
     rows = len(found.head.get("head.proj.weight", ()))
-    finetune = found.finetune
-    if finetune["task"] == "classification" and config.get("id2label"):
+    finetune, task = found.finetune, found.finetune["task"]
+    if task == "classification" and config.get("id2label"):
         labels, source = class_names(config, rows), "id2label in config.json"
-    elif finetune["task"] == "ctc" and "vocab.json" in found.files and not finetune.get("tokenizer"):
+    elif task == "ctc" and "vocab.json" in found.files and not finetune.get("tokenizer"):
         labels, source = ctc_labels(found, config, rows), "vocab.json"
     else:
         return
