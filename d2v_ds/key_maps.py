@@ -37,9 +37,13 @@ class Rule:
         return (self.theirs,) if isinstance(self.theirs, str) else self.theirs
 
 
+class Misfit(KeyError):
+    """Tensors that cannot be joined. Its argument is a sentence, not only a name."""
+
+
 def to_ours(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Tensor]:
-    """Their tensors with our names and shapes. Raises KeyError for an unknown name, or if one of
-    several tensors that are joined is missing or does not fit the others."""
+    """Their tensors with our names and shapes. Raises KeyError for an unknown name, Misfit if one
+    of several tensors that are joined is missing or does not fit the others."""
     parts: dict[str, tuple[Rule, dict[str, str], dict[int, Tensor]]] = {}
     for theirs, tensor in state.items():
         rule, part, values = match(theirs, rules, side="theirs")
@@ -49,10 +53,10 @@ def to_ours(state: Mapping[str, Tensor], rules: Sequence[Rule]) -> dict[str, Ten
     for ours, (rule, values, found) in parts.items():
         missing = [fill(name, values) for n, name in enumerate(rule.names) if n not in found]
         if missing:
-            raise KeyError(f"{ours}: {', '.join(missing)} is missing")
+            raise Misfit(f"{ours}: {', '.join(missing)} is missing")
         pieces = [found[n] for n in sorted(found)]
         if len({piece.shape for piece in pieces}) > 1 or (len(pieces) > 1 and not pieces[0].dim()):
-            raise KeyError(f"{ours}: {', '.join(str(list(p.shape)) for p in pieces)} do not fit")
+            raise Misfit(f"{ours}: {', '.join(str(list(p.shape)) for p in pieces)} do not fit")
         tensor = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         result[ours] = shaped(tensor, rule.ours_shape, tensor.shape[-1] if tensor.dim() else 1)
     return result
@@ -111,9 +115,7 @@ def is_known(name: str, rules: Sequence[Rule]) -> bool:
 def named_error(error: KeyError, model: str) -> str:
     """A sentence about an error of `to_ours`. model: whose names they are."""
     text = str(error.args[0])
-    return (
-        text if text.endswith(("is missing", "do not fit")) else f"{text}: no parameter of {model}"
-    )
+    return text if isinstance(error, Misfit) else f"{text}: no parameter of {model}"
 
 
 GROUPS = {"p": "(?P<p>weight|bias)", "rest": "(?P<rest>.+)"}

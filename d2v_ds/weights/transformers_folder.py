@@ -219,12 +219,12 @@ def exported(path: Path, config: Settings, own: Settings, state: dict[str, Tenso
     # transformers may have trained the model and saved it again, without our other files.
     fold_token_types(found, state)
     add_last_norm(found, decode(TransformerConfig, settings["model"], "model"))
-    if head and not finetune:
+    if head and finetune:
+        relabel(found, config)
+    elif head:
         found.finetune = finetune_of(found, config)
         if found.modality == "text":  # the tokenizer of a pre-trained export prepends nothing
             found.finetune["bos_id"] = None
-    if head and finetune:
-        relabel(found, config)
     if own.get("weights") == "teacher":  # which can also be a student to start from
         found.teacher = dict(student)
     return exact(found, settings)
@@ -384,8 +384,8 @@ def ctc_labels(found: Foreign, config: Settings, rows: int) -> list[str]:
     the padding token in transformers, is moved to the first row. Raises Refused."""
     if "vocab.json" not in found.files:
         raise Refused("is fine-tuned, but lacks vocab.json with its labels")
-    names_of = [found.files[name] for name in VOCABULARY if name in found.files]
-    ids = {label: i for file in names_of for label, i in read_json(file).items()}
+    files = [found.files[name] for name in VOCABULARY if name in found.files]
+    ids = {label: i for file in files for label, i in read_json(file).items()}
     labels = {i: str(label) for label, i in ids.items() if isinstance(i, int)}
     missing = [i for i in range(rows) if i not in labels]
     blank = config.get("pad_token_id") or 0
