@@ -96,7 +96,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             shards = core.convert(plan, corpus.converter, out / name, pool, arguments.max_bad, task)
             if shards:
                 print(core.describe(shards))
-                _report_left_out(shards.root)
+                _report_findings(shards.root)
     if task[1] > 1:
         i, n = task
         print(
@@ -106,15 +106,11 @@ def _convert(arguments: argparse.Namespace) -> int:
     return exit_codes.FINISHED
 
 
-def _report_left_out(out: Path) -> None:
-    from shards.core import QUARANTINE_FILE
+def _report_findings(out: Path) -> None:
+    from shards.findings import report
 
-    about = json.loads((out / INDEX_FILE).read_bytes())
-    if about["quarantined"]:
-        print(
-            f"{about['quarantined']} of {about['inputs']} inputs were left out; the reasons are in "
-            f"{out / QUARANTINE_FILE}"
-        )
+    for line in report(out, json.loads((out / INDEX_FILE).read_bytes())):
+        print(line)
 
 
 def _merge(arguments: argparse.Namespace) -> int:
@@ -129,7 +125,7 @@ def _merge(arguments: argparse.Namespace) -> int:
     for folder in splits or [out]:
         shards = core.merge(folder, arguments.max_bad)
         print(core.describe(shards))
-        _report_left_out(folder)
+        _report_findings(folder)
     return exit_codes.FINISHED
 
 
@@ -151,7 +147,7 @@ def _index(arguments: argparse.Namespace) -> int:
     shards = index(arguments.source, arguments.out, arguments.modality, arguments.checksums,
                    arguments.jobs)  # fmt: skip
     print(describe(shards))
-    _report_left_out(shards.root)
+    _report_findings(shards.root)
     return exit_codes.FINISHED
 
 

@@ -8,10 +8,11 @@ shards that have no report. Until the conversion has finished, OUT contains
 
     plan.json               hash and options of the plan, and the entries of index.json
     NAME-000000.tar, .idx   finished shards
-    NAME-000000.json        report of a finished shard: its entry, and the inputs that are left out
+    NAME-000000.json        report of a finished shard: its entry and findings
 
-At the end, index.json and quarantine.jsonl replace plan.json and the reports. In an array job of n
-tasks, each task converts every n-th shard; the tasks share only OUT, and `merge` finishes the set.
+At the end, index.json, quarantine.jsonl (inputs left out) and notes.jsonl (files passed over,
+inputs altered) replace plan.json and the reports. In an array job of n tasks, each task converts
+every n-th shard; the tasks share only OUT, and `merge` finishes the set.
 """
 
 from __future__ import annotations
@@ -26,15 +27,23 @@ from typing import Any
 
 from tqdm import tqdm
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE, ShardEntry, ShardSet, open_set, set_json
 from d2v_ds.errors import UserError
 from d2v_ds.files import remove_stale, write_atomically
-from shards.family import Converter, PackedMember, Rejected
+from shards.family import Converter, PackedMember
+from shards.findings import (
+    QUARANTINE_FILE,
+    counts,
+    first_reasons,
+    left_out,
+    normalised,
+    unusable,
+    write_lists,
+)
 from shards.plan import CONVERTER, ConversionPlan, Samples
 from shards.workers import WorkerPool
 from shards.writer import ShardWriter
-
-QUARANTINE_FILE = "quarantine.jsonl"
 
 
 @dataclass(frozen=True)
@@ -42,9 +51,13 @@ class ShardReport:
     """Report of a finished shard."""
 
     entry: ShardEntry
-    rejected: tuple[Rejected, ...]
-    unwanted: tuple[Rejected, ...]
+    findings: tuple[Finding, ...]
     found: int = 0
+
+    @property
+    def bad(self) -> int:
+        """The number of inputs that --max-bad limits."""
+        return len(unusable(self.findings))
 
 
 # --------------------------------------------------------------------------------------- converting
@@ -80,9 +93,9 @@ def convert(
             reports[i] = report
     pending = [i for i in own if i not in reports]
     work = ((converter, out, _name(converter.modality, i), plan.shard(i)) for i in pending)
-    inputs = sum(plan.inputs_of(i) for i in own) + len(plan.rejected)
+    inputs = sum(plan.inputs_of(i) for i in own) + len(left_out(plan.findings))
     inputs += sum(report.found for report in reports.values())
-    bad = sum(len(report.rejected) for report in reports.values()) + len(plan.rejected)
+    bad = sum(report.bad for report in reports.values()) + len(unusable(plan.findings))
     bar = tqdm(total=inputs, unit=" files", disable=None, desc=str(out))
     bar.update(sum(plan.inputs_of(i) for i in reports))
     with bar:
@@ -90,7 +103,7 @@ def convert(
             i = int(report.entry.name.rpartition("-")[2])
             reports[i] = report
             bar.update(plan.inputs_of(i))
-            bad += len(report.rejected)
+            bad += report.bad
             inputs += report.found
             if bad > max_bad * inputs:
                 break
@@ -98,7 +111,7 @@ def convert(
     if every == 1:
         return _finish(out, about, ordered, max_bad)
     if bad > max_bad * inputs:
-        raise UserError(_too_many_bad(_rejected(about, ordered), inputs, max_bad))
+        raise UserError(_too_many_bad(_findings(about, ordered), inputs, max_bad))
     return None
 
 
@@ -130,20 +143,18 @@ def merge(out: Path, max_bad: float) -> ShardSet:
 def convert_shard(job: tuple[Converter, Path, str, Samples]) -> ShardReport:
     """Writes one shard, then its report."""
     converter, out, name, samples = job
-    rejected: list[Rejected] = []
-    unwanted: list[Rejected] = []
+    findings: list[Finding] = []
     found = 0
     with ShardWriter(out, name, converter.fields) as writer:
         for made in converter.convert(samples):
-            rejected.extend(made.rejected)
-            unwanted.extend(made.unwanted)
+            findings.extend(normalised(made.findings))
             found += made.found
             if isinstance(made, PackedMember):
                 writer.add_packed(made.name, made.payload, made.rows)
             elif made.members:
                 writer.add(made.key, made.members, made.length)
         entry = writer.finish() if writer.samples else ShardEntry(name, 0, 0, 0, "")
-    report = ShardReport(entry, tuple(rejected), tuple(unwanted), found)
+    report = ShardReport(entry, tuple(findings), found)
     write_atomically(_report_file(out, name), json.dumps(dataclasses.asdict(report)).encode())
     return report
 
@@ -173,10 +184,8 @@ def _read_report(out: Path, name: str) -> ShardReport | None:
     """None if the shard is not finished."""
     try:
         raw = json.loads(_report_file(out, name).read_bytes())
-        rejected, unwanted = (
-            tuple((p, r) for p, r in raw[name]) for name in ("rejected", "unwanted")
-        )
-        report = ShardReport(ShardEntry(**raw["entry"]), rejected, unwanted, raw["found"])
+        findings = tuple(Finding(*found) for found in raw["findings"])
+        report = ShardReport(ShardEntry(**raw["entry"]), findings, raw["found"])
         entry = report.entry
         whole = not entry.samples or (
             (out / f"{name}.tar").stat().st_size == entry.bytes and (out / f"{name}.idx").exists()
@@ -192,8 +201,8 @@ def _about(plan: ConversionPlan, converter: Converter) -> dict[str, Any]:
         "plan": plan.hash(),
         "options": plan.options,
         "shards": plan.shards,
-        "inputs": plan.inputs + len(plan.rejected),
-        "rejected": plan.rejected,
+        "inputs": plan.inputs + len(left_out(plan.findings)),
+        "findings": plan.findings,
         "modality": converter.modality,
         "unit": converter.length_unit,
         "sample_rate": converter.sample_rate,
@@ -245,33 +254,30 @@ def _other_plan(out: Path, file: str, held: dict[str, Any], wanted: dict[str, An
     )
 
 
-def _too_many_bad(
-    rejected: Sequence[Rejected], inputs: int, max_bad: float, where: str = ""
-) -> str:
-    path, reason = rejected[0]
+def _too_many_bad(findings: Sequence[Finding], inputs: int, max_bad: float, where: str = "") -> str:
+    bad = unusable(findings)
     return (
-        f"{len(rejected)} of {inputs} inputs cannot be used, more than --max-bad {max_bad:.3%} "
-        f"allows. The first: {path}: {reason}{where}. Repair or remove them, or increase --max-bad"
+        f"{len(bad)} of {inputs} inputs cannot be used, more than --max-bad {max_bad:.3%} allows: "
+        f"{first_reasons(bad)}{where}. Repair or remove them, or increase --max-bad"
     )
 
 
-def _rejected(about: dict[str, Any], reports: Sequence[ShardReport]) -> list[Rejected]:
-    """Rejected inputs of the plan, then of the shards."""
-    return [*about["rejected"], *(item for report in reports for item in report.rejected)]
+def _findings(about: dict[str, Any], reports: Sequence[ShardReport]) -> list[Finding]:
+    """Those of the plan, then those of the shards."""
+    of_plan = [Finding(*found) for found in about["findings"]]
+    return of_plan + [found for report in reports for found in report.findings]
 
 
 def _finish(
     out: Path, about: dict[str, Any], reports: Sequence[ShardReport], max_bad: float
 ) -> ShardSet:
-    """Writes index.json and quarantine.jsonl. about: the content of plan.json."""
-    rejected = _rejected(about, reports)
+    """Writes index.json and the lists of findings. about: the content of plan.json."""
+    findings = _findings(about, reports)
     inputs = about["inputs"] + sum(report.found for report in reports)
-    left_out = rejected + [item for report in reports for item in report.unwanted]
-    lines = [json.dumps({"path": path, "reason": reason}) + "\n" for path, reason in left_out]
-    write_atomically(out / QUARANTINE_FILE, "".join(lines).encode())
-    if len(rejected) > max_bad * inputs:
+    write_lists(out, findings)
+    if len(unusable(findings)) > max_bad * inputs:
         where = f" (all are listed in {out / QUARANTINE_FILE})"
-        raise UserError(_too_many_bad(rejected, inputs, max_bad, where))
+        raise UserError(_too_many_bad(findings, inputs, max_bad, where))
     result = ShardSet(
         root=out,
         modality=about["modality"],
@@ -281,14 +287,18 @@ def _finish(
         shards=tuple(report.entry for report in reports if report.entry.samples),
     )
     if not result.shards:
-        raise UserError(f"{out}: none of the inputs can be used; see {out / QUARANTINE_FILE}")
+        raise UserError(
+            f"{out}: none of the inputs can be used: {first_reasons(left_out(findings))}. All are "
+            f"listed in {out / QUARANTINE_FILE}"
+        )
     origin = {
         **about["about"],
         "converter": CONVERTER,
         "options": about["options"],
         "plan": about["plan"],
         "inputs": inputs,
-        "quarantined": len(left_out),
+        "quarantined": len(left_out(findings)),
+        **counts(findings),
     }
     write_atomically(out / INDEX_FILE, set_json(result, **origin).encode())
     _clean(out)

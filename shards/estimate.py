@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from d2v_ds.files import format_size
 from shards.family import Converter, PackedMember, Sample
+from shards.findings import left_out
 from shards.plan import ConversionPlan
 
 SAMPLES = 32  # to convert, over all sets
@@ -52,10 +53,10 @@ def _spread(plan: ConversionPlan, few: int) -> Iterator[Sample]:
 
 
 def _convert(converter: Converter, sample: Sample) -> tuple[int, int]:
-    """(bytes of the members, number of rejected inputs)."""
+    """(bytes of the members, number of inputs left out)."""
     size = bad = 0
     for made in converter.convert([sample]):
-        bad += len(made.rejected)
+        bad += len(left_out(made.findings))
         payloads = [made.payload] if isinstance(made, PackedMember) else made.members
         size += sum(len(payload) + TAR for payload in payloads if payload is not None)
     return size, bad

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+from d2v_ds.data.checks import Finding
+
+Rejected = Finding  # the former name, for layouts outside this package
 Content = TypeVar("Content")  # bytes of a recording or image, str of a document
-Rejected = tuple[str, str]  # (name of an input, reason), a line of quarantine.jsonl
 
 
 class Input(NamedTuple):
@@ -21,6 +23,13 @@ class Input(NamedTuple):
     path: str  # relative to the root of the layout
     bytes: tuple[int, int] | None = None  # (offset, size) within the file: a member of a tar
     part: tuple[float, float] | None = None  # (start, end): seconds of a recording, rows of a table
+    channel: int | None = None  # of a recording, from 0, if the corpus names one
+    seconds: float | None = None  # duration of a recording that the corpus states, of all of it
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it is a whole file, about which the corpus says nothing."""
+        return self[1:] == (None, None, None, None)
 
     def __str__(self) -> str:
         """Its name in quarantine.jsonl."""
@@ -50,18 +59,19 @@ class Item(Generic[Content]):
     name: str  # in quarantine.jsonl
     content: Content
     columns: Mapping[str, Any]  # metadata
-    part: tuple[float, float] | None = None  # (start, end) in seconds, of a recording
+    part: tuple[float, float] | None = None  # of a recording; these three are as in Input
+    channel: int | None = None
+    seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class Converted:
-    """One sample of a set, or only a report of inputs that are left out."""
+    """One sample of a set, or only findings."""
 
     key: str
     members: tuple[bytes | None, ...]  # payloads in the order of the converter's fields; (): none
     length: int
-    rejected: tuple[Rejected, ...] = ()
-    unwanted: tuple[Rejected, ...] = ()  # left out because of an option; --max-bad ignores them
+    findings: tuple[Finding, ...] = ()
     found: int = 0  # inputs beyond those in the plan: documents of a file, rows of a table
 
 
@@ -72,8 +82,7 @@ class PackedMember:
     name: str  # of the member, with its extension
     payload: bytes
     rows: tuple[tuple[str, int, int, int], ...]  # (key, offset in the payload, bytes, length)
-    rejected: tuple[Rejected, ...] = ()
-    unwanted: tuple[Rejected, ...] = ()
+    findings: tuple[Finding, ...] = ()
     found: int = 0
 
 
@@ -102,8 +111,8 @@ class Converter(Protocol):
         """Files that are copied into the set, by their names in the set."""
 
     def convert(self, samples: Iterable[Sample]) -> Iterator[Converted | PackedMember]:
-        """Converts all samples of a shard. Every input is used or reported in `rejected` or
-        `unwanted`; unusable inputs never raise."""
+        """Converts all samples of a shard. Every input is used or reported in `findings`; unusable
+        inputs never raise."""
 
 
 @dataclass(frozen=True)
@@ -114,5 +123,5 @@ class Corpus:
     converter: Converter
     options: dict[str, Any]  # that determine the content, by their names on the command line
     arrange: Callable[[list[Sample]], list[Sample]] | None = None  # rearranges a split: --join
-    rejected: list[Rejected] = field(default_factory=list)
-    """Inputs that give no sample; grows while `samples` is iterated."""
+    findings: list[Finding] = field(default_factory=list)
+    """Files and inputs that give no sample; grows while `samples` is iterated."""

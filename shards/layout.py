@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
+from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.errors import UserError
-from shards.family import Content, Input, Item, Rejected, Sample
+from shards.family import Content, Input, Item, Sample
+from shards.findings import of_error
 
 AUTO = "auto"
 
@@ -85,24 +87,26 @@ class Layout(ABC, Generic[Options, Content]):
         return cls(source, source if source.is_dir() else source.parent, options)
 
     @abstractmethod
-    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+    def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         """The samples of the corpus, in an order that depends only on the corpus.
 
-        Inputs that give no sample are appended to `rejected` with the reason. Raises UserError for
-        problems that affect the whole corpus, such as a manifest without a column `path`."""
+        Every other file is appended to `findings` with the reason and the kind: inputs that give
+        no sample, and files that are no inputs. Raises UserError for problems that affect the
+        whole corpus, such as a manifest without a column `path`."""
 
-    def read(self, sample: Sample, rejected: list[Rejected]) -> Iterator[Item[Content]]:
+    def read(self, sample: Sample, findings: list[Finding]) -> Iterator[Item[Content]]:
         """Reads the inputs of a sample; runs in a worker process.
 
         The default yields the content of each input, a file or a byte range of one, with the
-        columns of the sample. Unreadable inputs are appended to `rejected` with the reason."""
+        columns of the sample. Unreadable inputs are appended to `findings`."""
         for item in sample.inputs:
             try:
                 content: Any = self.payload(item)
             except (ValueError, OSError) as error:
-                rejected.append((str(item), reason_of(error)))
+                findings.append(of_error(str(item), error))
             else:
-                yield Item(sample.key, str(item), content, sample.columns, item.part)
+                about = item.part, item.channel, item.seconds
+                yield Item(sample.key, str(item), content, sample.columns, *about)
 
     def payload(self, item: Input) -> bytes:
         """The bytes of an input. Raises OSError, and ValueError if the file ends too early."""
@@ -114,12 +118,8 @@ class Layout(ABC, Generic[Options, Content]):
             file.seek(offset)
             data = file.read(size)
         if len(data) != size:
-            raise ValueError(f"ends {size - len(data)} bytes early")
+            raise Unusable("truncated", f"ends {size - len(data)} bytes early")
         return data
-
-
-def reason_of(error: ValueError | OSError) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 # -------------------------------------------------------------------------------- table of a family

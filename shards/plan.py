@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError, suggestion
 from d2v_ds.files import sha256
-from shards.family import Corpus, Input, Rejected, Sample
+from shards.family import Corpus, Input, Sample
+from shards.findings import first_reasons, left_out, normalised, unusable
 from shards.keys import make_key
 
-CONVERTER = 2  # increase it if the same inputs and options give different bytes than before
+CONVERTER = 3  # increase it if the same inputs and options give different bytes than before
 MIN_SHARD = 4_000_000  # bytes; smaller shards are not worth a process
 SHARDS_AT_LEAST = 16
 ENCODER = json.JSONEncoder(ensure_ascii=False)
@@ -68,7 +70,7 @@ class Samples:
         return len(self._ends)
 
     def append(self, sample: Sample) -> None:
-        inputs = [i.path if i.bytes is i.part is None else i for i in sample.inputs]
+        inputs = [i.path if i.is_file else i for i in sample.inputs]
         row = [sample.key, inputs, sample.columns, sample.size]
         encoded = ENCODER.encode(row).encode("utf-8", "surrogateescape")
         self._append(encoded, sample.size, len(sample.inputs))
@@ -108,8 +110,9 @@ class Samples:
 def _input(raw: Any) -> Input:
     if isinstance(raw, str):
         return Input(raw)
-    path, byte_range, part = raw
-    return Input(path, tuple(byte_range) if byte_range else None, tuple(part) if part else None)
+    path, byte_range, part, channel, seconds = raw
+    byte_range = tuple(byte_range) if byte_range else None
+    return Input(path, byte_range, tuple(part) if part else None, channel, seconds)
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ class ConversionPlan:
     order: Any  # int64 [n] array of sample numbers
     bounds: array[int]  # shard i holds order[bounds[i] : bounds[i + 1]]
     keys: dict[int, str]  # {sample number: key} of samples whose own key is not unique
-    rejected: tuple[Rejected, ...] = ()  # inputs that give no sample
+    findings: tuple[Finding, ...] = ()  # files and inputs that give no sample
 
     @property
     def shards(self) -> int:
@@ -148,7 +151,8 @@ class ConversionPlan:
             digest.update(b"\0")
             for j in self._row_of(i):
                 digest.update(self.samples.row(j) + b"\n")
-        digest.update(json.dumps(self.rejected).encode())
+        # Not what was passed over, which OUT itself may be part of when a conversion resumes.
+        digest.update(json.dumps(left_out(self.findings)).encode())
         return digest.hexdigest()
 
     def _row_of(self, i: int) -> Iterator[int]:
@@ -168,26 +172,27 @@ def make_plans(corpus: Corpus, choice: Choice) -> dict[str, ConversionPlan]:
     plans: dict[str, ConversionPlan] = {}
     for name, samples in sets.items():
         if not len(samples):
-            raise UserError(_why_empty(name, corpus.rejected, choice))
+            raise UserError(_why_empty(name, normalised(corpus.findings), choice))
         if corpus.arrange:
             samples = Samples(corpus.arrange(list(samples)))
         options = {**corpus.options, **choice.options}
         if name:
             options["split"] = {name: options["split"]}
         plans[name] = make_plan(samples, options, choice.shard_size, choice.seed)
-    first = names[0]  # rejected inputs have no key to split by
-    plans[first] = replace(plans[first], rejected=tuple(corpus.rejected))
+    first = names[0]  # what gives no sample has no key to split by
+    plans[first] = replace(plans[first], findings=tuple(normalised(corpus.findings)))
     return plans
 
 
-def _why_empty(name: str, rejected: Sequence[Rejected], choice: Choice) -> str:
+def _why_empty(name: str, findings: Sequence[Finding], choice: Choice) -> str:
+    reasons = first_reasons(unusable(findings))
+    more = f"; left out: {reasons}" if reasons else ""
     if name:
-        return f"--split: no input falls into {name!r}; increase its share"
+        return f"--split: no input falls into {name!r}; increase its share{more}"
     if choice.only or choice.leave_out:
-        return "--only and --except leave no input; change the lists"
-    if rejected:
-        path, reason = rejected[0]
-        return f"none of the inputs can be used; the first: {path}: {reason}"
+        return f"--only and --except leave no input; change the lists{more}"
+    if reasons:
+        return f"none of the inputs can be used: {reasons}"
     return "SOURCE contains no inputs"
 
 

@@ -8,7 +8,6 @@ Needs no modality class, so it also describes sets of modalities that are not in
 from __future__ import annotations
 
 import json
-import re
 from array import array
 from collections import Counter
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from d2v_ds.data.shard_format import INDEX_FILE, ShardIndex, ShardSet, open_set, read_index
 from d2v_ds.errors import UserError
-from shards.core import QUARANTINE_FILE
+from shards.findings import OUTCOMES, QUARANTINE_FILE, masked
 
 BINS = 10
 COUNTS = {"inputs": "inputs", "quarantined": "left out"}  # {entry of index.json: title}
@@ -59,7 +58,7 @@ def describe(path: Path) -> list[Table]:
         Table("Members", [(name, f"{n:,}") for name, n in sorted(members.items()) if n]),
         _histogram(shards, ordered),
         *(_values(column, counts) for column, counts in columns.items() if counts),
-        *_left_out(shards.root),
+        *_findings(shards.root, about),
         *_options(about),
     ]
 
@@ -139,18 +138,20 @@ def _values(column: str, counts: Counter[str]) -> Table:
     return Table(column, [(value, f"{n:,}") for value, n in sorted(counts.items())])
 
 
-def _left_out(root: Path) -> Iterator[Table]:
-    """The number of inputs per reason; numbers in a reason are replaced by N."""
+def _findings(root: Path, about: dict[str, Any]) -> Iterator[Table]:
+    """What was left out, passed over and altered, by kind, then the reasons of what was left
+    out."""
+    for entry, title in OUTCOMES.items():
+        if about.get(entry):
+            yield Table(title.capitalize(), [(kind, f"{n:,}") for kind, n in about[entry].items()])
     if not (root / QUARANTINE_FILE).exists():
         return
     counts: Counter[str] = Counter()
     with (root / QUARANTINE_FILE).open(encoding="utf-8") as file:
         for line in file:
-            counts[re.sub(r"\d+(\.\d+)?", "N", json.loads(line)["reason"])] += 1
+            counts[masked(json.loads(line)["reason"])] += 1
     if counts:
-        yield Table(
-            "Left out", [(reason, f"{n:,}") for reason, n in counts.most_common(MAX_VALUES)]
-        )
+        yield Table("Reasons", [(reason, f"{n:,}") for reason, n in counts.most_common(MAX_VALUES)])
 
 
 def as_text(tables: list[Table]) -> str:

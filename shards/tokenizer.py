@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError
 from d2v_ds.exit_codes import FINISHED
 from d2v_ds.files import write_atomically
 from shards.arguments import number
-from shards.family import Rejected
+from shards.findings import counts, first_reasons, left_out, listed
 from shards.layout import AUTO, find
 from shards.text import LAYOUTS, add_text_key
 from shards.text.layout import TextOptions
@@ -71,10 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
     layout = find(LAYOUTS, AUTO, arguments.source).open(
         arguments.source, TextOptions("line", arguments.text_key)
     )
-    rejected: list[Rejected] = []
-    samples = layout.samples(rejected)
+    findings: list[Finding] = []
+    samples = layout.samples(findings)
     model = train(
-        (item.content for sample in samples for item in layout.read(sample, rejected)),
+        (item.content for sample in samples for item in layout.read(sample, findings)),
         vocab_size=arguments.vocab_size,
         kind=arguments.model,
         sample=arguments.sentences,
@@ -83,7 +84,10 @@ def run(arguments: argparse.Namespace) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, model)
     print(f"{out}: {arguments.model}, {Tokenizer.load(out).vocab_size} ids")
-    if rejected:
-        name, reason = rejected[0]
-        print(f"{len(rejected)} inputs were left out. The first: {name}: {reason}")
+    out_of_use = left_out(findings)
+    if out_of_use:
+        print(f"{len(out_of_use)} inputs were left out: {first_reasons(out_of_use)}")
+    passed_over = counts(findings)["passed_over"]
+    if passed_over:
+        print(f"{sum(passed_over.values())} files were passed over{listed(passed_over)}")
     return FINISHED

@@ -8,7 +8,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from d2v_ds.data.checks import Finding
+from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE
 from d2v_ds.errors import UserError
+
+NOT_READ = "is not a type of file that is read"
 
 
 class FoundFile(NamedTuple):
@@ -17,23 +21,49 @@ class FoundFile(NamedTuple):
     size: int  # bytes; 0 if unknown
 
 
-def folders(root: Path) -> Iterator[tuple[str, list[str]]]:
+def folders(root: Path, findings: list[Finding] | None = None) -> Iterator[tuple[str, list[str]]]:
     """(folder, names of its files), sorted. Links are followed and each folder is visited once.
-    Hidden files and folders are skipped."""
-    visited = set()
-    for folder, names, files in os.walk(root, followlinks=True):
+    Hidden files and folders, and links to folders that were visited, are skipped and added to
+    `findings`. Raises UserError for a folder that cannot be read, since its files would be
+    missing."""
+    visited: dict[tuple[int, int], str] = {}
+    skipped = [] if findings is None else findings
+
+    def skip(folder: str, name: str, kind: str, reason: str) -> None:
+        skipped.append(Finding(os.path.relpath(os.path.join(folder, name), root), reason, kind))
+
+    for folder, names, files in os.walk(root, followlinks=True, onerror=_unreadable):
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in visited:
+        first = visited.setdefault((status.st_dev, status.st_ino), folder)
+        if first != folder:
+            skip(folder, "", "linked twice", f"is a link to {os.path.relpath(first, root)}")
             names.clear()
             continue
-        visited.add((status.st_dev, status.st_ino))
+        for name in sorted(name for name in (*names, *files) if name.startswith(".")):
+            skip(folder, name, "hidden", "its name begins with a dot")
+        if folder != os.fspath(root) and _is_shard_set(files):
+            skip(folder, "", "shard set", "is a shard set, such as OUT of a conversion")
+            names.clear()
+            continue
         names[:] = sorted(name for name in names if not name.startswith("."))
         yield folder, sorted(name for name in files if not name.startswith("."))
 
 
-def walk(root: Path) -> Iterator[FoundFile]:
-    """Every file below a folder."""
-    for folder, names in folders(root):
+def _is_shard_set(names: Collection[str]) -> bool:
+    """Whether a folder holds a shard set or a conversion in progress, by the names of its files."""
+    return not {INDEX_FILE, PLAN_FILE}.isdisjoint(names) and any(n.endswith(".idx") for n in names)
+
+
+def _unreadable(error: OSError) -> None:
+    raise UserError(
+        f"{error.filename}: this folder cannot be read ({error.strerror}), so its files would be "
+        "missing. Correct its permissions, or move it out of SOURCE"
+    )
+
+
+def walk(root: Path, findings: list[Finding] | None = None) -> Iterator[FoundFile]:
+    """Every file below a folder. findings: as for `folders`."""
+    for folder, names in folders(root, findings):
         # Once per folder, because this takes as long as the rest of the loop.
         below = os.path.relpath(folder, root)
         before = "" if below == os.curdir else os.path.join(below, "")
@@ -43,9 +73,14 @@ def walk(root: Path) -> Iterator[FoundFile]:
 
 
 def wanted(
-    root: Path, files: Iterable[FoundFile], is_wanted: Callable[[str], bool], kinds: str
+    root: Path,
+    files: Iterable[FoundFile],
+    is_wanted: Callable[[str], bool],
+    kinds: str,
+    findings: list[Finding],
 ) -> Iterator[FoundFile]:
-    """The files with a wanted name. Raises UserError, listing other files, if there are none."""
+    """The files with a wanted name; the others are added to `findings`. Raises UserError, listing
+    the others, if there are none."""
     others: Counter[str] = Counter()
     empty = True
     for file in files:
@@ -54,6 +89,7 @@ def wanted(
             yield file
         else:
             others[extension_of(file.name) or file.name] += 1
+            findings.append(Finding(file.path, NOT_READ, "type"))
     if empty:
         found = ", ".join(f"{n} {kind}" for kind, n in others.most_common(5)) or "nothing"
         raise UserError(f"{root}: contains no {kinds} file (found: {found})")

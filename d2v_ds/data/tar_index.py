@@ -11,12 +11,14 @@ from __future__ import annotations
 import json
 import os
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from d2v_ds.data.checks import Finding, Unusable, kind_of
 from d2v_ds.data.checksum import checksum_of
 from d2v_ds.data.headers import Length, SampleFormat, payload
 from d2v_ds.data.shard_format import INDEX_FILE, ShardEntry, ShardSet, index_bytes, set_json
@@ -34,7 +36,7 @@ class IndexedTar:
     entry: ShardEntry
     idx: bytes  # content of NAME.idx
     sample_rate: int
-    left_out: tuple[tuple[str, str], ...]  # (key, reason)
+    left_out: tuple[Finding, ...]  # by key
 
 
 def index_set(
@@ -65,7 +67,9 @@ def index_set(
     for indexed in run(index_tar, [(tar, form, checksum) for tar in tars]):
         entry = indexed.entry
         rates.setdefault(indexed.sample_rate, entry.name)
-        left_out += [(f"{entry.name}.tar, {key}", reason) for key, reason in indexed.left_out]
+        left_out += [
+            found._replace(name=f"{entry.name}.tar, {found.name}") for found in indexed.left_out
+        ]
         entries.append(entry)
         write_atomically(out / f"{entry.name}.idx", indexed.idx)
     if len(rates) > 1:
@@ -75,10 +79,13 @@ def index_set(
     inputs = sum(entry.samples for entry in entries) + len(left_out)
     write_atomically(
         out / "quarantine.jsonl",
-        "".join(json.dumps({"path": p, "reason": r}) + "\n" for p, r in sorted(left_out)),
+        "".join(
+            json.dumps({"path": found.name, "reason": found.reason, "kind": found.kind}) + "\n"
+            for found in sorted(left_out)
+        ),
     )
     if len(left_out) > MAX_BAD * inputs:
-        name, reason = min(left_out)
+        name, reason, _ = min(left_out)
         raise UserError(
             f"{out}: {len(left_out)} of {inputs} samples cannot be used; the first: {name}: "
             f"{reason}; all are listed in {out / 'quarantine.jsonl'}"
@@ -93,7 +100,13 @@ def index_set(
         tuple(entry for entry in entries if entry.samples),
         None if folder == out.resolve() else folder,
     )
-    about = {"indexed": True, "inputs": inputs, "quarantined": len(left_out), "options": {}}
+    about: dict[str, Any] = {
+        "indexed": True,
+        "inputs": inputs,
+        "quarantined": len(left_out),
+        "options": {},
+    }
+    about["left_out"] = dict(Counter(found.kind for found in left_out).most_common())
     write_atomically(out / INDEX_FILE, set_json(result, **about))
     return result
 
@@ -124,7 +137,7 @@ def index_tar(job: tuple[Path, SampleFormat, str], one_rate: bool = True) -> Ind
     names, checksum = form.fields, checksum_of(kind)
     keys: list[str] = []
     offsets, sizes, checksums, lengths = array("q"), array("I"), array("I"), array("I")
-    left_out: list[tuple[str, str]] = []
+    left_out: list[Finding] = []
     rate = 0
     with tar.open("rb") as file:
         try:
@@ -133,11 +146,10 @@ def index_tar(job: tuple[Path, SampleFormat, str], one_rate: bool = True) -> Ind
                     length = _length(file, group, form)
                     rate = rate or length.rate
                     if one_rate and length.rate != rate:
-                        raise ValueError(
-                            f"has {length.rate} Hz, but earlier samples have {rate} Hz"
-                        )
+                        reason = f"has {length.rate} Hz, but earlier samples have {rate} Hz"
+                        raise Unusable("rate", reason)
                 except ValueError as error:
-                    left_out.append((key, str(error)))
+                    left_out.append(Finding(key, str(error), kind_of(error)))
                     continue
                 keys.append(key)
                 lengths.append(length.length)
@@ -168,8 +180,9 @@ def _length(file: BinaryIO, group: dict[str, Member], form: SampleFormat) -> Len
         if name in group:
             length = read(file, group[name])
             if not 0 < length.length < 1 << 32 or max(m.size for m in group.values()) >= 1 << 32:
-                raise ValueError(
-                    f".{name}: {length.length} {form.length_unit}, or its size, is out of range"
+                raise Unusable(
+                    "size",
+                    f".{name}: {length.length} {form.length_unit}, or its size, is out of range",
                 )
             return length
-    raise ValueError(f"has only {', '.join(group)}, none of {', '.join(form.readers)}")
+    raise Unusable("row", f"has only {', '.join(group)}, none of {', '.join(form.readers)}")

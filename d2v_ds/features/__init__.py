@@ -217,7 +217,7 @@ def decoded(
     samples, examples = [], []
     for sample_id, each, result in zip(ids, members, found, strict=True):
         if isinstance(each, ValueError) or isinstance(result, ValueError):
-            bad.append(reader.bad(sample_id, str(result)))
+            bad.append(reader.bad(sample_id, result))
             continue
         samples.append((reader.key(sample_id), metadata(each)))
         examples.append(result)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from d2v_ds.batch import Batch
 from d2v_ds.data.cache.remote import open_shard
+from d2v_ds.data.checks import Unusable, kind_of
 from d2v_ds.data.checksum import Checksum, checksum_of
 from d2v_ds.data.download import register_schemes, registered_schemes
 from d2v_ds.data.shard_format import ShardIndex, ShardSet, read_index
@@ -73,9 +74,11 @@ class Reader:
             except OSError as error:
                 raise self._unreadable(shard, error) from None
             if len(member) < size:
-                raise ValueError(f"the tar ends within its .{field}")
+                raise Unusable("truncated", f"the tar ends within its .{field}")
             if one.checksum and one.checksum(member) != index.checksums[i]:
-                raise ValueError(f"its .{field} has changed: the index has another checksum for it")
+                raise Unusable(
+                    "damaged", f"its .{field} has changed: the index has another checksum for it"
+                )
         return members
 
     def key(self, sample_id: int) -> str:
@@ -86,14 +89,14 @@ class Reader:
         shard, row = self._locate(sample_id)
         return int(self._opened(shard).index.lengths[row])
 
-    def bad(self, sample_id: int, reason: str) -> BadSample:
+    def bad(self, sample_id: int, error: ValueError) -> BadSample:
         entry = self.shards.shards[self._locate(sample_id)[0]]
         tar = self.shards.urls.get(entry.name) or str(self.shards.tar(entry))
-        return BadSample(sample_id, tar, self.key(sample_id), reason)
+        return BadSample(sample_id, tar, self.key(sample_id), str(error), kind_of(error))
 
     def name(self, sample_id: int) -> str:
         """A sample in messages: its tar and its key."""
-        return str(self.bad(sample_id, "")).removesuffix(": ")
+        return str(self.bad(sample_id, ValueError())).removesuffix(": ")
 
     def close(self) -> None:
         while self.open:
@@ -146,7 +149,7 @@ def read_samples(shards: ShardSet, fields: Sequence[str]) -> Iterator[tuple[str,
             except UserError:
                 raise  # of the shard
             except ValueError as error:
-                raise UserError(f"{reader.bad(sample_id, str(error))}. {REMEDY}") from None
+                raise UserError(f"{reader.bad(sample_id, error)}. {REMEDY}") from None
             yield reader.key(sample_id), members
     finally:
         reader.close()
@@ -161,7 +164,7 @@ def label_of(meta: Mapping[str, Any], column: str) -> str | int | float:
         )
     label = meta[column]
     if not isinstance(label, str | int | float) or (isinstance(label, float) and math.isnan(label)):
-        raise ValueError(f"its {column!r} is {json.dumps(label)}, expected text or a number")
+        raise Unusable("label", f"its {column!r} is {json.dumps(label)}, expected text or a number")
     return label
 
 
@@ -184,6 +187,7 @@ class BadSample:
     tar: str
     key: str
     reason: str
+    kind: str = "other"  # in LEFT_OUT of data/checks.py
 
     def __str__(self) -> str:
         return f"{self.tar}, sample {self.key!r}: {self.reason}"
@@ -245,11 +249,11 @@ class MicroBatches:
             example = self.modality.decode(self.reader.read(sample_id), rng)
             # `fit` returns the same object if the size is as planned.
             if self.modality.fit(example, self.reader.length(sample_id)) is not example:
-                raise ValueError("its length differs from that in the index")
+                raise Unusable("length", "its length differs from that in the index")
         except UserError:
             raise  # of the shard
         except ValueError as error:
-            bad.append(self.reader.bad(sample_id, str(error)))
+            bad.append(self.reader.bad(sample_id, error))
             return None
         return example
 

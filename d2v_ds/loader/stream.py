@@ -235,9 +235,9 @@ class StreamLoader:
             urls={f"{number:06d}": self.tars[number] for number in group.tars},
         )
         left_out = [
-            BadSample(-1, self.tars[number], key, reason)
+            BadSample(-1, self.tars[number], key, reason, kind)
             for number, tar in zip(group.tars, found, strict=True)
-            for key, reason in tar.left_out
+            for key, reason, kind in tar.left_out
         ]
         return shards, left_out
 

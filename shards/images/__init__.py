@@ -16,7 +16,8 @@ from shards.images.webdataset import WebDataset
 from shards.layout import open_source
 
 if TYPE_CHECKING:
-    from shards.family import Corpus, Rejected
+    from d2v_ds.data.checks import Finding
+    from shards.family import Corpus
 
 DESCRIPTION = (
     "Converts images to a shard set. jpg, png and webp files are stored unchanged, other formats "
@@ -62,6 +63,6 @@ def read(arguments: argparse.Namespace) -> Corpus:
     )
     options: dict[str, Any] = {"layout": layout.name, "resize": arguments.resize}
     options |= {name.replace("_", "-"): getattr(layout.options, name) for name in layout.uses}
-    rejected: list[Rejected] = []
+    findings: list[Finding] = []
     converter = ImageConverter(layout, arguments.resize)
-    return Corpus(layout.samples(rejected), converter, options, rejected=rejected)
+    return Corpus(layout.samples(findings), converter, options, findings=findings)

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from d2v_ds.data import images
-from shards.family import Converted, Item, Rejected, Sample
+from d2v_ds.data.checks import Finding
+from shards.family import Converted, Item, Sample
+from shards.findings import of_error
 from shards.images.layout import ImageLayout
 
 FIELDS = ("jpg", "json", "png", "webp")
@@ -46,16 +48,16 @@ class ImageConverter:
 
     def convert(self, samples: Iterable[Sample]) -> Iterator[Converted]:
         for sample in samples:
-            rejected: list[Rejected] = []
+            findings: list[Finding] = []
             found = 0
-            for item in self.layout.read(sample, rejected):
+            for item in self.layout.read(sample, findings):
                 found += 1
                 try:
                     yield self._sample(item)
                 except ValueError as error:
-                    rejected.append((item.name, str(error)))
-            if rejected or found > 1:
-                yield Converted("", (), 0, tuple(rejected), found=max(0, found - 1))
+                    findings.append(of_error(item.name, error))
+            if findings or found > 1:
+                yield Converted("", (), 0, tuple(findings), max(0, found - 1))
 
     def _sample(self, item: Item[bytes]) -> Converted:
         """Raises ValueError if the content is not an image."""

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from shards.family import Input, Rejected, Sample
+from d2v_ds.data.checks import Finding
+from shards.family import Input, Sample
 from shards.images.layout import EXTENSIONS, ImageLayout, ImageOptions
 from shards.keys import make_key
 from shards.walking import extension_of, walk, wanted
@@ -31,12 +32,13 @@ class Folder(ImageLayout):
             names = (e.name for e in entries if e.is_dir() and not e.name.startswith("."))
             return replace(layout, classes=tuple(sorted(names)))
 
-    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+    def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         files = wanted(
             self.root,
-            walk(self.root),
+            walk(self.root, findings),
             lambda name: extension_of(name) in EXTENSIONS,
             ", ".join(EXTENSIONS),
+            findings,
         )
         for path, _, size in files:
             label, below, _ = path.partition(os.sep)

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.data.tar_scan import Member
-from shards.family import Input, Rejected, Sample
+from shards.family import Input, Sample
 from shards.images.layout import EXTENSIONS, ImageLayout, ImageOptions
 from shards.images.tars import first_tar, not_empty, tars_of
 from shards.keys import make_key
@@ -49,29 +50,29 @@ class ImageNet(ImageLayout):
             return replace(layout, classes=tuple(names), nested=True)
         return replace(layout, classes=tuple(tar.stem for tar in tars))
 
-    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
-        found = self._nested(rejected) if self.nested else self._separate(rejected)
+    def samples(self, findings: list[Finding]) -> Iterator[Sample]:
+        found = self._nested(findings) if self.nested else self._separate(findings)
         yield from not_empty(found, self.source)
 
-    def _nested(self, rejected: list[Rejected]) -> Iterator[Sample]:
-        inner = _inner_tars(self.source, rejected)
+    def _nested(self, findings: list[Finding]) -> Iterator[Sample]:
+        inner = _inner_tars(self.source, findings)
         with self.source.open("rb") as file:
             for tar in inner:
                 name = f"{self.source.name}, {tar.name}"
                 end = tar.offset + tar.size
-                members = sound_members(file, name, rejected, tar.offset, end)
+                members = sound_members(file, name, findings, tar.offset, end)
                 yield from _class_samples(self.source.name, Path(tar.name).stem, members)
 
-    def _separate(self, rejected: list[Rejected]) -> Iterator[Sample]:
+    def _separate(self, findings: list[Finding]) -> Iterator[Sample]:
         for tar in tars_of(self.source):
             with tar.open("rb") as file:
-                members = sound_members(file, tar.name, rejected)
+                members = sound_members(file, tar.name, findings)
                 yield from _class_samples(tar.name, tar.stem, members)
 
 
-def _inner_tars(source: Path, rejected: list[Rejected]) -> list[Member]:
+def _inner_tars(source: Path, findings: list[Finding]) -> list[Member]:
     with source.open("rb") as file:
-        members = sound_members(file, source.name, rejected)
+        members = sound_members(file, source.name, findings)
         return [member for member in members if member.name.endswith(".tar")]
 
 

@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError, suggestion
-from shards.family import Input, Rejected, Sample
+from shards.family import Input, Sample
 from shards.images.layout import ImageLayout, ImageOptions
 from shards.keys import make_key
 from shards.walking import extension_of, size_of
@@ -47,7 +48,7 @@ class Manifest(ImageLayout):
             raise UserError(f"{source}: lists no images")
         return replace(layout, classes=tuple(sorted(labels)))
 
-    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+    def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         label_key = self.options.label_key
         for row in _rows(self.source):
             path = row["path"]

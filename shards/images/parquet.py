@@ -13,9 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError, suggestion
 from shards import parquet
-from shards.family import Item, Rejected, Sample
+from shards.family import Item, Sample
+from shards.findings import of_error
 from shards.images.layout import ImageLayout, ImageOptions
 from shards.keys import make_key, part_key
 from shards.walking import extension_of
@@ -60,13 +62,13 @@ class Parquet(ImageLayout):
             raise UserError(f"{self.source}: contains no {parquet.EXTENSION} file")
         return files
 
-    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+    def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         for file in self._files():
             groups = parquet.row_groups(self.root, str(file.relative_to(self.root)))
             for i, (part, size) in enumerate(groups):
                 yield Sample(make_key(f"{os.path.splitext(part.path)[0]}-{i}"), (part,), {}, size)
 
-    def read(self, sample: Sample, rejected: list[Rejected]) -> Iterator[Item[bytes]]:
+    def read(self, sample: Sample, findings: list[Finding]) -> Iterator[Item[bytes]]:
         """The rows of a row group."""
         [part] = sample.inputs
         key = self.options.image_key
@@ -82,9 +84,9 @@ class Parquet(ImageLayout):
                 if isinstance(data, bytes):
                     yield Item(part_key(sample.key, number), name, data, self._columns(row))
                 else:
-                    rejected.append((name, f"{key!r} contains no bytes"))
+                    findings.append(Finding(name, f"{key!r} contains no bytes", "row"))
         except (ValueError, OSError) as error:
-            rejected.append((str(part), str(error)))
+            findings.append(of_error(str(part), error))
 
     def _columns(self, row: dict[str, Any]) -> dict[str, Any]:
         columns = {k: v for k, v in row.items() if isinstance(v, str | int | float)}

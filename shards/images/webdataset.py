@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from d2v_ds.data import tar_scan
-from shards.family import Input, Item, Rejected, Sample
+from d2v_ds.data.checks import Finding
+from shards.family import Input, Item, Sample
+from shards.findings import of_error
 from shards.images.imagenet import is_imagenet
 from shards.images.layout import EXTENSIONS, ImageLayout
 from shards.images.tars import first_tar, not_empty, tars_of
 from shards.keys import make_key
-from shards.layout import reason_of
 from shards.tars import sound_members
 
 ASIDE = "aside"  # column of a plan: fields of the inputs after the image, "cls", "json" or "txt"
@@ -29,15 +30,15 @@ class WebDataset(ImageLayout):
         tar = first_tar(source)
         return tar is not None and not is_imagenet(tar)
 
-    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
-        yield from not_empty(self._samples(rejected), self.source)
+    def samples(self, findings: list[Finding]) -> Iterator[Sample]:
+        yield from not_empty(self._samples(findings), self.source)
 
-    def _samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+    def _samples(self, findings: list[Finding]) -> Iterator[Sample]:
         for tar in tars_of(self.source):
             with tar.open("rb") as file:
-                yield from _grouped(file, tar.name, rejected)
+                yield from _grouped(file, tar.name, findings)
 
-    def read(self, sample: Sample, rejected: list[Rejected]) -> Iterator[Item[bytes]]:
+    def read(self, sample: Sample, findings: list[Finding]) -> Iterator[Item[bytes]]:
         """The image, with the columns that the other members of the sample hold."""
         image, *aside = sample.inputs
         columns = dict(sample.columns)
@@ -47,17 +48,17 @@ class WebDataset(ImageLayout):
                 columns |= _columns(kind, self.payload(item))
             content = self.payload(image)
         except (ValueError, OSError) as error:
-            rejected.append((str(image), reason_of(error)))
+            findings.append(of_error(str(image), error))
             return
         yield Item(sample.key, str(image), content, columns)
 
 
-def _grouped(file: BinaryIO, name: str, rejected: list[Rejected]) -> Iterator[Sample]:
-    for key, members in tar_scan.samples(sound_members(file, name, rejected)):
+def _grouped(file: BinaryIO, name: str, findings: list[Finding]) -> Iterator[Sample]:
+    for key, members in tar_scan.samples(sound_members(file, name, findings)):
         images = [kind for kind in members if f".{kind}" in EXTENSIONS]
         if len(images) != 1:
             reason = f"has {len(images)} images, expected one ({', '.join(members)})"
-            rejected.append((f"{name}, sample {key}", reason))
+            findings.append(Finding(f"{name}, sample {key}", reason, "row"))
             continue
         aside = [kind for kind in ("json", "txt", "cls") if kind in members]
         found = [members[kind] for kind in (images[0], *aside)]

@@ -23,7 +23,8 @@ from shards.speech.manifest import Manifest
 from shards.speech.webdataset import WebDataset
 
 if TYPE_CHECKING:
-    from shards.family import Corpus, Rejected
+    from d2v_ds.data.checks import Finding
+    from shards.family import Corpus
 
 DESCRIPTION = (
     "Converts recordings (wav, flac, mp3, ogg, opus) to a shard set of mono 16-bit FLAC. "
@@ -126,5 +127,5 @@ def read(arguments: argparse.Namespace) -> Corpus:
             seconds=arguments.join_seconds,
             seed=arguments.seed,
         )
-    rejected: list[Rejected] = []
-    return Corpus(layout.samples(rejected), converter, options, arrange, rejected)
+    findings: list[Finding] = []
+    return Corpus(layout.samples(findings), converter, options, arrange, findings)

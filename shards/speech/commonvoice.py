@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError
-from shards.family import Input, Rejected, Sample
+from shards.family import Input, Sample
 from shards.keys import make_key
 from shards.speech.layout import AUDIO, SpeechLayout
 from shards.speech.tables import header, rows
@@ -41,11 +42,13 @@ class CommonVoice(SpeechLayout):
             raise UserError(f"{table}: no such file; --layout {cls.name} needs it")
         return replace(layout, source=table)
 
-    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+    def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         for number, row in rows(self.source, "path"):
             name = row["path"]
             if not name:
-                rejected.append((f"{self.source.name}, line {number}", "names no clip"))
+                findings.append(
+                    Finding(f"{self.source.name}, line {number}", "names no clip", "row")
+                )
                 continue
             if not name.lower().endswith(AUDIO):
                 name += ".mp3"  # releases before version 5 omit the extension

@@ -23,19 +23,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2v_ds.data import audio
+from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.data.ogg import ogg_problem
-from shards.family import Converted, Item, Rejected, Sample
+from shards.family import Converted, Item, Sample
+from shards.findings import left_out, of_error
 from shards.keys import part_key
-from shards.layout import reason_of
 from shards.speech.layout import SpeechLayout
 
 TEXT_COLUMNS = ("text", "letters")  # transcripts of the whole recording
 Samples = NDArray[np.int16]  # [S]
 Members = tuple[bytes | None, ...]
-
-
-class TooShort(ValueError):
-    """The recording is left out because of --min-seconds."""
 
 
 @dataclass(frozen=True)
@@ -75,49 +72,43 @@ class SpeechConverter:
     def convert(self, samples: Iterable[Sample]) -> Iterator[Converted]:
         """Unusable recordings are left out and reported; a joined sample keeps the others."""
         for sample in samples:
-            rejected: list[Rejected] = []
-            items = self.layout.read(sample, rejected)
+            findings: list[Finding] = []
+            items = self.layout.read(sample, findings)
             if len(sample.inputs) > 1:
-                yield self._joined(sample, items, rejected)
+                yield self._joined(sample, items, findings)
                 continue
             found = 0
             for item in items:
                 found += 1
                 yield from self._separate(item)
-            found += len(rejected)
-            if rejected or found > 1:
-                yield Converted("", (), 0, tuple(rejected), found=max(0, found - 1))
+            found += len(left_out(findings))
+            if findings or found > 1:
+                yield Converted("", (), 0, tuple(findings), max(0, found - 1))
 
     def _separate(self, item: Item[bytes]) -> list[Converted]:
         try:
             return list(self._samples_of(item, self._open(item)))
-        except TooShort as error:
-            return [Converted(item.key, (), 0, unwanted=((item.name, str(error)),))]
         except (ValueError, OSError) as error:
-            return [Converted(item.key, (), 0, ((item.name, reason_of(error)),))]
+            return [Converted(item.key, (), 0, (of_error(item.name, error),))]
 
     def _joined(
-        self, sample: Sample, items: Iterable[Item[bytes]], rejected: list[Rejected]
+        self, sample: Sample, items: Iterable[Item[bytes]], findings: list[Finding]
     ) -> Converted:
         parts: list[Samples] = []
         used: list[str] = []
-        unwanted: list[Rejected] = []
         for item in items:
             try:
                 recording = self._open(item)
                 parts.append(self._decode(recording, 0, self._length(recording)))
                 used.append(item.name)
-            except TooShort as error:
-                unwanted.append((item.name, str(error)))
             except (ValueError, OSError) as error:
-                rejected.append((item.name, reason_of(error)))
-        left_out = tuple(rejected), tuple(unwanted)
+                findings.append(of_error(item.name, error))
         if not parts:
-            return Converted(sample.key, (), 0, *left_out)
+            return Converted(sample.key, (), 0, tuple(findings))
         x = np.concatenate(parts)
         flac = audio.encode_flac(x, self.sample_rate)
         about = self._about(sample.columns, used, len(x))
-        return Converted(sample.key, self._members(flac, about), len(x), *left_out)
+        return Converted(sample.key, self._members(flac, about), len(x), tuple(findings))
 
     def _samples_of(self, item: Item[bytes], recording: EncodedRecording) -> Iterator[Converted]:
         """One sample, or the parts of a long recording."""
@@ -160,7 +151,7 @@ class SpeechConverter:
     # ---------------------------------------------------------------------------------- reading
 
     def _open(self, item: Item[bytes]) -> EncodedRecording:
-        """Raises ValueError, or TooShort, if the recording cannot be used."""
+        """Raises ValueError if the recording cannot be used."""
         data = item.content
         if data[:4] == b"OggS" and (problem := ogg_problem(data)):
             raise ValueError(problem)
@@ -183,7 +174,9 @@ class SpeechConverter:
             frames = min(stop, info.frames) - start
         if frames < self.min_seconds * info.rate:
             seconds = frames / info.rate
-            raise TooShort(f"is {seconds:g} s long, below --min-seconds {self.min_seconds:g}")
+            raise Unusable(
+                "min-seconds", f"is {seconds:g} s long, below --min-seconds {self.min_seconds:g}"
+            )
         return EncodedRecording(data, info, start, frames)
 
     def _length(self, recording: EncodedRecording) -> int:

@@ -12,8 +12,9 @@ from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError
-from shards.family import Input, Rejected, Sample
+from shards.family import Input, Sample
 from shards.keys import make_key
 from shards.speech.layout import SpeechLayout
 from shards.speech.tables import header, lines_of
@@ -44,7 +45,7 @@ class Fairseq(SpeechLayout):
             )
         return replace(layout, root=root)
 
-    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+    def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         lines = lines_of(self.source)
         next(lines)
         labels = {
@@ -66,7 +67,7 @@ class Fairseq(SpeechLayout):
             path, tab, frames = line.partition("\t")
             if not path or (tab and not frames.strip().isdigit()):
                 where = f"{self.source.name}, line {number}"
-                rejected.append((where, "is not PATH, TAB, FRAMES"))
+                findings.append(Finding(where, "is not PATH, TAB, FRAMES", "row"))
                 continue
             columns = {}
             for kind, (_, text) in zip(labels, words, strict=True):

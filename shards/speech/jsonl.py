@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError
-from shards.family import Input, Rejected, Sample
+from shards.family import Input, Sample
 from shards.keys import make_key
 from shards.speech.layout import SpeechLayout
 from shards.walking import extension_of, size_of
@@ -32,7 +33,7 @@ class JsonLines(SpeechLayout):
     def recognises(cls, source: Path) -> bool:
         return source.is_file() and extension_of(source.name) in EXTENSIONS
 
-    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+    def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         number = 0
         with self.source.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -41,7 +42,9 @@ class JsonLines(SpeechLayout):
                 try:
                     yield _sample(self.root, line)
                 except (ValueError, RecursionError) as error:
-                    rejected.append((f"{self.source.name}, line {number}", str(error)))
+                    findings.append(
+                        Finding(f"{self.source.name}, line {number}", str(error), "row")
+                    )
         if not number:
             raise UserError(f"{self.source}: is empty")
 

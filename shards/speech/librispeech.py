@@ -13,11 +13,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError
-from shards.family import Input, Rejected, Sample
+from shards.family import Input, Sample
 from shards.keys import make_key
 from shards.speech.layout import AUDIO, SpeechLayout
-from shards.walking import extension_of, first_folder, folders, size_of
+from shards.walking import NOT_READ, extension_of, first_folder, folders, size_of
 
 TRANSCRIPTS = ".trans.txt"
 KEPT = ("speaker", "snr")  # of the JSON of Libri-Light, which is long
@@ -40,14 +41,17 @@ class LibriSpeech(SpeechLayout):
         described = [name for name in names if name.endswith(".json") and name[:-5] in stems]
         return bool(described) and "speaker" in _description(folder / described[0])
 
-    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+    def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         number = 0
-        for place, names in folders(self.root):
+        for place, names in folders(self.root, findings):
             folder = Path(place)
-            texts = _transcripts(folder, names, self.root, rejected)
+            texts = _transcripts(folder, names, self.root, findings)
             for name in names:
                 stem = os.path.splitext(name)[0]
                 if extension_of(name) not in AUDIO:
+                    if not _is_metadata(name, names):
+                        where = os.path.relpath(folder / name, self.root)
+                        findings.append(Finding(where, NOT_READ, "type"))
                     continue
                 number += 1
                 path = os.path.relpath(folder / name, self.root)
@@ -58,13 +62,21 @@ class LibriSpeech(SpeechLayout):
                 yield Sample(key, (Input(path),), columns, size_of(folder / name))
             for stem in texts:
                 where = os.path.relpath(folder / stem, self.root)
-                rejected.append((where, "has a transcript but no recording"))
+                findings.append(Finding(where, "has a transcript but no recording", "unreadable"))
         if not number:
             raise UserError(f"{self.root}: contains no {', '.join(AUDIO)} file")
 
 
+def _is_metadata(name: str, names: list[str]) -> bool:
+    """Whether a file belongs to recordings of its folder: transcripts, or the JSON of one."""
+    stem, extension = os.path.splitext(name)
+    return name.endswith(TRANSCRIPTS) or (
+        extension == ".json" and any(stem + audio in names for audio in AUDIO)
+    )
+
+
 def _transcripts(
-    folder: Path, names: list[str], root: Path, rejected: list[Rejected]
+    folder: Path, names: list[str], root: Path, findings: list[Finding]
 ) -> dict[str, str]:
     """{stem of a recording: text} of a folder."""
     texts: dict[str, str] = {}
@@ -78,7 +90,8 @@ def _transcripts(
                 continue
             if "\ufffd" in text or not text.strip():
                 where = f"{os.path.relpath(folder / name, root)}, line {number}"
-                rejected.append((where, "is not `NAME TEXT` in UTF-8; its recording gets no text"))
+                reason = "is not `NAME TEXT` in UTF-8; its recording gets no text"
+                findings.append(Finding(where, reason, "no metadata"))
             else:
                 texts[stem] = text.strip()
     return texts

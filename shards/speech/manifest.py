@@ -7,8 +7,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError
-from shards.family import Input, Rejected, Sample
+from shards.family import Input, Sample
 from shards.keys import make_key
 from shards.speech.layout import SpeechLayout
 from shards.speech.tables import rows
@@ -24,7 +25,7 @@ class Manifest(SpeechLayout):
     def recognises(cls, source: Path) -> bool:
         return source.is_file() and extension_of(source.name) == ".tsv"
 
-    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+    def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         seen: set[int] = set()  # hashes instead of paths, to save memory
         for number, row in rows(self.source, "path"):
             path = row.pop("path")

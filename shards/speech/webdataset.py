@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.data.tar_scan import Member, samples
-from d2v_ds.errors import UserError
-from shards.family import Input, Rejected, Sample
+from shards.family import Input, Sample
 from shards.keys import make_key
 from shards.speech.layout import AUDIO, SpeechLayout
 from shards.tars import sound_members
-from shards.walking import extension_of, first_folder, walk
+from shards.walking import extension_of, first_folder, walk, wanted
 
 TAR = ".tar"
 LABELS = {"txt": "text", "cls": "label"}  # column of a member
@@ -35,31 +35,31 @@ class WebDataset(SpeechLayout):
         extensions = set(map(extension_of, first_folder(source, (*AUDIO, TAR))[1]))
         return TAR in extensions and extensions.isdisjoint(AUDIO)
 
-    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+    def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         names = [self.source.name]
         if self.source.is_dir():
-            names = [path for path, name, _ in walk(self.source) if name.endswith(TAR)]
-        if not names:
-            raise UserError(f"{self.source}: contains no {TAR} file")
+            files = walk(self.source, findings)
+            tars = wanted(self.source, files, lambda n: extension_of(n) == TAR, TAR, findings)
+            names = [path for path, _, _ in tars]
         for name in names:
             with (self.root / name).open("rb") as file:
-                yield from _samples(file, name, rejected)
+                yield from _samples(file, name, findings)
 
 
-def _samples(file: BinaryIO, name: str, rejected: list[Rejected]) -> Iterator[Sample]:
-    for key, group in samples(sound_members(file, name, rejected)):
+def _samples(file: BinaryIO, name: str, findings: list[Finding]) -> Iterator[Sample]:
+    for key, group in samples(sound_members(file, name, findings)):
         audio = next((e[1:] for e in AUDIO if e[1:] in group), "")
         if not audio:
             reason = f"has no recording, only {', '.join(group)}"
-            rejected.append((f"{name}, {key}", reason))
+            findings.append(Finding(f"{name}, {key}", reason, "row"))
             continue
-        columns = _columns(file, group, f"{name}, {key}", rejected)
+        columns = _columns(file, group, f"{name}, {key}", findings)
         inputs = (Input(name, (group[audio].offset, group[audio].size)),)
         yield Sample(make_key(key), inputs, columns, group[audio].size)
 
 
 def _columns(
-    file: BinaryIO, group: dict[str, Member], where: str, rejected: list[Rejected]
+    file: BinaryIO, group: dict[str, Member], where: str, findings: list[Finding]
 ) -> dict[str, object]:
     columns: dict[str, object] = {}
     for field in ("json", *LABELS):
@@ -76,5 +76,6 @@ def _columns(
             else:
                 columns[LABELS[field]] = data.decode().strip()
         except (ValueError, RecursionError) as error:
-            rejected.append((f"{where}.{field}", f"{error}; the recording is kept without it"))
+            reason = f"{error}; the recording is kept without it"
+            findings.append(Finding(f"{where}.{field}", reason, "no metadata"))
     return columns

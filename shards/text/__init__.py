@@ -17,7 +17,8 @@ from shards.text.plain import PlainText
 from shards.text.tsv import Tsv
 
 if TYPE_CHECKING:
-    from shards.family import Converter, Corpus, Rejected
+    from d2v_ds.data.checks import Finding
+    from shards.family import Converter, Corpus
 
 DESCRIPTION = (
     "Converts text to a shard set of token ids: concatenates the documents, each ended by eos, and "
@@ -119,5 +120,5 @@ def read(arguments: argparse.Namespace) -> Corpus:
     else:
         options["block"] = arguments.block
         converter = PackedText(layout, model, tokenizer.about(), arguments.block)
-    rejected: list[Rejected] = []
-    return Corpus(layout.samples(rejected), converter, options, rejected=rejected)
+    findings: list[Finding] = []
+    return Corpus(layout.samples(findings), converter, options, findings=findings)

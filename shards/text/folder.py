@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from shards.family import Item, Rejected, Sample
-from shards.text.layout import TextFormat, TextLayout, TextOptions, walk
-from shards.walking import wanted
+from d2v_ds.data.checks import Finding
+from shards.family import Item, Sample
+from shards.text.layout import TextFormat, TextLayout, TextOptions
+from shards.walking import walk, wanted
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,21 @@ class Folder(TextLayout):
     def _format(self, name: str) -> TextFormat | None:
         return next((one for one in self.formats if one.has_name(name)), None)
 
-    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+    def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         kinds = ", ".join(one.kinds() for one in self.formats)
-        files = wanted(self.root, walk(self.root), lambda n: self._format(n) is not None, kinds)
+        files = wanted(
+            self.root,
+            walk(self.root, findings),
+            lambda name: self._format(name) is not None,
+            kinds,
+            findings,
+        )
         for path, name, _ in files:
             found = self._format(name)
             assert found
             yield from found.samples_of(path)
 
-    def read(self, sample: Sample, rejected: list[Rejected]) -> Iterator[Item[str]]:
+    def read(self, sample: Sample, findings: list[Finding]) -> Iterator[Item[str]]:
         found = self._format(sample.inputs[0].path)
         assert found
-        yield from found.read(sample, rejected)
+        yield from found.read(sample, findings)

@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError, suggestion
-from shards.family import Input, Item, Rejected, Sample
+from shards.family import Input, Item, Sample
+from shards.findings import of_error
 from shards.keys import make_key, part_key
-from shards.layout import Layout, reason_of
+from shards.layout import Layout
 from shards.text.reading import COMPRESSED
-from shards.walking import FoundFile, extension_of, size_of, wanted
+from shards.walking import extension_of, size_of, walk, wanted
 
 Document = tuple[str, str, dict[str, Any]]  # name in quarantine.jsonl, text, columns
 SCALAR = (str, int, float)
@@ -50,7 +52,7 @@ class TextLayout(Layout[TextOptions, str], abstract=True):
     column that --pair-key names the second text."""
 
     @abstractmethod
-    def read(self, sample: Sample, rejected: list[Rejected]) -> Iterator[Item[str]]:
+    def read(self, sample: Sample, findings: list[Finding]) -> Iterator[Item[str]]:
         """The documents of a sample."""
 
 
@@ -84,11 +86,12 @@ class TextFormat(TextLayout, abstract=True):
         """The extensions, for messages."""
         return ", ".join(cls.extensions) + (" (also .gz, .zst)" if cls.compressed else "")
 
-    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+    def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         if self.source.is_file():
             yield from self.samples_of(self.source.name)
             return
-        for path, _, _ in wanted(self.root, walk(self.root), self.has_name, self.kinds()):
+        files = walk(self.root, findings)
+        for path, _, _ in wanted(self.root, files, self.has_name, self.kinds(), findings):
             yield from self.samples_of(path)
 
     def samples_of(self, file: str) -> Iterator[Sample]:
@@ -102,21 +105,23 @@ class TextFormat(TextLayout, abstract=True):
         yield Input(file), size_of(self.root / file)
 
     @abstractmethod
-    def documents(self, part: Input, rejected: list[Rejected]) -> Iterator[Document]:
-        """The documents of a part. Unusable ones are appended to `rejected` with the reason; an
+    def documents(self, part: Input, findings: list[Finding]) -> Iterator[Document]:
+        """The documents of a part. Unusable ones are appended to `findings` with the reason; an
         OSError, EOFError, ValueError or zlib.error rejects the rest of the part."""
 
-    def read(self, sample: Sample, rejected: list[Rejected]) -> Iterator[Item[str]]:
+    def read(self, sample: Sample, findings: list[Finding]) -> Iterator[Item[str]]:
         for part in sample.inputs:
             try:
-                for name, text, columns in self.documents(part, rejected):
+                for name, text, columns in self.documents(part, findings):
                     yield Item(sample.key, name, text, columns)
             except UserError:  # a package is missing
                 raise
             except OSError as error:
-                rejected.append((str(part), reason_of(error)))
+                findings.append(of_error(str(part), error))
             except (EOFError, ValueError, zlib.error) as error:
-                rejected.append((str(part), f"cannot be read to its end ({error})"))
+                findings.append(
+                    Finding(str(part), f"cannot be read to its end ({error})", "damaged")
+                )
 
 
 def from_row(row: Mapping[str, Any], options: TextOptions) -> tuple[str, dict[str, Any]]:
@@ -140,14 +145,3 @@ def from_row(row: Mapping[str, Any], options: TextOptions) -> tuple[str, dict[st
         if isinstance(value, SCALAR) and key not in (text_key, label_key)
     }
     return text, {**columns, "label": label}
-
-
-def walk(root: Path) -> Iterator[FoundFile]:
-    """Every file below a folder, sorted. Hidden files are skipped, links to folders are not
-    followed, and sizes are not read."""
-    for folder, names, files in os.walk(root):
-        names.sort()
-        for name in sorted(files):
-            if not name.startswith("."):
-                path = os.path.relpath(os.path.join(folder, name), root)
-                yield FoundFile(path, name, 0)

@@ -9,7 +9,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
-from shards.family import Input, Rejected
+from d2v_ds.data.checks import Finding
+from shards.family import Input
+from shards.findings import of_error
 from shards.text import reading
 from shards.text.layout import Document, TextFormat
 from shards.walking import extension_of
@@ -42,15 +44,17 @@ class LineFormat(TextFormat, abstract=True):
         except OSError:  # the conversion reports the reason
             yield Input(file), 0
 
-    def documents(self, part: Input, rejected: list[Rejected]) -> Iterator[Document]:
+    def documents(self, part: Input, findings: list[Finding]) -> Iterator[Document]:
         with reading.open_bytes(self.root / part.path) as file:
             for where, data in self.pieces(file, part):
                 name = part.path + where
                 try:
                     text, columns = self.document(data.decode())
                 except UnicodeDecodeError as error:
-                    rejected.append((name, f"is not UTF-8 ({error.reason} at {error.start})"))
+                    findings.append(
+                        Finding(name, f"is not UTF-8 ({error.reason} at {error.start})", "encoding")
+                    )
                 except ValueError as error:
-                    rejected.append((name, str(error)))
+                    findings.append(of_error(name, error))
                 else:
                     yield name, text, columns

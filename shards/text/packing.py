@@ -18,7 +18,9 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from shards.family import Converted, Item, PackedMember, Rejected, Sample
+from d2v_ds.data.checks import Finding
+from shards.family import Converted, Item, PackedMember, Sample
+from shards.findings import left_out, of_error
 from shards.keys import part_key
 from shards.text.layout import TextLayout
 from shards.text.tokenizer import Tokenizer
@@ -73,21 +75,21 @@ class _TextConverter:
         return id_type(self.tokenizer["vocab_size"])
 
     def encoded(
-        self, samples: Iterable[Sample], rejected: list[Rejected]
+        self, samples: Iterable[Sample], findings: list[Finding]
     ) -> Iterator[tuple[Sample, Item[str], list[int]]]:
         """(sample, document, ids) of every document that is not empty."""
         tokenizer = Tokenizer.load(self.model)
         for sample in samples:
-            for item in self.layout.read(sample, rejected):
+            for item in self.layout.read(sample, findings):
                 try:
                     ids = self.ids_of(item, tokenizer)
                 except ValueError as error:
-                    rejected.append((item.name, str(error)))
+                    findings.append(of_error(item.name, error))
                     continue
                 if ids:
                     yield sample, item, ids
                 elif item.columns:
-                    rejected.append((item.name, "contains no text"))
+                    findings.append(Finding(item.name, "contains no text", "empty"))
 
     def ids_of(self, item: Item[str], tokenizer: Tokenizer) -> list[int]:
         """The ids of a document without the last eos; none if it is empty. Raises ValueError."""
@@ -106,12 +108,12 @@ class PackedText(_TextConverter):
 
     def convert(self, samples: Iterable[Sample]) -> Iterator[Converted | PackedMember]:
         samples = list(samples)
-        rejected: list[Rejected] = []
+        findings: list[Finding] = []
         found = 0
 
         def documents() -> Iterator[list[int]]:
             nonlocal found
-            for _, _, ids in self.encoded(samples, rejected):
+            for _, _, ids in self.encoded(samples, findings):
                 found += 1
                 yield ids
 
@@ -124,7 +126,7 @@ class PackedText(_TextConverter):
             rows.append(block)
         if rows:
             yield self.packed(part_key(samples[0].key, number), rows)
-        yield _rest(samples, rejected, found)
+        yield _rest(samples, findings, found)
 
     def packed(self, key: str, rows: list[list[int]]) -> PackedMember:
         ids = np.asarray(rows, dtype=f"<{self.ids}".replace("u16", "u2").replace("u32", "u4"))
@@ -158,10 +160,10 @@ class LabelledText(_TextConverter):
 
     def convert(self, samples: Iterable[Sample]) -> Iterator[Converted]:
         samples = list(samples)
-        rejected: list[Rejected] = []
+        findings: list[Finding] = []
         eos, number, last, found = self.tokenizer["eos_id"], 0, None, 0
         kind = np.dtype("<u2" if self.ids == "u16" else "<u4")
-        for sample, item, ids in self.encoded(samples, rejected):
+        for sample, item, ids in self.encoded(samples, findings):
             number = number + 1 if sample is last else 0
             last = sample
             found += 1
@@ -170,13 +172,13 @@ class LabelledText(_TextConverter):
             ids.append(eos)
             payload = npy_bytes(np.asarray(ids, dtype=kind))
             yield Converted(f"{sample.key}/{number:06d}", (about, payload), len(ids))
-        yield _rest(samples, rejected, found)
+        yield _rest(samples, findings, found)
 
 
-def _rest(samples: list[Sample], rejected: list[Rejected], used: int) -> Converted:
+def _rest(samples: list[Sample], findings: list[Finding], used: int) -> Converted:
     """The documents that were left out, and the number of documents beyond that of inputs."""
     parts = sum(len(sample.inputs) for sample in samples)
-    return Converted("", (), 0, tuple(rejected), found=max(0, used + len(rejected) - parts))
+    return Converted("", (), 0, tuple(findings), max(0, used + len(left_out(findings)) - parts))
 
 
 def npy_bytes(ids: Ids) -> bytes:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.errors import suggestion
 from shards import parquet
-from shards.family import Input, Rejected
+from shards.family import Input
+from shards.findings import of_error
 from shards.text.layout import Document, TextFormat, from_row
 
 
@@ -18,7 +20,7 @@ class Parquet(TextFormat):
     def parts(self, file: str) -> Iterator[tuple[Input, int]]:
         return parquet.row_groups(self.root, file)
 
-    def documents(self, part: Input, rejected: list[Rejected]) -> Iterator[Document]:
+    def documents(self, part: Input, findings: list[Finding]) -> Iterator[Document]:
         table = parquet.open_table(self.root / part.path)
         names = table.schema_arrow.names
         for key in self.options.keys:
@@ -30,6 +32,6 @@ class Parquet(TextFormat):
             try:
                 text, about = from_row(row, self.options)
             except ValueError as error:
-                rejected.append((name, str(error)))
+                findings.append(of_error(name, error))
             else:
                 yield name, text, about

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.errors import suggestion
-from shards.family import Input, Rejected
+from shards.family import Input
+from shards.findings import of_error
 from shards.text import reading
 from shards.text.layout import Document, from_row
 from shards.text.lines import LineFormat, Pieces
@@ -28,9 +30,9 @@ class Tsv(LineFormat):
     def document(self, text: str) -> tuple[str, dict[str, Any]]:
         return text.removesuffix("\r"), {}
 
-    def documents(self, part: Input, rejected: list[Rejected]) -> Iterator[Document]:
+    def documents(self, part: Input, findings: list[Finding]) -> Iterator[Document]:
         names = self.columns_of(part.path)
-        for name, line, _ in super().documents(part, rejected):
+        for name, line, _ in super().documents(part, findings):
             if name == part.path + HEADER and not self.options.columns:
                 continue
             values = line.split("\t")
@@ -39,7 +41,7 @@ class Tsv(LineFormat):
                     raise ValueError(f"has {len(values)} columns, expected {len(names)}")
                 text, columns = from_row(dict(zip(names, values, strict=True)), self.options)
             except ValueError as error:
-                rejected.append((name, str(error)))
+                findings.append(of_error(name, error))
             else:
                 yield name, text, columns
 

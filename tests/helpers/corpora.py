@@ -67,5 +67,15 @@ def contents(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def quarantine(folder: Path) -> dict[str, str]:
-    lines = (folder / "quarantine.jsonl").read_text().splitlines()
-    return {row["path"]: row["reason"] for row in map(json.loads, lines)}
+    return {path: reason for path, (reason, _) in found(folder, "quarantine.jsonl").items()}
+
+
+def notes(folder: Path) -> dict[str, str]:
+    """{file that was passed over or altered: kind}."""
+    return {path: kind for path, (_, kind) in found(folder, "notes.jsonl").items()}
+
+
+def found(folder: Path, file: str) -> dict[str, tuple[str, str]]:
+    """{name: (reason, kind)} of a list of findings."""
+    lines = (folder / file).read_text().splitlines()
+    return {row["path"]: (row["reason"], row["kind"]) for row in map(json.loads, lines)}

@@ -141,7 +141,7 @@ def test_each_is_reported_once(
     reason = "its .series has changed: the index has another checksum for it"
     tar = str(own.tar(own.shards[2]))
     assert [json.loads(line) for line in file.read_text().splitlines()] == [
-        {"sample_id": 68, "tar": tar, "key": "s2-11", "reason": reason}
+        {"sample_id": 68, "tar": tar, "key": "s2-11", "reason": reason, "kind": "damaged"}
     ]
     logged = f"{tar}, sample 's2-11': {reason}; it is replaced by another sample"
     assert [record.message for record in caplog.records] == [logged]

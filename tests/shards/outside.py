@@ -8,8 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError
-from shards.family import Input, Item, Rejected, Sample
+from shards.family import Input, Item, Sample
 from shards.images.layout import ImageLayout
 from shards.keys import make_key, part_key
 from shards.speech.layout import SpeechLayout
@@ -28,11 +29,11 @@ class Kaldi(SpeechLayout):
     def recognises(cls, source: Path) -> bool:
         return (source / "wav.scp").is_file()
 
-    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+    def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         for number, line in enumerate((self.root / "wav.scp").read_text().splitlines(), start=1):
             key, _, path = line.partition(" ")
             if not path:
-                rejected.append((f"wav.scp, line {number}", "is not KEY PATH"))
+                findings.append((f"wav.scp, line {number}", "is not KEY PATH"))
                 continue
             size = size_of(self.root / path)
             yield Sample(make_key(key), (Input(path),), {"speaker": key.split("-")[0]}, size)
@@ -52,7 +53,7 @@ class Records(ImageLayout):
     def recognises(cls, source: Path) -> bool:
         return source.suffix == ".records"
 
-    def samples(self, rejected: list[Rejected]) -> Iterator[Sample]:
+    def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         end = self.source.stat().st_size // self.size * self.size
         if not end:
             raise UserError(f"{self.source}: contains no records")
@@ -61,8 +62,8 @@ class Records(ImageLayout):
             size = min(step, end - start)
             yield Sample(f"records-{i}", (Input(self.source.name, (start, size)),), {}, size)
 
-    def read(self, sample: Sample, rejected: list[Rejected]) -> Iterator[Item[bytes]]:
-        for part in super().read(sample, rejected):
+    def read(self, sample: Sample, findings: list[Finding]) -> Iterator[Item[bytes]]:
+        for part in super().read(sample, findings):
             for i in range(len(part.content) // self.size):
                 record = part.content[i * self.size :][: self.size]
                 file = io.BytesIO()
@@ -78,7 +79,7 @@ class Markdown(TextFormat):
     help = "Markdown (.md), one document per heading"
     extensions = (".md",)
 
-    def documents(self, part: Input, rejected: list[Rejected]) -> Iterator[Document]:
+    def documents(self, part: Input, findings: list[Finding]) -> Iterator[Document]:
         text = (self.root / part.path).read_text(encoding="utf-8")
         for i, section in enumerate(text.split("\n# ")):
             yield f"{part.path}, section {i}", section, {}

@@ -87,7 +87,7 @@ def unseen(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
 def test_set(unseen: ShardSet) -> None:
     assert (unseen.modality, unseen.length_unit, unseen.sample_rate) == ("speech", "frames", 16_000)
     assert unseen.samples == 100 and len(unseen.shards) > 2
-    names = {"index.json", "quarantine.jsonl"}
+    names = {"index.json", "quarantine.jsonl", "notes.jsonl"}
     names |= {f"{s.name}.{end}" for s in unseen.shards for end in ("tar", "idx")}
     assert {f.name for f in unseen.root.iterdir()} == names
     found = contents(unseen.root)

@@ -391,12 +391,12 @@ def test_parquet_of_another_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(UserError, match=r"--image-key: .*a.parquet has no column 'img'"):
         Parquet.open(tmp_path, ImageOptions(image_key="img"))
     made = convert_all(Parquet.open(tmp_path, ImageOptions()))
-    assert [item for one in made for item in one.rejected] == [
-        ("a.parquet, row 0", "'image' contains no bytes")
+    assert [item for one in made for item in one.findings] == [
+        ("a.parquet, row 0", "'image' contains no bytes", "row")
     ]
     (tmp_path / "a.parquet").write_bytes(b"PAR1 but nothing else PAR1")
     made = convert_all(Parquet.open(tmp_path, ImageOptions()))
-    [(name, reason)] = [item for one in made for item in one.rejected]
+    [(name, reason, _)] = [item for one in made for item in one.findings]
     assert name == "a.parquet" and reason.startswith("is not a Parquet file")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match="pip install pyarrow"):
@@ -420,8 +420,8 @@ def test_random_bytes_do_not_crash_the_conversion(
     write(root / "a.png", data)
     made = convert_all(Folder.open(root, ImageOptions()))
     samples = [one for one in made if one.members]
-    rejected = [item for one in made for item in one.rejected]
-    assert len(samples) + len(rejected) == 1
+    findings = [item for one in made for item in one.findings]
+    assert len(samples) + len(findings) == 1
     for one in samples:
         members = {
             name: member

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from d2v_ds import exit_codes
+from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError
 from shards import images, samples, speech, text
 from shards.cli import main
-from shards.family import Input, Rejected, Sample
+from shards.family import Input, Sample
 from shards.images.layout import ImageOptions
 from shards.layout import AUTO, Layout, detect, find
 from shards.speech.folder import Folder
@@ -117,11 +118,11 @@ def test_an_opened_layout_holds_settings_only(
     sent = pickle.dumps(layout)
     received = pickle.loads(sent)
     assert received == layout and len(sent) < 2000
-    rejected: list[Rejected] = []
-    found = list(layout.samples(rejected))
-    assert found and not rejected and found == list(received.samples([]))
-    items = [item for sample in found for item in received.read(sample, rejected)]
-    assert items and not rejected
+    findings: list[Finding] = []
+    found = list(layout.samples(findings))
+    assert found and not findings and found == list(received.samples([]))
+    items = [item for sample in found for item in received.read(sample, findings)]
+    assert items and not findings
     assert {type(item.content) for item in items} == {str if family == "text" else bytes}
     assert all((layout.root / one.path).is_file() for sample in found for one in sample.inputs)
 
@@ -158,9 +159,9 @@ GOOD = {
     "help": "something",
     "extensions": (".x",),
     "recognises": classmethod(lambda cls, source: False),
-    "samples": lambda self, rejected: iter(()),
-    "read": lambda self, sample, rejected: iter(()),
-    "documents": lambda self, part, rejected: iter(()),
+    "samples": lambda self, findings: iter(()),
+    "read": lambda self, sample, findings: iter(()),
+    "documents": lambda self, part, findings: iter(()),
 }
 
 
@@ -195,14 +196,14 @@ def test_the_default_reads_files_and_byte_ranges(tmp_path: Path) -> None:
         Input("a.wav", (8, 5)),
         Input("gone.wav"),
     )
-    rejected: list[Rejected] = []
-    found = list(layout.read(Sample("key", inputs, {"n": 1}, 10), rejected))
+    findings: list[Finding] = []
+    found = list(layout.read(Sample("key", inputs, {"n": 1}, 10), findings))
     assert [item.content for item in found] == [b"0123456789", b"234", b"0123456789"]
     assert [item.part for item in found] == [None, None, (0.5, 1.0)]
     assert {(item.key, item.columns["n"]) for item in found} == {("key", 1)}
-    assert rejected == [
-        ("a.wav, bytes 8 to 13", "ends 3 bytes early"),
-        ("gone.wav", "No such file or directory"),
+    assert findings == [
+        ("a.wav, bytes 8 to 13", "ends 3 bytes early", "truncated"),
+        ("gone.wav", "No such file or directory", "unreadable"),
     ]
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.data.shard_format import INDEX_FILE
 from d2v_ds.errors import UserError
 from shards.arguments import splits, task_of_slurm
 from shards.cli import main
-from shards.family import Corpus, Input, Rejected, Sample
+from shards.family import Corpus, Input, Sample
 from shards.plan import Choice, ConversionPlan, Samples, make_plan, make_plans, split_of
 from tests.helpers.corpora import contents, put, recording
 
@@ -112,7 +113,7 @@ def test_the_hash_sees_every_change() -> None:
 def test_a_million_inputs_take_little_memory() -> None:
     code = """
 import resource, sys
-from shards.family import Corpus, Input, Rejected, Sample
+from shards.family import Corpus, Input, Sample
 from shards.plan import Choice, make_plans
 from shards.speech.converter import SpeechConverter
 from shards.speech.folder import Folder
@@ -298,21 +299,22 @@ def test_task_is_taken_from_slurm(
 
 
 @pytest.mark.parametrize(
-    ("rejected", "choice", "message"),
+    ("findings", "choice", "message"),
     [
         ([], Choice(), "SOURCE contains no inputs"),
-        ([("x", "why")], Choice(), "none of the inputs can be used; the first: x: why"),
-        ([("x", "why")], Choice(splits={"a": 1.0}), "no input falls into 'a'"),
+        ([("x", "why")], Choice(), r"none of the inputs can be used: 1 x why \(x\)"),
+        ([("x", "why")], Choice(splits={"a": 1.0}), "no input falls into 'a'.*left out: 1 x why"),
+        ([Finding("x", "why", "type")], Choice(), "SOURCE contains no inputs"),
     ],
 )
-def test_a_corpus_without_samples(rejected: list[Rejected], choice: Choice, message: str) -> None:
+def test_a_corpus_without_samples(findings: list[Finding], choice: Choice, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_plans(Corpus([], None, {}, None, rejected), choice)  # type: ignore[arg-type]
+        make_plans(Corpus([], None, {}, None, findings), choice)  # type: ignore[arg-type]
 
 
 def test_inputs_that_no_sample_can_be_made_of_are_counted() -> None:
-    rejected = [("x", "why")]
-    corpus = Corpus([sample("a")], None, {}, None, rejected)  # type: ignore[arg-type]
+    findings = [Finding("x", "why")]
+    corpus = Corpus([sample("a")], None, {}, None, findings)  # type: ignore[arg-type]
     plan = make_plans(corpus, Choice())[""]
-    assert plan.rejected == (("x", "why"),)
+    assert plan.findings == (Finding("x", "why", "other"),)
     assert plan.hash() != make_plans(Corpus([sample("a")], None, {}), Choice())[""].hash()  # type: ignore[arg-type]

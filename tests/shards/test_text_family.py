@@ -19,18 +19,20 @@ import webdataset as wds
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.data.shard_format import open_set, read_index
 from d2v_ds.errors import UserError
 from d2v_ds.loader.reading import read_samples
 from d2v_ds.modalities.text import Text, TextConfig
 from shards import samples
 from shards.cli import main
-from shards.family import Converted, PackedMember, Rejected
+from shards.family import Converted, PackedMember
 from shards.layout import AUTO, find
 from shards.text import LAYOUTS, reading
 from shards.text.layout import TextLayout, TextOptions
 from shards.text.packing import LabelledText, PackedText, pack
 from shards.text.tokenizer import Tokenizer
+from tests.helpers.corpora import put
 
 MODEL = samples.path("text") / "tokenizer.model"
 TOKENIZER = Tokenizer.load(MODEL)
@@ -170,14 +172,14 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------- documents
 
 
-def read(layout: TextLayout) -> tuple[list[str], list[Rejected]]:
-    rejected: list[Rejected] = []
+def read(layout: TextLayout) -> tuple[list[str], list[Finding]]:
+    findings: list[Finding] = []
     found = [
         item.content
-        for sample in layout.samples(rejected)
-        for item in layout.read(sample, rejected)
+        for sample in layout.samples(findings)
+        for item in layout.read(sample, findings)
     ]
-    return found, rejected
+    return found, findings
 
 
 @pytest.mark.parametrize(
@@ -397,12 +399,12 @@ def test_random_bytes_do_not_crash_the_conversion(
     converter = PackedText(layout, MODEL, TOKENIZER.about(), block=8)
     made = list(converter.convert(list(layout.samples([]))))
     data = data.removeprefix(reading.BOM)
-    rejected = [item for one in made for item in one.rejected]
+    findings = [item for one in made for item in one.findings]
     found = 1 + sum(one.found for one in made)
     if name in ("a.txt", "a.jsonl"):
         assert found == max(1, sum(bool(line.strip()) for line in data.split(b"\n")))
     rows = sum(len(one.rows) for one in made if isinstance(one, PackedMember))
-    assert rows or rejected or not data.strip() or name.endswith((".gz", ".zst"))
+    assert rows or findings or not data.strip() or name.endswith((".gz", ".zst"))
 
 
 @pytest.mark.slow
@@ -421,8 +423,8 @@ def test_damaged_parquet_does_not_crash_the_conversion(tmp_path: Path) -> None:
         for place in draw.integers(0, len(data), draw.integers(1, 10)):
             data[place] = draw.integers(256)
         file.write_bytes(data[: draw.integers(1, len(data))] if draw.random() < 0.2 else data)
-        found, rejected = read(open_text(file))
-        assert rejected or found  # damaged counts may hide rows
+        found, findings = read(open_text(file))
+        assert findings or found  # damaged counts may hide rows
 
 
 # -------------------------------------------------------------------------------- the whole command
@@ -430,13 +432,11 @@ def test_damaged_parquet_does_not_crash_the_conversion(tmp_path: Path) -> None:
 
 def test_same_bytes_with_any_number_of_processes(tmp_path: Path) -> None:
     for i in range(3):
-        (tmp_path / f"in{i}.txt").write_text(f"document {i}\n" * 3000)
+        put(tmp_path / f"in/in{i}.txt", f"document {i}\n".encode() * 3000)
     for jobs in (1, 2):
         out = tmp_path / f"out{jobs}"
-        only = tmp_path / "only"
-        only.write_text("in0.txt\nin1.txt\nin2.txt\n")
-        arguments = ["--only", only, "--shard-size", "30KB", "-j", jobs, "--block", 64]
-        assert convert(tmp_path, out, *arguments) == 0
+        arguments = ["--shard-size", "30KB", "-j", jobs, "--block", 64]
+        assert convert(tmp_path / "in", out, *arguments) == 0
     one, two = (
         {f.name: f.read_bytes() for f in (tmp_path / f"out{jobs}").iterdir()} for jobs in (1, 2)
     )
