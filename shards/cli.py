@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import sys
@@ -43,6 +44,8 @@ HELP_WIDTH = 80
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns an exit code of d2v_ds/exit_codes.py."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names of files need not fit the encoding
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))

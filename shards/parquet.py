@@ -61,5 +61,11 @@ def rows(table: Any, part: Input, columns: Sequence[str]) -> Iterator[tuple[int,
         raise ValueError(first_line(error)) from None
 
 
+def binary_columns(table: Any) -> list[str]:
+    """Names of the columns that hold bytes, also inside of structs and lists."""
+    schema = table.schema_arrow
+    return [name for name in schema.names if "binary" in str(schema.field(name).type)]
+
+
 def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ def describe(path: Path) -> list[Table]:
         Table("Members", [(name, f"{n:,}") for name, n in sorted(members.items()) if n]),
         _histogram(shards, ordered),
         *(_values(column, counts) for column, counts in columns.items() if counts),
+        *_remarks(about, columns),
         *_findings(shards.root, about),
         *_options(about),
     ]
@@ -136,6 +137,18 @@ def _values(column: str, counts: Counter[str]) -> Table:
     if len(counts) > MAX_VALUES:
         return Table(column, [("distinct values", f"more than {MAX_VALUES}")])
     return Table(column, [(value, f"{n:,}") for value, n in sorted(counts.items())])
+
+
+def _remarks(about: dict[str, Any], columns: Mapping[str, Counter[str]]) -> Iterator[Table]:
+    """What a user must know about the corpus."""
+    rows = [("", str(remark)) for remark in about.get("remarks", ())]
+    labels = columns.get("label", Counter())
+    if len(labels) <= MAX_VALUES:
+        missing = [str(name) for name in about.get("classes", ()) if str(name) not in labels]
+        if missing:
+            rows.append(("", f"classes without a sample: {', '.join(missing)}"))
+    if rows:
+        yield Table("Remarks", rows)
 
 
 def _findings(root: Path, about: dict[str, Any]) -> Iterator[Table]:

@@ -47,6 +47,7 @@ PLACES = {
     "torchaudio": ["d2v_ds/data/audio.py", "d2v_ds/ctc.py"],
     "soundfile": ["d2v_ds/data/audio.py"],
     "PIL": [
+        "d2v_ds/data/image_files.py",
         "d2v_ds/data/images.py",
         "d2v_ds/data/rand_augment.py",
         "d2v_ds/export/remote/image_processing_d2v.py",

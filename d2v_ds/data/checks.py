@@ -51,6 +51,7 @@ ALTERED = {
     "one channel": "the channels cancel each other; one of them is used",
     "upright": "was rotated or mirrored as its EXIF orientation says",
     "depth": "reduced from more than 8 bits per pixel and channel",
+    "first frame": "only the first picture of an animation or of several pages is used",
     "no metadata": "its text, label or other columns could not be read; kept without them",
     "duration": "the manifest states another duration than the file has",
 }

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
+from d2v_ds.data.checks import Unusable
 from d2v_ds.data.tar_scan import Member
 
 
@@ -80,10 +81,58 @@ def wav(file: BinaryIO, member: Member) -> Length:
     raise ValueError(".wav: has no data")
 
 
+def image_type(head: bytes) -> str:
+    """The extension of an image file by its first 16 bytes; "" if they are of no known format."""
+    if head[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis"):
+        return "avif"
+    if head[:2] == b"BM" and head[6:10] == bytes(4):
+        return "bmp"
+    for start, name in (
+        (b"\x89PNG\r\n\x1a\n", "png"),
+        (b"GIF87a", "gif"),
+        (b"GIF89a", "gif"),
+        (b"II*\0", "tif"),
+        (b"MM\0*", "tif"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "jp2"),
+    ):
+        if head.startswith(start):
+            return name
+    return ""
+
+
 def jpeg(file: BinaryIO, member: Member) -> Length:
+    return _picture(file, member, ".jpg")
+
+
+def png(file: BinaryIO, member: Member) -> Length:
+    return _picture(file, member, ".png")
+
+
+def webp(file: BinaryIO, member: Member) -> Length:
+    return _picture(file, member, ".webp")
+
+
+def _picture(file: BinaryIO, member: Member, extension: str) -> Length:
+    """Of JPEG, PNG or WebP, whatever the extension says, because decoding does not depend on it
+    either."""
+    head = payload(file, member, 0, 30)
+    if not head:
+        raise Unusable("empty", f"{extension}: is empty")
+    for start, reader in ((b"\xff\xd8", _jpeg), (b"\x89PNG\r\n\x1a\n", _png), (b"RIFF", _webp)):
+        if head.startswith(start):
+            try:
+                return reader(file, member, head)
+            except Unusable as error:
+                raise Unusable(error.kind, f"{extension}: {error}") from None
+    raise Unusable("format", f"{extension}: is neither JPEG, PNG nor WebP")
+
+
+def _jpeg(file: BinaryIO, member: Member, _: bytes) -> Length:
     at = 2
-    if payload(file, member, 0, 2) != b"\xff\xd8":
-        raise ValueError(".jpg: is not JPEG")
     while len(head := payload(file, member, at, 9)) == 9 and head[0] == 0xFF:
         marker = head[1]
         if marker == 0xFF:  # padding
@@ -92,20 +141,18 @@ def jpeg(file: BinaryIO, member: Member) -> Length:
             return Length(int.from_bytes(head[5:7], "big") * int.from_bytes(head[7:9], "big"))
         else:
             at += 2 + (0 if 0xD0 <= marker <= 0xD8 else int.from_bytes(head[2:4], "big"))
-    raise ValueError(".jpg: has no frame header")
+    raise Unusable("damaged", "has no frame header")
 
 
-def png(file: BinaryIO, member: Member) -> Length:
-    head = payload(file, member, 0, 24)
-    if len(head) < 24 or head[:8] != b"\x89PNG\r\n\x1a\n":
-        raise ValueError(".png: is not PNG")
+def _png(file: BinaryIO, member: Member, head: bytes) -> Length:
+    if len(head) < 24:
+        raise Unusable("truncated", "ends within its header")
     return Length(int.from_bytes(head[16:20], "big") * int.from_bytes(head[20:24], "big"))
 
 
-def webp(file: BinaryIO, member: Member) -> Length:
-    head = payload(file, member, 0, 30)
-    if len(head) < 30 or head[:4] + head[8:12] != b"RIFFWEBP":
-        raise ValueError(".webp: is not WebP")
+def _webp(file: BinaryIO, member: Member, head: bytes) -> Length:
+    if len(head) < 30 or head[8:12] != b"WEBP":
+        raise Unusable("format", "is not WebP")
     if head[12:16] == b"VP8X":  # 24 bits each, less 1
         width, height = (int.from_bytes(head[i : i + 3], "little") + 1 for i in (24, 27))
     elif head[12:16] == b"VP8L":  # 14 bits each, less 1

@@ -1,26 +1,23 @@
 """One image: decoding, crops, augmentation, normalisation.
 
-    bytes -> open_image --jitter, random_crop, random_flip, or centre_crop--> uint8 [3, h, w]
-        --normalise, on the device--> float32
+    open_image (image_files.py) --jitter, random_crop, random_flip, or centre_crop-->
+        uint8 [3, h, w] --normalise, on the device--> float32
 
-The crop is chosen before decoding, so that a JPEG is decoded no larger than needed; h, w pixels.
-All randomness comes from the generator that is passed in. Unusable images raise ValueError with the
-reason, without the file's name.
+The crop is chosen before decoding, so that a JPEG is decoded no larger than needed; h, w pixels of
+the upright image. All randomness comes from the generator that is passed in. Unusable images raise
+ValueError with the reason, without the file's name.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageEnhance
+
+from d2v_ds.data.image_files import TURNS, pillow, turn_of, upright_size
 
 if TYPE_CHECKING:  # converting images needs no torch
     from torch import Tensor
@@ -35,94 +32,6 @@ ASPECT = (3 / 4, 4 / 3)
 RESIZE = 256 / 224  # the shorter side before a centre crop, relative to the crop
 
 
-def open_image(data: bytes) -> Image.Image:
-    """The image, opened but not decoded. Raises ValueError if it is not an image or too large."""
-    with _as_value_error():
-        return Image.open(io.BytesIO(data))
-
-
-def as_image(raw: Any) -> Image.Image:
-    """An image from the bytes or the path of a file, a Pillow image, which stays unchanged, or
-    uint8 pixels [h, w, 3], [3, h, w] or [h, w]. Raises ValueError."""
-    if isinstance(raw, str | Path):
-        raw = Path(raw).read_bytes()
-    if isinstance(raw, bytes):
-        return open_image(raw)
-    with _as_value_error():
-        if isinstance(raw, Image.Image):
-            return raw.copy()
-    pixels = np.asarray(raw)
-    if pixels.ndim == 3 and pixels.shape[0] == 3:
-        pixels = pixels.transpose(1, 2, 0)
-    if pixels.dtype != np.uint8 or not (
-        pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
-    ):
-        raise ValueError(
-            f"is {pixels.dtype} of shape {list(pixels.shape)}, expected an image file, a Pillow "
-            "image, or uint8 pixels [h, w, 3], [3, h, w] or [h, w]"
-        )
-    if not pixels.size:
-        raise ValueError("is empty")
-    return Image.fromarray(np.ascontiguousarray(pixels))
-
-
-def decode(data: bytes) -> Image.Image:
-    """The image as RGB. Raises ValueError if it is not an image, damaged, or too large."""
-    with _as_value_error():
-        return Image.open(io.BytesIO(data)).convert("RGB")
-
-
-@contextmanager
-def _as_value_error() -> Iterator[None]:
-    """Turns Pillow's errors into ValueError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            warnings.simplefilter("ignore", UserWarning)  # about unusual metadata
-            yield
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot be read as an image ({error})") from None
-    except Image.DecompressionBombWarning as error:
-        raise ValueError(f"has too many pixels ({error})") from None
-
-
-def inspect(data: bytes) -> tuple[str, int, int]:
-    """(extension, width, height) of an image, which is decoded completely, because only that shows
-    damage. The extension is jpg, png or webp, else Pillow's name of the format. Raises
-    ValueError."""
-    decode(data)
-    image = open_image(data)
-    kind = str(image.format).lower()
-    return {"jpeg": "jpg", "mpo": "jpg"}.get(kind, kind), image.width, image.height
-
-
-def to_png(data: bytes) -> bytes:
-    """The image as a lossless RGB PNG. Raises ValueError."""
-    return _encode(decode(data), "png")
-
-
-def shrink(data: bytes, shorter: int) -> tuple[bytes, int, int]:
-    """(bytes, width, height) of an image downsized so that its shorter side is `shorter` pixels
-    (bicubic): in its own format if that is jpg or webp (quality 95), else as png. Raises
-    ValueError."""
-    kind, w, h = inspect(data)
-    factor = shorter / min(w, h)
-    size = max(shorter, round(w * factor)), max(shorter, round(h * factor))
-    resized = decode(data).resize(size, Image.Resampling.BICUBIC)
-    return _encode(resized, kind), *size
-
-
-def _encode(image: Image.Image, kind: str) -> bytes:
-    file = io.BytesIO()
-    if kind == "jpg":
-        image.save(file, "JPEG", quality=95, subsampling=0)
-    elif kind == "webp":
-        image.save(file, "WEBP", quality=95)
-    else:
-        image.save(file, "PNG")
-    return file.getvalue()
-
-
 # ------------------------------------------------------------------------------------------- crops
 
 
@@ -132,7 +41,7 @@ def random_crop(
     """A random crop, with a fraction of the area in `scale` and a random aspect ratio, resized
     (bicubic) to size x size: torchvision's RandomResizedCrop, which MAE, BEiT and data2vec use.
     Raises ValueError."""
-    return crop(image, random_box(image.width, image.height, scale, rng), size)
+    return crop(image, random_box(*upright_size(image), scale, rng), size)
 
 
 def random_box(w: int, h: int, scale: tuple[float, float], rng: np.random.Generator) -> Box:
@@ -153,10 +62,11 @@ def random_box(w: int, h: int, scale: tuple[float, float], rng: np.random.Genera
 def centre_crop(image: Image.Image, size: int) -> Pixels:
     """The central size x size pixels after resizing the shorter side to 256 / 224 * size, as
     torchvision's Resize and CenterCrop. Raises ValueError."""
-    factor = round(size * RESIZE) / min(image.size)
-    w, h = max(size, round(image.width * factor)), max(size, round(image.height * factor))
+    full = upright_size(image)
+    factor = round(size * RESIZE) / min(full)
+    w, h = max(size, round(full[0] * factor)), max(size, round(full[1] * factor))
     left, top = (w - size) // 2, (h - size) // 2
-    resized = _resize(_pixels(image, (0, 0, *image.size), (w, h)), (w, h))
+    resized = _resize(_pixels(image, (0, 0, *full), (w, h)), (w, h))
     return resized[:, top : top + size, left : left + size]
 
 
@@ -167,23 +77,39 @@ def crop(image: Image.Image, box: Box, size: int) -> Pixels:
 
 
 def _pixels(image: Image.Image, box: Box, wanted: tuple[int, int]) -> Tensor:
-    """uint8 [1, 4, h, w]: a box that will be resized to `wanted` (w, h), as red, green, blue and an
-    unused channel, because Pillow returns and torch resizes four channels faster than three. A JPEG
-    that is at least twice as large is decoded at a half, quarter or eighth of its size."""
+    """uint8 [1, 4, h, w]: a box of the upright image that will be resized to `wanted` (w, h), as
+    red, green, blue and an unused channel, because Pillow returns and torch resizes four channels
+    faster than three. A JPEG that is at least twice as large is decoded at a half, quarter or
+    eighth of its size."""
     import torch
 
+    turn, full = turn_of(image), image.size
+    if turn > 1:
+        box = _as_stored(box, full, turn)
+        wanted = wanted[::-1] if turn >= 5 else wanted
     left, top, w, h = box
-    full = image.size
     if image.format == "JPEG" and w >= 2 * wanted[0] and h >= 2 * wanted[1]:
         image.draft(None, (full[0] * wanted[0] // w, full[1] * wanted[1] // h))
     x, y = image.width / full[0], image.height / full[1]
     scaled = round(left * x), round(top * y), round((left + w) * x), round((top + h) * y)
-    with _as_value_error():
+    with pillow():
         cropped = image.crop(scaled)
         rgb = cropped if cropped.mode == "RGB" else cropped.convert("RGB")
+        if turn > 1:
+            rgb = rgb.transpose(TURNS[turn])
         # torch warns that the bytes are read-only; they are only read.
         flat = torch.frombuffer(rgb.tobytes("raw", "RGBX"), dtype=torch.uint8)
     return flat.view(1, rgb.height, rgb.width, 4).permute(0, 3, 1, 2)
+
+
+def _as_stored(box: Box, full: tuple[int, int], turn: int) -> Box:
+    """The box in the pixels of the file of a box in the upright image. full: (w, h) of the file."""
+    left, top, w, h = (box[1], box[0], box[3], box[2]) if turn >= 5 else box
+    if turn in (2, 3, 7, 8):
+        left = full[0] - left - w
+    if turn in (3, 4, 6, 7):
+        top = full[1] - top - h
+    return left, top, w, h
 
 
 def _resize(pixels: Tensor, size: tuple[int, int]) -> Pixels:

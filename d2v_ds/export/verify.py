@@ -29,7 +29,7 @@ from torch import Tensor
 
 from d2v_ds.config.decoding import decode
 from d2v_ds.config.finetuning import FineTuning
-from d2v_ds.data import images
+from d2v_ds.data import image_files, images
 from d2v_ds.errors import UserError
 from d2v_ds.export.heads import build_head, classes_of
 from d2v_ds.export.model import Exported
@@ -199,7 +199,7 @@ def preprocessed(modality: Modality) -> dict[str, Tensor]:
         return found
     for i, (w, h) in enumerate(IMAGE_SIZES):
         pixels = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
-        image = images.open_image(b"P6 %d %d 255\n" % (w, h) + pixels.tobytes())
+        image = image_files.open_image(b"P6 %d %d 255\n" % (w, h) + pixels.tobytes())
         crop = images.centre_crop(image, modality.config.image_size)
         found[f"vision.raw.{i}"] = torch.from_numpy(pixels)
         found[f"vision.ready.{i}"] = images.normalise(torch.from_numpy(crop)[None])[0]

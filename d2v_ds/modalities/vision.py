@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from d2v_ds.batch import Batch, mask_indices
-from d2v_ds.data import headers, images
+from d2v_ds.data import headers, image_files, images
+from d2v_ds.data.checks import Unusable
 from d2v_ds.data.headers import HeaderReader
 from d2v_ds.data.images import Pixels
 from d2v_ds.masking import Mask, beit_mask, block_count, block_mask_2d
@@ -183,12 +184,17 @@ class Vision(Modality):
 
     @classmethod
     def check_sample(cls, members: Mapping[str, bytes], about: Mapping[str, Any]) -> int:
-        found = [key for key in members if key in cls.extensions]
-        if len(found) != 1:
-            raise ValueError(f"has {len(found)} images, expected one")
-        _, w, h = images.inspect(members[found[0]])
+        _, w, h = image_files.inspect(cls.image_of(members))
         metadata(members)
         return w * h
+
+    @classmethod
+    def image_of(cls, members: Mapping[str, bytes]) -> bytes:
+        """The only image of a sample. Raises Unusable."""
+        found = [key for key in members if key in cls.extensions]
+        if len(found) != 1:
+            raise Unusable("row", f"has {len(found)} images, expected one")
+        return members[found[0]]
 
     def crop(self, length: int) -> int:
         """Every image is resized to image_size; lengths are in pixels."""
@@ -207,14 +213,14 @@ class Vision(Modality):
         """Pixels uint8 [3, h, w] of a random crop, flipped with probability 1/2; without rng, of
         the central crop."""
         config = self.config
-        data = next(sample[key] for key in self.extensions if key in sample)
+        data = self.image_of(sample)
         if rng is None:
-            return images.centre_crop(images.open_image(data), config.image_size)
+            return images.centre_crop(image_files.open_image(data), config.image_size)
         # BEiT flips before the crop; the distribution is the same.
         if config.jitter > 0:
-            image = images.jitter(images.decode(data), config.jitter, rng)
+            image = images.jitter(image_files.decode(data), config.jitter, rng)
         else:
-            image = images.open_image(data)
+            image = image_files.open_image(data)
         pixels = images.random_crop(image, config.image_size, config.crop_scale, rng)
         return images.random_flip(pixels, rng)
 
@@ -284,7 +290,7 @@ class Vision(Modality):
         large as the crop gives slightly other pixels as a Pillow image than as a file, because
         `decode` reads such files at a lower resolution."""
         data = raw.detach().cpu().numpy() if isinstance(raw, Tensor) else raw
-        return images.centre_crop(images.as_image(data), self.config.image_size)
+        return images.centre_crop(image_files.as_image(data), self.config.image_size)
 
     def largest(self) -> Pixels:
         side = self.config.image_size

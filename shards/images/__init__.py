@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from shards.family import Corpus
 
 DESCRIPTION = (
-    "Converts images to a shard set. jpg, png and webp files are stored unchanged, other formats "
-    "as png. An interrupted conversion resumes if the same command is run again."
+    "Converts images to a shard set. JPEG, PNG and WebP files of 8 bits per channel are stored "
+    "unchanged, others as PNG. An interrupted conversion resumes if the same command is run again."
 )
+KEEP = "keep"
 # The first layout that recognises SOURCE is used, so general layouts come last.
 LAYOUTS: list[type[ImageLayout]] = [ImageNet, WebDataset, Manifest, Parquet, Folder]
 
@@ -35,6 +36,13 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         metavar="N",
         help="downsize larger images so that the shorter side is N pixels, with quality 95; other "
         "images are not re-encoded",
+    )
+    parser.add_argument(
+        "--encode",
+        choices=(KEEP, "jpg", "png"),
+        default=KEEP,
+        help="store every image as jpg (quality 95, unless it is jpg already) or as png; keep "
+        "leaves JPEG, PNG and WebP files as they are, so a set can have all three (%(default)s)",
     )
     parser.add_argument(
         "--label-key",
@@ -61,8 +69,12 @@ def read(arguments: argparse.Namespace) -> Corpus:
         arguments.source,
         ImageOptions(arguments.image_key, arguments.label_key),
     )
+    for remark in layout.remarks:
+        print(f"{arguments.source}: {remark}")
     options: dict[str, Any] = {"layout": layout.name, "resize": arguments.resize}
+    options["encode"] = arguments.encode
     options |= {name.replace("_", "-"): getattr(layout.options, name) for name in layout.uses}
     findings: list[Finding] = []
-    converter = ImageConverter(layout, arguments.resize)
+    encode = "" if arguments.encode == KEEP else arguments.encode
+    converter = ImageConverter(layout, arguments.resize, encode)
     return Corpus(layout.samples(findings), converter, options, findings=findings)

@@ -1,9 +1,10 @@
 """One image of a corpus -> the members of its sample: KEY.jpg (or png, webp) and KEY.json.
 
-    item (encoded image) -> decoded, which detects damage -> the same bytes
+    item (encoded image) -> decoded, which detects damage -> the same bytes, or a PNG
 
-KEY.json has "width", "height", "path", the columns of the corpus, and, if the corpus defines
-classes, "label" and "index", the number of the label among the classes. Lengths are in pixels.
+KEY.json has "width" and "height" of the upright image, "path", the columns of the corpus, and, if
+the corpus defines classes, "label" and "index", the number of the label among the classes. Lengths
+are in pixels.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from d2v_ds.data import images
-from d2v_ds.data.checks import Finding
+from d2v_ds.data import image_files
+from d2v_ds.data.checks import Finding, Note
 from shards.family import Converted, Item, Sample
 from shards.findings import of_error
+from shards.images.labels import NO_LABEL, NO_METADATA
 from shards.images.layout import ImageLayout
 
 FIELDS = ("jpg", "json", "png", "webp")
@@ -28,6 +30,7 @@ FIELDS = ("jpg", "json", "png", "webp")
 class ImageConverter:
     layout: ImageLayout
     resize: int | None = None  # largest length of the shorter side, in pixels
+    encode: str = ""  # jpg or png: the format of every image
 
     modality: ClassVar[str] = "vision"
     length_unit: ClassVar[str] = "pixels"
@@ -36,7 +39,12 @@ class ImageConverter:
 
     @property
     def about(self) -> dict[str, Any]:
-        return {"classes": list(self.layout.classes)} if self.layout.classes else {}
+        about: dict[str, Any] = {}
+        if self.layout.classes:
+            about["classes"] = list(self.layout.classes)
+        if self.layout.remarks:
+            about["remarks"] = list(self.layout.remarks)
+        return about
 
     @property
     def files(self) -> dict[str, Path]:
@@ -60,18 +68,19 @@ class ImageConverter:
                 yield Converted("", (), 0, tuple(findings), max(0, found - 1))
 
     def _sample(self, item: Item[bytes]) -> Converted:
-        """Raises ValueError if the content is not an image."""
-        data = item.content
-        kind, w, h = images.inspect(data)
-        if self.resize is not None and min(w, h) > self.resize:
-            data, w, h = images.shrink(data, self.resize)
-            kind = kind if kind in FIELDS else "png"
-        elif kind not in FIELDS:
-            data, kind = images.to_png(data), "png"
-        about = {**item.columns, "path": item.name, "width": w, "height": h}
-        label = item.columns.get("label")
+        """Raises Unusable if the content is not an image."""
+        image = image_files.stored(item.content, self.resize, self.encode)
+        w, h = image.width, image.height
+        columns = dict(item.columns)
+        notes = [*image.notes]
+        for column, without in ((NO_LABEL, "a label"), (NO_METADATA, "metadata")):
+            if reason := columns.pop(column, ""):
+                notes.append(Note("no metadata", f"{reason}: kept without {without}"))
+        about = {**columns, "path": item.name, "width": w, "height": h}
+        label = columns.get("label")
         if label in self._index:
             about["index"] = self._index[label]
-        meta = json.dumps(about).encode()
-        members = {"json": meta, kind: data}
-        return Converted(item.key, tuple(members.get(field) for field in FIELDS), w * h)
+        members = {"json": json.dumps(about).encode(), image.kind: image.data}
+        findings = tuple(Finding(item.name, note.reason, note.kind) for note in notes)
+        row = tuple(members.get(field) for field in FIELDS)
+        return Converted(item.key, row, w * h, findings)

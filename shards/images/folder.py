@@ -1,25 +1,42 @@
 """A folder tree of images. The first folder below SOURCE is the class, as in the ImageFolder of
 torchvision (https://docs.pytorch.org/vision/stable/generated/torchvision.datasets.ImageFolder.html).
+
+If all folders below SOURCE have the names of splits, as in SOURCE/train/CLASS, the class is the
+folder below these, as in the ImageFolder of the datasets library.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from d2v_ds.data.checks import Finding
+from d2v_ds.data.headers import image_type
 from shards.family import Input, Sample
-from shards.images.layout import EXTENSIONS, ImageLayout, ImageOptions
+from shards.images.layout import EXTENSIONS, SPLITS, USUAL, ImageLayout, ImageOptions
 from shards.keys import make_key
 from shards.walking import extension_of, walk, wanted
 
+BESIDE = frozenset(
+    (".json", ".jsonl", ".txt", ".csv", ".tsv", ".xml", ".html", ".md", ".yaml", ".yml", ".npy",
+     ".npz", ".py", ".tar", ".gz", ".zip", ".parquet")
+)  # fmt: skip
+"""Extensions of files that lie beside images. They are not opened; there can be millions."""
 
+COPIES = frozenset((".bak", ".old", ".orig", ".tmp", ".part", ".thm", ".jpg_original"))
+"""Extensions of copies and thumbnails of images, which would be used twice."""
+
+
+@dataclass(frozen=True)
 class Folder(ImageLayout):
     name = "folder"
     help = "folder tree of images; class = the first folder below SOURCE"
     takes = "folder"
+
+    split: bool = False
+    """Whether the folders below SOURCE are splits, and the classes are below them."""
 
     @classmethod
     def recognises(cls, source: Path) -> bool:
@@ -28,19 +45,81 @@ class Folder(ImageLayout):
     @classmethod
     def open(cls, source: Path, options: ImageOptions) -> Folder:
         layout = super().open(source, options)
-        with os.scandir(source) as entries:
-            names = (e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-            return replace(layout, classes=tuple(sorted(names)))
+        top = _folders(source)
+        if top and all(name.lower() in SPLITS for name in top):
+            inner = [(name, below) for name in top for below in _folders(source / name)]
+            classes, empty = _classes(source, [os.path.join(*pair) for pair in inner])
+            remarks = _about_splits(source, top, classes) + _about_empty(source, empty)
+            names = tuple(sorted({os.path.basename(path) for path in classes}))
+            return replace(layout, classes=names, split=True, remarks=tuple(remarks))
+        classes, empty = _classes(source, top)
+        return replace(layout, classes=tuple(classes), remarks=tuple(_about_empty(source, empty)))
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
-        files = wanted(
-            self.root,
-            walk(self.root, findings),
-            lambda name: extension_of(name) in EXTENSIONS,
-            ", ".join(EXTENSIONS),
-            findings,
-        )
-        for path, _, size in files:
-            label, below, _ = path.partition(os.sep)
-            columns = {"label": label} if below else {}
-            yield Sample(make_key(os.path.splitext(path)[0]), (Input(path),), columns, size)
+        # The path in place of the name, because the content decides for unknown extensions.
+        files = (file._replace(name=file.path) for file in walk(self.root, findings))
+        own = wanted(self.root, files, lambda path: is_image(self.root, path), USUAL, findings)
+        for path, _, size in own:
+            stem, extension = os.path.splitext(path)
+            key = make_key(stem if extension.lower() in EXTENSIONS else path)
+            yield Sample(key, (Input(path),), self._columns(path), size)
+
+    def _columns(self, path: str) -> dict[str, str]:
+        columns = {}
+        *above, _ = path.split(os.sep)
+        if self.split and above:
+            columns["split"] = SPLITS[above.pop(0).lower()]
+        if above:
+            columns["label"] = above[0]
+        return columns
+
+
+def is_image(root: Path, path: str) -> bool:
+    """Whether a file is an image that can be read, by its extension, or by its content if the
+    extension is of no known type of file."""
+    extension = extension_of(path)
+    if extension in EXTENSIONS:
+        return True
+    if extension in BESIDE or extension in COPIES:
+        return False
+    try:
+        with (root / path).open("rb") as file:
+            found = image_type(file.read(16))
+    except OSError:
+        return False
+    # TIFF is also the container of raw photos and slides, of which Pillow reads only a thumbnail.
+    return bool(found) and (found != "tif" or not extension)
+
+
+def _folders(source: Path) -> list[str]:
+    with os.scandir(source) as entries:
+        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+
+
+def _classes(source: Path, names: list[str]) -> tuple[list[str], list[str]]:
+    """(folders that hold an image, folders that hold none), by their paths below SOURCE."""
+    found: tuple[list[str], list[str]] = ([], [])
+    for name in names:
+        below = source / name
+        holds = any(is_image(below, file.path) for file in walk(below))
+        found[0 if holds else 1].append(name)
+    return found
+
+
+def _about_empty(source: Path, empty: list[str]) -> list[str]:
+    if not empty:
+        return []
+    which = "the folders" if len(empty) > 1 else "the folder"
+    have = (
+        "have no sample and are no classes" if len(empty) > 1 else "has no sample and is no class"
+    )
+    return [f"{which} {', '.join(empty)} {have}"]
+
+
+def _about_splits(source: Path, top: list[str], classes: list[str]) -> list[str]:
+    what = "the class is the folder below them" if classes else "there are no classes below them"
+    return [
+        f"{', '.join(top)} {'are splits' if len(top) > 1 else 'is a split'}, not classes: {what}, "
+        "and one set holds all of them. To convert one split, give its folder as SOURCE, for "
+        f"example {source / top[0]}"
+    ]

@@ -12,10 +12,10 @@ from d2v_ds.data.checks import Finding
 from d2v_ds.data.tar_scan import Member
 from shards.family import Input, Sample
 from shards.images.layout import EXTENSIONS, ImageLayout, ImageOptions
-from shards.images.tars import first_tar, not_empty, tars_of
+from shards.images.tars import TAR, first_tar, not_empty, tars_of
 from shards.keys import make_key
 from shards.tars import sound_members
-from shards.walking import extension_of
+from shards.walking import NOT_READ
 
 
 def is_imagenet(tar: Path) -> bool:
@@ -61,24 +61,35 @@ class ImageNet(ImageLayout):
                 name = f"{self.source.name}, {tar.name}"
                 end = tar.offset + tar.size
                 members = sound_members(file, name, findings, tar.offset, end)
-                yield from _class_samples(self.source.name, Path(tar.name).stem, members)
+                yield from _class_samples(self.source.name, name, members, findings)
 
     def _separate(self, findings: list[Finding]) -> Iterator[Sample]:
         for tar in tars_of(self.source):
             with tar.open("rb") as file:
                 members = sound_members(file, tar.name, findings)
-                yield from _class_samples(tar.name, tar.stem, members)
+                yield from _class_samples(tar.name, tar.name, members, findings)
 
 
 def _inner_tars(source: Path, findings: list[Finding]) -> list[Member]:
+    inner = []
     with source.open("rb") as file:
-        members = sound_members(file, source.name, findings)
-        return [member for member in members if member.name.endswith(".tar")]
+        for member in sound_members(file, source.name, findings):
+            if member.name.endswith(TAR):
+                inner.append(member)
+            else:
+                findings.append(Finding(f"{source.name}, {member.name}", NOT_READ, "type"))
+    return inner
 
 
-def _class_samples(path: str, label: str, members: Iterable[Member]) -> Iterator[Sample]:
+def _class_samples(
+    path: str, name: str, members: Iterable[Member], findings: list[Finding]
+) -> Iterator[Sample]:
+    """name: of the tar of a class, in findings."""
+    label = Path(name.rpartition(", ")[2]).stem
     for member in members:
-        if extension_of(member.name) in EXTENSIONS:
-            stem = os.path.splitext(member.name)[0]
-            inputs = (Input(path, (member.offset, member.size)),)
-            yield Sample(make_key(f"{label}/{stem}"), inputs, {"label": label}, member.size)
+        stem, extension = os.path.splitext(member.name)
+        if extension.lower() not in EXTENSIONS:
+            findings.append(Finding(f"{name}, {member.name}", NOT_READ, "type"))
+            continue
+        inputs = (Input(path, (member.offset, member.size)),)
+        yield Sample(make_key(f"{label}/{stem}"), inputs, {"label": label}, member.size)

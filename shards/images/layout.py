@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
+from d2v_ds.errors import UserError, suggestion
 from shards.layout import Layout
 
+LABEL_KEY = "label"
+
 EXTENSIONS = (
-    *(".jpg", ".jpeg", ".png", ".webp"),
-    *(".bmp", ".ppm", ".pgm", ".tif", ".tiff"),  # converted to png
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp"),  # stored unchanged
+    *(".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm"),
+    *(".jp2", ".j2k", ".jpx", ".jpf", ".avif", ".tga", ".qoi", ".pcx", ".sgi"),
 )
+USUAL = "image (.jpg, .png, .webp, .gif, .tif, .bmp, ...)"  # for messages
+
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+    "eval": "test",
+}
+"""Names of folders and files that hold a split of a corpus, and the split."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +38,7 @@ class ImageOptions:
     """Options of d2v-shards images that layouts depend on."""
 
     image_key: str = "image"
-    label_key: str = "label"
+    label_key: str = LABEL_KEY
 
 
 @dataclass(frozen=True)
@@ -30,3 +50,14 @@ class ImageLayout(Layout[ImageOptions, bytes], abstract=True):
 
     classes: tuple[str, ...] = ()
     """Sorted, or in the order that the corpus defines; (): unknown."""
+
+    remarks: tuple[str, ...] = ()
+    """What a user must know about the corpus, one sentence each, for the console and index.json."""
+
+
+def check_label_key(source: Path, options: ImageOptions, columns: Iterable[str]) -> None:
+    """Raises UserError if a column is named by --label-key that the corpus does not have. Without
+    the default column there are no labels."""
+    key = options.label_key
+    if key != LABEL_KEY and key not in columns:
+        raise UserError(f"--label-key: {source} has no column {key!r}{suggestion(key, columns)}")

@@ -1,5 +1,6 @@
-"""A manifest: .csv or .tsv with a header line, or .jsonl. `path` is relative to the manifest; the
-other columns become columns of the samples."""
+"""A manifest: .csv or .tsv with a header line, .jsonl, or .json with an array of objects. `path` is
+relative to the manifest; the other columns become columns of the samples. CSV has quotes (RFC
+4180), TSV has none."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ from typing import Any
 from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError, suggestion
 from shards.family import Input, Sample
-from shards.images.layout import ImageLayout, ImageOptions
+from shards.images.labels import label_of, labelled
+from shards.images.layout import ImageLayout, ImageOptions, check_label_key
 from shards.keys import make_key
+from shards.tables import rows
 from shards.walking import extension_of, size_of
 
-EXTENSIONS = (".csv", ".tsv", ".jsonl")
+EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 
 
 class Manifest(ImageLayout):
     name = "manifest"
-    help = f"{', '.join(EXTENSIONS)} with a column `path`; class = the column of --label-key"
+    help = ".csv, .tsv, .jsonl or .json with `path`; class = the column of --label-key"
     takes = "file"
     uses = ("label_key",)
 
@@ -39,74 +42,96 @@ class Manifest(ImageLayout):
         if not cls.recognises(source):
             raise UserError(f"{source}: a manifest is a {', '.join(EXTENSIONS)} file")
         labels: set[str] = set()
-        empty = True
+        columns: set[str] = set()
         for row in _rows(source):
-            empty = False
-            if options.label_key in row:
-                labels.add(str(row[options.label_key]))
-        if empty:
+            columns |= row.keys()
+            label, _ = label_of(row.get(options.label_key))
+            labels.add(label)
+        if not columns:
             raise UserError(f"{source}: lists no images")
-        return replace(layout, classes=tuple(sorted(labels)))
+        check_label_key(source, options, columns)
+        return replace(layout, classes=tuple(sorted(labels - {""})))
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
-        label_key = self.options.label_key
         for row in _rows(self.source):
-            path = row["path"]
-            columns = {key: value for key, value in row.items() if key not in ("path", label_key)}
-            if label_key in row:
-                columns["label"] = str(row[label_key])
+            path = row.pop("path")
+            columns = labelled(row, self.options.label_key) if self.classes else row
             size = size_of(self.root / path)
             yield Sample(make_key(os.path.splitext(path)[0]), (Input(path),), columns, size)
 
 
 def _rows(source: Path) -> Iterator[dict[str, Any]]:
     """Raises UserError if the manifest is damaged or a row has no path."""
-    read = _json_rows if extension_of(source.name) == ".jsonl" else _csv_rows
+    extension = extension_of(source.name)
+    if extension == ".tsv":
+        yield from _with_path(source, rows(source, "path"))
+        return
+    read = _csv_rows if extension == ".csv" else _json_rows
     try:
         with source.open(encoding="utf-8-sig", newline="") as file:
-            for number, row in read(file, source):
-                path = row.get("path")
-                if not isinstance(path, str) or not path or "\0" in path:
-                    raise UserError(
-                        f"{source}, line {number}: has no `path`{suggestion('path', row)}"
-                    )
-                yield row
+            yield from _with_path(source, read(file, source))
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: is not UTF-8 ({error})") from None
 
 
+def _with_path(
+    source: Path, found: Iterable[tuple[int, Mapping[str, Any]]]
+) -> Iterator[dict[str, Any]]:
+    for number, row in found:
+        path = row.get("path")
+        if not isinstance(path, str) or not path or "\0" in path:
+            raise UserError(f"{source}, line {number}: has no `path`{suggestion('path', row)}")
+        yield dict(row)
+
+
 def _csv_rows(file: io.TextIOWrapper, source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row)."""
-    rows = csv.reader(file, delimiter="\t" if extension_of(source.name) == ".tsv" else ",")
+    table = csv.reader(file)
     try:
-        header = next(rows, [])
+        header = next(table, [])
         if "path" not in header or len(set(header)) != len(header):
             raise UserError(
                 f"{source}: the first line must name the columns, including `path`, without "
                 f"duplicates; found {', '.join(header) or 'none'}"
             )
-        for cells in rows:
+        for cells in table:
             if not cells:
                 continue
             if len(cells) != len(header):
                 raise UserError(
-                    f"{source}, line {rows.line_num}: {len(cells)} columns, but the header has "
+                    f"{source}, line {table.line_num}: {len(cells)} columns, but the header has "
                     f"{len(header)}"
                 )
-            yield rows.line_num, dict(zip(header, cells, strict=True))
+            yield table.line_num, dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise UserError(f"{source}, line {rows.line_num}: {error}") from None
+        raise UserError(f"{source}, line {table.line_num}: {error}") from None
 
 
 def _json_rows(file: io.TextIOWrapper, source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number, row)."""
+    """(line number, row); of an array, its elements are counted."""
+    if extension_of(source.name) == ".json" and file.read(1 << 12).lstrip().startswith("["):
+        file.seek(0)
+        yield from _elements(file.read().removeprefix("\ufeff"), source)
+        return
+    file.seek(0)
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{source}, line {number}: is not JSON ({error})") from None
         if not isinstance(row, dict):
             raise UserError(f"{source}, line {number}: is not a JSON object")
+        yield number, row
+
+
+def _elements(text: str, source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: is not JSON ({error})") from None
+    for number, row in enumerate(found, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{source}, element {number}: is not a JSON object")
         yield number, row

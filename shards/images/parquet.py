@@ -1,32 +1,40 @@
 """Parquet with an image column as Hugging Face stores it: a struct of bytes and path, and a label
 that is a name or the number of a class (https://huggingface.co/docs/hub/datasets-image).
 
-A sample of the plan is a row group.
+Every file has class names of its own, so numbers become names file by file. A sample of the plan is
+a row group.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from d2v_ds.data.checks import Finding
+from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.errors import UserError, suggestion
 from shards import parquet
 from shards.family import Item, Sample
 from shards.findings import of_error
-from shards.images.layout import ImageLayout, ImageOptions
+from shards.images.labels import NO_LABEL, labelled
+from shards.images.layout import SPLITS, ImageLayout, ImageOptions, check_label_key
 from shards.keys import make_key, part_key
 from shards.walking import extension_of
 
 
+@dataclass(frozen=True)
 class Parquet(ImageLayout):
     name = "parquet"
     help = "Parquet as Hugging Face stores images; class = the column of --label-key"
     uses = ("label_key", "image_key")
+
+    split: bool = False
+    """Whether there are several splits; then the split is a column of the samples."""
 
     @classmethod
     def recognises(cls, source: Path) -> bool:
@@ -36,23 +44,37 @@ class Parquet(ImageLayout):
 
     @classmethod
     def open(cls, source: Path, options: ImageOptions) -> Parquet:
-        """Reads the schema of the first readable file."""
+        """Reads the schemas of all files; the conversion reports the files that are damaged."""
         layout = super().open(source, options)
         key = options.image_key
+        classes: dict[str, None] = {}  # an ordered set
+        splits: Counter[str] = Counter()
+        columns: set[str] = set()
+        unread: set[str] = set()
         for file in layout._files():
             try:
                 table = parquet.open_table(file)
             except UserError:
                 raise
-            except ValueError:  # the conversion reports the reason
+            except ValueError:
                 continue
             names = table.schema_arrow.names
-            if key not in names:
+            if key not in names and not columns:
                 raise UserError(
                     f"--image-key: {file} has no column {key!r}{suggestion(key, names)}"
                 )
-            return replace(layout, classes=_class_names(table, options.label_key))
-        return layout
+            columns |= set(names)
+            unread |= set(parquet.binary_columns(table)) - {key}
+            classes |= dict.fromkeys(_class_names(table, options.label_key) or ())
+            splits[_split_of(file.relative_to(layout.root))] += table.metadata.num_rows
+        if columns:
+            check_label_key(source, options, columns)
+        remarks = _about_splits(splits) + [
+            f"the column {name} is not kept" for name in sorted(unread)
+        ]
+        return replace(
+            layout, classes=tuple(classes), split=len(splits) > 1, remarks=tuple(remarks)
+        )
 
     def _files(self) -> list[Path]:
         if not self.source.is_dir():
@@ -76,32 +98,75 @@ class Parquet(ImageLayout):
             table = parquet.open_table(self.root / part.path)
             names = table.schema_arrow.names
             if key not in names:
-                raise ValueError(f"has no column {key!r} (columns: {', '.join(names)})")
-            for number, row in parquet.rows(table, part, names):
+                raise Unusable("row", f"has no column {key!r} (columns: {', '.join(names)})")
+            classes = _class_names(table, self.options.label_key)
+            unread = set(parquet.binary_columns(table)) - {key}
+            split = _split_of(Path(part.path)) if self.split else ""
+            for number, row in parquet.rows(table, part, [n for n in names if n not in unread]):
                 name = f"{part.path}, row {number}"
                 image = row.pop(key)
                 data = image.get("bytes") if isinstance(image, dict) else image
-                if isinstance(data, bytes):
-                    yield Item(part_key(sample.key, number), name, data, self._columns(row))
-                else:
+                if not isinstance(data, bytes):
                     findings.append(Finding(name, f"{key!r} contains no bytes", "row"))
+                    continue
+                columns = self._columns(row, classes)
+                if split:
+                    columns.setdefault("split", split)
+                yield Item(part_key(sample.key, number), name, data, columns)
         except (ValueError, OSError) as error:
             findings.append(of_error(str(part), error))
 
-    def _columns(self, row: dict[str, Any]) -> dict[str, Any]:
-        columns = {k: v for k, v in row.items() if isinstance(v, str | int | float)}
-        label = columns.pop(self.options.label_key, None)
-        if label is not None:
-            is_number = isinstance(label, int) and 0 <= label < len(self.classes)
-            columns["label"] = self.classes[int(label)] if is_number else str(label)
-        return columns
+    def _columns(self, row: dict[str, Any], classes: tuple[str, ...] | None) -> dict[str, Any]:
+        """The columns of a row as JSON can hold them. classes: of its file; None: it states
+        none."""
+        key = self.options.label_key
+        columns = {
+            name: plain for name, value in row.items() if (plain := _plain(value)) is not None
+        }
+        if key not in row:
+            return columns
+        if classes is None and self.classes and not isinstance(row[key], str):
+            label = columns.pop(key, None)
+            reason = f"its file does not say which class its label {label} is"
+            return {k: v for k, v in columns.items() if k != "label"} | {NO_LABEL: reason}
+        return labelled(columns | {key: row[key]}, key, classes or (self.classes or None))
 
 
-def _class_names(table: Any, label_key: str) -> tuple[str, ...]:
-    """The class names that the datasets library stores in the schema; () if there are none."""
+def _plain(value: Any) -> Any:
+    """A value as JSON can hold it; None if it has no content."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    return str(value)  # dates, decimal numbers
+
+
+def _split_of(file: Path) -> str:
+    """The split that a path of a dataset of the Hub names (data/train-00000-of-00001.parquet,
+    default/train/0000.parquet); "": none."""
+    for name in (re.split(r"[-._]", file.name)[0], file.parent.name):
+        if name.lower() in SPLITS:
+            return SPLITS[name.lower()]
+    return ""
+
+
+def _about_splits(splits: Counter[str]) -> list[str]:
+    if len(splits) < 2:
+        return []
+    parts = [f"{name or 'no split'} {rows}" for name, rows in splits.items()]
+    return [
+        f"one set holds the rows of several splits ({', '.join(parts)}); to convert one, give its "
+        "file as SOURCE, or choose its files with --only, for example --only 'data/train-*'"
+    ]
+
+
+def _class_names(table: Any, label_key: str) -> tuple[str, ...] | None:
+    """The class names that the datasets library stores in the schema; None if there are none."""
     raw = (table.schema_arrow.metadata or {}).get(b"huggingface", b"")
     try:
         names = json.loads(raw)["info"]["features"][label_key]["names"]
     except (ValueError, KeyError, TypeError):
-        return ()
-    return tuple(map(str, names))
+        return None
+    return tuple(map(str, names)) if isinstance(names, list) else None

@@ -13,11 +13,13 @@ from d2v_ds.data.checks import Finding
 from shards.family import Input, Item, Sample
 from shards.findings import of_error
 from shards.images.imagenet import is_imagenet
+from shards.images.labels import NO_METADATA, labelled
 from shards.images.layout import EXTENSIONS, ImageLayout
 from shards.images.tars import first_tar, not_empty, tars_of
 from shards.keys import make_key
 from shards.tars import sound_members
 
+UNUSED = "is neither the image of its sample nor .cls, .json or .txt"
 ASIDE = "aside"  # column of a plan: fields of the inputs after the image, "cls", "json" or "txt"
 
 
@@ -41,15 +43,24 @@ class WebDataset(ImageLayout):
     def read(self, sample: Sample, findings: list[Finding]) -> Iterator[Item[bytes]]:
         """The image, with the columns that the other members of the sample hold."""
         image, *aside = sample.inputs
-        columns = dict(sample.columns)
-        kinds = columns.pop(ASIDE, "").split()
+        columns: dict[str, Any] = {}
+        kinds = sample.columns.get(ASIDE, "").split()
+        reasons = []
         try:
             for kind, item in zip(kinds, aside, strict=True):
-                columns |= _columns(kind, self.payload(item))
+                data = self.payload(item)
+                try:
+                    columns |= _columns(kind, data)
+                except ValueError as error:
+                    reasons.append(str(error))
             content = self.payload(image)
         except (ValueError, OSError) as error:
             findings.append(of_error(str(image), error))
             return
+        if "label" in columns:
+            columns = labelled(columns)
+        if reasons:
+            columns[NO_METADATA] = ", ".join(reasons)
         yield Item(sample.key, str(image), content, columns)
 
 
@@ -61,6 +72,9 @@ def _grouped(file: BinaryIO, name: str, findings: list[Finding]) -> Iterator[Sam
             findings.append(Finding(f"{name}, sample {key}", reason, "row"))
             continue
         aside = [kind for kind in ("json", "txt", "cls") if kind in members]
+        for kind in members:
+            if kind not in (images[0], *aside):
+                findings.append(Finding(f"{name}, {members[kind].name}", UNUSED, "unused"))
         found = [members[kind] for kind in (images[0], *aside)]
         inputs = tuple(Input(name, (member.offset, member.size)) for member in found)
         columns = {ASIDE: " ".join(aside)} if aside else {}

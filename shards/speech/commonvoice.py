@@ -16,7 +16,7 @@ from d2v_ds.errors import UserError
 from shards.family import Input, Sample
 from shards.keys import make_key
 from shards.speech.layout import AUDIO, SpeechLayout
-from shards.speech.tables import header, rows
+from shards.tables import header, rows
 from shards.walking import size_of
 
 DEFAULT = "validated.tsv"

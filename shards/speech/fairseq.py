@@ -17,7 +17,7 @@ from d2v_ds.errors import UserError
 from shards.family import Input, Sample
 from shards.keys import make_key
 from shards.speech.layout import SpeechLayout
-from shards.speech.tables import header, lines_of
+from shards.tables import header, lines_of
 from shards.walking import size_of
 
 

@@ -12,7 +12,7 @@ from d2v_ds.errors import UserError
 from shards.family import Input, Sample
 from shards.keys import make_key
 from shards.speech.layout import SpeechLayout
-from shards.speech.tables import rows
+from shards.tables import rows
 from shards.walking import extension_of, size_of
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from d2v_ds import seeding
-from d2v_ds.data import images
+from d2v_ds.data import image_files, images
 from tests.helpers.pictures import encoded, gradient
 
 
@@ -31,47 +29,6 @@ def smooth(w: int, h: int, seed: int = 0) -> Image.Image:
 
 def array(image: Image.Image) -> np.ndarray[Any, Any]:
     return np.asarray(image, dtype=float).transpose(2, 0, 1)
-
-
-# ---------------------------------------------------------------------------------------- decoding
-
-
-@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "CMYK"])
-def test_any_image_becomes_rgb(mode: str) -> None:
-    data = encoded(gradient(20, 10).convert(mode), "TIFF")
-    image = images.decode(data)
-    assert image.mode == "RGB" and image.size == (20, 10)
-    cropped = images.crop(images.open_image(data), (0, 0, 20, 10), 10)
-    assert cropped.dtype == np.uint8 and cropped.shape == (3, 10, 10)
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"", "cannot be read as an image"),
-        (b"\xff\xd8\xff nothing", "cannot be read as an image"),
-        (encoded(gradient(64, 64), "JPEG")[:400], "cannot be read as an image"),
-        (encoded(smooth(64, 64), "JPEG")[:-200], "cannot be read as an image"),
-    ],
-)
-def test_a_damaged_image_is_an_error(data: bytes, message: str) -> None:
-    for read in (images.decode, images.inspect, images.to_png):
-        with pytest.raises(ValueError, match=message):
-            read(data)
-    with pytest.raises(ValueError, match=message):
-        images.random_crop(images.open_image(data), 16, (0.2, 1.0), rng())
-
-
-def test_an_image_with_too_many_pixels_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    for read in (images.decode, images.open_image):
-        with pytest.raises(ValueError, match="has too many pixels"):
-            read(encoded(gradient(12, 12)))
-
-
-def test_converting_needs_no_torch() -> None:
-    code = "import sys; from d2v_ds.data import images; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # ------------------------------------------------------------------------------------------- crops
@@ -181,13 +138,13 @@ def test_centre_crop_for_evaluation() -> None:
 def test_large_jpegs_are_decoded_small(mode: str) -> None:
     whole = smooth(1024, 800).convert(mode)
     data = encoded(whole, "JPEG", quality=95)
-    image, box = images.open_image(data), (100, 40, 640, 600)
+    image, box = image_files.open_image(data), (100, 40, 640, 600)
     crop = images.crop(image, box, 100)
     assert image.size == (256, 200)  # a quarter of the size; 150 pixels become 100
-    slow = images.crop(images.decode(data), box, 100)
+    slow = images.crop(image_files.decode(data), box, 100)
     assert np.abs(crop.astype(float) - slow).mean() < 3  # the JPEG decoder's filter is not bicubic
     assert np.corrcoef(crop.reshape(-1), slow.reshape(-1))[0, 1] > 0.998
-    image = images.open_image(data)
+    image = image_files.open_image(data)
     images.crop(image, (0, 0, 199, 199), 100)
     assert image.size == (1024, 800)  # no gain below twice the size
 
@@ -239,21 +196,3 @@ def test_normalisation() -> None:
     std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
     assert scaled.dtype == torch.float32 and torch.equal(pixels, before)
     assert torch.equal(scaled, (pixels.float() / 255 - mean) / std)
-
-
-# ------------------------------------------------------------------------------------- converting
-
-
-@pytest.mark.parametrize(
-    ("kind", "extension"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("BMP", "bmp")]
-)
-def test_inspect(kind: str, extension: str) -> None:
-    assert images.inspect(encoded(smooth(30, 20), kind)) == (extension, 30, 20)
-
-
-def test_shrink() -> None:
-    for kind, extension in (("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("BMP", "png")):
-        data, w, h = images.shrink(encoded(gradient(90, 300), kind), 30)
-        assert images.inspect(data) == (extension, w, h) == (extension, 30, 100)
-        theirs = gradient(90, 300).resize((30, 100), Image.Resampling.BICUBIC)
-        assert np.abs(array(images.decode(data)) - array(theirs)).mean() < 3

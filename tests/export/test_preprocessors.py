@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 
-from d2v_ds.data import images
+from d2v_ds.data import image_files, images
 from d2v_ds.errors import UserError
 from d2v_ds.export.text import TextTokenizer, converted, open_tokenizer
 from d2v_ds.modalities.speech import normalised
@@ -206,7 +206,7 @@ def test_images_are_equal(kind: str, joint: Path) -> None:
     for size in SIZES:
         small = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
         data = encoded(Image.fromarray(small).resize(size, Image.Resampling.BICUBIC), kind)
-        crop = images.centre_crop(images.open_image(data), 16)
+        crop = images.centre_crop(image_files.open_image(data), 16)
         expected = images.normalise(torch.from_numpy(crop)[None])
         picture = Image.open(io.BytesIO(data))
         found = process(picture, return_tensors="pt")["pixel_values"]
@@ -223,7 +223,7 @@ def test_images_come_close_without_remote_code(joint: Path) -> None:
     assert type(process).__name__.startswith("ViTImageProcessor")
     pixels = np.random.default_rng(0).integers(0, 256, (36, 54, 3), dtype=np.uint8)
     data = encoded(Image.fromarray(pixels))
-    expected = images.centre_crop(images.open_image(data), 16)
+    expected = images.centre_crop(image_files.open_image(data), 16)
     normal = process(Image.open(io.BytesIO(data)), return_tensors="pt")["pixel_values"]
     levels = (normal - images.normalise(torch.from_numpy(expected)[None])).abs() * 255 * 0.229
     assert levels.max() <= 1.5

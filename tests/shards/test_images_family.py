@@ -24,12 +24,14 @@ from d2v_ds.loader.reading import read_samples
 from d2v_ds.modalities.vision import Vision, VisionConfig
 from shards.cli import main
 from shards.family import Converted
+from shards.findings import left_out
 from shards.images import LAYOUTS
 from shards.images.converter import ImageConverter
 from shards.images.folder import Folder
 from shards.images.layout import ImageLayout, ImageOptions
 from shards.images.parquet import Parquet
 from shards.layout import detect
+from tests.helpers.corpora import found, quarantine
 from tests.shards.pictures import picture
 
 FIELDS = ("jpg", "json", "png", "webp")
@@ -76,9 +78,9 @@ def contents(folder: Path) -> dict[str, tuple[dict[str, Any], str, bytes]]:
     return result
 
 
-def quarantine(folder: Path) -> dict[str, str]:
-    lines = (folder / "quarantine.jsonl").read_text().splitlines()
-    return {row["path"]: row["reason"] for row in map(json.loads, lines)}
+def kinds(folder: Path) -> dict[str, str]:
+    """{input that was left out: kind}."""
+    return {path: kind for path, (_, kind) in found(folder, "quarantine.jsonl").items()}
 
 
 # ------------------------------------------------------------------------------------------ folder
@@ -99,20 +101,20 @@ def test_a_folder_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         write(tmp_path / name, data)
     assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
     assert "layout folder" in capsys.readouterr().out
-    found = contents(tmp_path / "out")
-    assert set(found) == {"cat/1", "cat/deep/2", "dog/1", "dog/x", "dog/grey", "alone"}
+    read = contents(tmp_path / "out")
+    assert set(read) == {"cat/1", "cat/deep/2", "dog/1", "dog/x", "dog/grey", "alone"}
     for key, kind in (("cat/1", "jpg"), ("cat/deep/2", "jpg"), ("dog/1", "png"), ("dog/x", "webp")):
-        meta, made, data = found[key]
+        meta, made, data = read[key]
         assert made == kind and data == files[f"in/{meta['path']}"]
-    assert found["cat/deep/2"][0] == {
+    assert read["cat/deep/2"][0] == {
         "label": "cat",
         "path": "cat/deep/2.JPEG",
         "width": 20,
         "height": 12,
         "index": 0,
     }
-    assert found["dog/1"][0]["index"] == 1 and "label" not in found["alone"][0]
-    meta, kind, data = found["dog/grey"]
+    assert read["dog/1"][0]["index"] == 1 and "label" not in read["alone"][0]
+    meta, kind, data = read["dog/grey"]
     assert kind == "png"
     with Image.open(io.BytesIO(data)) as ours, Image.open(tmp_path / "in/dog/grey.bmp") as theirs:
         assert ours.tobytes() == theirs.tobytes()
@@ -154,15 +156,15 @@ def test_resize(tmp_path: Path) -> None:
     write(tmp_path / "in/tall.png", picture("PNG", (51, 333)))
     write(tmp_path / "in/wide.bmp", picture("BMP", (333, 51)))
     assert convert(tmp_path / "in", tmp_path / "out", "--resize", 50, "-j1") == 0
-    found = contents(tmp_path / "out")
-    assert found["small"][2] == small
+    read = contents(tmp_path / "out")
+    assert read["small"][2] == small
     sizes = {"large": (100, 50), "tall": (50, 326), "wide": (326, 50), "small": (40, 30)}
     for key, size in sizes.items():
-        meta, kind, data = found[key]
+        meta, kind, data = read[key]
         with Image.open(io.BytesIO(data)) as image:
             assert image.size == (meta["width"], meta["height"]) == size
             assert kind == {"JPEG": "jpg", "PNG": "png"}[str(image.format)]
-    with Image.open(io.BytesIO(large)) as image, Image.open(io.BytesIO(found["large"][2])) as ours:
+    with Image.open(io.BytesIO(large)) as image, Image.open(io.BytesIO(read["large"][2])) as ours:
         expected = image.resize((100, 50), Image.Resampling.BICUBIC)
         difference = np.asarray(expected, dtype=float) - np.asarray(ours, dtype=float)
     assert np.abs(difference).mean() < 4  # the error of JPEG on noise at quality 95
@@ -187,9 +189,9 @@ def test_imagenets_tar_of_tars(tmp_path: Path) -> None:
         assert detected(source) == "imagenet"
         out = tmp_path / f"out_{source.stem}"
         assert convert(source, out, "-j1") == 0
-        found = contents(out)
-        assert set(found) == {f"{name.split('_')[0]}/{name[:-5]}" for name in images}
-        for key, (meta, kind, data) in found.items():
+        read = contents(out)
+        assert set(read) == {f"{name.split('_')[0]}/{name[:-5]}" for name in images}
+        for key, (meta, kind, data) in read.items():
             name = key.split("/")[1]
             assert (kind, data) == ("jpg", images[f"{name}.JPEG"])
             assert meta["label"] == name.split("_")[0]
@@ -208,9 +210,9 @@ def test_manifests(tmp_path: Path) -> None:
     for name in ("a.csv", "b.tsv", "c.jsonl"):
         out = tmp_path / f"out_{name}"
         assert convert(tmp_path / name, out, "--label-key", "kind", "-j1") == 0
-        found = contents(out)
-        assert len(found) == 3
-        for key, (meta, _, data) in found.items():
+        read = contents(out)
+        assert len(read) == 3
+        for key, (meta, _, data) in read.items():
             assert data == (tmp_path / f"{key}.png").read_bytes()
             i = int(key[-1])
             assert (meta["label"], meta["index"]) == ("ab"[i % 2], i % 2)
@@ -233,11 +235,11 @@ def test_parquet_of_hugging_face(tmp_path: Path) -> None:
     schema = {"huggingface": json.dumps({"info": {"features": features}})}
     pq.write_table(table.replace_schema_metadata(schema), tmp_path / "a.parquet", row_group_size=2)
     assert convert(tmp_path, tmp_path.parent / "pq", "--image-key", "img", "-j1") == 0
-    found = contents(tmp_path.parent / "pq")
-    assert sorted(meta["caption"] for meta, _, _ in found.values()) == [
+    read = contents(tmp_path.parent / "pq")
+    assert sorted(meta["caption"] for meta, _, _ in read.values()) == [
         f"picture {i}" for i in range(5)
     ]
-    for meta, kind, image in found.values():
+    for meta, kind, image in read.values():
         i = int(meta["caption"][-1])
         assert (kind, image) == ("png", data[i]) and meta["path"] == f"a.parquet, row {i}"
         index = [0, 1, 1, 0, 1][i]
@@ -257,9 +259,9 @@ def test_webdataset_tars(tmp_path: Path) -> None:
     write_tar(tmp_path / "in/a-000000.tar", members)
     assert detected(tmp_path / "in") == "webdataset"
     assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
-    found = contents(tmp_path / "out")
+    read = contents(tmp_path / "out")
     for i in range(4):
-        meta, kind, data = found[f"x/{i}"]
+        meta, kind, data = read[f"x/{i}"]
         assert (kind, data) == ("jpg", members[f"x/{i}.jpg"])
         assert (meta["label"], meta["text"], meta["width"]) == (str(i % 2), f"a picture {i}", 20)
         assert meta.get("source") == ("web" if i else None)
@@ -276,14 +278,21 @@ def test_damaged_images_are_left_out_and_named(tmp_path: Path) -> None:
     write(tmp_path / "in/text.png", b"this is not an image")
     write(tmp_path / "in/wrong_name.png", good)
     assert convert(tmp_path / "in", tmp_path / "out", "--max-bad", "100%", "-j1") == 0
-    found = contents(tmp_path / "out")
-    assert {key: kind for key, (_, kind, _) in found.items()} == {
+    read = contents(tmp_path / "out")
+    assert {key: kind for key, (_, kind, _) in read.items()} == {
         "good": "jpg",
         "wrong_name": "jpg",
     }
     reasons = quarantine(tmp_path / "out")
     assert set(reasons) == {"cut.jpg", "empty.png", "text.png"}
-    assert all(reason.startswith("cannot be read as an image") for reason in reasons.values())
+    assert reasons["empty.png"] == "is empty"
+    assert reasons["text.png"] == "cannot be read as an image (no known format)"
+    assert reasons["cut.jpg"].startswith("cannot be read as an image (image file is truncated")
+    assert kinds(tmp_path / "out") == {
+        "cut.jpg": "truncated",
+        "empty.png": "empty",
+        "text.png": "format",
+    }
 
 
 def test_bad_metadata_of_an_image_is_named(tmp_path: Path) -> None:
@@ -297,14 +306,16 @@ def test_bad_metadata_of_an_image_is_named(tmp_path: Path) -> None:
         "d.jpg": picture("JPEG"),
     }
     write_tar(tmp_path / "a.tar", members)
-    assert convert(tmp_path / "a.tar", tmp_path / "out", "--max-bad", "100%", "-j1") == 0
-    assert list(contents(tmp_path / "out")) == ["d"]
-    reasons = sorted(quarantine(tmp_path / "out").values())
-    assert [reason[:18] for reason in reasons] == [
+    assert convert(tmp_path / "a.tar", tmp_path / "out", "-j1") == 0
+    assert sorted(contents(tmp_path / "out")) == ["a", "b", "c", "d"]
+    altered = found(tmp_path / "out", "notes.jsonl").values()
+    assert {kind for _, kind in altered} == {"no metadata"}
+    assert sorted(reason[:18] for reason, _ in altered) == [
         "its .json is damag",
         "its .json is not a",
         "its .txt is not UT",
     ]
+    assert all(reason.endswith(": kept without metadata") for reason, _ in altered)
 
 
 def test_the_conversion_continues_after_damage_in_a_tar(tmp_path: Path) -> None:
@@ -352,7 +363,7 @@ def test_a_sample_without_one_image_is_named(tmp_path: Path) -> None:
         ("a.jsonl", b"{", "line 1: is not JSON"),
         ("a.jsonl", b'{"path": 5}', "line 1: has no `path`"),
         ("a.zip", b"x", "its layout is not recognised; set --layout (imagenet, "),
-        ("folder/readme.md", b"x", "contains no .jpg, .jpeg, .png"),
+        ("folder/readme.md", b"x", "contains no image (.jpg, .png, .webp, .gif,"),
         ("missing", None, "no such file or folder"),
     ],
 )
@@ -420,8 +431,7 @@ def test_random_bytes_do_not_crash_the_conversion(
     write(root / "a.png", data)
     made = convert_all(Folder.open(root, ImageOptions()))
     samples = [one for one in made if one.members]
-    findings = [item for one in made for item in one.findings]
-    assert len(samples) + len(findings) == 1
+    assert len(samples) + len(left_out(item for one in made for item in one.findings)) == 1
     for one in samples:
         members = {
             name: member
