@@ -70,7 +70,7 @@ def read(arguments: argparse.Namespace) -> Corpus:
         ImageOptions(arguments.image_key, arguments.label_key),
     )
     for remark in layout.remarks:
-        print(f"{arguments.source}: {remark}")
+        print(f"{layout.source}: {remark}")
     options: dict[str, Any] = {"layout": layout.name, "resize": arguments.resize}
     options["encode"] = arguments.encode
     options |= {name.replace("_", "-"): getattr(layout.options, name) for name in layout.uses}

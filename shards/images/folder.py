@@ -49,11 +49,11 @@ class Folder(ImageLayout):
         if top and all(name.lower() in SPLITS for name in top):
             inner = [(name, below) for name in top for below in _folders(source / name)]
             classes, empty = _classes(source, [os.path.join(*pair) for pair in inner])
-            remarks = _about_splits(source, top, classes) + _about_empty(source, empty)
+            remarks = _about_splits(top, classes) + _about_empty(empty)
             names = tuple(sorted({os.path.basename(path) for path in classes}))
             return replace(layout, classes=names, split=True, remarks=tuple(remarks))
         classes, empty = _classes(source, top)
-        return replace(layout, classes=tuple(classes), remarks=tuple(_about_empty(source, empty)))
+        return replace(layout, classes=tuple(classes), remarks=tuple(_about_empty(empty)))
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         # The path in place of the name, because the content decides for unknown extensions.
@@ -106,20 +106,19 @@ def _classes(source: Path, names: list[str]) -> tuple[list[str], list[str]]:
     return found
 
 
-def _about_empty(source: Path, empty: list[str]) -> list[str]:
+def _about_empty(empty: list[str]) -> list[str]:
     if not empty:
         return []
-    which = "the folders" if len(empty) > 1 else "the folder"
-    have = (
-        "have no sample and are no classes" if len(empty) > 1 else "has no sample and is no class"
-    )
-    return [f"{which} {', '.join(empty)} {have}"]
+    names = ", ".join(empty)
+    if len(empty) == 1:
+        return [f"the folder {names} has no sample and is no class"]
+    return [f"the folders {names} have no sample and are no classes"]
 
 
-def _about_splits(source: Path, top: list[str], classes: list[str]) -> list[str]:
-    what = "the class is the folder below them" if classes else "there are no classes below them"
+def _about_splits(top: list[str], classes: list[str]) -> list[str]:
+    names = ", ".join(top) + (" are splits" if len(top) > 1 else " is a split")
+    what = "the class is the folder below" if classes else "there are no classes below"
     return [
-        f"{', '.join(top)} {'are splits' if len(top) > 1 else 'is a split'}, not classes: {what}, "
-        "and one set holds all of them. To convert one split, give its folder as SOURCE, for "
-        f"example {source / top[0]}"
+        f"{names}, not classes: {what}, and one set holds all of them. To convert one split, give "
+        f"its folder as SOURCE, for example SOURCE/{top[0]}"
     ]

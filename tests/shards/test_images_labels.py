@@ -1,0 +1,484 @@
+"""d2v-shards images: classes of every layout, images without a label, and splits."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shards.cli import main
+from shards.images.labels import NO_LABEL, label_of, labelled
+from tests.helpers.corpora import contents, found, put, put_tar, quarantine
+from tests.shards.pictures import picture
+from tests.shards.test_images_family import convert
+
+NAN, INFINITE = float("nan"), float("inf")
+
+
+def labels(folder: Path) -> dict[str, Any]:
+    """{key: label; None: without one}."""
+    return {key: sample["json"].get("label") for key, sample in contents(folder).items()}
+
+
+def index(folder: Path) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads((folder / "index.json").read_bytes())
+    return about
+
+
+def altered(folder: Path) -> dict[str, str]:
+    """{name of an image without a label: why}."""
+    result = {}
+    for name, (reason, kind) in found(folder, "notes.jsonl").items():
+        assert kind == "no metadata" and reason.endswith(": kept without a label")
+        result[name] = reason.removesuffix(": kept without a label")
+    return result
+
+
+# ------------------------------------------------------------------------------------------ values
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        ("cat", "cat"),
+        ("cat ", "cat"),
+        (" red door ", "red door"),
+        (1, "1"),
+        (1.0, "1"),
+        (0, "0"),
+        (1.5, "1.5"),
+        (True, "true"),
+        ("no", "no"),
+        ("none", "none"),
+        (None, ""),
+        (NAN, ""),
+        (INFINITE, ""),
+        ("", ""),
+        ("  ", ""),
+        ("nan", ""),
+        ("None", ""),
+        ("null", ""),
+        (-1, ""),
+        (-1.0, ""),
+        ("-1", ""),
+        (["cat"], ""),
+        ({"a": 1}, ""),
+    ],
+)
+def test_one_rule_for_labels(value: Any, label: str) -> None:
+    found, reason = label_of(value)
+    assert found == label and bool(reason) != bool(found)
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        (0, "dog"),
+        (1.0, "cat"),
+        ("cat", "cat"),
+        (-1, ""),
+        (2, ""),
+        ("bird", ""),
+        (None, ""),
+        (0.5, ""),
+    ],
+)
+def test_numbers_of_named_classes(value: Any, label: str) -> None:
+    assert label_of(value, ("dog", "cat"))[0] == label
+
+
+@given(st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+))  # fmt: skip
+def test_any_value_is_a_label_or_has_a_reason(value: Any) -> None:
+    columns = labelled({"label": value, "caption": "x"})
+    assert columns.pop("caption") == "x" and len(columns) == 1
+    [(name, text)] = columns.items()
+    assert name in ("label", NO_LABEL) and text.strip() == text != ""
+    assert name == NO_LABEL or text.lower() not in ("nan", "none", "null", "-1") or text == "none"
+
+
+# --------------------------------------------------------------------------------------- manifests
+
+
+ROWS: list[Any] = [None, "cat", "dog", 1, 1.0, True, NAN, ["cat"], "", "cat "]
+LABELS = [None, "cat", "dog", "1", "1", "true", None, None, None, "cat"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "lines.json", "a.ndjson"])
+def test_labels_of_json(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"path": f"{i}.png", "label": label} for i, label in enumerate(ROWS)]
+    rows.append({"path": "10.png"})
+    for i in range(11):
+        put(tmp_path / f"{i}.png", picture(seed=i))
+    array = json.dumps(rows, indent=1 if name == "a.json" else None)
+    put(tmp_path / name, array if name == "a.json" else "\n".join(map(json.dumps, rows)))
+    assert convert(tmp_path / name, tmp_path / "out", "-j1") == 0
+    assert "5 were altered (5 no metadata)" in capsys.readouterr().out
+    expected = {str(i): label for i, label in enumerate([*LABELS, None])}
+    assert labels(tmp_path / "out") == expected
+    assert index(tmp_path / "out")["classes"] == ["1", "cat", "dog", "true"]
+    assert altered(tmp_path / "out") == {
+        "0.png": "has no label",
+        "6.png": "has no label",
+        "7.png": "its label is neither text nor a number (['cat'])",
+        "8.png": "has no label (it is empty)",
+        "10.png": "has no label",
+    }
+    for sample in contents(tmp_path / "out").values():
+        assert ("index" in sample["json"]) == ("label" in sample["json"])
+
+
+QUOTES = ["a red door", '"open window', "a long road", '12" record', '"two birds', 'he said "no"']
+
+
+def test_tsv_has_no_quotes(tmp_path: Path) -> None:
+    rows = [f"{i}.png\tc{i % 2}\t{caption}" for i, caption in enumerate(QUOTES)]
+    put(tmp_path / "m.tsv", "path\tlabel\tcaption\n" + "\n".join(rows))
+    for i in range(len(QUOTES)):
+        put(tmp_path / f"{i}.png", picture(seed=i))
+    assert convert(tmp_path / "m.tsv", tmp_path / "out", "-j1") == 0
+    for key, sample in contents(tmp_path / "out").items():
+        meta = sample["json"]
+        assert (meta["caption"], meta["label"]) == (QUOTES[int(key)], f"c{int(key) % 2}")
+    assert index(tmp_path / "out")["inputs"] == len(QUOTES) == len(labels(tmp_path / "out"))
+
+
+def test_csv_has_quotes(tmp_path: Path) -> None:
+    put(
+        tmp_path / "m.csv",
+        'path,label,caption\n0.png,cat,"12"" record,\nred"\n1.png,,x\n2.png,nan,\n',
+    )
+    for i in range(3):
+        put(tmp_path / f"{i}.png", picture(seed=i))
+    assert convert(tmp_path / "m.csv", tmp_path / "out", "-j1") == 0
+    assert contents(tmp_path / "out")["0"]["json"]["caption"] == '12" record,\nred'
+    assert labels(tmp_path / "out") == {"0": "cat", "1": None, "2": None}
+    assert len(altered(tmp_path / "out")) == 2
+
+
+def test_a_label_key_that_no_row_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "0.png", picture())
+    manifest = put(tmp_path / "m.csv", "path,classes\n0.png,cat\n")
+    assert convert(manifest, tmp_path / "out", "--label-key", "clases", "-j1") == 2
+    line = capsys.readouterr().err
+    assert "--label-key" in line and "did you mean 'classes'?" in line
+    assert convert(manifest, tmp_path / "out", "-j1") == 0  # the default need not exist
+    assert labels(tmp_path / "out") == {"0": None} and altered(tmp_path / "out") == {}
+
+
+def test_a_manifest_that_is_another_kind_of_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for text, message in (
+        ("[1]", "element 1: is not a JSON object"),
+        ("[", "is not JSON"),
+        ("[{}]", "line 1: has no `path`"),
+        ("[]", "lists no images"),
+        ('{"images": []}', "has no `path`"),
+    ):
+        assert convert(put(tmp_path / "m.json", text), tmp_path / "out") == 2
+        line = capsys.readouterr().err
+        assert message in line and line.count("\n") == 1
+
+
+# ----------------------------------------------------------------------------------------- Parquet
+
+
+def parquet(path: Path, values: list[Any], names: list[str] | None = None, **columns: Any) -> Path:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [{"bytes": picture(seed=i), "path": f"{i}.png"} for i in range(len(values))]
+    table = pa.table({"image": images, "label": values, **columns})
+    features: dict[str, Any] = {"image": {"_type": "Image"}}
+    if names:
+        features["label"] = {"names": names, "_type": "ClassLabel"}
+        info = json.dumps({"info": {"features": features}})
+        table = table.replace_schema_metadata({"huggingface": info})
+    pq.write_table(table, path)
+    return path
+
+
+def by_row(folder: Path) -> dict[str, Any]:
+    """{row: label}."""
+    return {s["json"]["path"]: s["json"].get("label") for s in contents(folder).values()}
+
+
+def test_every_parquet_file_has_class_names_of_its_own(tmp_path: Path) -> None:
+    parquet(tmp_path / "in/a.parquet", [0, 1], ["cat", "dog"])
+    parquet(tmp_path / "in/b.parquet", [0, 1, 2], ["dog", "cat", "bird"])
+    parquet(tmp_path / "in/c.parquet", [0, 1])
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    assert by_row(tmp_path / "out") == {
+        "a.parquet, row 0": "cat",
+        "a.parquet, row 1": "dog",
+        "b.parquet, row 0": "dog",
+        "b.parquet, row 1": "cat",
+        "b.parquet, row 2": "bird",
+        "c.parquet, row 0": None,
+        "c.parquet, row 1": None,
+    }
+    assert index(tmp_path / "out")["classes"] == ["cat", "dog", "bird"]
+    for sample in contents(tmp_path / "out").values():
+        if "label" in sample["json"]:
+            names = ["cat", "dog", "bird"]
+            assert sample["json"]["index"] == names.index(sample["json"]["label"])
+    assert set(altered(tmp_path / "out").values()) == {
+        "its file does not say which class its label 0 is",
+        "its file does not say which class its label 1 is",
+    }
+
+
+def test_labels_that_are_no_class(tmp_path: Path) -> None:
+    values = [0, -1, None, 2, 1]
+    parquet(tmp_path / "in/a.parquet", values, ["cat", "dog"])
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    expected = ["cat", None, None, None, "dog"]
+    assert by_row(tmp_path / "out") == {f"a.parquet, row {i}": x for i, x in enumerate(expected)}
+    assert altered(tmp_path / "out") == {
+        "a.parquet, row 1": "has no label (-1)",
+        "a.parquet, row 2": "has no label",
+        "a.parquet, row 3": "its label 2 is none of the 2 classes",
+    }
+
+
+def test_labels_without_class_names(tmp_path: Path) -> None:
+    parquet(tmp_path / "in/a.parquet", [3, 0, -1])
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    assert by_row(tmp_path / "out") == {
+        "a.parquet, row 0": "3",
+        "a.parquet, row 1": "0",
+        "a.parquet, row 2": None,
+    }
+    assert "classes" not in index(tmp_path / "out")
+
+
+HUB = {
+    "data/train-00000-of-00002.parquet": "train",
+    "data/train-00001-of-00002.parquet": "train",
+    "data/validation-00000-of-00001.parquet": "validation",
+    "data/test-00000-of-00001.parquet": "test",
+}
+
+
+def test_splits_of_the_hub_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, split in HUB.items():
+        parquet(tmp_path / "in" / name, [-1, -1] if split == "test" else [0, 1], ["cat", "dog"])
+    parquet(tmp_path / "other/default/train/0000.parquet", [0], ["cat"])
+    parquet(tmp_path / "other/default/test/0000.parquet", [0], ["cat"])
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    text = capsys.readouterr().out
+    assert "the rows of several splits (test 2, train 4, validation 2)" in text
+    assert "--only 'data/train-*'" in text and "2 were altered (2 no metadata)" in text
+    splits = Counter(sample["json"]["split"] for sample in contents(tmp_path / "out").values())
+    assert splits == {"train": 4, "validation": 2, "test": 2}
+    [remark] = index(tmp_path / "out")["remarks"]
+    assert "several splits" in remark
+    assert convert(tmp_path / "in/data/train-00000-of-00002.parquet", tmp_path / "one", "-j1") == 0
+    assert "several" not in capsys.readouterr().out and "remarks" not in index(tmp_path / "one")
+    assert convert(tmp_path / "other", tmp_path / "out2", "-j1") == 0
+    assert "several splits (test 1, train 1)" in capsys.readouterr().out
+
+
+def test_columns_of_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {"captions": [["a", "b"]], "box": [{"x": 1}], "mask": [b"\xff\xd8"], "none": [None]}
+    parquet(tmp_path / "in/a.parquet", ["cat"], **more)
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    [sample] = contents(tmp_path / "out").values()
+    assert sample["json"]["captions"] == ["a", "b"] and sample["json"]["box"] == {"x": 1}
+    assert "mask" not in sample["json"] and "none" not in sample["json"]
+    assert "the column mask is not kept" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------- folders and tars
+
+
+def test_folders_without_an_image_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat/0.png", "dog/deep/0.png"):
+        put(tmp_path / "in" / name, picture())
+    put(tmp_path / "in/notes/readme.md", "text")
+    (tmp_path / "in/empty").mkdir()
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    text = capsys.readouterr().out
+    remark = "the folders empty, notes have no sample and are no classes"
+    assert f"{tmp_path / 'in'}: {remark}\n" in text and "(1 .md)" in text
+    assert index(tmp_path / "out")["classes"] == ["cat", "dog"]
+    assert index(tmp_path / "out")["remarks"] == [remark]
+    assert main(["stats", str(tmp_path / "out")]) == 0
+    assert remark in capsys.readouterr().out
+
+
+def test_a_class_whose_images_are_damaged_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "in/cat/0.png", picture())
+    put(tmp_path / "in/dog/0.png", picture()[:90])
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1", "--max-bad", "50%") == 0
+    assert index(tmp_path / "out")["classes"] == ["cat", "dog"]
+    capsys.readouterr()
+    assert main(["stats", str(tmp_path / "out")]) == 0
+    assert "classes without a sample: dog" in capsys.readouterr().out
+
+
+def imagenet_tree(root: Path) -> None:
+    """ROOT/train/CLASS and ROOT/val/CLASS."""
+    for split, number in (("train", 3), ("val", 2)):
+        for name in ("n01440764", "n01443537"):
+            for i in range(number):
+                put(root / split / name / f"{name}_{i}.JPEG", picture("JPEG", seed=i))
+
+
+def test_a_tree_with_train_and_val(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    imagenet_tree(tmp_path / "in")
+    for split, number in (("train", 3), ("val", 2)):
+        assert convert(tmp_path / "in" / split, tmp_path / split, "-j1") == 0
+        counts = Counter(labels(tmp_path / split).values())
+        assert counts == {"n01440764": number, "n01443537": number}
+        assert "split" not in capsys.readouterr().out.replace(str(tmp_path), "")
+    assert convert(tmp_path / "in", tmp_path / "both", "-j1") == 0
+    text = capsys.readouterr().out
+    assert "train, val are splits, not classes" in text and "SOURCE/train" in text
+    assert Counter(labels(tmp_path / "both").values()) == {"n01440764": 5, "n01443537": 5}
+    assert index(tmp_path / "both")["classes"] == ["n01440764", "n01443537"]
+    splits = Counter(s["json"]["split"] for s in contents(tmp_path / "both").values())
+    assert splits == {"train": 6, "validation": 4}
+
+
+def test_a_class_can_be_called_train(tmp_path: Path) -> None:
+    for name in ("train/0.png", "bus/0.png"):
+        put(tmp_path / "in" / name, picture())
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    assert labels(tmp_path / "out") == {"train/0": "train", "bus/0": "bus"}
+
+
+def test_labels_of_webdataset_tars(tmp_path: Path) -> None:
+    cls = {"a": b"3\n", "b": b"-1", "c": b"", "d": b" cat "}
+    members = []
+    for key, data in cls.items():
+        members += [(f"{key}.jpg", picture("JPEG")), (f"{key}.cls", data)]
+    members += [("e.jpg", picture("JPEG")), ("e.json", b'{"label": null, "caption": "x"}')]
+    members += [("f.jpg", picture("JPEG")), ("f.depth.npy", b"x"), ("f.seg.png", b"x")]
+    put_tar(tmp_path / "in/a.tar", members)
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    expected = {"a": "3", "b": None, "c": None, "d": "cat", "e": None, "f": None}
+    assert labels(tmp_path / "out") == expected
+    assert contents(tmp_path / "out")["e"]["json"]["caption"] == "x"
+    kinds = Counter(kind for _, kind in found(tmp_path / "out", "notes.jsonl").values())
+    assert kinds == {"no metadata": 3, "unused": 2}
+
+
+def test_members_of_imagenet_that_are_no_images(tmp_path: Path) -> None:
+    inner = put_tar(
+        tmp_path / "n1.tar", [("n1_0.JPEG", picture("JPEG")), ("n1_readme.txt", b"x")]
+    ).read_bytes()
+    put_tar(tmp_path / "all.tar", [("n1.tar", inner), ("LICENSE.txt", b"x")])
+    assert convert(tmp_path / "all.tar", tmp_path / "out", "-j1") == 0
+    assert labels(tmp_path / "out") == {"n1/n1_0": "n1"}
+    notes = found(tmp_path / "out", "notes.jsonl")
+    assert {name: kind for name, (_, kind) in notes.items()} == {
+        "all.tar, n1.tar, n1_readme.txt": "type",
+        "all.tar, LICENSE.txt": "type",
+    }
+
+
+# ----------------------------------------------------------------------------------- types of files
+
+
+def test_files_are_recognised_by_their_content(tmp_path: Path) -> None:
+    jpeg, gif = picture("JPEG"), picture("GIF")
+    used = {
+        "a.jfif": jpeg,
+        "b.JPG": jpeg,
+        "c.GIF": gif,
+        "d.png": jpeg,  # a wrong extension
+        "noext": jpeg,
+        "e.jpg_large": jpeg,
+        "f.tiff": picture("TIFF"),
+        "g.avif": picture("AVIF"),
+        "h.jp2": picture("JPEG2000"),
+        "i.mpo": jpeg,
+        "j.apng": picture(),
+        "v1.2 of it": picture("WEBP"),
+        "slide": picture("TIFF"),
+    }
+    passed = {
+        "raw.nef": picture("TIFF"),  # Pillow would read the thumbnail of a raw photo
+        "k.jpg.bak": jpeg,
+        "k.heic": b"\0\0\0\x18ftypheic",
+        "l.mp4": b"\0\0\0\x18ftypisom",
+        "README": b"text",
+        "m.txt": jpeg,
+        "n.svg": b"<svg/>",
+    }
+    for name, data in {**used, **passed}.items():
+        put(tmp_path / "in" / name, data)
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    assert {s["json"]["path"] for s in contents(tmp_path / "out").values()} == set(used)
+    notes = found(tmp_path / "out", "notes.jsonl")
+    assert {name: kind for name, (_, kind) in notes.items()} == dict.fromkeys(passed, "type")
+    assert quarantine(tmp_path / "out") == {}
+
+
+def test_one_format_in_a_set(tmp_path: Path) -> None:
+    for i, kind in enumerate(("JPEG", "PNG", "WEBP", "GIF")):
+        put(tmp_path / f"in/{i}.{kind.lower()}", picture(kind, seed=i))
+    for encode in ("jpg", "png"):
+        assert convert(tmp_path / "in", tmp_path / encode, "--encode", encode, "-j1") == 0
+        read = contents(tmp_path / encode)
+        assert [sample.keys() for sample in read.values()] == [{"json", encode}] * 4
+    assert contents(tmp_path / "jpg")["0"]["jpg"] == (tmp_path / "in/0.jpeg").read_bytes()
+    assert contents(tmp_path / "png")["1"]["png"] == (tmp_path / "in/1.png").read_bytes()
+
+
+# ---------------------------------------------------------------------------------------- messages
+
+
+def test_reasons_are_the_same_each_time(tmp_path: Path) -> None:
+    for i in range(4):
+        put(tmp_path / f"in/{i}.jpg", b"<html>not found</html>")
+    put(tmp_path / "in/ok.png", picture())
+    texts = []
+    for name in ("a", "b"):
+        assert convert(tmp_path / "in", tmp_path / name, "--max-bad", "99%", "-j1") == 0
+        texts.append((tmp_path / name / "quarantine.jsonl").read_bytes())
+    assert texts[0] == texts[1] and b"0x" not in texts[0]
+    assert set(quarantine(tmp_path / "a").values()) == {
+        "cannot be read as an image (no known format)"
+    }
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict", "latin-1"])
+def test_names_that_are_not_unicode(encoding: str, tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path / "in") + b"/caf\xe9"
+    os.makedirs(folder)
+    for i in range(2):
+        with open(folder + b"/%d.png" % i, "wb") as file:
+            file.write(picture(seed=i))
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    for arguments in (
+        ["images", tmp_path / "in", tmp_path / "out", "-j1"],
+        ["images", os.fsdecode(folder), tmp_path / "out2", "-j1"],
+        ["stats", tmp_path / "out"],
+        ["stats", "--markdown", tmp_path / "out"],
+        ["verify", tmp_path / "out", "-j1"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "shards.cli", *map(str, arguments)],
+            env=environment,
+            capture_output=True,
+        )
+        assert done.returncode == 0, done.stderr
+        if arguments[0] == "stats":
+            assert b"caf" in done.stdout
