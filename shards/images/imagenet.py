@@ -11,7 +11,7 @@ from pathlib import Path
 from d2v_ds.data.checks import Finding
 from d2v_ds.data.tar_scan import Member
 from shards.family import Input, Sample
-from shards.images.layout import EXTENSIONS, ImageLayout, ImageOptions
+from shards.images.layout import EXTENSIONS, ImageLayout, ImageOptions, pass_over_others
 from shards.images.tars import TAR, first_tar, not_empty, tars_of
 from shards.keys import make_key
 from shards.tars import sound_members
@@ -64,7 +64,10 @@ class ImageNet(ImageLayout):
                 yield from _class_samples(self.source.name, name, members, findings)
 
     def _separate(self, findings: list[Finding]) -> Iterator[Sample]:
-        for tar in tars_of(self.source):
+        tars = tars_of(self.source)
+        if self.source.is_dir():
+            pass_over_others(self.source, tars, findings)
+        for tar in tars:
             with tar.open("rb") as file:
                 members = sound_members(file, tar.name, findings)
                 yield from _class_samples(tar.name, tar.name, members, findings)

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError, suggestion
 from shards.layout import Layout
+from shards.walking import NOT_READ, walk
 
 LABEL_KEY = "label"
 
@@ -61,3 +63,11 @@ def check_label_key(source: Path, options: ImageOptions, columns: Iterable[str])
     key = options.label_key
     if key != LABEL_KEY and key not in columns:
         raise UserError(f"--label-key: {source} has no column {key!r}{suggestion(key, columns)}")
+
+
+def pass_over_others(folder: Path, used: Iterable[Path], findings: list[Finding]) -> None:
+    """Adds the files below a folder that are not used to `findings`."""
+    paths = {str(file.relative_to(folder)) for file in used}
+    for file in walk(folder, findings):
+        if file.path not in paths:
+            findings.append(Finding(file.path, NOT_READ, "type"))

@@ -22,9 +22,16 @@ from shards import parquet
 from shards.family import Item, Sample
 from shards.findings import of_error
 from shards.images.labels import NO_LABEL, labelled
-from shards.images.layout import SPLITS, ImageLayout, ImageOptions, check_label_key
+from shards.images.layout import (
+    SPLITS,
+    ImageLayout,
+    ImageOptions,
+    check_label_key,
+    pass_over_others,
+)
 from shards.keys import make_key, part_key
-from shards.walking import extension_of
+from shards.parquet import EXTENSION
+from shards.walking import extension_of, folders, walk
 
 
 @dataclass(frozen=True)
@@ -39,8 +46,8 @@ class Parquet(ImageLayout):
     @classmethod
     def recognises(cls, source: Path) -> bool:
         if source.is_dir():
-            return next(source.rglob(f"*{parquet.EXTENSION}"), None) is not None
-        return extension_of(source.name) == parquet.EXTENSION
+            return any(extension_of(n) == EXTENSION for _, names in folders(source) for n in names)
+        return extension_of(source.name) == EXTENSION
 
     @classmethod
     def open(cls, source: Path, options: ImageOptions) -> Parquet:
@@ -79,13 +86,17 @@ class Parquet(ImageLayout):
     def _files(self) -> list[Path]:
         if not self.source.is_dir():
             return [self.source]
-        files = sorted(self.source.rglob(f"*{parquet.EXTENSION}"))
+        names = (file.path for file in walk(self.source) if extension_of(file.name) == EXTENSION)
+        files = sorted(self.source / name for name in names)
         if not files:
-            raise UserError(f"{self.source}: contains no {parquet.EXTENSION} file")
+            raise UserError(f"{self.source}: contains no {EXTENSION} file")
         return files
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
-        for file in self._files():
+        files = self._files()
+        if self.source.is_dir():
+            pass_over_others(self.source, files, findings)
+        for file in files:
             groups = parquet.row_groups(self.root, str(file.relative_to(self.root)))
             for i, (part, size) in enumerate(groups):
                 yield Sample(make_key(f"{os.path.splitext(part.path)[0]}-{i}"), (part,), {}, size)

@@ -14,7 +14,7 @@ from shards.family import Input, Item, Sample
 from shards.findings import of_error
 from shards.images.imagenet import is_imagenet
 from shards.images.labels import NO_METADATA, labelled
-from shards.images.layout import EXTENSIONS, ImageLayout
+from shards.images.layout import EXTENSIONS, ImageLayout, pass_over_others
 from shards.images.tars import first_tar, not_empty, tars_of
 from shards.keys import make_key
 from shards.tars import sound_members
@@ -36,7 +36,10 @@ class WebDataset(ImageLayout):
         yield from not_empty(self._samples(findings), self.source)
 
     def _samples(self, findings: list[Finding]) -> Iterator[Sample]:
-        for tar in tars_of(self.source):
+        tars = tars_of(self.source)
+        if self.source.is_dir():
+            pass_over_others(self.source, tars, findings)
+        for tar in tars:
             with tar.open("rb") as file:
                 yield from _grouped(file, tar.name, findings)
 
