@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import queue
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 
@@ -157,7 +157,7 @@ class Loader:
             samples=sum(map(len, step.lots)),
             units=step.units,
             cursor={**step.cursor, "set": self.set_id},
-            bad=len(bad),
+            bad=Counter(each.kind for each in bad),
         )
         return batch, pending
 
