@@ -6,13 +6,17 @@ import json
 import os
 import pickle
 import re
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from d2v_ds.data import checks
 from d2v_ds.data.checks import Finding
+from d2v_ds.data.shard_format import open_set
 from d2v_ds.errors import UserError
+from d2v_ds.loader.loader import Loader
+from d2v_ds.modalities.speech import Speech, SpeechConfig
 from shards import findings, walking
 from shards.cli import main
 from tests.helpers.corpora import notes, put, quarantine, recording
@@ -141,6 +145,13 @@ def test_the_lists_and_counts_of_a_set(tmp_path: Path, capsys: pytest.CaptureFix
     about = json.loads((out / "index.json").read_text())
     assert about["passed_over"] == {"hidden": 1, "without extension": 1, ".docx": 1}
     assert sum(about["left_out"].values()) == about["quarantined"] == 1
+    found = checks.summary(about)
+    kind, passed = *about["left_out"], "3 passed over (1 hidden, 1 without extension, 1 .docx)"
+    assert found == f"conversion: 1 left out (1 {kind}), {passed}"
+    config = SpeechConfig(min_seconds=0.1, crop_seconds=0.1)
+    loader = Loader(open_set(out), Speech(config), seed=0, size=1, micro_batches=1, rank=0, world=1)
+    with closing(loader):
+        assert loader.describe().endswith(f"; {found}")
     assert main(["stats", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "Passed over\n  hidden             1\n  without extension  1\n  .docx" in shown
