@@ -81,11 +81,15 @@ def report(out: Path, about: Mapping[str, Any]) -> list[str]:
             f"{about['quarantined']} of {about['inputs']} inputs were left out"
             f"{listed(about.get('left_out', {}))}; the reasons are in {out / QUARANTINE_FILE}"
         )
-    for entry, what in (("passed_over", "files were passed over"), ("altered", "were altered")):
+    for entry, noun, what in (
+        ("passed_over", "file", "passed over"),
+        ("altered", "input", "altered"),
+    ):
         number = sum(about.get(entry, {}).values())
         if number:
+            were = f"{noun} was" if number == 1 else f"{noun}s were"
             lines.append(
-                f"{number} {what}{listed(about[entry])}; they are listed in {out / NOTES_FILE}"
+                f"{number} {were} {what}{listed(about[entry])}; the list is in {out / NOTES_FILE}"
             )
     return lines
 
