@@ -123,7 +123,7 @@ def test_labels_of_json(name: str, tmp_path: Path, capsys: pytest.CaptureFixture
     array = json.dumps(rows, indent=1 if name == "a.json" else None)
     put(tmp_path / name, array if name == "a.json" else "\n".join(map(json.dumps, rows)))
     assert convert(tmp_path / name, tmp_path / "out", "-j1") == 0
-    assert "5 were altered (5 no metadata)" in capsys.readouterr().out
+    assert "5 inputs were altered (5 no metadata)" in capsys.readouterr().out
     expected = {str(i): label for i, label in enumerate([*LABELS, None])}
     assert labels(tmp_path / "out") == expected
     assert index(tmp_path / "out")["classes"] == ["1", "cat", "dog", "true"]
@@ -279,7 +279,7 @@ def test_splits_of_the_hub_are_told(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
     text = capsys.readouterr().out
     assert "the rows of several splits (test 2, train 4, validation 2)" in text
-    assert "--only 'data/train-*'" in text and "2 were altered (2 no metadata)" in text
+    assert "--only 'data/train-*'" in text and "2 inputs were altered (2 no metadata)" in text
     splits = Counter(sample["json"]["split"] for sample in contents(tmp_path / "out").values())
     assert splits == {"train": 4, "validation": 2, "test": 2}
     [remark] = index(tmp_path / "out")["remarks"]
