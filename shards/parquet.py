@@ -11,6 +11,7 @@ from shards.family import Input
 
 EXTENSION = ".parquet"
 BATCH = 64  # rows that are decoded at a time
+BUFFER = 1 << 20  # bytes of a column that are read at a time
 
 
 def open_table(path: Path) -> Any:
@@ -21,7 +22,8 @@ def open_table(path: Path) -> Any:
     except ImportError:
         raise UserError(f"{path}: Parquet needs pyarrow; run `pip install pyarrow`") from None
     try:
-        return pyarrow.parquet.ParquetFile(path)
+        # Without these two options, all of a row group is read at once.
+        return pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"is not a Parquet file ({first_line(error)})") from None
 

@@ -10,10 +10,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards import parquet as parquet_files
 from shards.cli import main
 from shards.images.labels import NO_LABEL, label_of, labelled
 from tests.helpers.corpora import contents, found, put, put_tar, quarantine
@@ -298,6 +300,22 @@ def test_columns_of_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert sample["json"]["captions"] == ["a", "b"] and sample["json"]["box"] == {"x": 1}
     assert "mask" not in sample["json"] and "none" not in sample["json"]
     assert "the column mask is not kept" in capsys.readouterr().out
+
+
+def test_a_large_row_group_is_not_read_at_once(tmp_path: Path) -> None:
+    """A group of 50 MB in pages of 1 MB."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    noise = np.random.default_rng(0)
+    table = pa.table({"image": [{"bytes": noise.bytes(100_000)} for _ in range(500)]})
+    pq.write_table(table, tmp_path / "a.parquet", write_batch_size=10, compression=None)
+    del table
+    [(part, size)] = parquet_files.row_groups(tmp_path, "a.parquet")
+    before, most, number = pa.total_allocated_bytes(), 0, 0
+    for _ in parquet_files.rows(parquet_files.open_table(tmp_path / "a.parquet"), part, ["image"]):
+        most = max(most, pa.total_allocated_bytes() - before)
+        number += 1
+    assert number == 500 and size > 50_000_000 and most < size / 3
 
 
 # -------------------------------------------------------------------------------- folders and tars
