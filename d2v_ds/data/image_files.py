@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
 from d2v_ds.data.checks import Note, Unusable
 from d2v_ds.data.headers import image_type
@@ -35,6 +35,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000"
 
 KINDS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 """Formats that a set holds unchanged, and their extensions."""
+
+OPTIONAL = {"avif": "avif", "jp2": "jpg_2000", "webp": "webp"}
+"""Extensions of formats that some builds of Pillow lack, and Pillow's name of the feature."""
 
 PLAIN = frozenset(("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"))
 """Pillow's modes with 8 bits per channel and without transparency, apart from `info`."""
@@ -57,7 +60,7 @@ TAGGED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "Raw prof
 
 # What the plugins of Pillow raise for damaged files.
 ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError,
-          ArithmeticError, NotImplementedError, struct.error)  # fmt: skip
+          ArithmeticError, RuntimeError, MemoryError, struct.error)  # fmt: skip
 
 
 @contextmanager
@@ -153,11 +156,14 @@ def _open(data: bytes) -> Image.Image:
         with pillow():
             return Image.open(io.BytesIO(data), formats=FORMATS)
     except Unusable as error:
-        if error.kind == "format" and image_type(data[:16]):
-            raise Unusable(
-                "damaged", "cannot be read as an image (its header is damaged or truncated)"
-            ) from None
-        raise
+        name = image_type(data[:16])
+        if error.kind != "format" or not name:
+            raise
+    if name in OPTIONAL and not features.check(OPTIONAL[name]):
+        raise Unusable(
+            "format", f"is {name}, which this Pillow cannot read; run `pip install -U pillow`"
+        )
+    raise Unusable("damaged", "cannot be read as an image (its header is damaged or truncated)")
 
 
 def _check(image: Image.Image) -> None:
@@ -306,8 +312,9 @@ def _narrow(image: Image.Image, data: bytes, notes: list[Note]) -> Image.Image:
     tiles = _tiles(_open(data))
     image.load()
     high = np.asarray(image)
-    low = _low_bytes(data, tiles) if high[..., :3].max() < 1 << 6 else None
-    if low is None or low.shape != high.shape or high.shape[2] > 4:
+    few = image.mode in ("RGB", "RGBA") and high[..., :3].max() < 1 << 6
+    low = _low_bytes(data, tiles) if few else None
+    if low is None or low.shape != high.shape:
         notes.append(Note("depth", "16 bits per channel became 8 bits"))
         return image.convert("RGBA" if _has_transparency(image) else "RGB")
     values = high.astype(np.uint16) << 8 | low
@@ -378,14 +385,19 @@ def stored(data: bytes, shorter: int | None = None, encode: str = "") -> Stored:
 
 
 def encoded(image: Image.Image, kind: str) -> bytes:
-    """An RGB image as the bytes of a file."""
+    """An RGB image as the bytes of a file. Raises Unusable if the format has no images as wide or
+    high as this one."""
     file = io.BytesIO()
-    if kind == "jpg":
-        image.save(file, "JPEG", quality=95, subsampling=0)
-    elif kind == "webp":
-        image.save(file, "WEBP", quality=95)
-    else:
-        image.save(file, "PNG")
+    try:
+        if kind == "jpg":
+            image.save(file, "JPEG", quality=95, subsampling=0)
+        elif kind == "webp":
+            image.save(file, "WEBP", quality=95)
+        else:
+            image.save(file, "PNG")
+    except (OSError, ValueError) as error:
+        w, h = image.size
+        raise Unusable("size", f"{w} x {h} pixels are too many for {kind} ({error})") from None
     return file.getvalue()
 
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from d2v_ds.batch import Batch
+from d2v_ds.data.checks import Unusable
 from d2v_ds.data.headers import HeaderReader
 from d2v_ds.student import DecoderConfig, ExtraTokens, FrontEnd
 from d2v_ds.transformer import TransformerConfig
@@ -286,10 +287,13 @@ REQUIRED = ("name", "batch_unit", "length_unit", "extensions", "Config")
 
 
 def metadata(members: Mapping[str, bytes]) -> dict[str, Any]:
-    """The .json of a sample; {} if it has none. Raises ValueError if it is not a JSON object."""
-    found = json.loads(members.get("json", b"{}"))
+    """The .json of a sample; {} if it has none. Raises Unusable if it is not a JSON object."""
+    try:
+        found = json.loads(members.get("json", b"{}"))
+    except (ValueError, RecursionError) as error:
+        raise Unusable("row", f"json: is damaged ({error})") from None
     if not isinstance(found, dict):
-        raise ValueError("json: is not an object")
+        raise Unusable("row", "json: is not an object")
     return found
 
 

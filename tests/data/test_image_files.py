@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from d2v_ds.data import image_files, images
 from d2v_ds.data.checks import ALTERED, LEFT_OUT, Unusable
@@ -58,7 +58,10 @@ def kind_of(data: bytes) -> str:
 
 
 SMOOTH = gradient(640, 480).resize((64, 48))
-WHOLE = {kind: encoded(SMOOTH, kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")}
+WHOLE = {
+    kind: encoded(SMOOTH, kind)
+    for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF", "JPEG2000")
+}
 
 
 @pytest.mark.parametrize("mode", ["1", "RGB", "L", "P", "LA", "RGBA", "CMYK", "YCbCr"])
@@ -84,6 +87,10 @@ def test_any_image_becomes_rgb(mode: str) -> None:
         (WHOLE["BMP"][:-500], "truncated"),
         (WHOLE["PNG"][:60] + bytes(20) + WHOLE["PNG"][80:], "damaged"),
         (WHOLE["WEBP"][:40], "damaged"),
+        (WHOLE["AVIF"][:-100], "truncated"),
+        (WHOLE["AVIF"][:60], "damaged"),
+        (WHOLE["JPEG2000"][: len(WHOLE["JPEG2000"]) // 2], "damaged"),
+        (WHOLE["JPEG2000"][:30], "damaged"),
     ],
 )
 def test_every_reader_rejects_the_same_images(data: bytes, kind: str) -> None:
@@ -125,6 +132,23 @@ def test_a_jpeg_is_checked_to_its_end() -> None:
             assert outcomes[0] == outcomes[1], (options, end)
 
 
+def test_a_format_that_this_pillow_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_files, "FORMATS", ("JPEG", "PNG"))
+    monkeypatch.setattr(features, "check", lambda name: name not in ("avif", "webp"))
+    for kind in ("AVIF", "WEBP"):
+        with pytest.raises(
+            Unusable, match=f"is {kind.lower()}, .*`pip install -U pillow`"
+        ) as error:
+            decode(WHOLE[kind])
+        assert error.value.kind == "format"
+
+
+def test_an_image_that_is_too_long_for_its_new_format() -> None:
+    with pytest.raises(Unusable, match="70000 x 1 pixels are too many for jpg") as error:
+        stored(encoded(Image.new("L", (70_000, 1))), encode="jpg")
+    assert error.value.kind == "size"
+
+
 def test_converting_needs_no_torch() -> None:
     code = "import sys; from d2v_ds.data import images; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -164,6 +188,20 @@ def pnm(values: Array, largest: int) -> bytes:
     )
 
 
+def raw_tiff(values: Array) -> bytes:
+    """A TIFF of 16 bits per channel, values [h, w, 3], uncompressed, little-endian."""
+    h, w = values.shape[:2]
+    pixels = values.astype("<u2").tobytes()
+    start = 8 + 2 + 12 * 9 + 4
+    longs = {256: w, 257: h, 273: start + 6, 278: h, 279: len(pixels)}
+    shorts = {258: start, 259: 1, 262: 2, 277: 3}
+    entries = [(tag, 4, 1, value) for tag, value in longs.items()]
+    entries += [(tag, 3, 3 if tag == 258 else 1, value) for tag, value in shorts.items()]
+    rows = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + rows + bytes(4)
+    return head + struct.pack("<3H", 16, 16, 16) + pixels
+
+
 def rgb(values: Array) -> Array:
     return np.stack([values] * 3, -1)
 
@@ -186,6 +224,8 @@ DEEP = {
     "tiff, float 255": encoded(Image.fromarray((RAMP * 255).astype(np.float32)), "TIFF"),
     "pgm": pnm(deep(16), 65535),
     "pgm, 12 bits": pnm(deep(12), 4095),
+    "tiff rgb, 12 bits": raw_tiff(rgb(deep(12))),
+    "tiff rgb": raw_tiff(rgb(deep(16))),
     "ppm": pnm(rgb(deep(16)), 65535),
     "ppm, 12 bits": pnm(rgb(deep(12)), 4095),
     "jpeg 2000": encoded(Image.fromarray(deep(16)), "JPEG2000"),

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from d2v_ds.data.checks import Unusable
 from d2v_ds.data.shard_format import open_set
 from d2v_ds.errors import UserError
 from d2v_ds.loader.reading import read_samples
@@ -443,9 +444,17 @@ def test_random_bytes_do_not_crash_the_conversion(
 
 def test_check(tmp_path: Path) -> None:
     assert Vision.check_sample({"png": picture(), "json": b"{}"}, {}) == 240
-    with pytest.raises(ValueError, match="has 2 images, expected one"):
-        Vision.check_sample({"png": picture(), "jpg": picture("JPEG")}, {})
-    with pytest.raises(ValueError, match="json: is not an object"):
-        Vision.check_sample({"png": picture(), "json": b"[]"}, {})
+    modality = Vision(VisionConfig(image_size=16, patch_size=4))
+    for members, number in (({"png": picture(), "jpg": picture("JPEG")}, 2), ({"cls": b"1"}, 0)):
+        for read in (
+            lambda m: Vision.check_sample(m, {}),
+            lambda m: modality.decode(m, None),
+        ):
+            with pytest.raises(Unusable, match=f"has {number} images, expected one") as error:
+                read(members)
+            assert error.value.kind == "row"
+    for text, message in ((b"[]", "json: is not an object"), (b"{", "json: is damaged")):
+        with pytest.raises(Unusable, match=message):
+            Vision.check_sample({"png": picture(), "json": text}, {})
     with pytest.raises(ValueError, match="cannot be read as an image"):
         Vision.check_sample({"png": picture()[:100]}, {})
