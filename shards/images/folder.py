@@ -15,7 +15,7 @@ from pathlib import Path
 from d2v_ds.data.checks import Finding
 from d2v_ds.data.headers import image_type
 from shards.family import Input, Sample
-from shards.images.layout import EXTENSIONS, SPLITS, USUAL, ImageLayout, ImageOptions
+from shards.images.layout import EXTENSIONS, USUAL, ImageLayout, ImageOptions, split_of
 from shards.keys import make_key
 from shards.walking import extension_of, walk, wanted
 
@@ -45,15 +45,18 @@ class Folder(ImageLayout):
     @classmethod
     def open(cls, source: Path, options: ImageOptions) -> Folder:
         layout = super().open(source, options)
-        top = _folders(source)
-        if top and all(name.lower() in SPLITS for name in top):
-            inner = [(name, below) for name in top for below in _folders(source / name)]
-            classes, empty = _classes(source, [os.path.join(*pair) for pair in inner])
-            remarks = _about_splits(top, classes) + _about_empty(empty)
-            names = tuple(sorted({os.path.basename(path) for path in classes}))
-            return replace(layout, classes=names, split=True, remarks=tuple(remarks))
-        classes, empty = _classes(source, top)
-        return replace(layout, classes=tuple(classes), remarks=tuple(_about_empty(empty)))
+        classes, empty = _with_images(source, _folders(source))
+        remarks = _about_empty(empty)
+        if not classes or not all(map(split_of, classes)):
+            remarks += _about_names(source, classes)
+            return replace(layout, classes=tuple(classes), remarks=tuple(remarks))
+        inner = [
+            os.path.join(split, name) for split in classes for name in _folders(source / split)
+        ]
+        found, empty = _with_images(source, inner)
+        remarks += _about_empty(empty) + _about_splits(classes, found)
+        names = tuple(sorted({os.path.basename(path) for path in found}))
+        return replace(layout, classes=names, split=True, remarks=tuple(remarks))
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         # The path in place of the name, because the content decides for unknown extensions.
@@ -68,7 +71,7 @@ class Folder(ImageLayout):
         columns = {}
         *above, _ = path.split(os.sep)
         if self.split and above:
-            columns["split"] = SPLITS[above.pop(0).lower()]
+            columns["split"] = split_of(above.pop(0))
         if above:
             columns["label"] = above[0]
         return columns
@@ -96,7 +99,7 @@ def _folders(source: Path) -> list[str]:
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _classes(source: Path, names: list[str]) -> tuple[list[str], list[str]]:
+def _with_images(source: Path, names: list[str]) -> tuple[list[str], list[str]]:
     """(folders that hold an image, folders that hold none), by their paths below SOURCE."""
     found: tuple[list[str], list[str]] = ([], [])
     for name in names:
@@ -113,6 +116,20 @@ def _about_empty(empty: list[str]) -> list[str]:
     if len(empty) == 1:
         return [f"the folder {names} has no sample and is no class"]
     return [f"the folders {names} have no sample and are no classes"]
+
+
+def _about_names(source: Path, classes: list[str]) -> list[str]:
+    """A remark about classes that may be none."""
+    if len({split_of(name) for name in classes} - {""}) > 1:
+        names = ", ".join(filter(split_of, classes))
+        return [f"{names} are classes although they have names of splits"]
+    if len(classes) == 1 and (below := _folders(source / classes[0])):
+        return [
+            f"all images below the folder {classes[0]} are one class; if the folders in it are the "
+            f"classes ({', '.join(below[:3])}{', ...' if below[3:] else ''}), give "
+            f"SOURCE/{classes[0]} as SOURCE"
+        ]
+    return []
 
 
 def _about_splits(top: list[str], classes: list[str]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from d2v_ds.data.checks import Finding
 from d2v_ds.data.tar_scan import Member
+from d2v_ds.errors import UserError
 from shards.family import Input, Sample
 from shards.images.layout import EXTENSIONS, ImageLayout, ImageOptions, pass_over_others
 from shards.images.tars import TAR, first_tar, not_empty, tars_of
@@ -45,6 +46,8 @@ class ImageNet(ImageLayout):
         layout = super().open(source, options)
         tars = tars_of(source)
         inner = _inner_tars(source, []) if source.is_file() else []
+        if source.is_dir():
+            _check_classes(source, tars)
         if inner:
             names = sorted(Path(member.name).stem for member in inner)
             return replace(layout, classes=tuple(names), nested=True)
@@ -71,6 +74,19 @@ class ImageNet(ImageLayout):
             with tar.open("rb") as file:
                 members = sound_members(file, tar.name, findings)
                 yield from _class_samples(tar.name, tar.name, members, findings)
+
+
+def _check_classes(source: Path, tars: list[Path]) -> None:
+    """Raises UserError if a folder holds a tar of tars, such as that of the training images beside
+    that of the validation images, because its tars are no classes then."""
+    for tar in tars:
+        with tar.open("rb") as file:
+            first = next(sound_members(file, tar.name, []), None)
+        if first is not None and first.name.endswith(TAR):
+            raise UserError(
+                f"{source}: {tar.name} contains tars of classes, so the tars of this folder are no "
+                f"classes; give {tar} as SOURCE"
+            )
 
 
 def _inner_tars(source: Path, findings: list[Finding]) -> list[Member]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -32,7 +33,7 @@ SPLITS = {
     "testing": "test",
     "eval": "test",
 }
-"""Names of folders and files that hold a split of a corpus, and the split."""
+"""Words in the names of folders and files that hold a split of a corpus, and the split."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,22 @@ class ImageLayout(Layout[ImageOptions, bytes], abstract=True):
 
     remarks: tuple[str, ...] = ()
     """What a user must know about the corpus, one sentence each, for the console and index.json."""
+
+
+def split_of(name: str) -> str:
+    """The split that the name of a folder or file states as a word of its own (val2017,
+    training_set, data-train-00000.tar); "": none."""
+    words = re.split(r"[^a-z]+", name.lower())
+    return next((SPLITS[word] for word in words if word in SPLITS), "")
+
+
+def about_splits(splits: Mapping[str, int], what: str, choice: str) -> tuple[str, ...]:
+    """A remark if a set is going to hold several splits. splits: {split: its number of `what`}.
+    choice: how to convert one split only."""
+    if len(splits) < 2:
+        return ()
+    parts = ", ".join(f"{name or 'no split'} {number}" for name, number in sorted(splits.items()))
+    return (f"one set holds the {what} of several splits ({parts}); to convert one, {choice}",)
 
 
 def check_label_key(source: Path, options: ImageOptions, columns: Iterable[str]) -> None:

@@ -86,7 +86,8 @@ def _with_path(
 
 def _csv_rows(file: io.TextIOWrapper, source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row)."""
-    table = csv.reader(file)
+    # A quote that nothing closes, or text after a closing one, would join rows.
+    table = csv.reader(file, strict=True)
     try:
         header = next(table, [])
         if "path" not in header or len(set(header)) != len(header):

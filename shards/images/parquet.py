@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,15 +22,20 @@ from shards.family import Item, Sample
 from shards.findings import of_error
 from shards.images.labels import NO_LABEL, labelled
 from shards.images.layout import (
-    SPLITS,
     ImageLayout,
     ImageOptions,
+    about_splits,
     check_label_key,
     pass_over_others,
+    split_of,
 )
 from shards.keys import make_key, part_key
 from shards.parquet import EXTENSION
 from shards.walking import extension_of, folders, walk
+
+CHOICE = (
+    "give its file as SOURCE, or choose its files with --only, for example --only 'data/train-*'"
+)
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,9 @@ class Parquet(ImageLayout):
             splits[_split_of(file.relative_to(layout.root))] += table.metadata.num_rows
         if columns:
             check_label_key(source, options, columns)
-        remarks = _about_splits(splits) + [
-            f"the column {name} is not kept" for name in sorted(unread)
-        ]
-        return replace(
-            layout, classes=tuple(classes), split=len(splits) > 1, remarks=tuple(remarks)
-        )
+        remarks = about_splits(splits, "rows", CHOICE)
+        remarks += tuple(f"the column {name} is not kept" for name in sorted(unread))
+        return replace(layout, classes=tuple(classes), split=len(splits) > 1, remarks=remarks)
 
     def _files(self) -> list[Path]:
         if not self.source.is_dir():
@@ -155,22 +156,8 @@ def _plain(value: Any) -> Any:
 
 
 def _split_of(file: Path) -> str:
-    """The split that a path of a dataset of the Hub names (data/train-00000-of-00001.parquet,
-    default/train/0000.parquet); "": none."""
-    for name in (re.split(r"[-._]", file.name)[0], file.parent.name):
-        if name.lower() in SPLITS:
-            return SPLITS[name.lower()]
-    return ""
-
-
-def _about_splits(splits: Counter[str]) -> list[str]:
-    if len(splits) < 2:
-        return []
-    parts = [f"{name or 'no split'} {rows}" for name, rows in splits.items()]
-    return [
-        f"one set holds the rows of several splits ({', '.join(parts)}); to convert one, give its "
-        "file as SOURCE, or choose its files with --only, for example --only 'data/train-*'"
-    ]
+    """Of a dataset of the Hub: data/train-00000-of-00001.parquet, default/train/0000.parquet."""
+    return split_of(file.name) or split_of(file.parent.name)
 
 
 def _class_names(table: Any, label_key: str) -> tuple[str, ...] | None:

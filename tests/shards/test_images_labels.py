@@ -168,6 +168,22 @@ def test_csv_has_quotes(tmp_path: Path) -> None:
     assert len(altered(tmp_path / "out")) == 2
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ['0.png,"open window', "1.png,a long road"],
+        ['0.png,"open window', "1.png,a long road", '2.png,"two birds'],
+        ['0.png,"open window', '1.png,x "y" z"', '2.png,"two" birds'],
+    ],
+)
+def test_quotes_in_csv_that_would_join_rows(
+    lines: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "m.csv", "path,caption\n" + "\n".join(lines))
+    assert convert(tmp_path / "m.csv", tmp_path / "out", "-j1") == 2
+    assert f"{tmp_path / 'm.csv'}, line" in capsys.readouterr().err
+
+
 def test_a_label_key_that_no_row_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(tmp_path / "0.png", picture())
     manifest = put(tmp_path / "m.csv", "path,classes\n0.png,cat\n")
@@ -372,6 +388,67 @@ def test_a_tree_with_train_and_val(tmp_path: Path, capsys: pytest.CaptureFixture
     assert index(tmp_path / "both")["classes"] == ["n01440764", "n01443537"]
     splits = Counter(s["json"]["split"] for s in contents(tmp_path / "both").values())
     assert splits == {"train": 6, "validation": 4}
+
+
+@pytest.mark.parametrize(
+    ("folders", "split"),
+    [
+        (("Training_Set/cat", "test_set/cat"), ["train", "test"]),
+        (("train2017", "val2017"), ["train", "validation"]),
+        (("train/a/cat", "annotations"), ["train"]),
+    ],
+)
+def test_names_of_splits(folders: tuple[str, ...], split: list[str], tmp_path: Path) -> None:
+    for name in folders:
+        is_image = name != "annotations"
+        put(tmp_path / "in" / name / ("0.png" if is_image else "a.json"), picture())
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    metas = [sample["json"] for sample in contents(tmp_path / "out").values()]
+    assert sorted(meta["split"] for meta in metas) == sorted(split)
+    labels = {"Training_Set/cat": "cat", "train2017": None, "train/a/cat": "a"}
+    assert {meta.get("label") for meta in metas} == {labels[folders[0]]}
+
+
+@pytest.mark.parametrize(
+    ("names", "remark"),
+    [
+        (["train/0", "val/0", "other/0"], "train, val are classes although they have names of"),
+        (["data/cat/0", "data/dog/0"], "classes (cat, dog), give SOURCE/data as SOURCE"),
+    ],
+)
+def test_folders_that_may_be_no_classes(names: list[str], remark: str, tmp_path: Path) -> None:
+    for name in names:
+        put(tmp_path / f"in/{name}.png", picture())
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    [found] = index(tmp_path / "out")["remarks"]
+    assert remark in found
+
+
+def test_tars_of_several_splits_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("pics-train-000000", "pics-train-000001", "pics-val-000000"):
+        put_tar(tmp_path / f"in/{name}.tar", [(f"{name}-0.jpg", picture("JPEG"))])
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    assert "the tars of several splits (train 2, validation 1)" in capsys.readouterr().out
+
+
+def test_imagenets_training_and_validation_tars(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As downloaded, in one folder: neither tar is a class."""
+    inner = put_tar(tmp_path / "n1.tar", [("n1_0.JPEG", picture("JPEG"))]).read_bytes()
+    train = put_tar(tmp_path / "in/ILSVRC2012_img_train.tar", [("n1.tar", inner)])
+    val = put_tar(
+        tmp_path / "in/ILSVRC2012_img_val.tar",
+        [(f"ILSVRC2012_val_{i:08}.JPEG", picture("JPEG", seed=i)) for i in range(3)],
+    )
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 2
+    assert f"give {train} as SOURCE" in capsys.readouterr().err
+    assert convert(train, tmp_path / "train", "-j1") == 0
+    assert labels(tmp_path / "train") == {"n1/n1_0": "n1"}
+    assert convert(val, tmp_path / "val", "-j1") == 0
+    assert list(labels(tmp_path / "val").values()) == [None] * 3
 
 
 def test_a_class_can_be_called_train(tmp_path: Path) -> None:
