@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -32,10 +33,6 @@ from shards.images.layout import (
 from shards.keys import make_key, part_key
 from shards.parquet import EXTENSION
 from shards.walking import extension_of, folders, walk
-
-CHOICE = (
-    "give its file as SOURCE, or choose its files with --only, for example --only 'data/train-*'"
-)
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class Parquet(ImageLayout):
             splits[_split_of(file.relative_to(layout.root))] += table.metadata.num_rows
         if columns:
             check_label_key(source, options, columns)
-        remarks = about_splits(splits, "rows", CHOICE)
+        remarks = about_splits(splits, "rows", _choice(layout._files()[0].relative_to(layout.root)))
         remarks += tuple(f"the column {name} is not kept" for name in sorted(unread))
         return replace(layout, classes=tuple(classes), split=len(splits) > 1, remarks=remarks)
 
@@ -153,6 +150,14 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(one) for name, one in value.items()}
     return str(value)  # dates, decimal numbers
+
+
+def _choice(file: Path) -> str:
+    """How to convert one split. file: for the example."""
+    pattern = file.with_name(re.split(r"[^A-Za-z]", file.name)[0] + "*")
+    if not split_of(file.name):  # the folder names the split
+        pattern = file.with_name("*")
+    return f"give its file as SOURCE, or choose its files with --only, for example '{pattern}'"
 
 
 def _split_of(file: Path) -> str:

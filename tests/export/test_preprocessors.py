@@ -216,6 +216,32 @@ def test_images_are_equal(kind: str, joint: Path) -> None:
         assert torch.equal(again[0], again[1])
 
 
+@pytest.mark.parametrize("turn", [1, 3, 6, 7])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF"])
+def test_turned_and_transparent_images_are_equal(kind: str, turn: int, joint: Path) -> None:
+    from transformers import AutoImageProcessor
+
+    process = AutoImageProcessor.from_pretrained(joint, trust_remote_code=True)
+    noise = np.random.default_rng(turn).integers(0, 256, (6, 6, 4), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    for size in ((40, 25), (200, 130)):
+        image = Image.fromarray(noise if kind == "PNG" else noise[..., :3])
+        data = encoded(image.resize(size, Image.Resampling.BICUBIC), kind, exif=exif)
+        crop = images.centre_crop(image_files.open_image(data), 16)
+        expected = images.normalise(torch.from_numpy(crop)[None])
+        found = process(Image.open(io.BytesIO(data)), return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_an_image_of_sixteen_bits_is_refused(joint: Path) -> None:
+    from transformers import AutoImageProcessor
+
+    process = AutoImageProcessor.from_pretrained(joint, trust_remote_code=True)
+    with pytest.raises(ValueError, match="expected 8 bits per channel"):
+        process(Image.new("I;16", (20, 20)), return_tensors="pt")
+
+
 def test_images_come_close_without_remote_code(joint: Path) -> None:
     from transformers import AutoImageProcessor
 

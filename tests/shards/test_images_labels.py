@@ -297,7 +297,10 @@ def test_splits_of_the_hub_are_told(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
     text = capsys.readouterr().out
     assert "the rows of several splits (test 2, train 4, validation 2)" in text
-    assert "--only 'data/train-*'" in text and "2 inputs were altered (2 no metadata)" in text
+    assert (
+        "--only, for example 'data/test*'" in text
+        and "2 inputs were altered (2 no metadata)" in text
+    )
     splits = Counter(sample["json"]["split"] for sample in contents(tmp_path / "out").values())
     assert splits == {"train": 4, "validation": 2, "test": 2}
     [remark] = index(tmp_path / "out")["remarks"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import BaseImageProcessor, BatchFeature
 
@@ -50,19 +50,34 @@ class D2vImageProcessor(BaseImageProcessor):
         return BatchFeature({"pixel_values": list(values.numpy())}, tensor_type=return_tensors)
 
     def cropped(self, image: Image.Image) -> Tensor:
-        """uint8 [3, size, size]."""
+        """uint8 [3, size, size], of the upright image."""
+        if image.mode[0] in "IF":
+            raise ValueError(
+                f"mode {image.mode}: expected 8 bits per channel; scale the image first"
+            )
         side = self.crop_size["height"]
         factor = self.size["shortest_edge"] / min(image.size)
         w, h = (max(side, round(n * factor)) for n in image.size)
         if image.format == "JPEG" and image.width >= 2 * w and image.height >= 2 * h:
             image.draft("RGB" if image.mode == "RGB" else None, (w, h))
-        rgb = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)[None]
+        upright = ImageOps.exif_transpose(image)
+        if upright.size != image.size:
+            w, h = h, w
+        rgb = torch.from_numpy(np.array(on_white(upright))).permute(2, 0, 1)[None]
         if rgb.shape[2:] != (h, w):
             # Memory order as in pre-training, because torch's result depends on it.
             rgb = rgb.contiguous(memory_format=torch.channels_last)
             rgb = torch.nn.functional.interpolate(rgb, (h, w), mode="bicubic", antialias=True)
         left, top = (w - side) // 2, (h - side) // 2
         return rgb[0, :, top : top + side, left : left + side]
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB, with white behind transparent pixels."""
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def as_image(image: Any) -> Image.Image:
