@@ -19,6 +19,7 @@ from shards.images.layout import EXTENSIONS, USUAL, ImageLayout, ImageOptions, s
 from shards.keys import make_key
 from shards.walking import extension_of, walk, wanted
 
+READ = frozenset(EXTENSIONS)
 BESIDE = frozenset(
     (".json", ".jsonl", ".txt", ".csv", ".tsv", ".xml", ".html", ".md", ".yaml", ".yml", ".npy",
      ".npz", ".py", ".tar", ".gz", ".zip", ".parquet")
@@ -64,7 +65,7 @@ class Folder(ImageLayout):
         own = wanted(self.root, files, lambda path: is_image(self.root, path), USUAL, findings)
         for path, _, size in own:
             stem, extension = os.path.splitext(path)
-            key = make_key(stem if extension.lower() in EXTENSIONS else path)
+            key = make_key(stem if extension.lower() in READ else path)
             yield Sample(key, (Input(path),), self._columns(path), size)
 
     def _columns(self, path: str) -> dict[str, str]:
@@ -81,7 +82,7 @@ def is_image(root: Path, path: str) -> bool:
     """Whether a file is an image that can be read, by its extension, or by its content if the
     extension is of no known type of file."""
     extension = extension_of(path)
-    if extension in EXTENSIONS:
+    if extension in READ:
         return True
     if extension in BESIDE or extension in COPIES:
         return False
