@@ -12,6 +12,7 @@ import soundfile
 from PIL import Image
 
 from d2v_ds.data import audio, headers
+from d2v_ds.data.checks import Unusable
 from d2v_ds.data.headers import Length, SampleFormat, payload
 from d2v_ds.data.tar_scan import Member
 from d2v_ds.modalities import sample_formats
@@ -121,6 +122,24 @@ def test_large_images(kind: str) -> None:
     """Sides of more than 8 and 12 bits."""
     field = {"JPEG": "jpg"}.get(kind, kind.lower())
     assert length_of(field, picture(kind, (5000, 300))) == (5000 * 300, 0)
+
+
+@pytest.mark.parametrize("field", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_images_with_a_wrong_extension(field: str, kind: str) -> None:
+    """Decoding does not depend on the extension."""
+    assert length_of(field, picture(kind)) == (37 * 21, 0)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [(b"", "empty"), (b"text", "format"), (picture("PNG")[:20], "truncated"),
+     (picture("JPEG")[:30], "damaged")],
+)  # fmt: skip
+def test_reasons_of_images_have_kinds(data: bytes, kind: str) -> None:
+    with pytest.raises(Unusable) as error:
+        length_of("jpg", data)
+    assert error.value.kind == kind
 
 
 def test_fill_bytes_between_jpeg_markers() -> None:
