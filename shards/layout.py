@@ -21,6 +21,7 @@ from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.errors import UserError
 from shards.family import Content, Input, Item, Sample
 from shards.findings import of_error
+from shards.tars import refuse_compressed
 
 AUTO = "auto"
 
@@ -134,6 +135,7 @@ def find(layouts: Sequence[type[AnyLayout]], name: str, source: Path) -> type[An
     """The layout with this name, or the detected one for "auto". Raises UserError."""
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
+    refuse_compressed(source)
     if name != AUTO:
         return next(layout for layout in layouts if layout.name == name)
     layout = detect(layouts, source)

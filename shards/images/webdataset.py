@@ -54,10 +54,12 @@ class WebDataset(ImageLayout):
 
 
 def _grouped(file: BinaryIO, name: str, findings: list[Finding]) -> Iterator[Sample]:
+    fields = [extension[1:] for extension in EXTENSIONS]
     for key, members in tar_scan.samples(sound_members(file, name, findings)):
         images = [kind for kind in members if f".{kind}" in EXTENSIONS]
         if len(images) != 1:
             reason = f"has {len(images)} images, expected one ({', '.join(members)})"
+            reason += tar_scan.without_dots(key, members, fields)
             findings.append(Finding(f"{name}, sample {key}", reason, "row"))
             continue
         aside = [kind for kind in ("json", "txt", "cls") if kind in members]
