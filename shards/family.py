@@ -38,6 +38,8 @@ class Input(NamedTuple):
             name += f", bytes {self.bytes[0]} to {sum(self.bytes)}"
         if self.part:
             name += f", {self.part[0]:g} to {self.part[1]:g}"
+        if self.channel is not None:
+            name += f", channel {self.channel}"
         return name
 
 

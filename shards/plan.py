@@ -293,10 +293,10 @@ def _chosen(samples: Iterable[Sample], choice: Choice) -> Iterator[Sample]:
 
 def _read_list(path: Path) -> frozenset[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a list of keys or paths ({error})") from None
-    return frozenset(line.strip() for line in lines if line.strip())
+    return frozenset(line.strip(" \t\r") for line in lines if line.strip())
 
 
 def _digest_of(path: Path) -> str:
