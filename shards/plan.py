@@ -25,7 +25,7 @@ from shards.family import Corpus, Input, Sample
 from shards.findings import first_reasons, left_out, normalised, unusable
 from shards.keys import make_key
 
-CONVERTER = 3  # increase it if the same inputs and options give different bytes than before
+CONVERTER = 4  # increase it if the same inputs and options give different bytes than before
 MIN_SHARD = 4_000_000  # bytes; smaller shards are not worth a process
 SHARDS_AT_LEAST = 16
 ENCODER = json.JSONEncoder(ensure_ascii=False)
@@ -63,6 +63,7 @@ class Samples:
         self._ends = array("Q")
         self.sizes = array("Q")
         self.inputs = array("I")  # number of inputs per sample
+        self.shared = bytearray()  # 1: the sample is a segment or channel of a recording
         for sample in samples:
             self.append(sample)
 
@@ -73,13 +74,15 @@ class Samples:
         inputs = [i.path if i.is_file else i for i in sample.inputs]
         row = [sample.key, inputs, sample.columns, sample.size]
         encoded = ENCODER.encode(row).encode("utf-8", "surrogateescape")
-        self._append(encoded, sample.size, len(sample.inputs))
+        shared = len(inputs) == 1 and inputs[0] is sample.inputs[0] and inputs[0].of_recording
+        self._append(encoded, sample.size, len(inputs), shared)
 
-    def _append(self, row: bytes, size: int, inputs: int) -> None:
+    def _append(self, row: bytes, size: int, inputs: int, shared: int) -> None:
         self._blob += row
         self._ends.append(len(self._blob))
         self.sizes.append(size)
         self.inputs.append(inputs)
+        self.shared.append(shared)
 
     def selected(self, numbers: Iterable[int], keys: Mapping[int, str]) -> Samples:
         """Samples by number. Those in `keys` get a new key, the others stay encoded."""
@@ -88,7 +91,7 @@ class Samples:
             if i in keys:
                 result.append(replace(self[i], key=keys[i]))
             else:
-                result._append(self.row(i), self.sizes[i], self.inputs[i])
+                result._append(self.row(i), self.sizes[i], self.inputs[i], self.shared[i])
         return result
 
     def row(self, i: int) -> bytes:
@@ -200,21 +203,43 @@ def make_plan(
     samples: Samples, options: dict[str, Any], shard_size: int, seed: int
 ) -> ConversionPlan:
     """Shuffles the samples and cuts them into shards of about `shard_size` bytes of input, or of
-    less if there would be fewer than SHARDS_AT_LEAST. Does not depend on the number of
-    processes."""
+    less if there would be fewer than SHARDS_AT_LEAST. The segments of a recording stay together, in
+    their order. Does not depend on the number of processes."""
     sort_keys = array("Q")
     for i in range(len(samples)):
         sort_keys.append(sort_key(samples.key(i), seed))
     order = np.argsort(np.frombuffer(sort_keys, np.uint64), kind="stable")
+    keys = _unique(samples, sort_keys, order)
+    continues = np.zeros(len(samples), bool)
+    if any(samples.shared):
+        order, continues = _together(samples, sort_keys, seed)
     limit = min(shard_size, max(MIN_SHARD, sum(samples.sizes) // SHARDS_AT_LEAST))
     bounds, filled = array("Q", [0]), 0
     for at, j in enumerate(order):
-        if filled >= limit:
+        if filled >= limit and (filled >= shard_size or not continues[at]):
             bounds.append(at)
             filled = 0
         filled += samples.sizes[j]
     bounds.append(len(order))
-    return ConversionPlan(options, samples, order, bounds, _unique(samples, sort_keys, order))
+    return ConversionPlan(options, samples, order, bounds, keys)
+
+
+def _together(samples: Samples, sort_keys: array[int], seed: int) -> tuple[Any, Any]:
+    """(order, whether a sample continues the recording of the one before). Recordings are shuffled
+    with the other samples; their segments follow one another by start, so that the conversion reads
+    each recording once."""
+    first = np.array(sort_keys, np.uint64)
+    starts, ends = np.zeros((2, len(samples)))
+    shared = np.frombuffer(samples.shared, bool)
+    for i in map(int, np.flatnonzero(shared)):
+        [segment] = samples[i].inputs
+        first[i] = sort_key(segment.path, seed)
+        starts[i], ends[i] = segment.part or (0.0, 0.0)
+    order = np.lexsort((ends, starts, first))
+    ordered = first[order]
+    continues = np.zeros(len(samples), bool)
+    continues[1:] = (ordered[1:] == ordered[:-1]) & shared[order[1:]]
+    return order, continues
 
 
 def sort_key(key: str, seed: int) -> int:
