@@ -145,17 +145,6 @@ def find(layouts: Sequence[type[AnyLayout]], name: str, source: Path) -> type[An
     return layout
 
 
-def open_source(
-    layouts: Sequence[type[AnyLayout]], name: str, source: Path, options: Any
-) -> AnyLayout:
-    """Opens SOURCE in the layout with this name; "auto" reports the detected layout. Raises
-    UserError."""
-    layout = find(layouts, name, source)
-    if name == AUTO:
-        print(f"{source}: layout {layout.name}")
-    return layout.open(source, options)
-
-
 def add_argument(
     parser: argparse._ActionsContainer, layouts: Sequence[type[Layout[Any, Any]]]
 ) -> None:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 from d2v_ds.errors import UserError
 from shards import arguments as types
-from shards.layout import open_source
+from shards.choosing import Chooser
+from shards.parquet import splits_line
+from shards.several import Several, open_sources
 from shards.speech.commonvoice import CommonVoice
 from shards.speech.fairseq import Fairseq
 from shards.speech.folder import Folder
@@ -20,6 +22,7 @@ from shards.speech.jsonl import JsonLines
 from shards.speech.layout import SpeechLayout
 from shards.speech.librispeech import LibriSpeech
 from shards.speech.manifest import Manifest
+from shards.speech.parquet import Parquet
 from shards.speech.webdataset import WebDataset
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ DESCRIPTION = (
 LAYOUTS: list[type[SpeechLayout]] = [
     CommonVoice,
     WebDataset,
+    Parquet,
     LibriSpeech,
     JsonLines,
     Fairseq,
@@ -106,7 +110,8 @@ def read(arguments: argparse.Namespace) -> Corpus:
 
     if arguments.join and arguments.max_seconds:
         raise UserError("--join and --max-seconds cannot be combined; use one of them")
-    layout = open_source(LAYOUTS, arguments.layout, arguments.source, None)
+    layout = open_sources(LAYOUTS, arguments.layout, arguments.source, None)
+    _tell_splits(layout, Chooser(arguments.only, arguments.leave_out))
     converter = SpeechConverter(
         layout,
         arguments.rate,
@@ -129,3 +134,14 @@ def read(arguments: argparse.Namespace) -> Corpus:
         )
     findings: list[Finding] = []
     return Corpus(layout.samples(findings), converter, options, arrange, findings)
+
+
+def _tell_splits(layout: SpeechLayout, chooser: Chooser) -> None:
+    """Prints a line for each folder of Parquet whose splits become one set."""
+    parts = layout.parts if isinstance(layout, Several) else [("", layout)]
+    for prefix, one in parts:
+        if isinstance(one, Parquet) and one.source.is_dir():
+            names = [(name, f"{prefix}/{name}" if prefix else name) for name in one.files([])]
+            line = splits_line(one.root, [name for name, path in names if chooser.takes([path])])
+            if line:
+                print(line)

@@ -56,7 +56,7 @@ def join(
 def _seconds(layout: SpeechLayout, sample: Sample) -> float:
     """0 for an unreadable recording, because the conversion reports the reason."""
     first = sample.inputs[0]
-    if first.part:
+    if first.part and isinstance(first.part[0], float):
         return first.part[1] - first.part[0]
     is_file = first.bytes is None and type(layout).read is Layout.read
     seconds = 0.0

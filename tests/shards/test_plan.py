@@ -230,14 +230,14 @@ def test_only_and_except(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFix
     train = contents(tmp_path / "train")
     assert len(train) == 57 and not {"03", "07", "11"} & train.keys()
     assert convert(corpus, tmp_path / "no", "--only", valid, "--except", valid) == 2
-    assert "--only and --except leave no input" in capsys.readouterr().err
+    assert "--only and --except leave none of 60 inputs" in capsys.readouterr().err
     put(valid, "03.wav\nnowhere.wav\n")
     assert convert(corpus, tmp_path / "no", "--only", valid) == 2
     assert "1 of its names are neither a key nor a path of the corpus" in capsys.readouterr().err
     assert convert(corpus, tmp_path / "valid", "--only", put(valid, "03\n07\n")) == 2
     assert "--only was" in capsys.readouterr().err
     assert convert(corpus, tmp_path / "no", "--only", tmp_path / "missing") == 2
-    assert "missing: cannot be read" in capsys.readouterr().err
+    assert "missing: is neither a file nor a pattern that matches" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------- dry run, tasks
