@@ -86,7 +86,8 @@ def report(out: Path, about: Mapping[str, Any]) -> list[str]:
 
 
 def not_chosen_line(number: int) -> str:
-    return f"{number:,} inputs were not chosen (--only, --except)"
+    inputs = "input was" if number == 1 else "inputs were"
+    return f"{number:,} {inputs} not chosen (--only, --except)"
 
 
 def would_report(findings: Collection[Finding], not_chosen: int) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from d2v_ds.data.checks import Unusable
 from d2v_ds.errors import UserError
 from shards.family import Input
 
@@ -28,7 +29,7 @@ SPLIT = re.compile(rf"(?:^|[^a-z0-9])({'|'.join(SPLITS)})(?=$|[^a-z])")
 
 
 def open_table(path: Path) -> Any:
-    """A pyarrow ParquetFile. Raises ValueError if the file is not Parquet, UserError if pyarrow is
+    """A pyarrow ParquetFile. Raises Unusable if the file is not Parquet, UserError if pyarrow is
     not installed."""
     try:
         import pyarrow.parquet
@@ -37,7 +38,7 @@ def open_table(path: Path) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"is not a Parquet file ({first_line(error)})") from None
+        raise Unusable("damaged", f"is not a Parquet file ({first_line(error)})") from None
 
 
 def row_groups(root: Path, file: str) -> Iterator[tuple[Input, int]]:
@@ -58,7 +59,7 @@ def row_groups(root: Path, file: str) -> Iterator[tuple[Input, int]]:
 
 
 def rows(table: Any, part: Input, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number in the file, row) of an input from `row_groups`. Raises ValueError."""
+    """(row number in the file, row) of an input from `row_groups`. Raises Unusable."""
     import pyarrow
 
     first = 0
@@ -74,7 +75,7 @@ def rows(table: Any, part: Input, columns: Sequence[str]) -> Iterator[tuple[int,
                         yield at, row
                         at += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(first_line(error)) from None
+        raise Unusable("damaged", first_line(error)) from None
 
 
 def class_names(table: Any) -> dict[str, tuple[str, ...]]:

@@ -8,11 +8,11 @@ The prefix is the path of the SOURCE below the folder that all of them share.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError
@@ -41,8 +41,10 @@ def open_sources(
         return opened[0]
     paths = [Path(os.path.abspath(source)) for source in sources]
     root = Path(os.path.commonpath([path.parent for path in paths]))
-    prefixes = [str(path.relative_to(root)) for path in paths]
-    parts = tuple(zip(prefixes, opened, strict=True))
+    parts = tuple(
+        Part(str(path.relative_to(root)), path.is_file(), layout)
+        for path, layout in zip(paths, opened, strict=True)
+    )
     # Several has what the converters need of the layouts of any family.
     return cast(AnyLayout, Several(root, root, options, parts))
 
@@ -57,6 +59,35 @@ def check_apart(sources: Sequence[Path]) -> None:
                 raise UserError(f"{sources[i]}: {where}; its inputs would be used twice")
 
 
+class Part(NamedTuple):
+    """One of several SOURCEs."""
+
+    prefix: str
+    is_file: bool
+    layout: Layout[Any, Any]
+
+    @property
+    def file(self) -> str:
+        """Its own name, as inputs and findings have it if it is a tar or a table; "" for a
+        folder."""
+        return os.path.basename(self.prefix) if self.is_file else ""
+
+    def outer(self, name: str) -> str:
+        """The path of an input, or the name of a finding or item, among those of all SOURCEs."""
+        if self.file and (name == self.file or name.startswith(f"{self.file}, ")):
+            return self.prefix + name[len(self.file) :]
+        return f"{self.prefix}/{name}"
+
+    def inner(self, path: str) -> str:
+        return self.file if path == self.prefix else path[len(self.prefix) + 1 :]
+
+    def has(self, path: str) -> bool:
+        return path == self.prefix or path.startswith(f"{self.prefix}/")
+
+    def named(self, findings: Iterable[Finding]) -> list[Finding]:
+        return [found._replace(name=self.outer(found.name)) for found in findings]
+
+
 @dataclass(frozen=True)
 class Several(Layout[Any, Any]):
     """The corpora of several SOURCEs."""
@@ -64,8 +95,7 @@ class Several(Layout[Any, Any]):
     name = "several"
     help = "several SOURCEs, each in one of the layouts above"
 
-    parts: tuple[tuple[str, Layout[Any, Any]], ...] = ()
-    """(prefix, layout) of each SOURCE."""
+    parts: tuple[Part, ...] = ()
 
     @classmethod
     def recognises(cls, source: Path) -> bool:
@@ -74,56 +104,43 @@ class Several(Layout[Any, Any]):
     @property
     def uses(self) -> tuple[str, ...]:
         """Options of d2v-shards images that the layouts use."""
-        return tuple(sorted({name for _, layout in self.parts for name in _uses(layout)}))
+        uses: set[str] = set()
+        for part in self.parts:
+            uses.update(getattr(part.layout, "uses", ()))
+        return tuple(sorted(uses))
 
     @property
     def classes(self) -> tuple[str, ...]:
         """Classes of images: those of all layouts, sorted; () if one does not know its own."""
-        each = [getattr(layout, "classes", ()) for _, layout in self.parts]
+        each = [getattr(part.layout, "classes", ()) for part in self.parts]
         if len(set(each)) == 1:
             return tuple(each[0])
         return tuple(sorted({name for names in each for name in names})) if all(each) else ()
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
-        for prefix, layout in self.parts:
+        for part in self.parts:
             own: list[Finding] = []
-            start = os.path.splitext(prefix)[0] if layout.source.is_file() else prefix
-            for sample in layout.samples(own):
-                key, part, number = sample.key.partition("@")  # as part_key makes it
-                inputs = tuple(
-                    item._replace(path=f"{prefix}/{item.path}") for item in sample.inputs
-                )
-                key = make_key(f"{start}/{key}") + part + number
-                yield replace(sample, key=key, inputs=inputs)
-            findings += [found._replace(name=_named(prefix, found.name)) for found in own]
+            start = os.path.splitext(part.prefix)[0] if part.is_file else part.prefix
+            for sample in part.layout.samples(own):
+                key, at, number = sample.key.partition("@")  # as part_key makes it
+                inputs = tuple(item._replace(path=part.outer(item.path)) for item in sample.inputs)
+                yield replace(sample, key=make_key(f"{start}/{key}") + at + number, inputs=inputs)
+            findings += part.named(own)
 
     def read(self, sample: Sample, findings: list[Finding]) -> Iterator[Item[Any]]:
         for number, inputs in groupby(sample.inputs, lambda item: self._of(item.path)):
-            prefix, layout = self.parts[number]
+            part = self.parts[number]
             own: list[Finding] = []
-            inner = replace(sample, inputs=tuple(_without(prefix, item) for item in inputs))
-            for item in layout.read(inner, own):
-                item.name = _named(prefix, item.name)
+            inner = tuple(item._replace(path=part.inner(item.path)) for item in inputs)
+            for item in part.layout.read(replace(sample, inputs=inner), own):
+                item.name = part.outer(item.name)
                 yield item
-            findings += [found._replace(name=_named(prefix, found.name)) for found in own]
+            findings += part.named(own)
 
     def payload(self, item: Input) -> bytes:
-        prefix, layout = self.parts[self._of(item.path)]
-        return layout.payload(_without(prefix, item))
+        part = self.parts[self._of(item.path)]
+        return part.layout.payload(item._replace(path=part.inner(item.path)))
 
     def _of(self, path: str) -> int:
         """The number of the part that a path belongs to."""
-        return next(i for i, (prefix, _) in enumerate(self.parts) if path.startswith(prefix + "/"))
-
-
-def _uses(layout: Layout[Any, Any]) -> tuple[str, ...]:
-    return tuple(getattr(layout, "uses", ()))
-
-
-def _without(prefix: str, item: Input) -> Input:
-    return item._replace(path=item.path[len(prefix) + 1 :])
-
-
-def _named(prefix: str, name: str) -> str:
-    """The name of a finding or item; absolute paths stay as they are."""
-    return name if name.startswith("/") else f"{prefix}/{name}"
+        return next(i for i, part in enumerate(self.parts) if part.has(path))

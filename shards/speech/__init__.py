@@ -138,10 +138,12 @@ def read(arguments: argparse.Namespace) -> Corpus:
 
 def _tell_splits(layout: SpeechLayout, chooser: Chooser) -> None:
     """Prints a line for each folder of Parquet whose splits become one set."""
-    parts = layout.parts if isinstance(layout, Several) else [("", layout)]
-    for prefix, one in parts:
+    parts: list[tuple[SpeechLayout, str]] = [(layout, "")]
+    if isinstance(layout, Several):
+        parts = [(part.layout, f"{part.prefix}/") for part in layout.parts]
+    for one, prefix in parts:
         if isinstance(one, Parquet) and one.source.is_dir():
-            names = [(name, f"{prefix}/{name}" if prefix else name) for name in one.files([])]
-            line = splits_line(one.root, [name for name, path in names if chooser.takes([path])])
+            files = [name for name in one.files([]) if chooser.takes([prefix + name])]
+            line = splits_line(one.root, files)
             if line:
                 print(line)
