@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 from d2v_ds.data.checks import Finding
 from d2v_ds.data.headers import SIDE_FIELDS
-from d2v_ds.data.tar_scan import DamagedTar, Member, key_of, members, samples, without_dots
+from d2v_ds.data.tar_scan import DamagedTar, Member, members, samples, without_dots
 from d2v_ds.errors import UserError
 
 TAR = ".tar"
@@ -55,9 +55,10 @@ def grouped(
     that the sample has, its recording or image; `members` holds this member and its json, txt and
     cls. Other samples and members are appended to `findings`. content: what the fields hold, for
     messages."""
-    for key, group in samples(_with_fields(file, name, findings)):
+    unused: list[Member] = []
+    for key, group in samples(_all_members(file, name, findings), unused):
         where = f"{name}, {key}"
-        field = next((field for field in fields if field in group), "")
+        field = next(filter(group.__contains__, fields), "")
         if not field:
             dotted = [f".{name}" for name in group if without_dots(key, [name], fields)]
             for ending in dotted or [""]:
@@ -71,24 +72,19 @@ def grouped(
         if len(group) > 1:
             _keep_side_fields(group, field, where, content, findings)
         yield key, field, group
-
-
-def _with_fields(file: BinaryIO, name: str, findings: list[Finding]) -> Iterator[Member]:
-    """All members. Those that belong to no sample are appended to `findings`."""
-    for member in _all_members(file, name, findings):
-        if not key_of(member.name):
-            findings.append(Finding(f"{name}, {member.name}", UNUSED, "unused"))
-        yield member
+    findings += [Finding(f"{name}, {member.name}", UNUSED, "unused") for member in unused]
 
 
 def _keep_side_fields(
     group: dict[str, Member], field: str, where: str, content: str, findings: list[Finding]
 ) -> None:
-    for other in [other for other in group if other != field]:
+    for other, member in list(group.items()):
+        if other == field:
+            continue
         if other not in SIDE_FIELDS:
             findings.append(Finding(f"{where}.{other}", UNUSED, "unused"))
             group.pop(other)
-        elif problem := group[other].problem:
+        elif problem := member.problem:
             reason = f"{problem.reason}; the {content} is kept without it"
             findings.append(Finding(f"{where}.{other}", reason, "no metadata"))
             group.pop(other)

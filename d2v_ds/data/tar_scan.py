@@ -50,15 +50,8 @@ class DamagedTar(ValueError):
         self.offset = offset
 
 
-class Entry(NamedTuple):
-    """A member of any type."""
-
-    name: str
-    offset: int
-    size: int
-    type: bytes  # of its header
-    link: str = ""  # the target of a link
-    sparse: bool = False
+Entry = tuple[str, int, int, bytes, str, bool]
+"""A member of any type: name, offset, size, type in its header, target of a link, is sparse."""
 
 
 def members(
@@ -141,7 +134,7 @@ def _entries(file: BinaryIO, start: int, end: int | None) -> Iterator[Entry]:
                 name = pax.get("GNU.sparse.name", name)
             link = pax.get("linkpath", "") or long_link or header.linkname
             sparse = kind == tarfile.GNUTYPE_SPARSE or any(map(_is_sparse, pax))
-            yield Entry(name, payload, size, kind, link, sparse)
+            yield name, payload, size, kind, link, sparse
             long_name, long_link, pax = "", "", {}
 
 
@@ -173,14 +166,19 @@ def next_header(file: BinaryIO, offset: int) -> int | None:
     return None
 
 
-def samples(found: Iterable[Member]) -> Iterator[tuple[str, dict[str, Member]]]:
+def samples(
+    found: Iterable[Member], unused: list[Member] | None = None
+) -> Iterator[tuple[str, dict[str, Member]]]:
     """(key, member of each field), grouped as webdataset does: a name is split at the first dot
     after its last slash, fields are lower case, adjacent members with the same key form a sample,
-    and `__meta__` is ignored. A field that a sample already has begins the next sample."""
+    and `__meta__` is ignored. A field that a sample already has begins the next sample. unused: a
+    list to which members without a key are appended."""
     key, group = "", dict[str, Member]()
     for member in found:
         cut = key_of(member.name)
         if not cut:
+            if unused is not None:
+                unused.append(member)
             continue
         field = cut[2].lower()
         if group and (cut[1] != key or field in group):

@@ -92,9 +92,13 @@ def lines(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
             yield where, Unusable("size", f"is longer than {LONGEST:,} bytes")
         elif line.strip():
             try:
-                yield where, json.loads(line.decode("utf-8-sig"))
+                yield where, json.loads((line if number > 1 else without_bom(line)).decode())
             except (ValueError, RecursionError) as error:
                 yield where, Unusable("row", f"is not JSON ({error})")
+
+
+def without_bom(line: bytes) -> bytes:
+    return line.removeprefix(codecs.BOM_UTF8)
 
 
 def elements(file: IO[bytes]) -> Iterator[tuple[str, Any]]:

@@ -30,7 +30,7 @@ class Manifest(SpeechLayout):
         number = 0
         for number, row in rows(self.source, "path"):
             try:
-                yield listed.sample(dict[str, object](row))
+                yield listed.sample(row)
             except ValueError as error:
                 findings.append(of_error(f"{self.source.name}, line {number}", error))
         if not number:
