@@ -109,6 +109,10 @@ class Layout(ABC, Generic[Options, Content]):
                 about = item.part, item.channel, item.seconds
                 yield Item(sample.key, str(item), content, sample.columns, *about)
 
+    def file_of(self, item: Input) -> Path | None:
+        """The file that holds an input; None if `read` does more than read it."""
+        return self.root / item.path if type(self).read is Layout.read else None
+
     def payload(self, item: Input) -> bytes:
         """The bytes of an input. Raises OSError, and ValueError if the file ends too early."""
         path = self.root / item.path

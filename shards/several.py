@@ -117,6 +117,15 @@ class Several(Layout[Any, Any]):
             return tuple(each[0])
         return tuple(sorted({name for names in each for name in names})) if all(each) else ()
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What users must know about corpora of images."""
+        return tuple(
+            f"{part.prefix}: {remark}"
+            for part in self.parts
+            for remark in getattr(part.layout, "remarks", ())
+        )
+
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         for part in self.parts:
             own: list[Finding] = []
@@ -136,6 +145,10 @@ class Several(Layout[Any, Any]):
                 item.name = part.outer(item.name)
                 yield item
             findings += part.named(own)
+
+    def file_of(self, item: Input) -> Path | None:
+        part = self.parts[self._of(item.path)]
+        return part.layout.file_of(item._replace(path=part.inner(item.path)))
 
     def payload(self, item: Input) -> bytes:
         part = self.parts[self._of(item.path)]
