@@ -230,13 +230,14 @@ def _together(samples: Samples, sort_keys: array[int], seed: int) -> tuple[Any, 
     with the other samples; their segments follow one another by start, so that the conversion reads
     each recording once."""
     first = np.array(sort_keys, np.uint64)
-    starts, ends = np.zeros((2, len(samples)))
+    starts, ends, channels = np.zeros((3, len(samples)))
     shared = np.frombuffer(samples.shared, bool)
     for i in map(int, np.flatnonzero(shared)):
         [segment] = samples[i].inputs
         first[i] = sort_key(segment.path, seed)
         starts[i], ends[i] = segment.part or (0.0, 0.0)
-    order = np.lexsort((ends, starts, first))
+        channels[i] = segment.channel or 0
+    order = np.lexsort((channels, ends, starts, first))
     ordered = first[order]
     continues = np.zeros(len(samples), bool)
     continues[1:] = (ordered[1:] == ordered[:-1]) & shared[order[1:]]

@@ -27,7 +27,7 @@ def sound_members(
 ) -> Iterator[Member]:
     """Members of the tar in bytes `start` to `end` of a file whose payload can be read. Damage, and
     members whose payload cannot be read, are appended to `findings`."""
-    for member in _all_members(file, name, findings, start, end):
+    for member in all_members(file, name, findings, start, end):
         if member.problem:
             kind, reason = member.problem
             findings.append(Finding(f"{name}, {member.name}", reason, kind))
@@ -35,9 +35,10 @@ def sound_members(
             yield member
 
 
-def _all_members(
+def all_members(
     file: BinaryIO, name: str, findings: list[Finding], start: int = 0, end: int | None = None
 ) -> Iterator[Member]:
+    """As `sound_members`, with those whose payload cannot be read, which have a `problem`."""
     compression = compression_of(file)
     if compression and not start:
         findings.append(Finding(name, how_to_unpack(name, compression), "format"))
@@ -56,7 +57,7 @@ def grouped(
     cls. Other samples and members are appended to `findings`. content: what the fields hold, for
     messages."""
     unused: list[Member] = []
-    for key, group in samples(_all_members(file, name, findings), unused):
+    for key, group in samples(all_members(file, name, findings), unused):
         where = f"{name}, {key}"
         field = next(filter(group.__contains__, fields), "")
         if not field:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from d2v_ds.arguments import size as parse_size
 from shards.cli import main
 from tests.helpers.corpora import contents, notes, put, put_tar, quarantine, recording
+from tests.shards.pictures import picture
 
 
 def run(*words: object) -> int:
@@ -197,3 +199,21 @@ def test_a_dry_run_says_what_would_not_be_used(
         "1 altered (1 no metadata)",
     ]
     assert not (tmp_path / "out").exists()
+
+
+def test_links_in_tars_of_images(tmp_path: Path) -> None:
+    tar = put_tar(tmp_path / "a.tar", [("a.png", picture()), ("a.cls", b"cat")])
+    with tarfile.open(tar, "a") as file:
+        for name, target in (
+            *(("b.png", "a.png"), ("b.cls", "a.cls"), ("c.png", "a.png"), ("c.cls", "no.cls")),
+            *(("d.png", "no.png"), ("d.cls", "a.cls")),
+        ):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = tarfile.SYMTYPE, target
+            file.addfile(link)
+    assert run("images", tar, tmp_path / "out", "--max-bad", "50%") == 0
+    labels = {key: row["json"].get("label") for key, row in contents(tmp_path / "out").items()}
+    assert labels == {"a": "cat", "b": "cat", "c": None}
+    reason = "is a link to no.png, which the tar does not contain"
+    assert quarantine(tmp_path / "out") == {"a.tar, sample d": reason}
+    assert notes(tmp_path / "out") == {"a.tar, c.cls": "no metadata"}
