@@ -111,7 +111,7 @@ def read(arguments: argparse.Namespace) -> Corpus:
     if arguments.join and arguments.max_seconds:
         raise UserError("--join and --max-seconds cannot be combined; use one of them")
     layout = open_sources(LAYOUTS, arguments.layout, arguments.source, None)
-    _tell_splits(layout, Chooser(arguments.only, arguments.leave_out))
+    _prepare_parquet(layout, arguments)
     converter = SpeechConverter(
         layout,
         arguments.rate,
@@ -136,14 +136,23 @@ def read(arguments: argparse.Namespace) -> Corpus:
     return Corpus(layout.samples(findings), converter, options, arrange, findings)
 
 
-def _tell_splits(layout: SpeechLayout, chooser: Chooser) -> None:
-    """Prints a line for each folder of Parquet whose splits become one set."""
+def _prepare_parquet(layout: SpeechLayout, arguments: argparse.Namespace) -> None:
+    """Prints a line for each folder of Parquet whose splits become one set. Raises UserError for
+    options that need the columns of rows, which are only read during the conversion."""
+    chooser = Chooser(arguments.only, arguments.leave_out)
     parts: list[tuple[SpeechLayout, str]] = [(layout, "")]
     if isinstance(layout, Several):
         parts = [(part.layout, f"{part.prefix}/") for part in layout.parts]
     for one, prefix in parts:
-        if isinstance(one, Parquet) and one.source.is_dir():
+        if not isinstance(one, Parquet):
+            continue
+        for name, column in (("--join", arguments.join), ("--split-by", arguments.split_by)):
+            if column:
+                raise UserError(
+                    f"{name} {column}: {one.source} is Parquet, whose columns are only read during "
+                    f"the conversion; convert it without {name}"
+                )
+        if one.source.is_dir():
             files = [name for name in one.files([]) if chooser.takes([prefix + name])]
-            line = splits_line(one.root, files)
-            if line:
+            if line := splits_line(one.root, files):
                 print(line)

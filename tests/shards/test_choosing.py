@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError
@@ -254,3 +260,47 @@ def test_text_and_a_tokenizer_of_several_sources(
         f"{model}: bpe, 400 ids",
         "1 input was not chosen (--only, --except)",
     ]
+
+
+# ----------------------------------------------------------------------------------- random corpora
+
+PLACES = ("a", "a/b", "train", "dev x", "a,b")
+FILES = ("1.wav", "2.FLAC", "3.wav", "bad.wav", "4.txt", ".5.wav")
+
+
+@given(
+    st.sets(st.tuples(st.sampled_from(PLACES), st.sampled_from(FILES)), max_size=12),
+    st.lists(st.sampled_from(("a/**", "*/*.wav", "**/1.wav", "train", "dev*/2.*")), max_size=2),
+    st.lists(st.sampled_from(("a/b", "**/3.wav", "**/bad.wav")), max_size=1),
+)
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_every_file_is_accounted_for(
+    files: set[tuple[str, str]], only: list[str], leave_out: list[str]
+) -> None:
+    """By name, whatever is chosen."""
+    only, leave_out = list(dict.fromkeys(only)), leave_out[:1]
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        for place, name in {*files, *((place, "1.wav") for place in PLACES)}:
+            kind = name.rpartition(".")[2].lower()
+            sound = kind != "txt" and "bad" not in name
+            put(root / "in" / place / name, recording(kind, 0.05) if sound else b"no sound")
+        words = [part for pattern in only for part in ("--only", pattern)]
+        words += [part for pattern in leave_out for part in ("--except", pattern)]
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+            code = run("speech", root / "in", root / "out", "--max-bad", "1", *words)
+        if code:
+            line = said.getvalue()
+            reasons = ("is neither a file nor a pattern", "leave none", "none of the inputs")
+            assert any(reason in line for reason in reasons), line
+            return
+        chosen = Chooser(only, leave_out)
+        paths = [path.relative_to(root / "in") for path in (root / "in").rglob("*")]
+        named = {str(path) for path in paths if (root / "in" / path).is_file()}
+        used = {path for row in contents(root / "out").values() for path in row["json"]["paths"]}
+        lists = quarantine(root / "out").keys() | notes(root / "out").keys()
+        assert not used & lists and used | lists == {n for n in named if chosen.takes([n])}
+        inputs = {n for n in named if n[-3:].lower() in ("wav", "lac") and "/." not in n}
+        number = len(inputs - used - lists)
+        told = re.findall(r"^(\d+) inputs? (?:was|were) not chosen", said.getvalue(), re.MULTILINE)
+        assert told == [str(number)] * (number > 0)

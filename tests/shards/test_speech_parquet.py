@@ -122,6 +122,19 @@ def test_rows_and_files_that_cannot_be_used(
     assert "has no column with recordings, such as `audio` (columns: other)" in line
 
 
+@pytest.mark.parametrize(
+    "words", [("--join", "speaker"), ("--split", "a=1,b=1", "--split-by", "n")]
+)
+def test_options_that_need_columns_are_refused(
+    words: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_parquet(tmp_path / "a.parquet", {"audio": cells(0), "speaker": ["x"], "n": [1]})
+    assert run(tmp_path / "a.parquet", tmp_path / "out", *words) == 2
+    assert (
+        "is Parquet, whose columns are only read during the conversion" in capsys.readouterr().err
+    )
+
+
 def test_a_folder_of_recordings_beside_a_table_is_no_parquet_corpus(tmp_path: Path) -> None:
     put_parquet(tmp_path / "a.parquet", {"audio": ["0.wav"]})
     assert Parquet.recognises(tmp_path)
