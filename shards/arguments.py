@@ -97,19 +97,7 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
         help="split by the hash of this column instead, for example so that no speaker is in two "
         "sets",
     )
-    group.add_argument(
-        "--only",
-        type=Path,
-        metavar="FILE",
-        help="convert only the keys or paths listed in FILE, one per line",
-    )
-    group.add_argument(
-        "--except",
-        type=Path,
-        metavar="FILE",
-        dest="leave_out",
-        help="leave out the keys or paths listed in FILE, one per line",
-    )
+    add_chosen(group)
     group.add_argument(
         "--shard-size",
         type=size,
@@ -124,6 +112,27 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="random seed for the order of the samples (%(default)s)",
     )
+
+
+def add_chosen(parser: argparse._ActionsContainer) -> None:
+    form = "a PATTERN of paths below SOURCE, for example 'train-clean-*/**', or a FILE that lists "
+    form += "keys or paths, one per line"
+    for name, dest, what in (
+        ("--only", "only", "convert only what matches"),
+        ("--except", "leave_out", "leave out what matches"),
+    ):
+        parser.add_argument(
+            name,
+            action="append",
+            default=[],
+            metavar="PATTERN",
+            dest=dest,
+            help=f"{what}: {form}; can be repeated",
+        )
+
+
+def add_sources(parser: argparse._ActionsContainer, help: str) -> None:
+    parser.add_argument("source", type=Path, metavar="SOURCE", nargs="+", help=help)
 
 
 def add_running(parser: argparse.ArgumentParser) -> None:

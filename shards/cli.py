@@ -68,11 +68,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from shards import core, estimate
+    from shards.findings import not_chosen_line
     from shards.plan import Choice, make_plans
     from shards.workers import WorkerPool
 
     out: Path = arguments.out
-    if out.resolve() == arguments.source.resolve():
+    if out.resolve() in [source.resolve() for source in arguments.source]:
         raise UserError(f"{out}: is both SOURCE and OUT; use another folder for OUT")
     if arguments.split and (out / INDEX_FILE).exists():
         raise UserError(f"{out}: is a shard set; use a new folder for the splits")
@@ -95,6 +96,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     with WorkerPool(arguments.jobs) as pool:
         samples = pool.start_in_time(corpus.samples, type(corpus.converter).__module__)
         plans = make_plans(dataclasses.replace(corpus, samples=samples), choice)
+        for not_chosen in filter(None, (plan.not_chosen for plan in plans.values())):
+            print(not_chosen_line(not_chosen))
         for name, plan in plans.items():
             shards = core.convert(plan, corpus.converter, out / name, pool, arguments.max_bad, task)
             if shards:
@@ -203,9 +206,7 @@ def _add_family(commands: Commands, name: str, content: str) -> None:
         epilog=f"{layout.help_of(module.LAYOUTS)}\n\n{exit_codes.table(exit_codes.OF_D2V_SHARDS)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    command.add_argument(
-        "source", type=Path, metavar="SOURCE", help="the corpus, in one of the layouts below"
-    )
+    options.add_sources(command, "the corpus, in one of the layouts below; can be several")
     command.add_argument("out", type=Path, metavar="OUT", help="a new folder for the shard set")
     group = command.add_argument_group(f"{name} options")
     layout.add_argument(group, module.LAYOUTS)

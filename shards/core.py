@@ -199,6 +199,7 @@ def _about(plan: ConversionPlan, converter: Converter) -> dict[str, Any]:
     """The content of plan.json."""
     return {
         "plan": plan.hash(),
+        "converter": CONVERTER,
         "options": plan.options,
         "shards": plan.shards,
         "inputs": plan.inputs + len(left_out(plan.findings)),
@@ -224,7 +225,7 @@ def _enter(out: Path, about: dict[str, Any]) -> ShardSet | None:
         except ValueError:
             held = {}
         if held.get("plan") != about["plan"]:
-            raise UserError(_other_plan(out, file, held.get("options", {}), about["options"]))
+            raise UserError(_other_plan(out, file, held, about["options"]))
         if file == INDEX_FILE:
             return open_set(out)
         remove_stale(out)
@@ -241,13 +242,19 @@ def _enter(out: Path, about: dict[str, Any]) -> ShardSet | None:
     return None
 
 
-def _other_plan(out: Path, file: str, held: dict[str, Any], wanted: dict[str, Any]) -> str:
+def _other_plan(out: Path, file: str, held_about: dict[str, Any], wanted: dict[str, Any]) -> str:
     what = "a finished shard set" if file == INDEX_FILE else "an unfinished conversion"
+    version, held = held_about.get("converter", 0), held_about.get("options", {})
     changed = [
         f"--{key} was {held.get(key)}, now {wanted.get(key)}"
         for key in sorted({*held, *wanted})
         if held.get(key) != wanted.get(key)
     ]
+    if version != CONVERTER and not changed:
+        made = "by another version of d2v-shards"
+        if not version and file == INDEX_FILE:
+            made = "by `d2v-shards index` or another program"
+        return f"{out}: contains {what} that was made {made}; use another folder or delete this one"
     return (
         f"{out}: contains {what} with other inputs or options "
         f"({'; '.join(changed) or 'the inputs differ'}); use another folder or delete this one"

@@ -8,9 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.files import format_size
 from shards.family import Converter, PackedMember, Sample
-from shards.findings import left_out
+from shards.findings import first_reasons, left_out, would_report
 from shards.plan import ConversionPlan
 
 SAMPLES = 32  # to convert, over all sets
@@ -21,17 +22,20 @@ TAR = 1024  # approximate bytes of header and padding per member
 def estimate(plans: Mapping[str, ConversionPlan], converter: Converter, jobs: int) -> Iterator[str]:
     """One line per set, then one for the time."""
     few = max(1, SAMPLES // len(plans))
-    given = made = bad = 0
+    given = made = 0
+    bad: list[Finding] = []
     _convert(converter, next(iter(plans.values())).samples[0])  # warms up imports and caches
     start = time.perf_counter()
     for plan in plans.values():
         for sample in _spread(plan, few):
-            size, left_out = _convert(converter, sample)
-            given, made, bad = given + sample.size, made + size, bad + left_out
+            size, findings = _convert(converter, sample)
+            given, made, bad = given + sample.size, made + size, bad + findings
             if time.perf_counter() - start > SECONDS:
                 break
     seconds = time.perf_counter() - start
     total = 0
+    for plan in plans.values():
+        yield from would_report(plan.findings, plan.not_chosen)
     for name, plan in plans.items():
         total += plan.bytes
         yield (
@@ -43,7 +47,7 @@ def estimate(plans: Mapping[str, ConversionPlan], converter: Converter, jobs: in
     yield (
         f"about {_duration(hours)} on one core, {_duration(hours / jobs)} with --jobs {jobs}; "
         f"measured on {format_size(given)} of input"
-        + (f" ({bad} inputs cannot be used)" if bad else "")
+        + (f" ({len(bad)} inputs cannot be used: {first_reasons(bad)})" if bad else "")
     )
 
 
@@ -52,11 +56,11 @@ def _spread(plan: ConversionPlan, few: int) -> Iterator[Sample]:
     return map(plan.samples.__getitem__, sorted({number * i // few for i in range(few)}))
 
 
-def _convert(converter: Converter, sample: Sample) -> tuple[int, int]:
-    """(bytes of the members, number of inputs left out)."""
-    size = bad = 0
+def _convert(converter: Converter, sample: Sample) -> tuple[int, list[Finding]]:
+    """(bytes of the members, inputs left out)."""
+    size, bad = 0, list[Finding]()
     for made in converter.convert([sample]):
-        bad += len(left_out(made.findings))
+        bad += left_out(made.findings)
         payloads = [made.payload] if isinstance(made, PackedMember) else made.members
         size += sum(len(payload) + TAR for payload in payloads if payload is not None)
     return size, bad

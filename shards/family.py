@@ -22,7 +22,8 @@ class Input(NamedTuple):
 
     path: str  # relative to the root of the layout
     bytes: tuple[int, int] | None = None  # (offset, size) within the file: a member of a tar
-    part: tuple[float, float] | None = None  # (start, end): seconds of a recording, rows of a table
+    part: tuple[float, float] | None = None
+    """(start, end): seconds of a recording as float, rows of a table as int."""
     channel: int | None = None  # of a recording, from 0, if the corpus names one
     seconds: float | None = None  # duration of a recording that the corpus states, of all of it
 
@@ -31,6 +32,11 @@ class Input(NamedTuple):
         """Whether it is a whole file, about which the corpus says nothing."""
         return self[1:] == (None, None, None, None)
 
+    @property
+    def of_recording(self) -> bool:
+        """Whether it is a segment or a channel of a recording, which others may share."""
+        return isinstance(self.part and self.part[0], float) or self.channel is not None
+
     def __str__(self) -> str:
         """Its name in quarantine.jsonl."""
         name = self.path
@@ -38,6 +44,8 @@ class Input(NamedTuple):
             name += f", bytes {self.bytes[0]} to {sum(self.bytes)}"
         if self.part:
             name += f", {self.part[0]:g} to {self.part[1]:g}"
+        if self.channel is not None:
+            name += f", channel {self.channel}"
         return name
 
 

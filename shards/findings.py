@@ -94,6 +94,23 @@ def report(out: Path, about: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def not_chosen_line(number: int) -> str:
+    inputs = "input was" if number == 1 else "inputs were"
+    return f"{number:,} {inputs} not chosen (--only, --except)"
+
+
+def would_report(findings: Collection[Finding], not_chosen: int) -> list[str]:
+    """Lines for the console about findings of a plan that is not carried out."""
+    lines = [not_chosen_line(not_chosen)] if not_chosen else []
+    if bad := left_out(findings):
+        lines.append(f"{len(bad)} inputs would be left out: {first_reasons(bad)}")
+    numbers = counts(findings)
+    for entry, what in (("passed_over", "files would be passed over"), ("altered", "altered")):
+        if numbers[entry]:
+            lines.append(f"{sum(numbers[entry].values())} {what}{listed(numbers[entry])}")
+    return lines
+
+
 def first_reasons(findings: Collection[Finding]) -> str:
     """The most frequent reasons, each with the number of inputs and the first of them."""
     groups: dict[str, list[Finding]] = {}

@@ -21,6 +21,7 @@ from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.errors import UserError
 from shards.family import Content, Input, Item, Sample
 from shards.findings import of_error
+from shards.tars import refuse_compressed
 
 AUTO = "auto"
 
@@ -108,6 +109,10 @@ class Layout(ABC, Generic[Options, Content]):
                 about = item.part, item.channel, item.seconds
                 yield Item(sample.key, str(item), content, sample.columns, *about)
 
+    def file_of(self, item: Input) -> Path | None:
+        """The file that holds an input; None if `read` does more than read it."""
+        return self.root / item.path if type(self).read is Layout.read else None
+
     def payload(self, item: Input) -> bytes:
         """The bytes of an input. Raises OSError, and ValueError if the file ends too early."""
         path = self.root / item.path
@@ -134,6 +139,7 @@ def find(layouts: Sequence[type[AnyLayout]], name: str, source: Path) -> type[An
     """The layout with this name, or the detected one for "auto". Raises UserError."""
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
+    refuse_compressed(source)
     if name != AUTO:
         return next(layout for layout in layouts if layout.name == name)
     layout = detect(layouts, source)
@@ -141,17 +147,6 @@ def find(layouts: Sequence[type[AnyLayout]], name: str, source: Path) -> type[An
         names = ", ".join(layout.name for layout in layouts)
         raise UserError(f"{source}: its layout is not recognised; set --layout ({names})")
     return layout
-
-
-def open_source(
-    layouts: Sequence[type[AnyLayout]], name: str, source: Path, options: Any
-) -> AnyLayout:
-    """Opens SOURCE in the layout with this name; "auto" reports the detected layout. Raises
-    UserError."""
-    layout = find(layouts, name, source)
-    if name == AUTO:
-        print(f"{source}: layout {layout.name}")
-    return layout.open(source, options)
 
 
 def add_argument(

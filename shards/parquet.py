@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from d2v_ds.data.checks import Unusable
 from d2v_ds.errors import UserError
 from shards.family import Input
 
 EXTENSION = ".parquet"
-BATCH = 64  # rows that are decoded at a time
-BUFFER = 1 << 20  # bytes of a column that are read at a time
+BATCH = 64  # most rows that are decoded at a time
+BATCH_BYTES = 32_000_000  # approximate size of these rows
+BUFFER = 1 << 20  # bytes that are read at a time, instead of a whole row group
+# Names of splits as the datasets library knows them
+# (https://huggingface.co/docs/datasets/repository_structure).
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+SPLIT = re.compile(rf"(?:^|[^a-z0-9])({'|'.join(SPLITS)})(?=$|[^a-z])")
 
 
 def open_table(path: Path) -> Any:
-    """A pyarrow ParquetFile. Raises ValueError if the file is not Parquet, UserError if pyarrow is
+    """A pyarrow ParquetFile. Raises Unusable if the file is not Parquet, UserError if pyarrow is
     not installed."""
     try:
         import pyarrow.parquet
@@ -25,7 +39,7 @@ def open_table(path: Path) -> Any:
         # Without these two options, all of a row group is read at once.
         return pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"is not a Parquet file ({first_line(error)})") from None
+        raise Unusable("damaged", f"is not a Parquet file ({first_line(error)})") from None
 
 
 def row_groups(root: Path, file: str) -> Iterator[tuple[Input, int]]:
@@ -46,21 +60,73 @@ def row_groups(root: Path, file: str) -> Iterator[tuple[Input, int]]:
 
 
 def rows(table: Any, part: Input, columns: Sequence[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(row number in the file, row) of an input from `row_groups`. Raises ValueError."""
+    """(row number in the file, row) of an input from `row_groups`. Raises Unusable."""
     import pyarrow
 
     first = 0
     try:
         for i in range(table.metadata.num_row_groups):
-            at = first
-            first += table.metadata.row_group(i).num_rows
+            at, group = first, table.metadata.row_group(i)
+            first += group.num_rows
             if part.part is None or at == part.part[0]:
-                for batch in table.iter_batches(BATCH, row_groups=[i], columns=list(columns)):
+                average = group.total_byte_size // max(1, group.num_rows)
+                batch_rows = min(BATCH, max(1, BATCH_BYTES // max(1, average)))
+                for batch in table.iter_batches(batch_rows, row_groups=[i], columns=list(columns)):
                     for row in batch.to_pylist():
                         yield at, row
                         at += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(first_line(error)) from None
+        raise Unusable("damaged", first_line(error)) from None
+
+
+def class_names(table: Any) -> dict[str, tuple[str, ...]]:
+    """{column: names of its classes} that the datasets library stores in the schema of a file, in
+    the order of their numbers."""
+    raw = (table.schema_arrow.metadata or {}).get(b"huggingface", b"")
+    try:
+        features = json.loads(raw)["info"]["features"]
+        return {
+            column: tuple(map(str, feature["names"]))
+            for column, feature in features.items()
+            if isinstance(feature, dict) and isinstance(feature.get("names"), list)
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def may_hold_files(kind: Any) -> bool:
+    """Whether cells of this type may be files: bytes, a path, or a struct of both."""
+    import pyarrow.types
+
+    if pyarrow.types.is_struct(kind):
+        return {"bytes", "path"} & {field.name for field in kind} != set()
+    tests = ("is_binary", "is_large_binary", "is_binary_view", "is_string", "is_large_string")
+    return any(getattr(pyarrow.types, test)(kind) for test in tests)
+
+
+def splits_line(root: Path, files: Iterable[str]) -> str:
+    """One line about a folder whose files belong to several splits, such as train and test, which
+    become one set; "" if there are no splits."""
+    rows: Counter[str] = Counter()
+    word = ""  # of the first split
+    for file in files:
+        # The last word, because names of folders above may contain others.
+        found = SPLIT.findall(os.path.splitext(file)[0].lower())
+        try:
+            number = open_table(root / file).metadata.num_rows
+        except UserError:
+            raise
+        except ValueError:  # the conversion reports the reason
+            continue
+        rows[SPLITS[found[-1]] if found else "no split"] += number
+        word = word or (found[-1] if found else "")
+    if len(rows) < 2:
+        return ""
+    numbers = ", ".join(f"{name} {number:,}" for name, number in rows.items())
+    return (
+        f"{root}: its splits become one set ({numbers} rows); to choose one, use for example "
+        f"--only '**/*{word}*'"
+    )
 
 
 def binary_columns(table: Any) -> list[str]:

@@ -11,21 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError, suggestion
-from d2v_ds.files import sha256
+from shards import choosing
 from shards.family import Corpus, Input, Sample
 from shards.findings import first_reasons, left_out, normalised, unusable
 from shards.keys import make_key
 
-CONVERTER = 3  # increase it if the same inputs and options give different bytes than before
+CONVERTER = 4  # increase it if the same inputs and options give different bytes than before
 MIN_SHARD = 4_000_000  # bytes; smaller shards are not worth a process
 SHARDS_AT_LEAST = 16
 ENCODER = json.JSONEncoder(ensure_ascii=False)
@@ -38,8 +37,8 @@ class Choice:
 
     seed: int = 0
     shard_size: int = 256_000_000
-    only: Path | None = None  # file with one key or path per line
-    leave_out: Path | None = None
+    only: Sequence[str] = ()  # files and patterns, as choosing.py reads them
+    leave_out: Sequence[str] = ()
     splits: Mapping[str, float] | None = None
     split_by: str = ""  # a column; "": split by the key
 
@@ -47,9 +46,9 @@ class Choice:
     def options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"shard-size": self.shard_size, "seed": self.seed}
         if self.only:
-            options["only"] = _digest_of(self.only)
+            options["only"] = choosing.options(self.only)
         if self.leave_out:
-            options["except"] = _digest_of(self.leave_out)
+            options["except"] = choosing.options(self.leave_out)
         if self.splits:
             options |= {"split": dict(self.splits), "split-by": self.split_by}
         return options
@@ -63,6 +62,7 @@ class Samples:
         self._ends = array("Q")
         self.sizes = array("Q")
         self.inputs = array("I")  # number of inputs per sample
+        self.shared = bytearray()  # 1: the sample is a segment or channel of a recording
         for sample in samples:
             self.append(sample)
 
@@ -73,13 +73,15 @@ class Samples:
         inputs = [i.path if i.is_file else i for i in sample.inputs]
         row = [sample.key, inputs, sample.columns, sample.size]
         encoded = ENCODER.encode(row).encode("utf-8", "surrogateescape")
-        self._append(encoded, sample.size, len(sample.inputs))
+        shared = len(inputs) == 1 and inputs[0] is sample.inputs[0] and inputs[0].of_recording
+        self._append(encoded, sample.size, len(inputs), shared)
 
-    def _append(self, row: bytes, size: int, inputs: int) -> None:
+    def _append(self, row: bytes, size: int, inputs: int, shared: int) -> None:
         self._blob += row
         self._ends.append(len(self._blob))
         self.sizes.append(size)
         self.inputs.append(inputs)
+        self.shared.append(shared)
 
     def selected(self, numbers: Iterable[int], keys: Mapping[int, str]) -> Samples:
         """Samples by number. Those in `keys` get a new key, the others stay encoded."""
@@ -88,7 +90,7 @@ class Samples:
             if i in keys:
                 result.append(replace(self[i], key=keys[i]))
             else:
-                result._append(self.row(i), self.sizes[i], self.inputs[i])
+                result._append(self.row(i), self.sizes[i], self.inputs[i], self.shared[i])
         return result
 
     def row(self, i: int) -> bytes:
@@ -125,6 +127,7 @@ class ConversionPlan:
     bounds: array[int]  # shard i holds order[bounds[i] : bounds[i + 1]]
     keys: dict[int, str]  # {sample number: key} of samples whose own key is not unique
     findings: tuple[Finding, ...] = ()  # files and inputs that give no sample
+    not_chosen: int = 0  # inputs that --only and --except leave out
 
     @property
     def shards(self) -> int:
@@ -161,18 +164,19 @@ class ConversionPlan:
 
 def make_plans(corpus: Corpus, choice: Choice) -> dict[str, ConversionPlan]:
     """{name of the split: plan}; without splits, the name is "". Raises UserError."""
-    chosen = _chosen(corpus.samples, choice)
+    chooser = choosing.Chooser(choice.only, choice.leave_out)
     names = list(choice.splits) if choice.splits else [""]
     sets = {name: Samples() for name in names}
-    for sample in chosen:
+    for sample in chooser.chosen(corpus.samples):
         name = ""
         if choice.splits:
             name = split_of(_split_value(sample, choice.split_by), choice.splits)
         sets[name].append(sample)
+    findings = chooser.findings(normalised(corpus.findings))
     plans: dict[str, ConversionPlan] = {}
     for name, samples in sets.items():
         if not len(samples):
-            raise UserError(_why_empty(name, normalised(corpus.findings), choice))
+            raise UserError(_why_empty(name, findings, chooser.not_chosen))
         if corpus.arrange:
             samples = Samples(corpus.arrange(list(samples)))
         options = {**corpus.options, **choice.options}
@@ -180,19 +184,19 @@ def make_plans(corpus: Corpus, choice: Choice) -> dict[str, ConversionPlan]:
             options["split"] = {name: options["split"]}
         plans[name] = make_plan(samples, options, choice.shard_size, choice.seed)
     first = names[0]  # what gives no sample has no key to split by
-    plans[first] = replace(plans[first], findings=tuple(normalised(corpus.findings)))
+    plans[first] = replace(plans[first], findings=tuple(findings), not_chosen=chooser.not_chosen)
     return plans
 
 
-def _why_empty(name: str, findings: Sequence[Finding], choice: Choice) -> str:
+def _why_empty(name: str, findings: Sequence[Finding], not_chosen: int) -> str:
     reasons = first_reasons(unusable(findings))
-    more = f"; left out: {reasons}" if reasons else ""
     if name:
+        more = f"; left out: {reasons}" if reasons else ""
         return f"--split: no input falls into {name!r}; increase its share{more}"
-    if choice.only or choice.leave_out:
-        return f"--only and --except leave no input; change the lists{more}"
     if reasons:
         return f"none of the inputs can be used: {reasons}"
+    if not_chosen:
+        return f"--only and --except leave none of {not_chosen:,} inputs; change them"
     return "SOURCE contains no inputs"
 
 
@@ -200,21 +204,44 @@ def make_plan(
     samples: Samples, options: dict[str, Any], shard_size: int, seed: int
 ) -> ConversionPlan:
     """Shuffles the samples and cuts them into shards of about `shard_size` bytes of input, or of
-    less if there would be fewer than SHARDS_AT_LEAST. Does not depend on the number of
-    processes."""
+    less if there would be fewer than SHARDS_AT_LEAST. The segments of a recording stay together, in
+    their order. Does not depend on the number of processes."""
     sort_keys = array("Q")
     for i in range(len(samples)):
         sort_keys.append(sort_key(samples.key(i), seed))
     order = np.argsort(np.frombuffer(sort_keys, np.uint64), kind="stable")
+    keys = _unique(samples, sort_keys, order)
+    continues = np.zeros(len(samples), bool)
+    if any(samples.shared):
+        order, continues = _together(samples, sort_keys, seed)
     limit = min(shard_size, max(MIN_SHARD, sum(samples.sizes) // SHARDS_AT_LEAST))
     bounds, filled = array("Q", [0]), 0
     for at, j in enumerate(order):
-        if filled >= limit:
+        if filled >= limit and (filled >= shard_size or not continues[at]):
             bounds.append(at)
             filled = 0
         filled += samples.sizes[j]
     bounds.append(len(order))
-    return ConversionPlan(options, samples, order, bounds, _unique(samples, sort_keys, order))
+    return ConversionPlan(options, samples, order, bounds, keys)
+
+
+def _together(samples: Samples, sort_keys: array[int], seed: int) -> tuple[Any, Any]:
+    """(order, whether a sample continues the recording of the one before). Recordings are shuffled
+    with the other samples; their segments follow one another by start, so that the conversion reads
+    each recording once."""
+    first = np.array(sort_keys, np.uint64)
+    starts, ends, channels = np.zeros((3, len(samples)))
+    shared = np.frombuffer(samples.shared, bool)
+    for i in map(int, np.flatnonzero(shared)):
+        [segment] = samples[i].inputs
+        first[i] = sort_key(segment.path, seed)
+        starts[i], ends[i] = segment.part or (0.0, 0.0)
+        channels[i] = segment.channel or 0
+    order = np.lexsort((channels, ends, starts, first))
+    ordered = first[order]
+    continues = np.zeros(len(samples), bool)
+    continues[1:] = (ordered[1:] == ordered[:-1]) & shared[order[1:]]
+    return order, continues
 
 
 def sort_key(key: str, seed: int) -> int:
@@ -269,38 +296,3 @@ def _split_value(sample: Sample, column: str) -> str:
             f"{suggestion(column, sample.columns)}"
         )
     return str(sample.columns[column])
-
-
-def _chosen(samples: Iterable[Sample], choice: Choice) -> Iterator[Sample]:
-    if not choice.only and not choice.leave_out:
-        yield from samples
-        return
-    only = _read_list(choice.only) if choice.only else None
-    leave_out: Collection[str] = _read_list(choice.leave_out) if choice.leave_out else ()
-    missing = set(only or ()) | set(leave_out)
-    for sample in samples:
-        names = {sample.key, *(item.path for item in sample.inputs)}
-        missing -= names
-        if (only is None or not names.isdisjoint(only)) and names.isdisjoint(leave_out):
-            yield sample
-    if missing:
-        files = " and ".join(str(file) for file in (choice.only, choice.leave_out) if file)
-        raise UserError(
-            f"{files}: {len(missing)} of its names are neither a key nor a path of the corpus; the "
-            f"first: {min(missing)!r}"
-        )
-
-
-def _read_list(path: Path) -> frozenset[str]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a list of keys or paths ({error})") from None
-    return frozenset(line.strip() for line in lines if line.strip())
-
-
-def _digest_of(path: Path) -> str:
-    try:
-        return sha256(path)[:12]
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from d2v_ds.errors import UserError
 from shards.walking import extension_of
@@ -31,7 +32,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line.rstrip("\r\n")
 
 
-def rows(path: Path, needed: str) -> Iterator[tuple[int, dict[str, str]]]:
+def rows(path: Path, needed: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row by column). Raises UserError if the header lacks the column `needed` or
     names a column twice, and if a row and the header differ in length."""
     columns: list[str] = []

@@ -9,9 +9,11 @@ from d2v_ds.data.checks import Finding, listed
 from d2v_ds.errors import UserError
 from d2v_ds.exit_codes import FINISHED
 from d2v_ds.files import write_atomically
-from shards.arguments import number
-from shards.findings import counts, first_reasons, left_out
-from shards.layout import AUTO, find
+from shards.arguments import add_chosen, add_sources, number
+from shards.choosing import Chooser
+from shards.findings import counts, first_reasons, left_out, not_chosen_line
+from shards.layout import AUTO
+from shards.several import open_sources
 from shards.text import LAYOUTS, add_text_key
 from shards.text.layout import TextOptions
 
@@ -23,12 +25,7 @@ DESCRIPTION = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source",
-        type=Path,
-        metavar="SOURCE",
-        help="a text file or a folder, as for `d2v-shards text`",
-    )
+    add_sources(parser, "a text file or a folder, as for `d2v-shards text`; can be several")
     parser.add_argument("out", type=Path, metavar="OUT", help="the model file to write, NAME.model")
     parser.add_argument(
         "--vocab-size",
@@ -58,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="random seed of the sample (%(default)s)",
     )
+    add_chosen(parser)
     add_text_key(parser)
 
 
@@ -69,11 +67,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{out}: OUT must be a file NAME.model, for example {out}/tokenizer.model")
     if out.exists():
         raise UserError(f"{out}: already exists; use another name or delete it")
-    layout = find(LAYOUTS, AUTO, arguments.source).open(
-        arguments.source, TextOptions("line", arguments.text_key)
-    )
+    options = TextOptions("line", arguments.text_key)
+    layout = open_sources(LAYOUTS, AUTO, arguments.source, options, report=False)
     findings: list[Finding] = []
-    samples = layout.samples(findings)
+    chooser = Chooser(arguments.only, arguments.leave_out)
+    samples = chooser.chosen(layout.samples(findings))
     model = train(
         (item.content for sample in samples for item in layout.read(sample, findings)),
         vocab_size=arguments.vocab_size,
@@ -81,10 +79,13 @@ def run(arguments: argparse.Namespace) -> int:
         sample=arguments.sentences,
         seed=arguments.seed,
     )
+    findings = chooser.findings(findings)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, model)
     print(f"{out}: {arguments.model}, {Tokenizer.load(out).vocab_size} ids")
     out_of_use = left_out(findings)
+    if chooser.not_chosen:
+        print(not_chosen_line(chooser.not_chosen))
     if out_of_use:
         print(f"{len(out_of_use)} inputs were left out: {first_reasons(out_of_use)}")
     passed_over = counts(findings)["passed_over"]

@@ -9,7 +9,7 @@ damage, and compared with the index, and every sample is decoded.
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +29,7 @@ from d2v_ds.data.shard_format import (
     open_set,
     read_index,
 )
-from d2v_ds.data.tar_scan import BLOCK, DamagedTar, Member, members, next_header, samples
+from d2v_ds.data.tar_scan import BLOCK, DamagedTar, Member, members, samples
 from d2v_ds.errors import UserError
 from d2v_ds.files import sha256
 from d2v_ds.modalities import REGISTRY, modality_class
@@ -136,10 +136,10 @@ def _check_structure(
     """The members of the tar must be those of the index, and the members of a sample must be
     adjacent. The index of third-party tars may omit members. packed: Modality.packed_extensions;
     None if they are unknown."""
-    found: list[Member] = []
     damage: list[DamagedTar] = []
-    _walk(file, found, damage)
-    starts = [member.offset for member in found]
+    found = list(members(file, damage=damage))
+    order = sorted(range(len(found)), key=lambda at: found[at].offset)
+    starts = [found[at].offset for at in order]
     headers = {offset - BLOCK: i for i, offset in enumerate(index.offsets) if offset}
     for error in damage:
         cell = headers.get(error.offset)
@@ -152,34 +152,25 @@ def _check_structure(
     for i, offset in enumerate(index.offsets):
         if not offset or offset - BLOCK in damaged:  # the sample has no such member
             continue
-        at = bisect_right(starts, offset) - 1
-        member = found[at] if at >= 0 else Member("nothing", 0, 0)
-        if not _is_in(index, keys, packed, i, member):
+        last = bisect_right(starts, offset)
+        # Several members have the same payload if some are links.
+        first = bisect_left(starts, starts[last - 1]) if last else 0
+        held = [at for at in order[first:last] if _is_in(index, keys, packed, i, found[at])]
+        used.update(held[:1])
+        if not held:
             name, _ = _member_name(index, keys, packed or {}, i)
+            member = found[order[last - 1]] if last else Member("nothing", 0, 0)
             yield (
                 f"the index expects {name} ({index.sizes[i]} bytes) at byte {offset}, but the tar "
                 f"has {member.name} ({member.size} bytes) at byte {member.offset}"
             )
-        used.add(at)
+            used.update(order[first:last])
     if not indexed:
         for at in sorted(set(range(len(found))) - used):
             yield f"{found[at].name} at byte {found[at].offset - BLOCK} is not in the index"
     groups = Counter(key for key, _ in samples(found))
     for key in (key for key, number in groups.items() if number > 1):
         yield f"the members of {key!r} are not adjacent, or the key occurs twice"
-
-
-def _walk(file: BinaryIO, found: list[Member], damage: list[DamagedTar]) -> None:
-    """All members, also those after a damaged header."""
-    start: int | None = 0
-    while start is not None:
-        try:
-            for member in members(file, start):
-                found.append(member)
-            return
-        except DamagedTar as error:
-            damage.append(error)
-            start = next_header(file, error.offset)
 
 
 def _is_in(

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from d2v_ds.data.checks import Finding
 from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE
 from d2v_ds.errors import UserError
+from shards.tars import how_to_unpack, unpacker
 
 NOT_READ = "is not a type of file that is read"
 
@@ -82,6 +83,7 @@ def wanted(
     """The files with a wanted name; the others are added to `findings`. Raises UserError, listing
     the others, if there are none."""
     others: Counter[str] = Counter()
+    packed = ""  # a compressed tar
     empty = True
     for file in files:
         if is_wanted(file.name):
@@ -89,10 +91,13 @@ def wanted(
             yield file
         else:
             others[extension_of(file.name) or file.name] += 1
-            findings.append(Finding(file.path, NOT_READ, "type"))
+            reason = how_to_unpack(file.name) if unpacker(file.name) else NOT_READ
+            packed = packed or (file.path if reason != NOT_READ else "")
+            findings.append(Finding(file.path, reason, "type"))
     if empty:
         found = ", ".join(f"{n} {kind}" for kind, n in others.most_common(5)) or "nothing"
-        raise UserError(f"{root}: contains no {kinds} file (found: {found})")
+        more = f"; {packed} {how_to_unpack(os.path.basename(packed))}" if packed else ""
+        raise UserError(f"{root}: contains no {kinds} file (found: {found}){more}")
 
 
 def extension_of(name: str) -> str:

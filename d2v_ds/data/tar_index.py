@@ -12,17 +12,17 @@ import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from d2v_ds.data.checks import Finding, Unusable, kind_of
+from d2v_ds.data.checks import ALTERED, Finding, Unusable, kind_of
 from d2v_ds.data.checksum import checksum_of
 from d2v_ds.data.headers import Length, SampleFormat, payload
 from d2v_ds.data.shard_format import INDEX_FILE, ShardEntry, ShardSet, index_bytes, set_json
-from d2v_ds.data.tar_scan import DamagedTar, Member, members, samples
+from d2v_ds.data.tar_scan import DamagedTar, Member, key_of, members, samples, without_dots
 from d2v_ds.errors import UserError
 from d2v_ds.files import write_atomically
 
@@ -37,6 +37,7 @@ class IndexedTar:
     idx: bytes  # content of NAME.idx
     sample_rate: int
     left_out: tuple[Finding, ...]  # by key
+    notes: tuple[Finding, ...] = ()  # members that are not used
 
 
 def index_set(
@@ -63,27 +64,21 @@ def index_set(
         raise UserError(f"{out}: is already a shard set; delete its {INDEX_FILE} to index it again")
     form = formats[0] if len(formats) == 1 else guess_format(tars[0], formats)
     out.mkdir(parents=True, exist_ok=True)
-    entries, left_out, rates = [], [], dict[int, str]()
+    entries, left_out, notes, rates = [], list[Finding](), list[Finding](), dict[int, str]()
     for indexed in run(index_tar, [(tar, form, checksum) for tar in tars]):
         entry = indexed.entry
         rates.setdefault(indexed.sample_rate, entry.name)
-        left_out += [
-            found._replace(name=f"{entry.name}.tar, {found.name}") for found in indexed.left_out
-        ]
+        for findings, found in ((left_out, indexed.left_out), (notes, indexed.notes)):
+            findings += [one._replace(name=f"{entry.name}.tar, {one.name}") for one in found]
         entries.append(entry)
         write_atomically(out / f"{entry.name}.idx", indexed.idx)
     if len(rates) > 1:
-        found = ", ".join(f"{rate} Hz in {name}.tar" for rate, name in sorted(rates.items()))
-        raise UserError(f"{out}: a set has one sample rate (found {found}); {_convert(form)}")
+        named = ", ".join(f"{rate} Hz in {name}.tar" for rate, name in sorted(rates.items()))
+        raise UserError(f"{out}: a set has one sample rate (found {named}); {_convert(form)}")
     entries.sort(key=lambda entry: entry.name)
     inputs = sum(entry.samples for entry in entries) + len(left_out)
-    write_atomically(
-        out / "quarantine.jsonl",
-        "".join(
-            json.dumps({"path": found.name, "reason": found.reason, "kind": found.kind}) + "\n"
-            for found in sorted(left_out)
-        ),
-    )
+    _write_list(out / "quarantine.jsonl", left_out)
+    _write_list(out / "notes.jsonl", notes)
     if len(left_out) > MAX_BAD * inputs:
         name, reason, _ = min(left_out)
         raise UserError(
@@ -105,10 +100,25 @@ def index_set(
         "inputs": inputs,
         "quarantined": len(left_out),
         "options": {},
+        "left_out": _counts(left_out),
+        "passed_over": _counts(note for note in notes if note.kind not in ALTERED),
+        "altered": _counts(note for note in notes if note.kind in ALTERED),
     }
-    about["left_out"] = dict(Counter(found.kind for found in left_out).most_common())
     write_atomically(out / INDEX_FILE, set_json(result, **about))
     return result
+
+
+def _write_list(file: Path, findings: Iterable[Finding]) -> None:
+    lines = (
+        json.dumps({"path": found.name, "reason": found.reason, "kind": found.kind}) + "\n"
+        for found in sorted(findings)
+    )
+    write_atomically(file, "".join(lines))
+
+
+def _counts(findings: Iterable[Finding]) -> dict[str, int]:
+    """{kind: number}, the most frequent first."""
+    return dict(Counter(found.kind for found in findings).most_common())
 
 
 def guess_format(tar: Path, formats: Sequence[SampleFormat]) -> SampleFormat:
@@ -134,10 +144,10 @@ def index_tar(job: tuple[Path, SampleFormat, str], one_rate: bool = True) -> Ind
     """(tar, format, kind of checksum) -> its index. one_rate: samples whose rate differs from
     that of the first are left out. Raises UserError."""
     tar, form, kind = job
-    names, checksum = form.fields, checksum_of(kind)
+    names, known, checksum = form.fields, set(form.fields), checksum_of(kind)
     keys: list[str] = []
     offsets, sizes, checksums, lengths = array("q"), array("I"), array("I"), array("I")
-    left_out: list[Finding] = []
+    left_out, notes = list[Finding](), list[Finding]()
     rate = 0
     with tar.open("rb") as file:
         try:
@@ -153,6 +163,8 @@ def index_tar(job: tuple[Path, SampleFormat, str], one_rate: bool = True) -> Ind
                     continue
                 keys.append(key)
                 lengths.append(length.length)
+                if not group.keys() <= known or any(m.problem for m in group.values()):
+                    notes += _notes(key, group, known)
                 for name in names:
                     member = group.get(name)
                     offsets.append(member.offset if member else 0)
@@ -167,7 +179,17 @@ def index_tar(job: tuple[Path, SampleFormat, str], one_rate: bool = True) -> Ind
     idx = index_bytes(names, size, keys, offsets, sizes, checksums, lengths, kind)
     digest = sha256(idx).hexdigest()  # of the index, since the tar was not read
     entry = ShardEntry(tar.stem, len(keys), size, sum(lengths), digest)
-    return IndexedTar(entry, idx, rate, tuple(left_out))
+    return IndexedTar(entry, idx, rate, tuple(left_out), tuple(notes))
+
+
+def _notes(key: str, group: dict[str, Member], known: Collection[str]) -> Iterator[Finding]:
+    """The members of a sample that the index lacks."""
+    for name, member in group.items():
+        if name not in known:
+            yield Finding(f"{key}.{name}", "no sample uses this member of the tar", "unused")
+        elif member.problem:
+            reason = f"{member.problem.reason}; the sample is kept without it"
+            yield Finding(f"{key}.{name}", reason, "no metadata")
 
 
 def _convert(form: SampleFormat) -> str:
@@ -178,6 +200,8 @@ def _length(file: BinaryIO, group: dict[str, Member], form: SampleFormat) -> Len
     """Raises ValueError."""
     for name, read in form.readers.items():
         if name in group:
+            if problem := group[name].problem:
+                raise Unusable(problem.kind, f".{name}: {problem.reason}")
             length = read(file, group[name])
             if not 0 < length.length < 1 << 32 or max(m.size for m in group.values()) >= 1 << 32:
                 raise Unusable(
@@ -185,4 +209,10 @@ def _length(file: BinaryIO, group: dict[str, Member], form: SampleFormat) -> Len
                     f".{name}: {length.length} {form.length_unit}, or its size, is out of range",
                 )
             return length
-    raise Unusable("row", f"has only {', '.join(group)}, none of {', '.join(form.readers)}")
+    cut = key_of(next(iter(group.values())).name)
+    assert cut
+    raise Unusable(
+        "row",
+        f"has only {', '.join(group)}, none of {', '.join(form.readers)}"
+        f"{without_dots(cut[1], group, form.readers)}",
+    )

@@ -1,17 +1,17 @@
 """Shard sets and third-party tars as pipelines of the package webdataset.
 
-    shards --webdataset--> pipeline of samples: {"__key__", "__url__", members, "example"}
+    shards -> pipeline of samples: {"__key__", "__url__", members, "example"}
 
-webdataset reads the tars from front to back, so this suits other trainers, inspection and feature
-extraction; training reads single members by the index (reading.py). webdataset stops silently at
-the first damaged header. Here the tars of a set are checked against its index, sample by sample,
-and tars without an index are downloaded and scanned before they are read.
+The pipeline reads the tars from front to back, so it suits other trainers, inspection and feature
+extraction; training reads single members by the index (reading.py). The package webdataset itself
+stops silently at the first damaged header and skips links. Here tar_scan.py reads the tars, those
+of a set are checked against its index, sample by sample, and tars without an index are downloaded
+and scanned before they are read.
 """
 
 from __future__ import annotations
 
 import io
-import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,8 +24,9 @@ from d2v_ds.data.cache.folder import OwnFolder, writing
 from d2v_ds.data.cache.remote import open_shard
 from d2v_ds.data.checksum import checksum_of
 from d2v_ds.data.download import download, url_of
+from d2v_ds.data.headers import payload
 from d2v_ds.data.shard_format import ShardEntry, ShardIndex, ShardSet, read_index
-from d2v_ds.data.tar_scan import DamagedTar, members
+from d2v_ds.data.tar_scan import DamagedTar, members, samples
 from d2v_ds.errors import UserError
 from d2v_ds.loader.find_set import find_set, stream_tars
 from d2v_ds.modalities import modality_class
@@ -210,14 +211,16 @@ class _TarsAtUrls:
 
 
 def items_of(file: BinaryIO, tar: str, packed: Mapping[str, str]) -> Iterator[Item]:
-    """The samples of an open tar, read by webdataset; a packed member yields one item per row."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander
-
+    """The samples of an open tar, grouped as webdataset does. Unlike webdataset, also those after
+    the first of several concatenated archives, and with links; a packed member yields one item per
+    row."""
     try:
-        for item in group_by_keys(tar_file_expander([{"url": tar, "stream": file}])):
+        for key, group in samples(members(file)):
+            item: Item = {"__key__": key, "__url__": tar}
+            item |= {name: payload(file, one) for name, one in group.items() if not one.problem}
             yield from _rows(item, packed)
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise UserError(f"{tar}: cannot be read ({error.args[0]}); copy it again") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{tar}: is damaged ({error}); copy it again") from None
 
 
 def _rows(item: Item, packed: Mapping[str, str]) -> Iterator[Item]:

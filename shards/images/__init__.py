@@ -13,7 +13,7 @@ from shards.images.layout import ImageLayout, ImageOptions
 from shards.images.manifest import Manifest
 from shards.images.parquet import Parquet
 from shards.images.webdataset import WebDataset
-from shards.layout import open_source
+from shards.several import open_sources
 
 if TYPE_CHECKING:
     from d2v_ds.data.checks import Finding
@@ -63,7 +63,7 @@ def read(arguments: argparse.Namespace) -> Corpus:
     from shards.family import Corpus
     from shards.images.converter import ImageConverter
 
-    layout = open_source(
+    layout = open_sources(
         LAYOUTS,
         arguments.layout,
         arguments.source,

@@ -13,9 +13,9 @@ from d2v_ds.data.tar_scan import Member
 from d2v_ds.errors import UserError
 from shards.family import Input, Sample
 from shards.images.layout import EXTENSIONS, ImageLayout, ImageOptions, pass_over_others
-from shards.images.tars import TAR, first_tar, not_empty, tars_of
+from shards.images.tars import first_tar, not_empty, tars_of
 from shards.keys import make_key
-from shards.tars import sound_members
+from shards.tars import TAR, sound_members
 from shards.walking import NOT_READ
 
 

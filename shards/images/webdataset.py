@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 from d2v_ds.data import tar_scan
 from d2v_ds.data.checks import Finding
+from d2v_ds.data.headers import SIDE_FIELDS
 from shards.family import Input, Item, Sample
 from shards.findings import of_error
 from shards.images.imagenet import is_imagenet
@@ -26,7 +27,7 @@ from shards.images.layout import (
 )
 from shards.images.tars import first_tar, not_empty, tars_of
 from shards.keys import make_key
-from shards.tars import sound_members
+from shards.tars import all_members
 
 UNUSED = "is neither the image of its sample nor .cls, .json or .txt"
 ASIDE = "aside"  # column of a plan: fields of the inputs after the image, "cls", "json" or "txt"
@@ -84,12 +85,22 @@ class WebDataset(ImageLayout):
 
 
 def _grouped(file: BinaryIO, name: str, findings: list[Finding]) -> Iterator[Sample]:
-    for key, members in tar_scan.samples(sound_members(file, name, findings)):
+    fields = [extension[1:] for extension in EXTENSIONS]
+    for key, members in tar_scan.samples(all_members(file, name, findings)):
         images = [kind for kind in members if f".{kind}" in EXTENSIONS]
         if len(images) != 1:
             reason = f"has {len(images)} images, expected one ({', '.join(members)})"
+            reason += tar_scan.without_dots(key, members, fields)
             findings.append(Finding(f"{name}, sample {key}", reason, "row"))
             continue
+        if problem := members[images[0]].problem:
+            findings.append(Finding(f"{name}, sample {key}", problem.reason, problem.kind))
+            continue
+        for kind in SIDE_FIELDS:
+            if kind in members and (problem := members[kind].problem):
+                reason = f"{problem.reason}; the image is kept without it"
+                findings.append(Finding(f"{name}, {key}.{kind}", reason, "no metadata"))
+                members.pop(kind)
         aside = [kind for kind in ("json", "txt", "cls") if kind in members]
         for kind in members:
             if kind not in (images[0], *aside):

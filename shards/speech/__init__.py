@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 
 from d2v_ds.errors import UserError
 from shards import arguments as types
-from shards.layout import open_source
+from shards.choosing import Chooser
+from shards.parquet import splits_line
+from shards.several import Several, open_sources
 from shards.speech.commonvoice import CommonVoice
 from shards.speech.fairseq import Fairseq
 from shards.speech.folder import Folder
@@ -20,6 +22,7 @@ from shards.speech.jsonl import JsonLines
 from shards.speech.layout import SpeechLayout
 from shards.speech.librispeech import LibriSpeech
 from shards.speech.manifest import Manifest
+from shards.speech.parquet import Parquet
 from shards.speech.webdataset import WebDataset
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ DESCRIPTION = (
 LAYOUTS: list[type[SpeechLayout]] = [
     CommonVoice,
     WebDataset,
+    Parquet,
     LibriSpeech,
     JsonLines,
     Fairseq,
@@ -106,7 +110,8 @@ def read(arguments: argparse.Namespace) -> Corpus:
 
     if arguments.join and arguments.max_seconds:
         raise UserError("--join and --max-seconds cannot be combined; use one of them")
-    layout = open_source(LAYOUTS, arguments.layout, arguments.source, None)
+    layout = open_sources(LAYOUTS, arguments.layout, arguments.source, None)
+    _prepare_parquet(layout, arguments)
     converter = SpeechConverter(
         layout,
         arguments.rate,
@@ -129,3 +134,25 @@ def read(arguments: argparse.Namespace) -> Corpus:
         )
     findings: list[Finding] = []
     return Corpus(layout.samples(findings), converter, options, arrange, findings)
+
+
+def _prepare_parquet(layout: SpeechLayout, arguments: argparse.Namespace) -> None:
+    """Prints a line for each folder of Parquet whose splits become one set. Raises UserError for
+    options that need the columns of rows, which are only read during the conversion."""
+    chooser = Chooser(arguments.only, arguments.leave_out)
+    parts: list[tuple[SpeechLayout, str]] = [(layout, "")]
+    if isinstance(layout, Several):
+        parts = [(part.layout, f"{part.prefix}/") for part in layout.parts]
+    for one, prefix in parts:
+        if not isinstance(one, Parquet):
+            continue
+        for name, column in (("--join", arguments.join), ("--split-by", arguments.split_by)):
+            if column:
+                raise UserError(
+                    f"{name} {column}: {one.source} is Parquet, whose columns are only read during "
+                    f"the conversion; convert it without {name}"
+                )
+        if one.source.is_dir():
+            files = [name for name in one.files([]) if chooser.takes([prefix + name])]
+            if line := splits_line(one.root, files):
+                print(line)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from d2v_ds.data.checks import Finding
@@ -24,9 +24,13 @@ CLIPS = "clips"
 KEPT = ("age", "gender", "accents", "locale")
 
 
+@dataclass(frozen=True)
 class CommonVoice(SpeechLayout):
     name = "commonvoice"
     help = f"Common Voice: the folder of one language (uses {DEFAULT}) or a TSV in it"
+
+    whole: bool = False
+    """Whether SOURCE is the folder, so that clips that its table lacks are passed over."""
 
     @classmethod
     def recognises(cls, source: Path) -> bool:
@@ -40,20 +44,32 @@ class CommonVoice(SpeechLayout):
         table = source / DEFAULT if source.is_dir() else source
         if not table.is_file():
             raise UserError(f"{table}: no such file; --layout {cls.name} needs it")
-        return replace(layout, source=table)
+        return replace(layout, source=table, whole=source.is_dir())
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
+        listed: set[int] = set()  # hashes instead of names, to save memory
         for number, row in rows(self.source, "path"):
             name = row["path"]
+            where = f"{self.source.name}, line {number}"
             if not name:
-                findings.append(
-                    Finding(f"{self.source.name}, line {number}", "names no clip", "row")
-                )
+                findings.append(Finding(where, "names no clip", "row"))
                 continue
             if not name.lower().endswith(AUDIO):
                 name += ".mp3"  # releases before version 5 omit the extension
+            if hash(name) in listed:
+                findings.append(Finding(where, f"lists {name} again", "duplicate"))
+                continue
+            listed.add(hash(name))
             path = f"{CLIPS}/{name}"
             columns = {column: row[column] for column in KEPT if row.get(column)}
             columns |= {"text": row.get("sentence", ""), "speaker": row.get("client_id", "")}
             size = size_of(self.root / path)
             yield Sample(make_key(os.path.splitext(name)[0]), (Input(path),), columns, size)
+        if self.whole:
+            findings += self._unlisted(listed)
+
+    def _unlisted(self, listed: set[int]) -> Iterator[Finding]:
+        reason = f"{self.source.name} does not list this clip"
+        for name in sorted(os.listdir(self.root / CLIPS)):
+            if hash(name) not in listed:
+                yield Finding(f"{CLIPS}/{name}", reason, "unused")

@@ -54,7 +54,7 @@ class Fairseq(SpeechLayout):
             if self.source.with_suffix(f".{kind}").is_file()
         }
         texts = [lines_of(path) for path in labels.values()]
-        empty = True
+        empty, listed = True, set[int]()
         for row in zip_longest(lines, *texts):
             empty = False
             if None in row:
@@ -69,6 +69,11 @@ class Fairseq(SpeechLayout):
                 where = f"{self.source.name}, line {number}"
                 findings.append(Finding(where, "is not PATH, TAB, FRAMES", "row"))
                 continue
+            if hash(path) in listed:
+                where = f"{self.source.name}, line {number}"
+                findings.append(Finding(where, f"lists {path} again", "duplicate"))
+                continue
+            listed.add(hash(path))
             columns = {}
             for kind, (_, text) in zip(labels, words, strict=True):
                 if kind == "wrd":

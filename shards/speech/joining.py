@@ -11,7 +11,6 @@ from d2v_ds.data import audio
 from d2v_ds.errors import UserError, suggestion
 from shards.family import Sample
 from shards.keys import make_key
-from shards.layout import Layout
 from shards.plan import sort_key
 from shards.speech.layout import SpeechLayout
 
@@ -56,13 +55,13 @@ def join(
 def _seconds(layout: SpeechLayout, sample: Sample) -> float:
     """0 for an unreadable recording, because the conversion reports the reason."""
     first = sample.inputs[0]
-    if first.part:
+    if first.part and isinstance(first.part[0], float):
         return first.part[1] - first.part[0]
-    is_file = first.bytes is None and type(layout).read is Layout.read
+    path = layout.file_of(first)
     seconds = 0.0
     try:
-        if is_file:  # reads only the header
-            return _duration(audio.info(layout.root / first.path))
+        if path and first.bytes is None:  # reads only the header
+            return _duration(audio.info(path))
         for item in layout.read(sample, []):
             seconds += _duration(audio.info(item.content))
     except (ValueError, OSError):

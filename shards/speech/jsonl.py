@@ -1,32 +1,35 @@
-"""JSON lines: one object per recording, or per part of one.
+"""JSON lines, or a JSON array: one object per recording, or per part of one (rows.py).
 
-The path is `path` or `audio_filepath`, relative to the manifest. `offset` and `duration`, or
-`start` and `end`, select a part, in seconds. `text` and all other keys become columns (as in https://docs.nvidia.com/nemo-framework/user-guide/latest/nemotoolkit/asr/datasets.html).
+These are also the manifests of NVIDIA NeMo (https://docs.nvidia.com/nemo-framework/user-guide/latest/nemotoolkit/asr/datasets.html).
 """
 
 from __future__ import annotations
 
+import codecs
+import io
 import json
-import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from d2v_ds.data.checks import Finding
+from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.errors import UserError
-from shards.family import Input, Sample
-from shards.keys import make_key
+from shards.family import Sample
+from shards.findings import of_error
 from shards.speech.layout import SpeechLayout
-from shards.walking import extension_of, size_of
+from shards.speech.rows import Rows
+from shards.walking import extension_of
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json")
-PATHS = ("path", "audio_filepath")
-TIMES = ("offset", "duration", "start", "end")
+LONGEST = 1 << 24  # bytes of a line
+CHUNK = 1 << 20  # characters of an array that are read at a time
+BETWEEN = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")  # elements of an array
 
 
 class JsonLines(SpeechLayout):
     name = "jsonl"
-    help = "JSON lines with `path` or `audio_filepath`, and optionally a part in seconds"
+    help = "JSON lines or array with `path` or `audio_filepath`, optionally parts in seconds"
     takes = "file"
 
     @classmethod
@@ -34,51 +37,103 @@ class JsonLines(SpeechLayout):
         return source.is_file() and extension_of(source.name) in EXTENSIONS
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
-        number = 0
+        rows = Rows(self.root)
+        where = ""
         with self.source.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
+            for where, row in elements(file) if is_array(file) else lines(file):
+                name = f"{self.source.name}, {where}"
                 try:
-                    yield _sample(self.root, line)
-                except (ValueError, RecursionError) as error:
-                    findings.append(
-                        Finding(f"{self.source.name}, line {number}", str(error), "row")
-                    )
-        if not number:
+                    sample = rows.sample(_object(row))
+                    _check_tarred(sample)
+                except ValueError as error:
+                    findings.append(of_error(name, error))
+                else:
+                    yield sample
+        if not where:
             raise UserError(f"{self.source}: is empty")
 
 
-def _sample(root: Path, line: bytes) -> Sample:
-    """Raises ValueError if the line does not describe a recording."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"is not JSON ({error})") from None
+def _object(row: Any) -> dict[str, Any]:
+    """Raises Unusable, also if the row is an error."""
+    if isinstance(row, ValueError):
+        raise row
     if not isinstance(row, dict):
-        raise ValueError("is not a JSON object")
-    found = [row.pop(name) for name in PATHS if name in row]
-    if len(found) != 1 or not isinstance(found[0], str) or not found[0] or "\0" in found[0]:
-        raise ValueError(f"needs exactly one of {' and '.join(PATHS)}, a string")
-    path = found[0]
-    part = _part(row)
-    stem = os.path.splitext(path)[0]
-    if part:
-        stem += "-" + "-".join(f"{round(seconds * 1000):08d}" for seconds in part)
-    size = size_of(root / path)
-    columns = {name: value for name, value in row.items() if name not in TIMES}
-    return Sample(make_key(stem), (Input(path, None, part),), columns, size)
+        raise Unusable("row", "is not a JSON object")
+    return row
 
 
-def _part(row: dict[str, Any]) -> tuple[float, float] | None:
-    """(start, end) in seconds, None for the whole file. Raises ValueError."""
-    times = {name: row[name] for name in TIMES if row.get(name) is not None}
-    if not all(type(t) in (int, float) and 0 <= t < 1e9 for t in times.values()):
-        raise ValueError(f"{', '.join(TIMES)} must be in seconds, 0 or more")
-    start = times.get("offset", times.get("start"))
-    if start is None:  # `duration` without a start is the duration of the file
-        return None
-    end = times.get("end", start + times["duration"] if "duration" in times else None)
-    if end is None or end <= start:
-        raise ValueError("has a start, so it needs a duration, or an end after the start")
-    return start, end
+def _check_tarred(sample: Sample) -> None:
+    """Raises Unusable for a row of a tarred manifest of NeMo, whose files are members of tars."""
+    if "shard_id" in sample.columns and not sample.size:
+        raise Unusable(
+            "row",
+            f"has a shard_id, but {sample.inputs[0].path} does not exist: the manifest describes "
+            "recordings in tars; convert the tars instead, with --layout webdataset",
+        )
+
+
+def is_array(file: IO[bytes]) -> bool:
+    """Whether a file holds one JSON array, by its first character."""
+    first = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
+    file.seek(0)
+    return first == b"["
+
+
+def lines(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    """(where, value or the ValueError of the line) of each line that is not blank. Takes the memory
+    of one line."""
+    number = 0
+    while line := file.readline(LONGEST):
+        number += 1
+        where = f"line {number}"
+        if len(line) == LONGEST and not line.endswith(b"\n"):
+            while (rest := file.readline(LONGEST)) and not rest.endswith(b"\n"):
+                pass
+            yield where, Unusable("size", f"is longer than {LONGEST:,} bytes")
+        elif line.strip():
+            try:
+                yield where, json.loads((line if number > 1 else without_bom(line)).decode())
+            except (ValueError, RecursionError) as error:
+                yield where, Unusable("row", f"is not JSON ({error})")
+
+
+def without_bom(line: bytes) -> bytes:
+    return line.removeprefix(codecs.BOM_UTF8)
+
+
+def elements(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    """(where, value) of each element of an array. Takes the memory of a few elements. Raises
+    UserError where the array is damaged, since what follows cannot be read."""
+    text = io.TextIOWrapper(file, "utf-8-sig")
+    decoder = json.JSONDecoder()
+    number = 0
+    try:
+        buffer = text.read(CHUNK)
+        at = buffer.index("[") + 1
+        while True:
+            start = _after_space(buffer, at)
+            if buffer[start : start + 1] == "]":
+                return
+            try:
+                value, at = decoder.raw_decode(buffer, start)
+            except json.JSONDecodeError as error:
+                more = text.read(CHUNK)
+                if not more or len(buffer) - start > LONGEST:
+                    raise UserError(
+                        f"{file.name}, item {number + 1}: is not JSON ({error.msg}); what follows "
+                        "cannot be read"
+                    ) from None
+                buffer, at = buffer[start:] + more, 0
+                continue
+            number += 1
+            yield f"item {number}", value
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise UserError(f"{file.name}: is not JSON in UTF-8 ({error})") from None
+    finally:
+        text.detach()
+
+
+def _after_space(buffer: str, at: int) -> int:
+    match = BETWEEN.match(buffer, at)
+    assert match
+    return match.end()

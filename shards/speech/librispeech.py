@@ -21,6 +21,7 @@ from shards.speech.layout import AUDIO, SpeechLayout
 from shards.walking import NOT_READ, extension_of, first_folder, folders, size_of
 
 TRANSCRIPTS = ".trans.txt"
+SPACE = " \t\r"
 KEPT = ("speaker", "snr")  # of the JSON of Libri-Light, which is long
 
 
@@ -80,21 +81,27 @@ def _transcripts(
 ) -> dict[str, str]:
     """{stem of a recording: text} of a folder."""
     texts: dict[str, str] = {}
+    unclear: set[str] = set()
     for name in names:
         if not name.endswith(TRANSCRIPTS):
             continue
-        lines = (folder / name).read_bytes().decode("utf-8-sig", "replace").splitlines()
+        # Not splitlines, which also ends lines at U+2028 and other characters within a text.
+        lines = (folder / name).read_bytes().decode("utf-8-sig", "replace").split("\n")
         for number, line in enumerate(lines, start=1):
-            stem, _, text = line.strip().partition(" ")
+            stem, _, text = line.strip(SPACE).partition(" ")
+            text = text.strip(SPACE)
             if not stem:
                 continue
-            if "\ufffd" in text or not text.strip():
-                where = f"{os.path.relpath(folder / name, root)}, line {number}"
+            reason = ""
+            if "\ufffd" in text or not text:
                 reason = "is not `NAME TEXT` in UTF-8; its recording gets no text"
+            elif texts.setdefault(stem, text) != text:
+                reason = f"gives {stem} another text than an earlier line; it gets no text"
+                unclear.add(stem)
+            if reason:
+                where = f"{os.path.relpath(folder / name, root)}, line {number}"
                 findings.append(Finding(where, reason, "no metadata"))
-            else:
-                texts[stem] = text.strip()
-    return texts
+    return {stem: text for stem, text in texts.items() if stem not in unclear}
 
 
 def _columns(folder: Path, stem: str, names: list[str]) -> dict[str, object]:

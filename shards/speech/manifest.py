@@ -1,19 +1,19 @@
-"""TSV with a header line and a column `path`, relative to the manifest. The other columns become
-columns of the samples."""
+"""TSV with a header line and a column `path`, relative to the manifest (rows.py). The other columns
+become columns of the samples."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError
-from shards.family import Input, Sample
-from shards.keys import make_key
+from shards.family import Sample
+from shards.findings import of_error
 from shards.speech.layout import SpeechLayout
+from shards.speech.rows import Rows
 from shards.tables import rows
-from shards.walking import extension_of, size_of
+from shards.walking import extension_of
 
 
 class Manifest(SpeechLayout):
@@ -26,15 +26,12 @@ class Manifest(SpeechLayout):
         return source.is_file() and extension_of(source.name) == ".tsv"
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
-        seen: set[int] = set()  # hashes instead of paths, to save memory
+        listed = Rows(self.root)
+        number = 0
         for number, row in rows(self.source, "path"):
-            path = row.pop("path")
-            if hash(path) in seen:
-                raise UserError(
-                    f"{self.source}, line {number}: {path} is listed twice; remove one of the lines"
-                )
-            seen.add(hash(path))
-            key = make_key(os.path.splitext(path)[0])
-            yield Sample(key, (Input(path),), row, size_of(self.root / path))
-        if not seen:
+            try:
+                yield listed.sample(row)
+            except ValueError as error:
+                findings.append(of_error(f"{self.source.name}, line {number}", error))
+        if not number:
             raise UserError(f"{self.source}: lists no recordings, it has only a header line")

@@ -1,7 +1,7 @@
 """Third-party WebDataset tars (https://github.com/webdataset/webdataset).
 
 SOURCE is a tar or a folder tree with tars. A sample has one recording; its json (an object), txt
-and cls members become columns.
+and cls members become columns. Links within a tar stand for their target.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from d2v_ds.data.checks import Finding
-from d2v_ds.data.tar_scan import Member, samples
+from d2v_ds.data.tar_scan import Member
 from shards.family import Input, Sample
 from shards.keys import make_key
 from shards.speech.layout import AUDIO, SpeechLayout
-from shards.tars import sound_members
+from shards.tars import TAR, grouped
 from shards.walking import extension_of, first_folder, walk, wanted
 
-TAR = ".tar"
 LABELS = {"txt": "text", "cls": "label"}  # column of a member
 
 
@@ -47,15 +46,12 @@ class WebDataset(SpeechLayout):
 
 
 def _samples(file: BinaryIO, name: str, findings: list[Finding]) -> Iterator[Sample]:
-    for key, group in samples(sound_members(file, name, findings)):
-        audio = next((e[1:] for e in AUDIO if e[1:] in group), "")
-        if not audio:
-            reason = f"has no recording, only {', '.join(group)}"
-            findings.append(Finding(f"{name}, {key}", reason, "row"))
-            continue
+    fields = [extension[1:] for extension in AUDIO]
+    for key, field, group in grouped(file, name, fields, "recording", findings):
+        recording = group[field]
         columns = _columns(file, group, f"{name}, {key}", findings)
-        inputs = (Input(name, (group[audio].offset, group[audio].size)),)
-        yield Sample(make_key(key), inputs, columns, group[audio].size)
+        inputs = (Input(name, (recording.offset, recording.size)),)
+        yield Sample(make_key(key), inputs, columns, recording.size)
 
 
 def _columns(

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from d2v_ds.errors import UserError
 from shards.arguments import number
-from shards.layout import AUTO, detect, open_source
+from shards.layout import AUTO, detect, find
+from shards.several import open_sources
 from shards.text.folder import Folder
 from shards.text.jsonl import JsonLines
 from shards.text.layout import TextLayout, TextOptions
@@ -88,7 +89,7 @@ def read(arguments: argparse.Namespace) -> Corpus:
     from shards.text.packing import LabelledText, PackedText
     from shards.text.tokenizer import Tokenizer
 
-    model, source, name = arguments.tokenizer, arguments.source, arguments.layout
+    model, sources, name = arguments.tokenizer, arguments.source, arguments.layout
     settings = TextOptions(
         arguments.document,
         arguments.text_key,
@@ -98,7 +99,7 @@ def read(arguments: argparse.Namespace) -> Corpus:
     )
     if settings.pair_key and not settings.label_key:
         raise UserError("--pair-key needs --label-key, which makes one sample per pair")
-    layout = open_source(LAYOUTS, name, source, settings)
+    layout = open_sources(LAYOUTS, name, sources, settings)
     tokenizer = Tokenizer.load(model)
     options: dict[str, Any] = {
         "tokenizer": f"{model.name} {tokenizer.sha256[:12]}",
@@ -107,7 +108,9 @@ def read(arguments: argparse.Namespace) -> Corpus:
     }
     # The layout decides how the same files are read. It is listed only if it is not the detected
     # one, so that sets of versions without --layout stay valid.
-    if name != AUTO and detect(LAYOUTS, source) is not type(layout):
+    if name != AUTO and any(
+        detect(LAYOUTS, source) is not find(LAYOUTS, name, source) for source in sources
+    ):
         options["layout"] = name
     converter: Converter
     if settings.columns:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from d2v_ds.errors import UserError
 from d2v_ds.modalities import sample_formats
 from shards.cli import main
 from tests.data.test_headers import WHOLE
-from tests.helpers.corpora import contents, put_tar, quarantine, recording
+from tests.helpers.corpora import contents, notes, put, put_tar, quarantine, recording
 
 # --------------------------------------------------------------------------------------------- sets
 
@@ -35,7 +37,9 @@ def tars(tmp_path: Path) -> Path:
 def test_an_index_next_to_the_tars(tars: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {tar: tar.read_bytes() for tar in tars.iterdir()}
     assert main(["index", str(tars), "-j1"]) == 0
-    assert capsys.readouterr().out == f"{tars}: 9 samples, 0.000 hours, 3 shards\n"
+    line, passed_over = capsys.readouterr().out.splitlines()
+    assert line == f"{tars}: 9 samples, 0.000 hours, 3 shards"
+    assert passed_over.startswith("9 files were passed over (9 unused)")
     shards = open_set(tars, "speech")
     assert (shards.samples, shards.sample_rate, shards.length_unit) == (9, 16_000, "frames")
     found = contents(tars)
@@ -150,6 +154,59 @@ def test_sources_that_cannot_be_indexed(
     assert "is already a shard set" in refused(capsys, tars)
     with pytest.raises(UserError, match="must be in one folder"):
         index_set([tars / "part-0.tar", other], tmp_path / "new", sample_formats("speech"))
+
+
+def test_links_in_tars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sounds = [recording(seed=i) for i in range(150)]
+    named = [(f"{i}.{kind}", data) for i in range(150) for kind, data in
+             (("wav", sounds[i]), ("cls", b"7"))]  # fmt: skip
+    tar = put_tar(tmp_path / "a.tar", named)
+    with tarfile.open(tar, "a") as file:
+        for name, kind, target in (
+            ("x.wav", tarfile.LNKTYPE, "3.wav"),
+            ("x.cls", tarfile.SYMTYPE, "./4.cls"),
+            ("y.wav", tarfile.SYMTYPE, "5.wav"),
+            ("y.cls", tarfile.LNKTYPE, "gone.cls"),
+            ("z.wav", tarfile.SYMTYPE, "gone.wav"),
+        ):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            file.addfile(link)
+    assert main(["index", str(tmp_path), "--checksums", "-j1"]) == 0
+    lines = capsys.readouterr().out
+    assert "1 of 153 inputs were left out (1 link)" in lines and "1 no metadata" in lines
+    reason = ".wav: is a link to gone.wav, which the tar does not contain"
+    assert quarantine(tmp_path) == {"a.tar, z": reason}
+    assert notes(tmp_path) == {"a.tar, y.cls": "no metadata"}
+    found = contents(tmp_path)
+    assert found["x"] == {"wav": sounds[3], "cls": b"7", "json": {}}
+    assert found["y"] == {"wav": sounds[5], "json": {}}
+    assert main(["verify", str(tmp_path), "-j1"]) == 0
+    assert "note: a: sample 'x' has the same content as '3'" in capsys.readouterr().out
+
+
+def test_tars_that_are_compressed_or_in_capitals_say_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = put_tar(tmp_path / "a.tar", [("a.wav", recording())]).read_bytes()
+    packed = put(tmp_path / "in/a.tar.gz", gzip.compress(data))
+    todo = "is a compressed tar; unpack it with `gunzip a.tar.gz`"
+    assert todo in refused(capsys, packed) and todo in refused(capsys, tmp_path / "in")
+    renamed = put(tmp_path / "renamed/a.tar", gzip.compress(data))
+    line = refused(capsys, renamed)
+    assert "is not a tar but compressed; rename it to a.tar.gz and unpack it with `gunzip" in line
+    capitals = put(tmp_path / "capitals/A.TAR", data)
+    assert "A.TAR: the names of indexed tars end in .tar; rename it" in refused(capsys, capitals)
+
+
+def test_a_name_with_several_dots_says_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tar = put_tar(tmp_path / "a.tar", [("v1.0/talk v1.0.flac", recording("flac"))])
+    line = refused(capsys, tar, "--modality", "speech")
+    assert (
+        "has only 0.flac, none of flac, wav; WebDataset cuts the name v1.0/talk v1.0.flac" in line
+    )
 
 
 def test_index_json_says_how_it_was_made(tars: Path) -> None:

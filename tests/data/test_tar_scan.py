@@ -26,6 +26,7 @@ NAMES = [
 
 
 def tar_of(names: list[str], kind: int = tarfile.PAX_FORMAT) -> bytes:
+    """The content of a member is its first letter; its size is 300 times its number."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=kind) as tar:
         tar.addfile(folder := tarfile.TarInfo("folder"))
@@ -35,9 +36,6 @@ def tar_of(names: list[str], kind: int = tarfile.PAX_FORMAT) -> bytes:
             member = tarfile.TarInfo(name)
             member.size = 300 * i
             tar.addfile(member, io.BytesIO(name.encode()[:1] * member.size))
-        link = tarfile.TarInfo("link.txt")
-        link.type, link.linkname = tarfile.SYMTYPE, "a.json"
-        tar.addfile(link)
     return buffer.getvalue()
 
 
@@ -151,8 +149,21 @@ def test_truncated() -> None:
 
 def test_two_archives_in_one_file() -> None:
     """tarfile and webdataset only see the first."""
-    found, error = damage_at(PLAIN + PLAIN)
-    assert len(found) == 7 and "the end of one of several concatenated archives" in str(error)
+    other = tar_of(["x.txt", "y.txt"])
+    found = scan(PLAIN + other)
+    numbered = [f"{i}.txt" for i in range(6)]
+    assert [m.name for m in found] == ["folder", *numbered, "folder", "x.txt", "y.txt"]
+    assert found[-1].offset == len(PLAIN) + other.index(b"y.txt") + BLOCK
+    short = PLAIN[: PLAIN.index(b"5.txt") + BLOCK + 1536] + bytes(2 * BLOCK)
+    found = scan(short + other)
+    assert len(found) == 10, "after two zero blocks, as Go and Rust write them"
+
+
+def test_zeros_that_end_no_archive_are_damage() -> None:
+    for blocks in (1, 3, 8):
+        holed = PLAIN[:AT] + bytes(blocks * BLOCK) + PLAIN[AT:]
+        found, error = damage_at(holed)
+        assert found[-1] == "2.txt" and error.offset == AT and "zeros" in str(error)
 
 
 def test_members_after_damage_are_found() -> None:
@@ -163,6 +174,10 @@ def test_members_after_damage_are_found() -> None:
     start = next_header(file, error.offset)
     assert start is not None
     assert [member.name for member in members(file, start)] == ["4.txt", "5.txt"]
+    damage: list[DamagedTar] = []
+    names = [member.name for member in members(file, damage=damage)]
+    assert names == ["folder", "0.txt", "1.txt", "2.txt", "4.txt", "5.txt"]
+    assert [error.offset for error in damage] == [AT]
     assert next_header(file, len(data)) is None
 
 

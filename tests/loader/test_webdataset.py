@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -225,8 +226,21 @@ def harm(tar: Path, what: str) -> None:
 def test_a_damaged_tar_of_a_set(sets: dict[str, ShardSet], tmp_path: Path, what: str) -> None:
     shards, tar = copied(sets["speech"], tmp_path)
     harm(tar, what)
-    with pytest.raises(UserError, match=rf"{tar}: is damaged: sample '.*' of its index is missing"):
+    with pytest.raises(UserError, match=rf"{tar}: is damaged \(.* at byte \d+\); copy it"):
         list(d2v_ds.webdataset(shards, "speech"))
+
+
+def test_links_of_indexed_tars(tmp_path: Path) -> None:
+    """webdataset itself skips them."""
+    tar = put_tar(tmp_path / "in/a.tar", [("a.wav", recording()), ("b.wav", recording(seed=1))])
+    with tarfile.open(tar, "a") as file:
+        link = tarfile.TarInfo("c.wav")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.wav"
+        file.addfile(link)
+    for _ in range(2):  # without an index, then with one
+        items = list(d2v_ds.webdataset(str(tmp_path / "in"), "speech"))
+        assert [item["__key__"] for item in items] == ["a", "b", "c"]
+        assert items[2]["wav"] == items[0]["wav"] and len(items[2]["example"]) == 4800
 
 
 def test_a_handler_skips_the_rest_of_a_damaged_tar(

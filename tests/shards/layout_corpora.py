@@ -61,6 +61,12 @@ def speech_folder(folder: Path) -> Path:
     return folder
 
 
+def speech_parquet(folder: Path) -> Path:
+    cells = [{"bytes": recording(), "path": "a.wav"}]
+    put_parquet(folder / "data/train-00000-of-00001.parquet", {"audio": cells, "text": ["hello"]})
+    return folder
+
+
 def imagenet(folder: Path) -> Path:
     put_tar(folder / "n01.tar", [("n01_1.JPEG", picture("JPEG"))])
     return folder
@@ -120,6 +126,7 @@ CORPORA: list[tuple[str, str, Callable[[Path], Path]]] = [
     ("speech", "jsonl", speech_jsonl),
     ("speech", "manifest", speech_manifest),
     ("speech", "webdataset", speech_tars),
+    ("speech", "parquet", speech_parquet),
     ("speech", "folder", speech_folder),
     ("images", "imagenet", imagenet),
     ("images", "imagenet", imagenet_nested),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from d2v_ds.data.checks import Finding
 from d2v_ds.data.shard_format import INDEX_FILE
 from d2v_ds.errors import UserError
+from shards import samples as samples_of_package
 from shards.arguments import splits, task_of_slurm
 from shards.cli import main
 from shards.family import Corpus, Input, Sample
@@ -82,6 +84,72 @@ def test_order_depends_only_on_seed_and_keys() -> None:
     assert keys == [s.key for s in plan_of(many[::-1]).shard(0)] != [s.key for s in many]
     assert keys != [s.key for s in plan_of(many, seed=1).shard(0)]
     assert keys[:3] == ["k23", "k47", "k9"], "the same on every machine and in every version"
+
+
+def test_sets_of_sound_corpora_stay_the_same(tmp_path: Path) -> None:
+    """The bytes of version 3 of the converter; `keep` does not depend on the encoder."""
+    source = samples_of_package.path("speech") / "train.tsv"
+    words = ("--rate", 8000, "--encode", "keep", "--shard-size", "200KB")
+    assert convert(source, tmp_path / "out", *words) == 0
+    digests = [
+        hashlib.sha256(tar.read_bytes()).hexdigest()[:12]
+        for tar in sorted((tmp_path / "out").glob("*.tar"))
+    ]
+    assert digests == [
+        *("20421e044559", "130eab772313", "41913f713c89", "f54ee1a5fe7e"),
+        *("57e73f1e2570", "b005f66bb4e0", "cecb58a2c6e0", "e0f69532acd1"),
+    ]
+
+
+def test_segments_of_a_recording_stay_together() -> None:
+    """Unless the shard is full; recordings and other samples are shuffled."""
+    segments = [
+        sample(f"{name}-{i}", Input(f"{name}.wav", None, (float(i), i + 1.5)), size=500_000)
+        for i in (3, 1, 0, 2)
+        for name in "abcdefghij"
+    ]
+    sides = [sample(f"call-{i}", Input("call.wav", channel=i)) for i in (1, 0)]
+    plan = plan_of([*segments, *sides, *(sample(f"k{i}") for i in range(20))], 5_000_000)
+    shards = [[s.key for s in plan.shard(i)] for i in range(plan.shards)]
+    where = {key: (i, at) for i, shard in enumerate(shards) for at, key in enumerate(shard)}
+    assert len(where) == 62
+    for name in "abcdefghij":
+        places = [where[f"{name}-{i}"] for i in range(4)]
+        assert places == [(places[0][0], places[0][1] + i) for i in range(4)]
+    first, second = where["call-0"], where["call-1"]
+    assert second in ((first[0], first[1] + 1), (first[0] + 1, 0))
+    order = [key for shard in shards for key in shard]
+    plain = [sample(key) for key in order if key.startswith("k")]
+    alone = plan_of(plain[::-1], 5_000_000)
+    assert plain == [s for i in range(alone.shards) for s in alone.shard(i)]
+
+
+def test_a_long_recording_is_divided_by_size_only() -> None:
+    """Not to reach SHARDS_AT_LEAST, so that it is read once."""
+    segments = [
+        sample(f"k{i}", Input("long.wav", None, (i * 1.0, i + 5.0)), size=160_000)
+        for i in range(2000)
+    ]
+    plan = plan_of(segments)
+    assert [len(plan.shard(i)) for i in range(plan.shards)] == [1600, 400]
+    starts = [s.inputs[0].part for i in range(plan.shards) for s in plan.shard(i)]
+    assert starts == sorted(starts, key=lambda part: part or (0.0, 0.0))
+
+
+def test_segments_with_equal_keys_are_made_unique() -> None:
+    parts = [(1.0, 2.0), (1.0, 3.0), (1.0001, 2.0), (1.0, 2.0)]
+    keys = ["a-1-2", "a-1-3", "a-1-2", "a-1-2"]
+    paths = ["a.wav", "a.wav", "a.wav", "a.flac"]
+    many = [sample(k, Input(p, None, part)) for k, p, part in zip(keys, paths, parts, strict=True)]
+    plan = plan_of([*many, sample("b")])
+    found = [s.key for i in range(plan.shards) for s in plan.shard(i)]
+    assert len(set(found)) == 5 and {"a-1-3", "b"} < set(found) and "a-1-2" not in found
+
+
+def test_rows_of_a_table_are_shuffled_as_before() -> None:
+    many = [sample(f"k{i}", Input("t.parquet", None, (i, i + 1))) for i in range(50)]
+    whole = [sample(f"k{i}") for i in range(50)]
+    assert [s.key for s in plan_of(many).shard(0)] == [s.key for s in plan_of(whole).shard(0)]
 
 
 def test_shared_keys_are_made_unique() -> None:
@@ -230,14 +298,14 @@ def test_only_and_except(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFix
     train = contents(tmp_path / "train")
     assert len(train) == 57 and not {"03", "07", "11"} & train.keys()
     assert convert(corpus, tmp_path / "no", "--only", valid, "--except", valid) == 2
-    assert "--only and --except leave no input" in capsys.readouterr().err
+    assert "--only and --except leave none of 60 inputs" in capsys.readouterr().err
     put(valid, "03.wav\nnowhere.wav\n")
     assert convert(corpus, tmp_path / "no", "--only", valid) == 2
     assert "1 of its names are neither a key nor a path of the corpus" in capsys.readouterr().err
     assert convert(corpus, tmp_path / "valid", "--only", put(valid, "03\n07\n")) == 2
     assert "--only was" in capsys.readouterr().err
     assert convert(corpus, tmp_path / "no", "--only", tmp_path / "missing") == 2
-    assert "missing: cannot be read" in capsys.readouterr().err
+    assert "missing: is neither a file nor a pattern that matches" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------- dry run, tasks

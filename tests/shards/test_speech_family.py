@@ -164,8 +164,8 @@ def test_jsonl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         {"path": "long.wav", "start": 2, "end": 3},
         {"path": "long.wav", "start": 2, "end": 4},
         {"path": "long.wav", "start": 5, "end": 6},
-        {"path": "long.wav", "start": 2},
-        {"path": "long.wav", "start": "2", "end": 3},
+        {"path": "long.wav", "start": 3},
+        {"path": "long.wav", "start": "two", "end": 3},
         {"text": "nothing"},
         [1],
     ]
@@ -194,7 +194,7 @@ def test_jsonl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(found) == 3 and len(left_out) == 8
     assert "its segment ends later" in left_out["long.wav, 2 to 4"]
     assert "but its segment is outside of it" in left_out["long.wav, 5 to 6"]
-    assert "needs a duration, or an end" in left_out["train.jsonl, line 6"]
+    assert "ends at 3 s, before it starts at 3 s" in left_out["train.jsonl, line 6"]
     assert "must be in seconds" in left_out["train.jsonl, line 7"]
     assert "exactly one of path and audio_filepath" in left_out["train.jsonl, line 8"]
     assert "not a JSON object" in left_out["train.jsonl, line 9"]

@@ -1,0 +1,145 @@
+"""Parquet with recordings as Hugging Face stores them: a column `audio` that holds a struct of
+bytes and path, only bytes, or only a path (https://huggingface.co/docs/hub/datasets-audio). The
+other columns with text and numbers become columns; numbers of classes become their names.
+
+A sample of the plan is a row group.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from d2v_ds.data.checks import Finding, Unusable
+from d2v_ds.errors import UserError
+from shards import parquet
+from shards.family import Input, Item, Sample
+from shards.findings import of_error
+from shards.keys import make_key, part_key
+from shards.speech.layout import AUDIO, SpeechLayout
+from shards.speech.rows import OTHER_PATHS, PATHS
+from shards.walking import extension_of, first_folder, walk, wanted
+
+SCALAR = (str, int, float, bool)
+NAMES = ("audio", *PATHS, *OTHER_PATHS, "wav", "flac", "mp3", "speech", "sound")
+"""Columns that may hold the recordings, the first one first."""
+
+
+@dataclass(frozen=True)
+class Parquet(SpeechLayout):
+    name = "parquet"
+    help = "Parquet with a column `audio` as Hugging Face stores it: a file or a folder"
+
+    column: str = ""
+    """The column with the recordings."""
+
+    @classmethod
+    def recognises(cls, source: Path) -> bool:
+        """A folder: by the first folder that contains Parquet files or recordings."""
+        if source.is_file():
+            return extension_of(source.name) == parquet.EXTENSION
+        extensions = set(map(extension_of, first_folder(source, (*AUDIO, parquet.EXTENSION))[1]))
+        return parquet.EXTENSION in extensions and extensions.isdisjoint(AUDIO)
+
+    @classmethod
+    def open(cls, source: Path, options: None) -> Parquet:
+        """Reads the schema of the first readable file."""
+        layout = super().open(source, options)
+        for file in layout.files([]):
+            try:
+                schema = parquet.open_table(layout.root / file).schema_arrow
+            except UserError:
+                raise
+            except ValueError:  # the conversion reports the reason
+                continue
+            column = _column_of(schema)
+            if not column:
+                raise UserError(
+                    f"{layout.root / file}: has no column with recordings, such as `audio` "
+                    f"(columns: {', '.join(schema.names)})"
+                )
+            return replace(layout, column=column)
+        return layout
+
+    def files(self, findings: list[Finding]) -> Iterator[str]:
+        if self.source.is_file():
+            yield self.source.name
+            return
+        files = wanted(
+            self.root,
+            walk(self.root, findings),
+            lambda name: extension_of(name) == parquet.EXTENSION,
+            parquet.EXTENSION,
+            findings,
+        )
+        yield from (file.path for file in files)
+
+    def samples(self, findings: list[Finding]) -> Iterator[Sample]:
+        for file in self.files(findings):
+            stem = os.path.splitext(file)[0]
+            for i, (part, size) in enumerate(parquet.row_groups(self.root, file)):
+                yield Sample(make_key(f"{stem}-{i}"), (part,), {}, size)
+
+    def read(self, sample: Sample, findings: list[Finding]) -> Iterator[Item[bytes]]:
+        """The rows of a row group, or of several that --join combines."""
+        for part in sample.inputs:
+            try:
+                yield from self._rows(sample.key, part, findings)
+            except (ValueError, OSError) as error:
+                findings.append(of_error(str(part), error))
+
+    def _rows(self, key: str, part: Input, findings: list[Finding]) -> Iterator[Item[bytes]]:
+        table = parquet.open_table(self.root / part.path)
+        names = table.schema_arrow.names
+        if self.column not in names:
+            raise Unusable("row", f"has no column {self.column!r} (columns: {', '.join(names)})")
+        classes = parquet.class_names(table)
+        folder = os.path.dirname(part.path)
+        for number, row in parquet.rows(table, part, names):
+            name = f"{part.path}, row {number}"
+            try:
+                content = self._content(row.pop(self.column), folder)
+                columns = _columns(row, classes)
+            except (ValueError, OSError) as error:
+                findings.append(of_error(name, error))
+            else:
+                yield Item(part_key(key, number), name, content, columns)
+
+    def _content(self, cell: Any, folder: str) -> bytes:
+        """Raises Unusable, and OSError if a file cannot be read."""
+        path = cell
+        if isinstance(cell, dict):
+            path = cell.get("path")
+            cell = cell.get("bytes") or path
+        if isinstance(cell, bytes):
+            return cell
+        if not isinstance(path, str) or not path:
+            raise Unusable("empty", f"its {self.column!r} holds neither bytes nor a path")
+        return (self.root / folder / path).read_bytes()
+
+
+def _column_of(schema: Any) -> str:
+    """The column with recordings; "" if there is none."""
+    fitting = [name for name in schema.names if parquet.may_hold_files(schema.field(name).type)]
+    structs = [name for name in fitting if str(schema.field(name).type).startswith("struct")]
+    named = [name for name in NAMES if name in fitting]
+    return next(iter([*named, *structs]), "")
+
+
+def _columns(row: Mapping[str, Any], classes: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """The text and numbers of a row. Raises Unusable for a class without a name."""
+    columns = {}
+    for name, value in row.items():
+        if not isinstance(value, SCALAR):
+            continue
+        if name in classes and isinstance(value, int):
+            if value < 0:  # Hugging Face's mark for an unknown class
+                continue
+            if value >= len(classes[name]):
+                raise Unusable("label", f"its {name} is {value}, not one of the named classes")
+            value = classes[name][value]
+        columns[name] = value
+    return columns
