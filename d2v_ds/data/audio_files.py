@@ -35,6 +35,7 @@ WIDTHS = {  # bytes of a sample
 COMPRESSED = ("MP3", "OGG")  # whose seeking is not exact
 UNKNOWN_FRAMES = 1 << 48  # libsndfile reports 2^63 - 1 for a FLAC without a length
 UNEXPLAINED = 0.1  # seconds of bytes behind the samples that may be anything
+SDS_BLOCK = 60  # frames; the header of an SDS file rounds up to it
 FEW = 1 << 16  # bytes, if it is not known how many a second has
 BLOCK = 1 << 20  # frames that are decoded at a time
 FFMPEG = "convert it first: ffmpeg -i FILE FILE.flac"
@@ -66,7 +67,7 @@ class Stream:
         """The frames start to stop, [frames, channels]: int16 if the file has at most 16 bits,
         otherwise float32. Raises Unusable."""
         try:
-            if self.file.format in COMPRESSED:
+            if self.file.format in COMPRESSED or not self.file.seekable():
                 data = self._forward(start, stop)
             else:
                 if self.file.tell() != start:
@@ -129,15 +130,13 @@ def open_streams(source: bytes | Path, trusted: bool) -> Opened:
     the set was made. Raises Unusable; a missing file raises FileNotFoundError."""
     with _buffer(source) as data:
         extent = extent_of(lambda at, number: data[at : at + number], len(data))
-        if extent and extent.rest:  # before opening: libsndfile may refuse such a file
-            _refuse(extent, extent.frame * extent.rate)
         if extent and extent.patch:
             at, size = extent.patch
             source = data[:at] + size + data[at + len(size) :]
         try:
             file = _open(source)
         except Unusable as error:
-            raise _foreign(data) or error from None
+            raise _why(data, extent) or error from None
         found = Opened([Stream(file, source, file.frames)], [], False)
         try:
             if extent:
@@ -198,7 +197,15 @@ def _reason(error: soundfile.SoundFileError) -> str:
     return str(getattr(error, "error_string", error)).removeprefix("Error : ").rstrip(".")
 
 
-def _foreign(data: Buffer) -> Unusable | None:
+def _why(data: Buffer, extent: Extent | None) -> Unusable | None:
+    """A better reason than that of libsndfile, if there is one."""
+    if extent and extent.rest:
+        return _unexplained(_behind(extent, extent.frame * extent.rate)[0])
+    if data[:4] == b"OggS":
+        try:
+            ogg.streams(data)
+        except Unusable as error:
+            return error
     for name, place, first in FOREIGN:
         if data[place : place + len(first)] == first:
             return Unusable("format", f"is {name}, which libsndfile does not read; {FFMPEG}")
@@ -234,32 +241,39 @@ def _limit(found: Opened, extent: Extent) -> None:
         stream.frames = extent.size // frame
     found.repaired = not extent.stated or extent.rest > 0
     if extent.rest:
-        found.notes.append(Note("length corrected", _refuse(extent, frame * file.samplerate)))
+        reason, seconds = _behind(extent, frame * file.samplerate)
+        if seconds > UNEXPLAINED or (not frame and extent.rest > FEW):
+            raise _unexplained(reason)
+        found.notes.append(Note("length corrected", f"{reason}; they are not used"))
 
 
-def _refuse(extent: Extent, per_second: int) -> str:
-    """What is said about a few bytes behind the samples. Raises Unusable for many. per_second:
-    bytes of a second; 0 if unknown."""
+def _behind(extent: Extent, per_second: int) -> tuple[str, float]:
+    """(what is said about bytes behind the samples, how many seconds they may be). per_second:
+    bytes of a second; 0 if it is not known."""
     seconds = extent.rest / per_second if per_second else 0.0
-    reason = f"has {extent.rest} bytes ({seconds:.2f} s) behind the samples that its header states"
-    if seconds > UNEXPLAINED or (not per_second and extent.rest > FEW):
-        raise Unusable(
-            "length",
-            f"{reason}, and no chunk explains them; if they are samples, correct the header",
-        )
-    return f"{reason}; they are not used"
+    length = f" ({seconds:.2f} s)" if seconds else ""
+    return f"has {extent.rest} bytes{length} behind the samples that its header states", seconds
+
+
+def _unexplained(reason: str) -> Unusable:
+    return Unusable(
+        "length", f"{reason}, and no chunk explains them; if they are samples, correct the header"
+    )
 
 
 def _check_log(found: Opened) -> None:
     """Compares a rare container with its header as libsndfile describes it."""
     stream = found.streams[0]
     log = stream.file.extra_info
-    stated = re.search(r"^\s*Frames\s*: (\d+)", log, re.MULTILINE)
-    number = int(stated[1]) if stated else stream.frames
-    if number > stream.frames or re.search("should be|truncated", log):
+    stated, there = stream.frames, stream.frames
+    if found_frames := re.search(r"^\s*Frames\s*: (\d+)", log, re.MULTILINE):
+        stated = int(found_frames[1])
+    if found_bytes := re.search(r"(\d+) should be (\d+)", log):
+        stated, there = map(int, found_bytes.groups())
+    if stated > there + SDS_BLOCK or "truncated" in log:
         raise Unusable("truncated", "is truncated: its header states more samples than are left")
-    if number < stream.frames:
-        raise Unusable("length", f"has {stream.frames} frames, but its header states {number}")
+    if stated < there:
+        raise Unusable("length", "has more samples than its header states")
 
 
 def _check_flac(found: Opened, data: Buffer) -> None:

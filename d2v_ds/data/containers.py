@@ -103,35 +103,37 @@ def _chunks(peek: Peek, chunks: Chunks, at: int) -> Iterator[tuple[bytes, int, i
 
 def _riff(peek: Peek, total: int, head: bytes) -> Extent | None:
     chunks = RIFX if head[:4] == b"RIFX" else RIFF
-    order = chunks.form[0]
-    rate = frame = 0
-    place, stated = 0, -1  # of the 64-bit size of the samples
+    rate = frame = sizes = 0
     for name, at, size in _chunks(peek, chunks, 12):
-        if name == b"ds64" and len(found := peek(at + 8, 8)) == 8:
-            place, stated = at + 8, int.from_bytes(found, "little")
+        if name == b"data":
+            break
+        _within(at + size, total)
+        if name == b"ds64":
+            sizes = at  # of the file, of the samples, of the frames: 64 bits each
         if name == b"fmt " and len(found := peek(at, 14)) == 14:
-            rate, frame = struct.unpack(order + "4xI4xH", found)
-        if name != b"data":
-            continue
-        long = place and size == 0xFFFF_FFFF
-        size = stated if long else size
-        known = 0 < size < 1 << 63 if long else not _is_placeholder(size)
-        extent = None
-        if known or at + size <= total:
-            extent = _whole(peek, total, at, size, chunks)._replace(rate=rate, frame=frame)
-        # A size of 0 is that of an empty file, unless something follows.
-        if extent and (size or not extent.rest):
+            rate, frame = struct.unpack(chunks.form[0] + "4xI4xH", found)
+    else:
+        return None
+    place, form, known = at - 4, chunks.form[0] + "I", not _is_placeholder(size)
+    if sizes and size == 0xFFFF_FFFF:
+        size = int.from_bytes(peek(sizes + 8, 8), "little")
+        place, form, known = sizes, "<QQQ", 0 < size < 1 << 63
+    if known or at + size <= total:
+        extent = _whole(peek, total, at, size, chunks)._replace(rate=rate, frame=frame)
+        if size or not extent.rest:  # a size of 0 is that of an empty file, unless bytes follow
             return extent
-        left = total - at
-        # libsndfile reads an implausible size as "to the end", but not a size of 0.
-        patch = None
-        if not size:
-            patch = (
-                place if long else at - 4,
-                struct.pack(order + "Q" if long else order + "I", left),
-            )
-        return Extent(at, left, 0, rate, frame, False, patch)
-    return None
+    left = total - at
+    patch = None  # libsndfile reads an implausible size as "to the end", but not one of 0
+    if form == "<QQQ":
+        patch = place, struct.pack(form, total - 8, left, 0)
+    elif not size:
+        patch = place, struct.pack(form, left)
+    return Extent(at, left, 0, rate, frame, False, patch)
+
+
+def _within(end: int, total: int) -> None:
+    if end > total:
+        raise Unusable("truncated", "is truncated: it ends within its header")
 
 
 def _is_placeholder(size: int) -> bool:
@@ -144,6 +146,7 @@ def _chunked(peek: Peek, total: int, chunks: Chunks, at: int, samples: bytes) ->
             if size < 0 or (chunks.form[1:] == "4sI" and _is_placeholder(size)):
                 return Extent(first, total - first, stated=False)
             return _whole(peek, total, first, size, chunks)
+        _within(first + size, total)
     return None
 
 
@@ -181,7 +184,7 @@ def _voc(peek: Peek, total: int, at: int) -> Extent | None:
     """Creative Voice: blocks of a type (1 byte) and a size (3 bytes); 0 ends the file."""
     prefixes = {1: 2, 9: 12}  # bytes before the samples of a block
     found: Extent | None = None
-    while len(head := peek(at, 4)) == 4 and head[0]:
+    while len(head := peek(at, 4)) == 4 and head[0] in range(1, 10):
         size = int.from_bytes(head[1:], "little")
         if head[0] in (1, 2, 9) and found:
             raise Unusable("format", "has several blocks of samples, of which one can be read")
@@ -189,7 +192,8 @@ def _voc(peek: Peek, total: int, at: int) -> Extent | None:
             prefix = prefixes[head[0]]
             found = _whole(lambda _, __: b"", total, at + 4 + prefix, size - prefix)
         at += 4 + size
-    return found and found._replace(rest=_unexplained(peek, total, min(at + 1, total), None))
+    end = at + (peek(at, 1) == b"\0")
+    return found and found._replace(rest=_unexplained(peek, total, end, None))
 
 
 def _unexplained(peek: Peek, total: int, at: int, chunks: Chunks | None) -> int:

