@@ -52,11 +52,24 @@ FOREIGN = (  # formats that libsndfile does not read, by bytes at a place
 )
 
 
+class _File(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
+    """soundfile seeks after each read of a seekable file, which disturbs the decoders of lossy
+    formats. This class does not."""
+
+    def seekable(self) -> bool:
+        return False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether `seek` finds the exact frame."""
+        return self.format not in COMPRESSED and super().seekable()
+
+
 @dataclass
 class Stream:
     """An open file of one stream."""
 
-    file: soundfile.SoundFile
+    file: _File
     source: bytes | Path
     frames: int
     kept: list[NDArray[Any]] = field(default_factory=list, repr=False)  # the last, of `_forward`
@@ -67,7 +80,7 @@ class Stream:
         """The frames start to stop, [frames, channels]: int16 if the file has at most 16 bits,
         otherwise float32. Raises Unusable."""
         try:
-            if self.file.format in COMPRESSED or not self.file.seekable():
+            if not self.file.is_exact:
                 data = self._forward(start, stop)
             else:
                 if self.file.tell() != start:
@@ -183,11 +196,9 @@ def _buffer(source: bytes | Path) -> Iterator[Buffer]:
             yield data
 
 
-def _open(source: bytes | Path) -> soundfile.SoundFile:
+def _open(source: bytes | Path) -> _File:
     try:
-        return soundfile.SoundFile(
-            io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source)
-        )
+        return _File(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source))
     except soundfile.SoundFileError as error:
         reason = f"is not audio that libsndfile reads: {_reason(error)}"
         raise Unusable("format", reason) from None
