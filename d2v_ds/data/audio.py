@@ -35,6 +35,7 @@ Waveform = NDArray[np.float32]
 
 INT16_SCALE = 32768.0
 SILENCE = 8 / INT16_SCALE  # of samples in [-1, 1]; dither alone spans a few steps of 16 bits
+GLANCE = 256  # samples
 CANCELLED = 0.1  # power of the mean of channels, relative to that of unrelated channels
 CHUNK = struct.Struct("<4sI")  # of a WAV: name and size
 FLOATS = ("FLOAT", "DOUBLE")  # subtypes that can hold any value
@@ -84,10 +85,17 @@ def as_float(pcm: NDArray[Any]) -> Waveform:
 
 def is_silent(pcm: NDArray[Any]) -> bool:
     """Whether audio [S], int16 or float32 in [-1, 1], has no sound: its samples span less than
-    SILENCE. The converter, `verify` and the loader use this one test. A part of a silent recording
-    is silent, which the variance does not ensure."""
-    unit = INT16_SCALE if pcm.dtype == np.int16 else 1.0
-    return float(pcm.max()) - float(pcm.min()) < SILENCE * unit
+    SILENCE. The converter, `verify` and the loader use this one test. Every part of a silent
+    recording is silent, which a limit of the variance would not ensure."""
+    limit = SILENCE * (INT16_SCALE if pcm.dtype == np.int16 else 1.0)
+    middle = len(pcm) // 2
+    if _span(pcm[middle : middle + GLANCE]) >= limit:  # a few samples usually show the sound
+        return False
+    return _span(pcm) < limit
+
+
+def _span(pcm: NDArray[Any]) -> float:
+    return float(pcm.max()) - float(pcm.min())
 
 
 class Recording:
