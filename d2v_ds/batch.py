@@ -10,8 +10,8 @@ batch, S raw audio samples.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -155,8 +155,9 @@ class StepBatch:
     source: str = ""
     """The source in the mixture (loader/mixture.py)."""
 
-    bad: int = 0
-    """The number of bad samples that were replaced in this rank's micro-batches."""
+    bad: Mapping[str, int] = field(default_factory=dict)
+    """{kind: number} of the bad samples that were replaced in this rank's micro-batches; the kinds
+    are those of data/checks.py."""
 
 
 def mask_indices(

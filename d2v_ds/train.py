@@ -77,6 +77,8 @@ def run_steps(t: Training, stop: StopFlag) -> int:
         report(t)
     saved, skipped = state.step, 0
     with Telemetry(config, t.run, t.task, state.step, t.watchdog) as telemetry:
+        if telemetry.writer:
+            telemetry.writer.text("data", "\n".join(epochs(t)), state.step)
         while not finished(t) and not stop.agreed():
             t.saver.poll()
             if t.probing:
@@ -152,6 +154,18 @@ def give_up(t: Training, step_batch: StepBatch, skipped: int) -> None:
     t.finish_saving()
 
 
+def epochs(t: Training) -> list[str]:
+    """One line per source: an epoch, and what the conversion of the set found."""
+    several = len(t.mixture.loaders) > 1
+    return [
+        (f"an epoch of {source}, {float(share):.1%} of the steps" if several else "an epoch")
+        + f": {loader.describe()}"
+        for (source, loader), share in zip(
+            t.mixture.loaders.items(), t.mixture.shares.of, strict=True
+        )
+    ]
+
+
 def report(t: Training) -> None:
     """Logs the derived properties of the run before its first step."""
     config, averages = t.config, t.task.averages()
@@ -177,14 +191,8 @@ def report(t: Training) -> None:
         config.batch.micro_batches // t.world.size,
         t.world.size,
     )
-    for (source, loader), share in zip(t.mixture.loaders.items(), t.mixture.shares.of, strict=True):
-        log.info(
-            "%s: %s",
-            f"an epoch of {source}, {float(share):.1%} of the steps"
-            if len(t.mixture.loaders) > 1
-            else "an epoch",
-            loader.describe(),
-        )
+    for line in epochs(t):
+        log.info("%s", line)
     if t.validation:
         log.info("%s", t.validation.describe())
     for modality in t.task.modalities.values():

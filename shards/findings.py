@@ -15,17 +15,22 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from d2v_ds.data.checks import ALTERED, KINDS, LEFT_OUT, PASSED_OVER, Finding, kind_of
+from d2v_ds.data.checks import (
+    ALTERED,
+    KINDS,
+    LEFT_OUT,
+    OUTCOMES,
+    PASSED_OVER,
+    Finding,
+    kind_of,
+    listed,
+)
 from d2v_ds.files import write_atomically
 from shards.walking import extension_of
 
 QUARANTINE_FILE = "quarantine.jsonl"
 NOTES_FILE = "notes.jsonl"
-OUTCOMES = {"left_out": "left out", "passed_over": "passed over", "altered": "altered"}
-"""Entries of index.json with the number of findings of each kind: {entry: what was done}."""
-
 FIRST = 3  # reasons in a message
-LISTED = 8  # counts in a line
 
 
 def outcome(kind: str) -> str:
@@ -76,21 +81,17 @@ def report(out: Path, about: Mapping[str, Any]) -> list[str]:
             f"{about['quarantined']} of {about['inputs']} inputs were left out"
             f"{listed(about.get('left_out', {}))}; the reasons are in {out / QUARANTINE_FILE}"
         )
-    for entry, what in (("passed_over", "files were passed over"), ("altered", "were altered")):
+    for entry, noun, what in (
+        ("passed_over", "file", "passed over"),
+        ("altered", "input", "altered"),
+    ):
         number = sum(about.get(entry, {}).values())
         if number:
+            were = f"{noun} was" if number == 1 else f"{noun}s were"
             lines.append(
-                f"{number} {what}{listed(about[entry])}; they are listed in {out / NOTES_FILE}"
+                f"{number} {were} {what}{listed(about[entry])}; the list is in {out / NOTES_FILE}"
             )
     return lines
-
-
-def listed(numbers: Mapping[str, int]) -> str:
-    """` (3 .aiff, 2 hidden)`; "" if there are none."""
-    parts = [f"{number} {label}" for label, number in list(numbers.items())[:LISTED]]
-    if len(numbers) > LISTED:
-        parts.append(f"and {sum(numbers.values()) - sum(list(numbers.values())[:LISTED])} others")
-    return f" ({', '.join(parts)})" if parts else ""
 
 
 def first_reasons(findings: Collection[Finding]) -> str:

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from d2v_ds.data.checks import OUTCOMES
 from d2v_ds.data.shard_format import INDEX_FILE, ShardIndex, ShardSet, open_set, read_index
 from d2v_ds.errors import UserError
-from shards.findings import OUTCOMES, QUARANTINE_FILE, masked
+from shards.findings import QUARANTINE_FILE, masked
 
 BINS = 10
 COUNTS = {"inputs": "inputs", "quarantined": "left out"}  # {entry of index.json: title}

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from d2v_ds.data.checks import Finding
+from d2v_ds.data.checks import Finding, listed
 from d2v_ds.errors import UserError
 from d2v_ds.exit_codes import FINISHED
 from d2v_ds.files import write_atomically
 from shards.arguments import number
-from shards.findings import counts, first_reasons, left_out, listed
+from shards.findings import counts, first_reasons, left_out
 from shards.layout import AUTO, find
 from shards.text import LAYOUTS, add_text_key
 from shards.text.layout import TextOptions

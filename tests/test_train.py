@@ -96,6 +96,8 @@ def test_the_curves_are_in_tensorboard(undisturbed: Run) -> None:
     assert tags["images"] == ["mask/speech"]
     [configuration] = events.Tensors("configuration/text_summary")
     assert b"crop_seconds: 0.8" in configuration.tensor_proto.string_val[0]
+    [data] = events.Tensors("data/text_summary")
+    assert b"an epoch: " in data.tensor_proto.string_val[0]
     shares = [event.value for event in events.Scalars("mask/share")]
     assert all(0.45 < share <= 0.5 for share in shares)
 

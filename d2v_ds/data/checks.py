@@ -6,7 +6,8 @@ set have the same names. A test compares it with the table in docs/corpora.md.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 LEFT_OUT = {
     "unreadable": "the file is missing or cannot be opened",
@@ -56,6 +57,11 @@ ALTERED = {
 }
 """Inputs that are used, but not as they are."""
 
+OUTCOMES = {"left_out": "left out", "passed_over": "passed over", "altered": "altered"}
+"""Entries of index.json with the number of findings of each kind: {entry: what was done}."""
+
+LISTED = 8  # kinds in a line
+
 KINDS = LEFT_OUT | UNWANTED | PASSED_OVER | ALTERED
 
 
@@ -92,3 +98,22 @@ def kind_of(error: BaseException) -> str:
     if isinstance(error, Unusable):
         return error.kind
     return "unreadable" if isinstance(error, OSError) else "other"
+
+
+def summary(about: Mapping[str, Any]) -> str:
+    """What the conversion of a set found, in one line; "" if it found nothing. about: the set's
+    index.json."""
+    parts = [
+        f"{sum(about[entry].values())} {what}{listed(about[entry])}"
+        for entry, what in OUTCOMES.items()
+        if about.get(entry)
+    ]
+    return f"conversion: {', '.join(parts)}" if parts else ""
+
+
+def listed(numbers: Mapping[str, int]) -> str:
+    """` (3 .aiff, 2 hidden)`; "" if there are none."""
+    parts = [f"{number} {label}" for label, number in list(numbers.items())[:LISTED]]
+    if len(numbers) > LISTED:
+        parts.append(f"and {sum(numbers.values()) - sum(list(numbers.values())[:LISTED])} others")
+    return f" ({', '.join(parts)})" if parts else ""

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import queue
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 
@@ -20,6 +20,7 @@ import torch
 from d2v_ds.batch import StepBatch
 from d2v_ds.config.config import require_divisible
 from d2v_ds.data.cache.remote import prefetch
+from d2v_ds.data.checks import summary
 from d2v_ds.data.shard_format import ShardEntry, ShardSet, fingerprint, read_lengths
 from d2v_ds.distributed.collectives import RankSums
 from d2v_ds.errors import UserError
@@ -66,6 +67,7 @@ class Loader:
         assert 0 <= rank < world, f"rank {rank} of {world}"
         require_divisible(micro_batches, world)
         # A cursor holds plain integers, so this is the fingerprint's first 60 bits.
+        self.found = summary(shards.about)
         self.set_id = int(fingerprint(shards)[:15], 16)
         self.cursor = {**START, "set": self.set_id, **(cursor or {})}
         if self.cursor["set"] != self.set_id:
@@ -113,7 +115,8 @@ class Loader:
         what = f"{stats.steps} steps, {stats.samples} samples"
         if self.modality.batch_unit != "samples":
             what += f", {stats.units:.4g} {self.modality.batch_unit}, {stats.padding:.1%} padding"
-        return "; ".join([what, *self.modality.remarks(self.plan.counts)])
+        remarks = self.modality.remarks(self.plan.counts)
+        return "; ".join(filter(None, [what, *remarks, self.found]))
 
     def _lots(self) -> Iterator[Lot]:
         for step in self.plan.steps(self.cursor):
@@ -157,7 +160,7 @@ class Loader:
             samples=sum(map(len, step.lots)),
             units=step.units,
             cursor={**step.cursor, "set": self.set_id},
-            bad=len(bad),
+            bad=Counter(each.kind for each in bad),
         )
         return batch, pending
 

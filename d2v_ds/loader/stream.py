@@ -17,6 +17,7 @@ import dataclasses
 import logging
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
@@ -150,11 +151,11 @@ class StreamLoader:
                     f"less than one step on rank {self.rank} ({self.skipped})"
                 )
             shards, left_out = self._set_of(group)
-            bad = len(left_out)
+            bad = Counter(each.kind for each in left_out)
             for batch in self._steps_of(group, shards):
                 last_step = group.epoch
-                yield dataclasses.replace(batch, bad=batch.bad + bad)
-                bad = 0
+                yield dataclasses.replace(batch, bad=Counter(batch.bad) + bad)
+                bad = Counter()
             self.quarantine.add(len(left_out), left_out, "it is left out")
             shutil.rmtree(group.folder)
 

@@ -23,12 +23,15 @@ from torch import Tensor
 from d2v_ds.batch import StepBatch
 from d2v_ds.config import Config
 from d2v_ds.config.decoding import dump_yaml
+from d2v_ds.data.checks import LEFT_OUT
 from d2v_ds.run.run_folder import RunFolder
 from d2v_ds.run.watchdog import Watchdog
 from d2v_ds.step import Observer, StepSettings
 from d2v_ds.task import Task
 from d2v_ds.telemetry.metrics import VALID, Accumulator, MetricsWriter
 from d2v_ds.telemetry.pictures import masked_picture
+
+BAD = [f"bad/{kind.replace(' ', '_')}" for kind in LEFT_OUT]  # names of scalars
 
 log = logging.getLogger("d2v_ds")
 
@@ -63,7 +66,7 @@ class Telemetry(Observer):
         if self.writer and step == 0:
             self.writer.text("configuration", dump_yaml(config), 0)
         self.skipped = 0  # steps, since this start
-        self.bad = 0  # replaced samples of this rank, since this start
+        self.bad = dict.fromkeys(LEFT_OUT, 0)  # replaced samples of this rank, since this start
         self._reset()
 
     def __enter__(self) -> Telemetry:
@@ -114,7 +117,8 @@ class Telemetry(Observer):
         scalars of a validation after this step, which always has a row."""
         self.steps += 1
         self.samples += batch.samples
-        self.bad += batch.bad
+        for kind, number in batch.bad.items():
+            self.bad[kind] += number
         if self.modalities[batch.modality].batch_unit == "s":
             self.audio_seconds += batch.units
         window = self.windows[batch.modality]
@@ -143,7 +147,7 @@ class Telemetry(Observer):
         passed = time.perf_counter() - self.since
         waited = self.seconds.get("data", 0.0)
         busy = waited + self.seconds.get("forward", 0.0)  # in which no rank waits for another
-        longest_wait, bad = torch.tensor(waited), torch.tensor(self.bad)
+        longest_wait, bad = torch.tensor(waited), torch.tensor(list(self.bad.values()))
         if dist.is_initialized():
             dist.all_reduce(longest_wait, op=dist.ReduceOp.MAX)  # all ranks wait for the slowest
             dist.all_reduce(bad)
@@ -159,7 +163,8 @@ class Telemetry(Observer):
                 "step_s": passed / self.steps,
                 "samples_s": self.samples / passed,
                 "wait_share": float(longest_wait) / passed,
-                "bad": float(bad),
+                "bad": float(bad.sum()),
+                **{name: float(n) for name, n in zip(BAD, bad, strict=True) if n},
                 **named(epochs, len(epochs) > 1),
                 **scores,
             }

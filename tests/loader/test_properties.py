@@ -136,7 +136,7 @@ def check_damaged(shards: ShardSet, folder: Path, damage: list[tuple[str, int, f
     keys = [key for batch in batches for key in batch.keys]
     assert len(keys) == samples, "the planned number"
     assert SAMPLES.keys() - set(keys) <= bad, "no sample is left out silently"
-    assert sum(step.bad for step in steps) == len(bad)
+    assert sum(sum(step.bad.values()) for step in steps) == len(bad)
     assert not bad & set(keys), "bad samples are not used"
     for batch in batches:
         check_content(batch)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from d2v_ds import recipes
 from d2v_ds.batch import StepBatch
@@ -24,6 +25,7 @@ from tests.helpers import joint_sets
 CURSOR = {name: {"epoch": i} for i, name in enumerate(("speech", "vision", "text"))}
 CURSOR_1 = {"vision": {"epoch": 1}}
 EVERY = 4
+BAD = ("silent", "too short")  # kinds of bad samples, by rank
 
 
 def build() -> tuple[Any, Pretrain]:
@@ -52,7 +54,7 @@ def steps(
             units=2.0,
             cursor=cursor,
             source=modality,
-            bad=step % 2,
+            bad={BAD[dist.get_rank() if dist.is_initialized() else 0]: step % 2},
         )
         settings = StepSettings(step=step - 1, lr=0.1, weight_decay=0.01, ema_decay=0.99)
         telemetry.step_done(step_batch, settings, step, 8 * step, torch.tensor(float(step)))
@@ -101,7 +103,9 @@ def test_a_single_modality_is_reported_without_its_name(tmp_path: Path) -> None:
             steps(telemetry, task, ["vision"] * EVERY, cursor=cursor)
         [row] = rows(run.root)
         assert {"loss", "target_spread", "grad_norm", *names} <= row.keys()
-        assert [name for name in row if "/" in name] == [name for name in names if "/" in name]
+        assert [name for name in row if "/" in name and not name.startswith("bad/")] == [
+            name for name in names if "/" in name
+        ]
 
 
 @pytest.mark.parametrize("collapsed", ["speech", "vision"])
@@ -137,4 +141,5 @@ def test_bad_samples_are_summed_over_ranks(
 ) -> None:
     run_ranks(2, bad_of_ranks, str(tmp_path))
     [row] = rows(tmp_path)
-    assert row["bad"] == 2 * 2
+    assert (row["bad"], row["bad/silent"], row["bad/too_short"]) == (4, 2, 2)
+    assert "bad/damaged" not in row
