@@ -113,6 +113,8 @@ class Recording:
         if self.plain:
             rate, samples = self.plain
             self.info = Info(rate, len(samples), samples.shape[1], "WAV", "PCM_16")
+            if not rate:
+                raise Unusable("rate", "states a sample rate of 0")
             return
         opened = open_streams(source, trusted)
         self.notes, self.repaired, self.streams = opened.notes, opened.repaired, opened.streams
@@ -249,7 +251,7 @@ def _plain_wav(source: bytes) -> tuple[int, NDArray[np.int16]] | None:
     while first + 8 <= len(source):
         kind, size = CHUNK.unpack_from(source, first)
         first += CHUNK.size
-        if kind == b"fmt " and size >= 16:
+        if kind == b"fmt " and size >= 16 and first + 16 <= len(source):
             coding, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", source, first)
             if coding != 1 or bits != 16:
                 return None
@@ -282,12 +284,12 @@ def to_int16(x: Waveform) -> NDArray[np.int16]:
 
 def log_mel(x: Waveform | Tensor, rate: int) -> Tensor:
     """[S] in [-1, 1] -> [T, 40] log-mel energies of windows of 25 ms every 10 ms, as Kaldi's fbank.
-    Raises ValueError for less than one window."""
+    Raises Unusable for less than one window."""
     import torch
 
     waveform = torch.as_tensor(x, dtype=torch.float32) * INT16_SCALE  # Kaldi's scale
     if len(waveform) < int(rate * 0.025):
-        raise ValueError(f"{len(waveform)} samples are shorter than one window of 25 ms")
+        raise Unusable("too short", f"{len(waveform)} samples are shorter than one window of 25 ms")
     fbank = import_torchaudio().compliance.kaldi.fbank
     features: Tensor = fbank(
         waveform[None], num_mel_bins=40, sample_frequency=float(rate), dither=0.0

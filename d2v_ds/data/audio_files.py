@@ -65,6 +65,17 @@ class _File(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no type
         return self.format not in COMPRESSED and super().seekable()
 
 
+class _Bytes(io.BytesIO):
+    """For libsndfile, which seeks before the first byte of damaged files. An exception in its
+    callback would be printed."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        except ValueError:
+            return -1
+
+
 @dataclass
 class Stream:
     """An open file of one stream."""
@@ -198,7 +209,7 @@ def _buffer(source: bytes | Path) -> Iterator[Buffer]:
 
 def _open(source: bytes | Path) -> _File:
     try:
-        return _File(io.BytesIO(source) if isinstance(source, bytes) else os.fspath(source))
+        return _File(_Bytes(source) if isinstance(source, bytes) else os.fspath(source))
     except soundfile.SoundFileError as error:
         reason = f"is not audio that libsndfile reads: {_reason(error)}"
         raise Unusable("format", reason) from None

@@ -76,7 +76,7 @@ def extent_of(peek: Peek, total: int) -> Extent | None:
         return _chunked(peek, total, RIFX, 12, b"SSND" if head[8:9] == b"A" else b"BODY")
     if head[:4] == b"caff":
         return _chunked(peek, total, CAF, 8, b"data")
-    if head[:4] in (b".snd", b"dns."):
+    if head[:4] in (b".snd", b"dns.") and len(head) >= 12:
         first, size = struct.unpack(">II" if head[:1] == b"." else "<II", head[4:12])
         if _is_placeholder(size):
             return Extent(first, total - first, stated=False)

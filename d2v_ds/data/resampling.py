@@ -76,20 +76,31 @@ def _resample_by_rows(x: Waveform, old: int, new: int, length: int) -> Waveform:
     product of one row of weights and the inputs around i * old / new. The weights repeat after
     `new` outputs, which are computed in blocks of bounded size."""
     reach = resampling_reach(old, new)
-    taps = np.arange(-reach, reach + 2)
-    padded = np.zeros(len(x) + 2 * reach + 2 + -(-old // new))
+    taps = 2 * reach + 2
+    padded = np.zeros(len(x) + taps + -(-old // new))
     padded[reach : reach + len(x)] = x
-    windows = np.lib.stride_tricks.sliding_window_view(padded, len(taps))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, taps)
     result = np.empty(length, np.float32)
-    rows = max(1, BLOCK // len(taps))
+    rows = max(1, BLOCK // taps)
     for first in range(0, min(new, length), rows):
-        phases = np.arange(first, min(first + rows, new, length), dtype=np.int64)
-        whole, part = np.divmod(phases * old, new)
-        weights = _weights((part / new)[:, None] - taps, min(1.0, new / old))
-        weights /= weights.sum(axis=1, keepdims=True)
+        inputs, weights = _rows(old, new, first, min(rows, new - first, length - first))
         for period in range(-(-(length - first) // new)):
             start = period * new + first
-            kept = min(len(phases), length - start)
-            inputs = windows[whole[:kept] + period * old]
-            result[start : start + kept] = np.einsum("ij,ij->i", inputs, weights[:kept])
+            kept = min(len(weights), length - start)
+            around = windows[inputs[:kept] + period * old]
+            result[start : start + kept] = np.einsum("ij,ij->i", around, weights[:kept])
     return result
+
+
+@lru_cache(maxsize=4)
+def _rows(
+    old: int, new: int, first: int, number: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """(input [number], weights [number, 2 * reach + 2]) of the outputs from `first` on: the weights
+    are those of the inputs from `reach` before the input to reach + 1 after it."""
+    reach = resampling_reach(old, new)
+    inputs, rest = np.divmod(np.arange(first, first + number, dtype=np.int64) * old, new)
+    distance = (rest / new)[:, None] - np.arange(-reach, reach + 2)
+    weights = _weights(distance, min(1.0, new / old))
+    weights /= weights.sum(axis=1, keepdims=True)
+    return inputs, weights

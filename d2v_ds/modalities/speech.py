@@ -388,9 +388,9 @@ class Speech(Modality):
         if wave.dtype != np.int16:
             wave = wave.astype(np.float32)
             if not np.isfinite(wave).all():
-                raise ValueError("contains NaN or infinite samples")
+                raise Unusable("not finite", "contains NaN or infinite samples")
         if not len(wave):
-            raise ValueError("is empty")
+            raise Unusable("empty", "is empty")
         return normalised(np.ascontiguousarray(wave))
 
     def largest(self) -> Waveform:

@@ -204,7 +204,8 @@ class SpeechConverter:
         peak = max(float(y.max()), -float(y.min()))
         if peak <= 1 or np.count_nonzero(np.abs(y) > 1) <= OVERSHOOT * len(y):
             return y
-        recording.note("scaled", f"decodes to samples up to {peak:.3g}; divided by it")
+        reason = f"reaches {peak:.3g} after decoding and resampling; divided by it"
+        recording.note("scaled", reason)
         scaled: audio.Waveform = y / np.float32(peak)
         return scaled
 

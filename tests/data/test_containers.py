@@ -197,3 +197,10 @@ def test_damaged_headers_are_named(head: bytes, data: Any) -> None:
     except Unusable:
         return
     assert 0 < len(x) <= 20 * len(changed)
+
+
+@pytest.mark.parametrize("kind, subtype, endian", KINDS)
+def test_every_short_beginning_is_named(kind: str, subtype: str, endian: str) -> None:
+    data = made(kind, subtype, endian)
+    for size in range(1, 100):
+        assert kind_of(data[:size]) in ("truncated", "format", "damaged", "empty", "length"), size
