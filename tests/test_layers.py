@@ -45,7 +45,7 @@ PLACES = {
     "transformers": ["d2v_ds/export"],
     "tokenizers": ["d2v_ds/export/text.py"],
     "torchaudio": ["d2v_ds/data/audio.py", "d2v_ds/ctc.py"],
-    "soundfile": ["d2v_ds/data/audio.py"],
+    "soundfile": ["d2v_ds/data/audio_files.py"],
     "PIL": [
         "d2v_ds/data/image_files.py",
         "d2v_ds/data/images.py",

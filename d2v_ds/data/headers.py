@@ -3,8 +3,8 @@
     member of a tar --HeaderReader--> Length (frames, pixels or tokens; sample rate of audio)
 
 WAV (RIFF), FLAC (RFC 9639, section 8.2), JPEG (T.81, B.2.2), PNG (section 11.2.2 of its
-specification), WebP (RFC 9649), .npy (numpy.lib.format). Every reader raises ValueError with the
-reason. Standard library only.
+specification), WebP (RFC 9649), .npy (numpy.lib.format). Every reader raises Unusable, a
+ValueError, with the reason. Standard library only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
 from d2v_ds.data.checks import Unusable
+from d2v_ds.data.containers import extent_of
 from d2v_ds.data.tar_scan import Member
 
 
@@ -54,31 +55,30 @@ def payload(file: BinaryIO, member: Member, first: int = 0, number: int = -1) ->
 def flac(file: BinaryIO, member: Member) -> Length:
     head = payload(file, member, 0, 26)
     if len(head) < 26 or head[:4] != b"fLaC" or head[4] & 0x7F:
-        raise ValueError(".flac: is not FLAC")
+        raise Unusable("format", ".flac: is not FLAC")
     packed = int.from_bytes(head[18:26], "big")  # 20 bits rate, 3 channels, 5 depth, 36 frames
     if not packed & (1 << 36) - 1:
-        raise ValueError(".flac: does not state its length (streamed FLAC)")
+        raise Unusable("format", ".flac: does not state its length (streamed FLAC)")
     return Length(packed & (1 << 36) - 1, packed >> 44)
 
 
 def wav(file: BinaryIO, member: Member) -> Length:
     head = payload(file, member, 0, 12)
-    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-        raise ValueError(".wav: is not WAV")
-    at, rate, frame = 12, 0, 0
-    while len(chunk := payload(file, member, at, 8)) == 8:
-        name, size = chunk[:4], int.from_bytes(chunk[4:], "little")
-        if name == b"fmt ":
-            about = payload(file, member, at + 8, 16)
-            rate, frame = (int.from_bytes(about[i:j], "little") for i, j in ((4, 8), (12, 14)))
-        if name == b"data":
-            if at + 8 + size > member.size:
-                raise ValueError(f".wav: is truncated: its header states {size} bytes of data")
-            if not frame:
-                raise ValueError(".wav: has no format before its data")
-            return Length(size // frame, rate)
-        at += 8 + size + size % 2
-    raise ValueError(".wav: has no data")
+    if head[:4] not in (b"RIFF", b"RIFX", b"RF64", b"BW64") or head[8:] != b"WAVE":
+        raise Unusable("format", ".wav: is not WAV")
+    try:
+        found = extent_of(lambda at, number: payload(file, member, at, number), member.size)
+    except Unusable as error:
+        raise Unusable(error.kind, f".wav: {error}") from None
+    if not found:
+        raise Unusable("empty", ".wav: has no data")
+    if not found.frame:
+        raise Unusable("format", ".wav: has no format before its data")
+    if found.rest:
+        raise Unusable(
+            "length", f".wav: has {found.rest} bytes behind its samples that no chunk explains"
+        )
+    return Length(found.size // found.frame, found.rate)
 
 
 def image_type(head: bytes) -> str:

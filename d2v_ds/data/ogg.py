@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import zlib
 
+from d2v_ds.data.checks import Unusable
+from d2v_ds.data.containers import Buffer
+
 HEADER = 27  # bytes of a page before its segment table
 START_OF_STREAM, END_OF_STREAM = 2, 4  # bits of the header type
 REVERSED = bytes(
@@ -12,29 +15,46 @@ REVERSED = bytes(
 )  # each byte with its bits reversed
 
 
-def ogg_problem(data: bytes) -> str:
-    """The damage; "" if the checksums of all pages are correct, no page is missing, and the last
-    page ends the stream."""
-    at, page, last = 0, 0, 0
+def streams(data: Buffer) -> list[tuple[int, int]]:
+    """(first byte, end) of each stream. Streams may follow each other; libsndfile decodes the first
+    one only. Raises Unusable unless the checksums of all pages are correct, no page is missing, and
+    each stream ends."""
+    found: list[int] = []
+    at, page, last = 0, 0, END_OF_STREAM
     while at < len(data):
         head = data[at : at + HEADER]
         if len(head) < HEADER or head[:4] != b"OggS":
-            return f"is truncated or damaged: no Ogg page at byte {at}"
+            raise Unusable("truncated", f"is truncated or damaged: no Ogg page at byte {at}")
         table = data[at + HEADER : at + HEADER + head[26]]
         size = HEADER + head[26] + sum(table)
         if len(table) < head[26] or at + size > len(data):
-            return f"is truncated: its Ogg page at byte {at} has {len(data) - at} of {size} bytes"
+            raise Unusable(
+                "truncated",
+                f"is truncated: its Ogg page at byte {at} has {len(data) - at} of {size} bytes",
+            )
         sequence, checksum = (int.from_bytes(head[i : i + 4], "little") for i in (18, 22))
         if checksum != _checksum(data[at : at + size]):
-            return f"is damaged: the checksum of its Ogg page at byte {at} is wrong"
-        if head[5] & START_OF_STREAM:  # streams may follow each other
-            if at and not last & END_OF_STREAM:
-                return f"is damaged: the Ogg stream before byte {at} does not end"
+            raise Unusable(
+                "damaged", f"is damaged: the checksum of its Ogg page at byte {at} is wrong"
+            )
+        if head[5] & START_OF_STREAM:
+            if not last & END_OF_STREAM:
+                raise _unended(at, last)
+            found.append(at)
             page = sequence
         if sequence != page:
-            return f"is damaged: Ogg page {page} is missing before byte {at}"
+            raise Unusable("damaged", f"is damaged: Ogg page {page} is missing before byte {at}")
         page, last, at = page + 1, head[5], at + size
-    return "" if last & END_OF_STREAM else "is truncated: its last Ogg page does not end the stream"
+    if not found or not last & END_OF_STREAM:
+        raise Unusable("truncated", "is truncated: its last Ogg page does not end the stream")
+    return list(zip(found, [*found[1:], len(data)], strict=True))
+
+
+def _unended(at: int, last: int) -> Unusable:
+    """The error for a stream that begins at a byte, after a page with the bits `last`."""
+    if last & START_OF_STREAM:
+        return Unusable("format", "holds several streams at once, such as audio and video")
+    return Unusable("damaged", f"is damaged: the Ogg stream before byte {at} does not end")
 
 
 def _checksum(page: bytes) -> int:

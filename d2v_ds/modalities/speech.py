@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from d2v_ds.batch import Batch, mask_indices
 from d2v_ds.data import audio, headers
+from d2v_ds.data.checks import Unusable
 from d2v_ds.data.headers import HeaderReader
-from d2v_ds.data.ogg import ogg_problem
 from d2v_ds.masking import Mask, block_count, block_mask_1d, span_mask
 from d2v_ds.modalities.base import (
     Modality,
@@ -41,7 +41,7 @@ Waveform = npt.NDArray[np.float32]
 WHOLE = 1e5  # seconds that no recording exceeds
 LONG = 4  # of recordings longer than this many crops, only the crop is decoded
 CONTAINERS = ("flac", "wav", "mp3", "ogg", "opus")  # extensions of recordings in a set
-SILENCE = 1e-9  # mean square of samples in [-1, 1]: one quantisation step of 16-bit audio
+REDRAWN = 3  # crops that are drawn again if they are silent
 
 # (channels, kernel, stride): 50 frames per second, receptive field 400 samples (wav2vec 2.0)
 PUBLISHED_CONVS = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
@@ -139,21 +139,30 @@ def token_count(samples: int, convs: Sequence[tuple[int, int, int]]) -> int:
     return samples
 
 
-def normalised(
-    pcm: npt.NDArray[Any], start: int = 0, kept: int | None = None, audible: bool = False
-) -> Waveform:
+def normalised(pcm: npt.NDArray[Any], start: int = 0, kept: int | None = None) -> Waveform:
     """Normalises audio [S], int16 or float32 in [-1, 1], to zero mean and unit variance over all S
-    samples, and returns `kept` samples of it from `start` on (None: all). audible: raise ValueError
-    if the audio is silent."""
+    samples, and returns `kept` samples of it from `start` on (None: all)."""
     unit = audio.INT16_SCALE if pcm.dtype == np.int16 else 1.0
     waveform = torch.from_numpy(pcm.astype(np.float32))
     eps = 1e-5 * unit**2  # int16 is not divided by its scale, so eps is multiplied by it
     # fairseq raw_audio_dataset.py: layer norm over the utterance, in [-1, 1]
-    scaled, _, rstd = torch.native_layer_norm(waveform, waveform.shape, None, None, eps)
-    if audible and 1 / float(rstd) ** 2 - eps < SILENCE * unit**2:
-        raise ValueError("is silent")
+    scaled = torch.native_layer_norm(waveform, waveform.shape, None, None, eps)[0]
     piece: Waveform = scaled.numpy()[start:][:kept]
     return piece
+
+
+def audible(pcm: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The audio [S]. Raises Unusable if it is silent."""
+    if audio.is_silent(pcm):
+        raise Unusable("silent", "is silent")
+    return pcm
+
+
+def loudest(pcm: npt.NDArray[Any], kept: int) -> npt.NDArray[Any]:
+    """The `kept` samples of audio [S] with the highest energy, in steps of half of it."""
+    starts = [*range(0, len(pcm) - kept, max(1, kept // 2)), len(pcm) - kept]
+    crops = [pcm[start : start + kept] for start in starts]
+    return max(crops, key=lambda crop: float(np.var(crop, dtype=np.float64)))
 
 
 class ConvFeatures(nn.Module):
@@ -227,15 +236,18 @@ class Speech(Modality):
     def check_sample(cls, members: Mapping[str, bytes], about: Mapping[str, Any]) -> int:
         name = next((name for name in CONTAINERS if name in members), "")
         if not name:
-            raise ValueError(f"has no recording (members: {', '.join(members)})")
-        data, rate = members[name], about["sample_rate"]
-        info = audio.info(data)
-        if info.rate != rate:
-            raise ValueError(f"{name}: has {info.rate} Hz, but the set has {rate} Hz")
-        if data[:4] == b"OggS" and (problem := ogg_problem(data)):
-            raise ValueError(f"{name}: {problem}")
+            raise Unusable("row", f"has no recording (members: {', '.join(members)})")
+        rate = about["sample_rate"]
+        try:
+            with audio.Recording(members[name]) as recording:
+                if recording.info.rate != rate:
+                    found = recording.info.rate
+                    raise Unusable("rate", f"has {found} Hz, but the set has {rate} Hz")
+                length = len(audible(recording.pcm()))
+        except Unusable as error:
+            raise Unusable(error.kind, f"{name}: {error}") from None
         metadata(members)
-        return len(audio.decode(data))
+        return length
 
     def crop(self, length: int) -> int:
         return 0 if length < self.min_samples else min(length, self.max_samples)
@@ -266,27 +278,34 @@ class Speech(Modality):
         cropped.
 
         A recording longer than LONG crops contains many utterances. Only its crop is decoded, and
-        only the crop is normalised.
+        only the crop is normalised. If it is silent, another one is drawn.
         """
         data = next(sample[key] for key in self.extensions if key in sample)
-        with audio.Recording(data) as recording:
+        # The converter and `verify` have compared the header with what is there.
+        with audio.Recording(data, trusted=True) as recording:
             return self._piece(recording, rng)
 
     def _piece(self, recording: audio.Recording, rng: np.random.Generator | None) -> Waveform:
         found = recording.info
         if found.rate != self.config.sample_rate:
-            raise ValueError(f"is {found.rate} Hz, expected {self.config.sample_rate} Hz")
+            raise Unusable("rate", f"is {found.rate} Hz, expected {self.config.sample_rate} Hz")
         if rng is None:
             return normalised(recording.pcm())
         kept = self.crop(found.frames)
         if not kept:
-            raise ValueError(
-                f"is {found.frames} audio samples long, but at least {self.min_samples} are needed"
+            raise Unusable(
+                "too short",
+                f"is {found.frames} audio samples long, but at least {self.min_samples} are needed",
             )
         start = int(rng.integers(found.frames - kept + 1))
-        if found.frames > LONG * self.max_samples:
-            return normalised(recording.pcm(start, kept), audible=True)
-        return normalised(recording.pcm(), start, kept, audible=True)
+        if found.frames <= LONG * self.max_samples:
+            return normalised(audible(recording.pcm()), start, kept)
+        for _ in range(REDRAWN):
+            crop = recording.pcm(start, kept)
+            if not audio.is_silent(crop):
+                return normalised(crop)
+            start = int(rng.integers(found.frames - kept + 1))
+        return normalised(loudest(audible(recording.pcm()), kept))
 
     def fit(self, example: Waveform, length: int) -> Waveform:
         size = self.crop(length)
@@ -348,7 +367,8 @@ class Speech(Modality):
         if isinstance(raw, str | Path):
             raw = Path(raw).read_bytes()
         if isinstance(raw, bytes):
-            return self.decode({self.extensions[0]: raw}, None)
+            with audio.Recording(raw) as recording:
+                return self._piece(recording, None)
         if isinstance(raw, Tensor):
             raw = raw.detach().cpu()
             raw = raw.float() if raw.is_floating_point() else raw  # numpy has no bfloat16
@@ -368,9 +388,9 @@ class Speech(Modality):
         if wave.dtype != np.int16:
             wave = wave.astype(np.float32)
             if not np.isfinite(wave).all():
-                raise ValueError("contains NaN or infinite samples")
+                raise Unusable("not finite", "contains NaN or infinite samples")
         if not len(wave):
-            raise ValueError("is empty")
+            raise Unusable("empty", "is empty")
         return normalised(np.ascontiguousarray(wave))
 
     def largest(self) -> Waveform:

@@ -5,13 +5,14 @@
 KEY.json holds the columns of the corpus (label, speaker, text ...), the "paths" of the original
 recordings and the measured "duration" in seconds. A recording that is too long is divided evenly
 into samples KEY@0000, KEY@0001 ...; they have a "start" in seconds but no text, which would not
-match a part.
+match a part. What is altered to use a recording is reported in notes.
 
 S raw audio samples.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,25 +25,16 @@ from numpy.typing import NDArray
 
 from d2v_ds.data import audio
 from d2v_ds.data.checks import Finding, Unusable
-from d2v_ds.data.ogg import ogg_problem
 from shards.family import Converted, Item, Sample
 from shards.findings import left_out, of_error
 from shards.keys import part_key
 from shards.speech.layout import SpeechLayout
+from shards.speech.recordings import OpenRecording, Recordings
 
 TEXT_COLUMNS = ("text", "letters")  # transcripts of the whole recording
+OVERSHOOT = 1e-3  # share of samples beyond full scale that are clipped without a note
 Samples = NDArray[np.int16]  # [S]
 Members = tuple[bytes | None, ...]
-
-
-@dataclass(frozen=True)
-class EncodedRecording:
-    """An encoded recording, or a part of one."""
-
-    data: bytes
-    info: audio.Info
-    start: int  # first frame of the part, at the rate of the file
-    frames: int
 
 
 @dataclass(frozen=True)
@@ -71,38 +63,56 @@ class SpeechConverter:
 
     def convert(self, samples: Iterable[Sample]) -> Iterator[Converted]:
         """Unusable recordings are left out and reported; a joined sample keeps the others."""
-        for sample in samples:
-            findings: list[Finding] = []
-            items = self.layout.read(sample, findings)
-            if len(sample.inputs) > 1:
-                yield self._joined(sample, items, findings)
-                continue
-            found = 0
-            for item in items:
-                found += 1
-                yield from self._separate(item)
-            found += len(left_out(findings))
-            if findings or found > 1:
-                yield Converted("", (), 0, tuple(findings), max(0, found - 1))
+        with contextlib.closing(
+            Recordings(self.layout, self.sample_rate, self.channel, self.min_seconds)
+        ) as recordings:
+            for sample in samples:
+                yield from self._converted(sample, recordings)
 
-    def _separate(self, item: Item[bytes]) -> list[Converted]:
+    def _converted(self, sample: Sample, recordings: Recordings) -> Iterator[Converted]:
+        findings: list[Finding] = []
+        items = recordings.read(sample, findings)
+        if len(sample.inputs) > 1:
+            yield self._joined(sample, items, findings, recordings)
+            return
+        found = 0
+        for item in items:
+            found += 1
+            yield from self._separate(item, recordings)
+        found += len(left_out(findings))
+        if findings or found > 1:
+            yield Converted("", (), 0, tuple(findings), max(0, found - 1))
+
+    def _separate(self, item: Item[bytes], recordings: Recordings) -> list[Converted]:
         try:
-            return list(self._samples_of(item, self._open(item)))
+            recording = recordings.open(item)
+            made = list(self._samples_of(item, recording))
         except (ValueError, OSError) as error:
             return [Converted(item.key, (), 0, (of_error(item.name, error),))]
+        return [*made, *self._noted(item, recording)]
+
+    def _noted(self, item: Item[bytes], recording: OpenRecording) -> list[Converted]:
+        notes = recording.findings(item.name)
+        return [Converted("", (), 0, notes)] if notes else []
 
     def _joined(
-        self, sample: Sample, items: Iterable[Item[bytes]], findings: list[Finding]
+        self,
+        sample: Sample,
+        items: Iterable[Item[bytes]],
+        findings: list[Finding],
+        recordings: Recordings,
     ) -> Converted:
         parts: list[Samples] = []
         used: list[str] = []
         for item in items:
             try:
-                recording = self._open(item)
+                recording = recordings.open(item)
                 parts.append(self._decode(recording, 0, self._length(recording)))
-                used.append(item.name)
             except (ValueError, OSError) as error:
                 findings.append(of_error(item.name, error))
+            else:
+                used.append(item.name)
+                findings.extend(recording.findings(item.name))
         if not parts:
             return Converted(sample.key, (), 0, tuple(findings))
         x = np.concatenate(parts)
@@ -110,7 +120,7 @@ class SpeechConverter:
         about = self._about(sample.columns, used, len(x))
         return Converted(sample.key, self._members(flac, about), len(x), tuple(findings))
 
-    def _samples_of(self, item: Item[bytes], recording: EncodedRecording) -> Iterator[Converted]:
+    def _samples_of(self, item: Item[bytes], recording: OpenRecording) -> Iterator[Converted]:
         """One sample, or the parts of a long recording."""
         length = self._length(recording)
         limit = int(self.max_seconds * self.sample_rate) or length
@@ -121,13 +131,26 @@ class SpeechConverter:
             yield Converted(item.key, self._encoded(recording, x, about), length)
             return
         columns = {k: v for k, v in item.columns.items() if k not in TEXT_COLUMNS}
+        silent: list[Finding] = []
         for i in range(parts):
             start, stop = (length * j // parts for j in (i, i + 1))
-            x = self._decode(recording, start, stop)
             columns["start"] = round(start / self.sample_rate, 4)
+            try:
+                x = self._decode(recording, start, stop)
+            except Unusable as error:
+                if error.kind != "silent":
+                    raise
+                end = round(stop / self.sample_rate, 4)
+                silent.append(Finding(f"{item.name}, {columns['start']:g} to {end:g}", *error.args))
+                continue
             about = self._about(columns, [item.name], stop - start)
             members = self._members(audio.encode_flac(x, self.sample_rate), about)
             yield Converted(part_key(item.key, i), members, stop - start)
+        if len(silent) == parts:
+            raise Unusable("silent", "is silent")
+        if silent:  # each counts as an input, because the recording itself is used
+            found = tuple(finding._replace(kind="silent") for finding in silent)
+            yield Converted("", (), 0, found, len(found))
 
     def _about(self, columns: Mapping[str, Any], paths: list[str], length: int) -> bytes:
         about = {**columns, "paths": paths, "duration": round(length / self.sample_rate, 4)}
@@ -136,57 +159,29 @@ class SpeechConverter:
     def _members(self, flac: bytes | None, about: bytes, wav: bytes | None = None) -> Members:
         return (flac, about, wav) if self.keep else (flac, about)
 
-    def _encoded(self, recording: EncodedRecording, x: Samples, about: bytes) -> Members:
+    def _encoded(self, recording: OpenRecording, x: Samples, about: bytes) -> Members:
         """Members of a whole recording. Its own bytes are stored if they need no conversion, which
         avoids encoding them again."""
         data, info = recording.data, recording.info
-        whole = recording.frames == info.frames
+        whole = recording.frames == info.frames and not recording.altered
         fits = whole and (info.channels, info.rate) == (1, self.sample_rate)
-        if fits and info.format == "FLAC" and (self.keep or info.subtype == "PCM_16"):
+        if fits and data and info.format == "FLAC" and (self.keep or info.subtype == "PCM_16"):
             return self._members(data, about)
-        if fits and self.keep and info.format == "WAV":
+        if fits and data and self.keep and info.format == "WAV":
             return self._members(None, about, data)
         return self._members(audio.encode_flac(x, self.sample_rate), about)
 
-    # ---------------------------------------------------------------------------------- reading
+    # --------------------------------------------------------------------------------- decoding
 
-    def _open(self, item: Item[bytes]) -> EncodedRecording:
-        """Raises ValueError if the recording cannot be used."""
-        data = item.content
-        if data[:4] == b"OggS" and (problem := ogg_problem(data)):
-            raise ValueError(problem)
-        info = audio.info(data)
-        if self.channel is not None and self.channel >= info.channels:
-            raise ValueError(
-                f"has no channel {self.channel}: it has {info.channels}, numbered from 0"
-            )
-        start, frames = 0, info.frames
-        if item.part:
-            start, stop = (round(seconds * info.rate) for seconds in item.part)
-            if not 0 <= start < min(stop, info.frames):
-                raise ValueError(
-                    f"is {info.frames / info.rate:g} s long, but its segment is outside of it"
-                )
-            if stop > info.frames + info.rate // 10:  # manifests round
-                raise ValueError(
-                    f"is {info.frames / info.rate:g} s long, but its segment ends later"
-                )
-            frames = min(stop, info.frames) - start
-        if frames < self.min_seconds * info.rate:
-            seconds = frames / info.rate
-            raise Unusable(
-                "min-seconds", f"is {seconds:g} s long, below --min-seconds {self.min_seconds:g}"
-            )
-        return EncodedRecording(data, info, start, frames)
-
-    def _length(self, recording: EncodedRecording) -> int:
+    def _length(self, recording: OpenRecording) -> int:
         """In frames at the rate of the set."""
         return -(-recording.frames * self.sample_rate // recording.info.rate)
 
-    def _decode(self, recording: EncodedRecording, start: int, stop: int) -> Samples:
+    def _decode(self, recording: OpenRecording, start: int, stop: int) -> Samples:
         """Frames start to stop at the rate of the set, equal to that range of the whole recording:
         the frames around it are decoded too if resampling needs them. Also called when the bytes
-        of the file are stored unchanged, because decoding detects damage."""
+        of the file are stored unchanged, because decoding detects damage. Raises Unusable for
+        silence too."""
         old, new = recording.info.rate, self.sample_rate
         divisor = math.gcd(old, new)
         old, new = old // divisor, new // divisor
@@ -195,6 +190,27 @@ class SpeechConverter:
         step = max(0, start // new - -(-reach // old))
         first = step * old
         last = min(recording.frames, -(-stop * old // new) + reach)
-        x = audio.decode(recording.data, recording.start + first, last - first, self.channel)
-        y = audio.to_int16(audio.resample(x, old, new))
-        return y[start - step * new : stop - step * new]
+        pcm = recording.pcm(first, last)
+        if old == new and pcm.dtype == np.int16:
+            return _audible(pcm)
+        y = audio.resample(audio.as_float(pcm), old, new)
+        y = y[start - step * new : stop - step * new]
+        return _audible(audio.to_int16(self._in_range(_audible(y), recording)))
+
+    def _in_range(self, y: audio.Waveform, recording: OpenRecording) -> audio.Waveform:
+        """y [S], scaled down if it exceeds full scale. Lossy codecs and resampling exceed it by a
+        little in loud recordings. A few such samples are clipped, as players do; scaling all of
+        them would change sound recordings and fill the notes."""
+        peak = max(float(y.max()), -float(y.min()))
+        if peak <= 1 or np.count_nonzero(np.abs(y) > 1) <= OVERSHOOT * len(y):
+            return y
+        reason = f"reaches {peak:.3g} after decoding and resampling; divided by it"
+        recording.note("scaled", reason)
+        scaled: audio.Waveform = y / np.float32(peak)
+        return scaled
+
+
+def _audible(x: NDArray[Any]) -> NDArray[Any]:
+    if audio.is_silent(x):
+        raise Unusable("silent", "is silent")
+    return x

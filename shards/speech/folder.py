@@ -7,15 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from d2v_ds.data.checks import Finding
+from d2v_ds.errors import UserError
 from shards.family import Input, Sample
 from shards.keys import make_key
-from shards.speech.layout import AUDIO, SpeechLayout
-from shards.walking import extension_of, walk, wanted
+from shards.speech.layout import AUDIO, USUAL, SpeechLayout, advised
+from shards.walking import NOT_READ, extension_of, walk, wanted
 
 
 class Folder(SpeechLayout):
     name = "folder"
-    help = f"folder tree of {', '.join(AUDIO)} files"
+    help = f"folder tree of {', '.join(USUAL)} files and others that libsndfile reads"
     takes = "folder"
 
     @classmethod
@@ -23,13 +24,19 @@ class Folder(SpeechLayout):
         return source.is_dir()
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
-        kinds = f"{', '.join(AUDIO[:-1])} or {AUDIO[-1]}"
+        kinds = f"{', '.join(USUAL[:-1])} or {USUAL[-1]}"
+        others: list[Finding] = []
         files = wanted(
             self.root,
             walk(self.root, findings),
             lambda name: extension_of(name) in AUDIO,
             kinds,
-            findings,
+            others,
         )
-        for path, _, size in files:
-            yield Sample(make_key(os.path.splitext(path)[0]), (Input(path),), {}, size)
+        try:
+            for path, _, size in files:
+                yield Sample(make_key(os.path.splitext(path)[0]), (Input(path),), {}, size)
+        except UserError as error:  # there is no recording
+            reasons = {found.reason for found in advised(others)} - {NOT_READ}
+            raise UserError("; ".join([str(error), *reasons])) from None
+        findings.extend(advised(others))

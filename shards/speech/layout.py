@@ -1,9 +1,35 @@
-"""The base class of all speech layouts, which depend on no option."""
+"""The base class of all speech layouts, which depend on no option, and the types of recordings."""
 
 from __future__ import annotations
 
-from shards.layout import Layout
+from collections.abc import Iterable
 
-AUDIO = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+from d2v_ds.data.audio_files import FFMPEG
+from d2v_ds.data.checks import Finding
+from shards.layout import Layout
+from shards.walking import extension_of
+
+# Extensions of what libsndfile reads. Raw samples have no header; .mat, .mpc, .iff and .htk files
+# usually hold something else.
+USUAL = (".wav", ".flac", ".mp3", ".ogg", ".opus")
+RARE = (
+    *(".oga", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".bwf", ".wave"),
+    *(".sph", ".nist", ".voc", ".mp2", ".mp1", ".sf", ".ircam", ".avr", ".paf", ".pvf", ".svx"),
+    *(".8svx", ".16svx", ".sds", ".wve"),
+)
+AUDIO = (*USUAL, *RARE)
+FOREIGN = (  # recordings that libsndfile does not read
+    *(".m4a", ".m4b", ".mp4", ".aac", ".webm", ".mkv", ".mka", ".mov", ".wma", ".amr", ".3gp"),
+    *(".ape", ".wv", ".shn", ".ac3", ".spx"),
+)
 
 SpeechLayout = Layout[None, bytes]  # an item holds an encoded recording
+
+
+def advised(findings: Iterable[Finding]) -> list[Finding]:
+    """Findings about files that were passed over; of recordings, with what to do."""
+    reason = f"is a recording of a type that libsndfile does not read; {FFMPEG}"
+    return [
+        found._replace(reason=reason) if extension_of(found.name) in FOREIGN else found
+        for found in findings
+    ]

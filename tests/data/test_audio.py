@@ -11,7 +11,8 @@ import soundfile
 import torch
 from numpy.typing import NDArray
 
-from d2v_ds.data import audio
+from d2v_ds.data import audio, resampling
+from d2v_ds.data.checks import Unusable
 
 RATE = 16_000
 
@@ -108,7 +109,7 @@ def test_not_audio(read, tmp_path: Path) -> None:  # type: ignore[no-untyped-def
 @pytest.mark.parametrize("read", [audio.info, audio.decode])
 def test_truncated_wav(read, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     data = encoded(noise())
-    with pytest.raises(ValueError, match="is truncated: 4022 of 8044 bytes"):
+    with pytest.raises(Unusable, match="states 8000 bytes of samples, but 3978 are left"):
         read(data[:4022])
     (tmp_path / "x.wav").write_bytes(data[:4022])
     with pytest.raises(ValueError, match="is truncated"):
@@ -158,16 +159,9 @@ def test_mp3_shorter_than_its_header() -> None:
     data = encoded(
         (np.sin(np.arange(40_000) / 20) * 9000).astype(np.int16), "MP3", "MPEG_LAYER_III"
     )
-    with pytest.raises(ValueError, match="frames before the length in its header"):
+    with pytest.raises(Unusable, match="is truncated: its header states") as raised:
         audio.decode(data[: len(data) // 2])
-
-
-def test_flac_without_a_length() -> None:
-    data = bytearray(encoded(noise(), "FLAC"))
-    data[21] &= 0xF0  # STREAMINFO: 36 bits of total samples
-    data[22:26] = bytes(4)
-    with pytest.raises(ValueError, match="does not state its length"):
-        audio.decode(bytes(data))
+    assert raised.value.kind == "truncated"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -218,8 +212,8 @@ def test_resample_as_torchaudio(old: int, new: int) -> None:
         torch.from_numpy(x),
         old,
         new,
-        lowpass_filter_width=audio.ZERO_CROSSINGS,
-        rolloff=audio.ROLLOFF,
+        lowpass_filter_width=resampling.ZERO_CROSSINGS,
+        rolloff=resampling.ROLLOFF,
     )
     np.testing.assert_allclose(audio.resample(x, old, new), expected.numpy(), atol=1e-4)
 
@@ -229,15 +223,13 @@ def test_resample_lengths_and_blocks(length: int, monkeypatch: pytest.MonkeyPatc
     x = np.random.default_rng(2).standard_normal(length).astype(np.float32)
     whole = audio.resample(x, 44_100, 16_000)
     assert len(whole) == -(-length * 16_000 // 44_100)
-    monkeypatch.setattr(audio, "BLOCK", 2000)
+    monkeypatch.setattr(resampling, "BLOCK", 2000)
     np.testing.assert_allclose(audio.resample(x, 44_100, 16_000), whole, atol=1e-7)
 
 
 def test_resample_edges_of_rates() -> None:
     x = np.ones(10, np.float32)
     assert audio.resample(x, 16_000, 16_000) is x
-    with pytest.raises(ValueError, match="is not small"):
-        audio.resample(x, 15_991, 16_000)
 
 
 def test_constant_stays_constant() -> None:

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import pytest
 import soundfile
 
-from d2v_ds.data.ogg import ogg_problem
-from tests.helpers.corpora import recording
+from tests.helpers.corpora import ogg_problem, recording
 
 FIRST, LAST = 2, 4  # bits of the header type
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import soundfile
 
+from d2v_ds.data.checks import Unusable
+from d2v_ds.data.ogg import streams
 from d2v_ds.data.shard_format import open_set, read_index
 from shards.verify import read_members
 
@@ -32,6 +34,15 @@ def recording(
     buffer = io.BytesIO()
     soundfile.write(buffer, x.astype(np.int16), rate, format=container, subtype=subtype)
     return buffer.getvalue()
+
+
+def ogg_problem(data: bytes) -> str:
+    """The damage of an Ogg file; "" if there is none."""
+    try:
+        streams(data)
+    except Unusable as error:
+        return str(error)
+    return ""
 
 
 def put(path: Path, data: bytes | str) -> Path:

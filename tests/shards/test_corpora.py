@@ -44,7 +44,7 @@ def test_common_voice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         f"{corpus}: layout commonvoice",
         f"{out}: 6 samples, 0.000 hours, 1 shard",
         f"1 of 7 inputs were left out (1 duplicate); the reasons are in {out / 'quarantine.jsonl'}",
-        f"2 files were passed over (2 unused); they are listed in {out / 'notes.jsonl'}",
+        f"2 files were passed over (2 unused); the list is in {out / 'notes.jsonl'}",
     ]
     assert quarantine(out) == {"validated.tsv, line 8": f"lists {names[0]} again"}
     assert notes(out) == {f"clips/{name}": "unused" for name in names[6:]}
@@ -137,7 +137,7 @@ def test_webdataset_tars(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         f"{tmp_path / 'in'}: layout webdataset",
         f"{out}: 4 samples, 0.000 hours, 1 shard",
         f"1 of 5 inputs were left out (1 row); the reasons are in {out / 'quarantine.jsonl'}",
-        f"4 files were passed over (3 unused, 1 .xz); they are listed in {out / 'notes.jsonl'}",
+        f"4 files were passed over (3 unused, 1 .xz); the list is in {out / 'notes.jsonl'}",
     ]
     [(name, reason)] = quarantine(out).items()
     assert name == "deep/1.TAR, v1.5/talk 1.2.wav" and "at its first dot" in reason

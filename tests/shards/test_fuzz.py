@@ -18,13 +18,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from d2v_ds.data.ogg import ogg_problem
 from d2v_ds.data.tar_index import index_set
 from d2v_ds.data.tar_scan import DamagedTar, Member, members, next_header, samples
 from d2v_ds.errors import UserError
 from d2v_ds.modalities import sample_formats
 from shards.cli import main
-from tests.helpers.corpora import FORMATS, contents, put, put_tar, quarantine, recording
+from tests.helpers.corpora import (
+    FORMATS,
+    contents,
+    ogg_problem,
+    put,
+    put_tar,
+    quarantine,
+    recording,
+)
 
 Fuzz = Callable[[Callable[..., None]], Callable[..., None]]
 

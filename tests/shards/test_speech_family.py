@@ -13,10 +13,9 @@ import soundfile
 import webdataset as wds
 
 from d2v_ds.data import audio
-from d2v_ds.data.ogg import ogg_problem
 from d2v_ds.data.shard_format import open_set
 from shards.cli import main
-from tests.helpers.corpora import contents, notes, put, put_tar, quarantine, recording
+from tests.helpers.corpora import contents, notes, ogg_problem, put, put_tar, quarantine, recording
 
 ALL = ("--max-bad", "100%", "-j1")
 

@@ -53,7 +53,7 @@ def test_a_folder_with_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         f"{source}: its splits become one set (train 5, validation 1 rows); to choose one, use "
         "for example --only '**/*train*'",
         f"{out}: 6 samples, 0.000 hours, 1 shard",
-        f"1 files were passed over (1 .md); they are listed in {out / 'notes.jsonl'}",
+        f"1 file was passed over (1 .md); the list is in {out / 'notes.jsonl'}",
     ]
     rows = {key: row["json"] for key, row in contents(out).items()}
     one, two = "data/train-00000-of-00002", "data/train-00001-of-00002"

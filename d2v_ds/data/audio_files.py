@@ -1,0 +1,377 @@
+"""Opens audio files with libsndfile, and finds out how long they really are.
+
+    bytes or a path -> open_streams -> Stream, one for each of several joined files -> samples
+
+libsndfile silently reads what is left of a truncated file, and the first of several joined files.
+Containers of uncompressed audio are compared with their headers (containers.py); MP3, FLAC and Ogg
+are searched for frames that libsndfile would not decode (mpeg.py, flac.py, ogg.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import mmap
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+from numpy.typing import NDArray
+
+from d2v_ds.data import flac, mpeg, ogg
+from d2v_ds.data.checks import Note, Unusable
+from d2v_ds.data.containers import Buffer, Extent, extent_of
+
+EXACT = ("PCM_16", "PCM_S8", "PCM_U8")  # read as int16 without a loss
+WIDTHS = {  # bytes of a sample
+    **dict.fromkeys(("PCM_S8", "PCM_U8", "ULAW", "ALAW"), 1),
+    **{"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8},
+}
+COMPRESSED = ("MP3", "OGG")  # whose seeking is not exact
+UNKNOWN_FRAMES = 1 << 48  # libsndfile reports 2^63 - 1 for a FLAC without a length
+UNEXPLAINED = 0.1  # seconds of bytes behind the samples that may be anything
+SDS_BLOCK = 60  # frames; the header of an SDS file rounds up to it
+FEW = 1 << 16  # bytes, if it is not known how many a second has
+BLOCK = 1 << 20  # frames that are decoded at a time
+FFMPEG = "convert it first: ffmpeg -i FILE FILE.flac"
+FOREIGN = (  # formats that libsndfile does not read, by bytes at a place
+    ("MP4 or M4A", 4, b"ftyp"),
+    ("WebM or Matroska", 0, b"\x1a\x45\xdf\xa3"),
+    ("WMA", 0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),
+    ("AMR", 0, b"#!AMR"),
+    ("AAC", 0, b"\xff\xf1"),
+    ("AAC", 0, b"\xff\xf9"),
+    ("WavPack", 0, b"wvpk"),
+    ("Monkey's Audio", 0, b"MAC "),
+    ("Shorten", 0, b"ajkg"),
+)
+
+
+class _File(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
+    """soundfile seeks after each read of a seekable file, which disturbs the decoders of lossy
+    formats. This class does not."""
+
+    def seekable(self) -> bool:
+        return False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether `seek` finds the exact frame."""
+        return self.format not in COMPRESSED and super().seekable()
+
+
+class _Bytes(io.BytesIO):
+    """For libsndfile, which seeks before the first byte of damaged files. An exception in its
+    callback would be printed."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        try:
+            return super().seek(offset, whence)
+        except ValueError:
+            return -1
+
+
+@dataclass
+class Stream:
+    """An open file of one stream."""
+
+    file: _File
+    source: bytes | Path
+    frames: int
+    kept: list[NDArray[Any]] = field(default_factory=list, repr=False)  # the last, of `_forward`
+    kept_from: int = 0  # the first frame in `kept`
+    at: int = 0  # the frame that `_forward` decodes next
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """The frames start to stop, [frames, channels]: int16 if the file has at most 16 bits,
+        otherwise float32. Raises Unusable."""
+        try:
+            if not self.file.is_exact:
+                data = self._forward(start, stop)
+            else:
+                if self.file.tell() != start:
+                    self.file.seek(start)
+                data = self._next(stop - start)
+        except soundfile.SoundFileError as error:
+            raise Unusable("damaged", f"cannot be decoded: {_reason(error)}") from None
+        if len(data) != stop - start:
+            missing = stop - start - len(data)
+            raise Unusable("truncated", f"ends {missing} frames before the length in its header")
+        return data
+
+    def _next(self, frames: int) -> NDArray[Any]:
+        # Reading int16 is several times faster than float32, which libsndfile needs for wider
+        # samples and for float files, whose values it does not scale to integers.
+        kind = "int16" if self.file.subtype in EXACT else "float32"
+        data: NDArray[Any] = self.file.read(frames, dtype=kind, always_2d=True)
+        return data
+
+    def _forward(self, start: int, stop: int) -> NDArray[Any]:
+        """Decodes on from the last part, which is kept, so that parts in order of their start
+        decode the file once."""
+        if start < self.kept_from:
+            self.file.close()
+            self.file, self.kept, self.kept_from, self.at = _open(self.source), [], 0, 0
+        while self.at < stop:
+            # All at once if it is the whole, because joining blocks takes as long as reading them.
+            whole = start == self.at and stop == self.frames
+            piece = self._next(stop - start if whole else min(BLOCK, stop - self.at))
+            if not len(piece):
+                break
+            self.at += len(piece)
+            self.kept.append(piece)
+            self._forget(start)
+        self._forget(start)
+        if len(self.kept) > 1:
+            self.kept = [np.concatenate(self.kept)]
+        return self.kept[0][: stop - start] if self.kept else self._next(0)
+
+    def _forget(self, start: int) -> None:
+        """Drops decoded frames before `start`."""
+        while self.kept and self.kept_from + len(self.kept[0]) <= start:
+            self.kept_from += len(self.kept.pop(0))
+        if self.kept and self.kept_from < start:
+            self.kept[0] = self.kept[0][start - self.kept_from :]
+            self.kept_from = start
+
+
+@dataclass
+class Opened:
+    """An audio file."""
+
+    streams: list[Stream]
+    notes: list[Note]
+    repaired: bool  # whether another reader would decode something else
+
+
+def open_streams(source: bytes | Path, trusted: bool) -> Opened:
+    """trusted: without looking for audio that libsndfile would not decode, because it was done when
+    the set was made. Raises Unusable; a missing file raises FileNotFoundError."""
+    with _buffer(source) as data:
+        extent = extent_of(lambda at, number: data[at : at + number], len(data))
+        if extent and extent.patch:
+            at, size = extent.patch
+            source = data[:at] + size + data[at + len(size) :]
+        try:
+            file = _open(source)
+        except Unusable as error:
+            raise _why(data, extent) or error from None
+        found = Opened([Stream(file, source, file.frames)], [], False)
+        try:
+            if extent:
+                _limit(found, extent)
+            elif check := CHECKS.get(file.format):
+                if not trusted:
+                    check(found, data)
+            else:
+                _check_log(found)
+            _check_alike(found.streams)
+        except BaseException:
+            close(found.streams)
+            raise
+    return found
+
+
+def close(streams: list[Stream]) -> None:
+    for stream in streams:
+        stream.file.close()
+
+
+def encode_flac(samples: NDArray[np.int16], rate: int, level: int = 5) -> bytes:
+    """Mono int16 [S] as 16-bit FLAC; level 0 (fast) to 8 (small). The result depends only on the
+    input, the library and the level."""
+    assert samples.dtype == np.int16 and samples.ndim == 1, (samples.dtype, samples.shape)
+    buffer = io.BytesIO()
+    soundfile.write(
+        buffer, samples, rate, format="FLAC", subtype="PCM_16", compression_level=level / 8
+    )
+    return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def _buffer(source: bytes | Path) -> Iterator[Buffer]:
+    if isinstance(source, bytes):
+        if not source:
+            raise Unusable("empty", "is empty")
+        yield source
+        return
+    with open(source, "rb") as raw:
+        if not os.fstat(raw.fileno()).st_size:
+            raise Unusable("empty", "is empty")
+        with mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            yield data
+
+
+def _open(source: bytes | Path) -> _File:
+    try:
+        return _File(_Bytes(source) if isinstance(source, bytes) else os.fspath(source))
+    except soundfile.SoundFileError as error:
+        reason = f"is not audio that libsndfile reads: {_reason(error)}"
+        raise Unusable("format", reason) from None
+
+
+def _reason(error: soundfile.SoundFileError) -> str:
+    return str(getattr(error, "error_string", error)).removeprefix("Error : ").rstrip(".")
+
+
+def _why(data: Buffer, extent: Extent | None) -> Unusable | None:
+    """A better reason than that of libsndfile, if there is one."""
+    if extent and extent.rest:
+        return _unexplained(_behind(extent, extent.frame * extent.rate)[0])
+    if data[:4] == b"OggS":
+        try:
+            ogg.streams(data)
+        except Unusable as error:
+            return error
+    for name, place, first in FOREIGN:
+        if data[place : place + len(first)] == first:
+            return Unusable("format", f"is {name}, which libsndfile does not read; {FFMPEG}")
+    return None
+
+
+def _check_alike(streams: list[Stream]) -> None:
+    """Raises Unusable for streams that cannot be joined, or without audio."""
+    kinds = [(stream.file.samplerate, stream.file.channels) for stream in streams]
+    for rate, channels in kinds[1:]:
+        if (rate, channels) != kinds[0]:
+            raise Unusable(
+                "format",
+                f"consists of joined files with {kinds[0][0]} Hz, {kinds[0][1]} channels and with "
+                f"{rate} Hz, {channels} channels",
+            )
+    frames = sum(stream.frames for stream in streams)
+    if frames <= 0:
+        raise Unusable("empty", "contains no audio")
+    if frames >= UNKNOWN_FRAMES:
+        raise Unusable("format", "does not state its length (streamed FLAC)")
+
+
+# --------------------------------------------------------------------------------------- containers
+
+
+def _limit(found: Opened, extent: Extent) -> None:
+    """Uses the samples that the header states, and reports other bytes."""
+    stream = found.streams[0]
+    file = stream.file
+    frame = WIDTHS.get(file.subtype, 0) * file.channels
+    if frame and stream.frames > extent.size // frame:
+        stream.frames = extent.size // frame
+    found.repaired = not extent.stated or extent.rest > 0
+    if extent.rest:
+        reason, seconds = _behind(extent, frame * file.samplerate)
+        if seconds > UNEXPLAINED or (not frame and extent.rest > FEW):
+            raise _unexplained(reason)
+        found.notes.append(Note("length corrected", f"{reason}; they are not used"))
+
+
+def _behind(extent: Extent, per_second: int) -> tuple[str, float]:
+    """(what is said about bytes behind the samples, how many seconds they may be). per_second:
+    bytes of a second; 0 if it is not known."""
+    seconds = extent.rest / per_second if per_second else 0.0
+    length = f" ({seconds:.2f} s)" if seconds else ""
+    return f"has {extent.rest} bytes{length} behind the samples that its header states", seconds
+
+
+def _unexplained(reason: str) -> Unusable:
+    return Unusable(
+        "length", f"{reason}, and no chunk explains them; if they are samples, correct the header"
+    )
+
+
+def _check_log(found: Opened) -> None:
+    """Compares a rare container with its header as libsndfile describes it."""
+    stream = found.streams[0]
+    log = stream.file.extra_info
+    stated, there = stream.frames, stream.frames
+    if found_frames := re.search(r"^\s*Frames\s*: (\d+)", log, re.MULTILINE):
+        stated = int(found_frames[1])
+    if found_bytes := re.search(r"(\d+) should be (\d+)", log):
+        stated, there = map(int, found_bytes.groups())
+    if stated > there + SDS_BLOCK or "truncated" in log:
+        raise Unusable("truncated", "is truncated: its header states more samples than are left")
+    if stated < there:
+        raise Unusable("length", "has more samples than its header states")
+
+
+def _check_flac(found: Opened, data: Buffer) -> None:
+    starts = flac.joined(data) or [0]
+    pieces = list(zip(starts, [*starts[1:], len(data)], strict=True))
+    stated = [flac.stated_frames(data, start) for start, _ in pieces]
+    there = [flac.last_frame(data, start, stop) for start, stop in pieces]
+    if len(pieces) == 1 and stated[0] >= there[0]:
+        return
+    streams = []
+    for (start, stop), said, counted in zip(pieces, stated, there, strict=True):
+        whole = flac.with_frames(data, start, stop, max(said, counted))
+        streams.append(Stream(_open(whole), whole, max(said, counted)))
+    close(found.streams)
+    found.streams, found.repaired = streams, True
+    if all(stated):
+        _corrected(found, stated[0], streams, "FLAC")
+
+
+def _check_ogg(found: Opened, data: Buffer) -> None:
+    pieces = ogg.streams(data)
+    if len(pieces) == 1:
+        return
+    first = found.streams[0].frames
+    close(found.streams)
+    found.streams = []
+    for start, stop in pieces:
+        source = data[start:stop]
+        file = _open(source)
+        found.streams.append(Stream(file, source, file.frames))
+    found.repaired = True
+    _corrected(found, first, found.streams, "Ogg")
+
+
+def _corrected(found: Opened, first: int, streams: list[Stream], name: str) -> None:
+    rate = streams[0].file.samplerate
+    total = sum(stream.frames for stream in streams) / rate
+    what = f"consists of {len(streams)} joined {name} files" if len(streams) > 1 else "is longer"
+    reason = f"{what}; its first header states {first / rate:.2f} s, but {total:.2f} s are used"
+    found.notes.append(Note("length corrected", reason))
+
+
+def _check_mp3(found: Opened, data: Buffer) -> None:
+    audio = mpeg.scan(data)
+    if audio.exact or not audio.frames:  # without frames: the free format, which has no sizes
+        return
+    stated = sum(audio.stated)
+    if audio.junk > mpeg.JUNK:
+        raise Unusable("damaged", f"{audio.junk} bytes between its frames are not MPEG audio")
+    if stated > audio.frames + (not audio.cut):  # some encoders count their header as a frame
+        raise Unusable(
+            "truncated",
+            f"is truncated: its header states {audio.seconds(stated):.2f} s, but it has "
+            f"{audio.seconds(audio.frames):.2f} s",
+        )
+    if audio.cut and not stated:
+        raise Unusable("truncated", "is truncated: its last frame is incomplete")
+    whole = mpeg.rebuilt(data, audio)
+    file = _open(whole)
+    before = found.streams[0].frames
+    close(found.streams)
+    found.streams, found.repaired = [Stream(file, whole, file.frames)], True
+    if not audio.stated and before == file.frames:
+        return
+    rate = file.samplerate
+    what = (
+        f"its headers state {audio.seconds(stated):.2f} s"
+        if stated
+        else f"no header states its length, which libsndfile estimates as {before / rate:.2f} s"
+    )
+    reason = f"{what}; all {file.frames / rate:.2f} s of its frames are used"
+    found.notes.append(Note("length corrected", reason))
+
+
+CHECKS: dict[str, Callable[[Opened, Buffer], None]] = {
+    "FLAC": _check_flac,
+    "OGG": _check_ogg,
+    "MP3": _check_mp3,
+}

@@ -1,0 +1,225 @@
+"""Where the samples of an uncompressed audio file are, according to its header.
+
+    header -> Extent(first byte, bytes that the header states, bytes that nothing explains)
+
+libsndfile silently reads what is left of a truncated file, and stops silently where a header states
+too little. WAV (RIFF, RIFX, RF64 of EBU Tech 3306), W64, AIFF and AIFF-C, 8SVX, AU, CAF, NIST
+SPHERE and VOC. Standard library only: the index of a tar uses it too.
+"""
+
+from __future__ import annotations
+
+import mmap
+import string
+import struct
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from d2v_ds.data.checks import Unusable
+
+Buffer = bytes | mmap.mmap
+Peek = Callable[[int, int], bytes]  # (first byte, number) -> bytes, fewer at the end of the file
+
+# Streaming writers do not know the length. They store 0, or a value near 2^31 or 2^32 (ffmpeg
+# 0xFFFFFFFF, SoX 0x7FFFF000, arecord 0x80000000, others less the size of the header).
+# Chunks of later files, or with more samples, are not metadata.
+NOT_METADATA = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b"data", b"SSND", b"BODY")
+# Metadata is accepted even if the file ends within it: the samples are complete.
+METADATA = (
+    b"LIST",
+    b"id3 ",
+    b"ID3 ",
+    b"bext",
+    b"iXML",
+    b"axml",
+    b"fact",
+    b"cue ",
+    b"PEAK",
+    b"smpl",
+)
+PRINTABLE = frozenset(string.printable.encode())
+W64_NAME = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # the last 12 bytes of its chunk names
+ZEROS = 1 << 16  # bytes that are compared at a time
+
+
+class Chunks(NamedTuple):
+    """How a container writes the header of a chunk."""
+
+    form: str  # of struct: name and size
+    align: int  # chunks begin at multiples of this
+    inclusive: bool = False  # the size includes the header
+
+
+RIFF, RIFX = Chunks("<4sI", 2), Chunks(">4sI", 2)
+CAF, W64 = Chunks(">4sq", 1), Chunks("<16sQ", 8, inclusive=True)
+
+
+class Extent(NamedTuple):
+    first: int  # byte of the first sample
+    size: int  # bytes of samples
+    rest: int = 0  # bytes behind the samples that are neither metadata nor padding
+    rate: int = 0  # frames per second and bytes per frame, of WAV
+    frame: int = 0
+    stated: bool = True  # whether the header states the size
+    patch: tuple[int, bytes] | None = None  # (place, bytes) of the size that the header lacks
+
+
+def extent_of(peek: Peek, total: int) -> Extent | None:
+    """The extent of a file of `total` bytes; None for other containers. Raises Unusable if the
+    samples end before the size in the header."""
+    head = peek(0, 40)
+    if head[:4] in (b"RIFF", b"RIFX", b"RF64", b"BW64") and head[8:12] == b"WAVE":
+        return _riff(peek, total, head)
+    if head[:4] == b"riff" and head[4:16].hex().startswith("2e91cf11a5d628db04c10000"):
+        return _chunked(peek, total, W64, 40, b"data")
+    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC", b"8SVX", b"16SV"):
+        return _chunked(peek, total, RIFX, 12, b"SSND" if head[8:9] == b"A" else b"BODY")
+    if head[:4] == b"caff":
+        return _chunked(peek, total, CAF, 8, b"data")
+    if head[:4] in (b".snd", b"dns.") and len(head) >= 12:
+        first, size = struct.unpack(">II" if head[:1] == b"." else "<II", head[4:12])
+        if _is_placeholder(size):
+            return Extent(first, total - first, stated=False)
+        return _whole(peek, total, first, size)
+    if head[:8] == b"NIST_1A\n":
+        return _nist(peek, total)
+    if head[:20] == b"Creative Voice File\x1a":
+        return _voc(peek, total, int.from_bytes(head[20:22], "little"))
+    return None
+
+
+def _chunks(peek: Peek, chunks: Chunks, at: int) -> Iterator[tuple[bytes, int, int]]:
+    """(name, first byte of the content, its size) of each chunk."""
+    length = struct.calcsize(chunks.form)
+    while len(head := peek(at, length)) == length:
+        name, size = struct.unpack(chunks.form, head)
+        size -= length * chunks.inclusive
+        yield name, at + length, size
+        if size < 0:
+            return
+        at += length + size
+        at += -at % chunks.align
+
+
+def _riff(peek: Peek, total: int, head: bytes) -> Extent | None:
+    chunks = RIFX if head[:4] == b"RIFX" else RIFF
+    rate = frame = sizes = 0
+    for name, at, size in _chunks(peek, chunks, 12):
+        if name == b"data":
+            break
+        _within(at + size, total)
+        if name == b"ds64":
+            sizes = at  # of the file, of the samples, of the frames: 64 bits each
+        if name == b"fmt " and len(found := peek(at, 14)) == 14:
+            rate, frame = struct.unpack(chunks.form[0] + "4xI4xH", found)
+    else:
+        return None
+    place, form, known = at - 4, chunks.form[0] + "I", not _is_placeholder(size)
+    if sizes and size == 0xFFFF_FFFF:
+        size = int.from_bytes(peek(sizes + 8, 8), "little")
+        place, form, known = sizes, "<QQQ", 0 < size < 1 << 63
+    if known or at + size <= total:
+        extent = _whole(peek, total, at, size, chunks)._replace(rate=rate, frame=frame)
+        if size or not extent.rest:  # a size of 0 is that of an empty file, unless bytes follow
+            return extent
+    left = total - at
+    patch = None  # libsndfile reads an implausible size as "to the end", but not one of 0
+    if form == "<QQQ":
+        patch = place, struct.pack(form, total - 8, left, 0)
+    elif not size:
+        patch = place, struct.pack(form, left)
+    return Extent(at, left, 0, rate, frame, False, patch)
+
+
+def _within(end: int, total: int) -> None:
+    if end > total:
+        raise Unusable("truncated", "is truncated: it ends within its header")
+
+
+def _is_placeholder(size: int) -> bool:
+    return size == 0 or 0x7FFF_0000 <= size <= 0x8000_0000 or size >= 0xFFFF_0000
+
+
+def _chunked(peek: Peek, total: int, chunks: Chunks, at: int, samples: bytes) -> Extent | None:
+    for name, first, size in _chunks(peek, chunks, at):
+        if name[:4] == samples:
+            if size < 0 or (chunks.form[1:] == "4sI" and _is_placeholder(size)):
+                return Extent(first, total - first, stated=False)
+            return _whole(peek, total, first, size, chunks)
+        _within(first + size, total)
+    return None
+
+
+def _whole(peek: Peek, total: int, first: int, size: int, chunks: Chunks | None = None) -> Extent:
+    """chunks: how chunks are written that may follow. Raises Unusable if the file is truncated."""
+    if first + size > total:
+        raise Unusable(
+            "truncated",
+            f"is truncated: its header states {size} bytes of samples, but {total - first} are "
+            "left",
+        )
+    return Extent(first, size, _unexplained(peek, total, first + size, chunks))
+
+
+def _nist(peek: Peek, total: int) -> Extent | None:
+    """SPHERE: lines `name -type value` in a header of a size that its second line states."""
+    try:
+        first = int(peek(8, 8))
+        rows = (line.split(maxsplit=2) for line in peek(0, first).decode("latin-1").split("\n"))
+        fields = {row[0]: row[2] for row in rows if len(row) == 3}
+        if "," in fields.get("sample_coding", ""):  # pcm,embedded-shorten-v2.00
+            raise Unusable(
+                "format", f"is compressed ({fields['sample_coding']}), which cannot be read"
+            )
+        names = ("sample_count", "sample_n_bytes", "channel_count")
+        count, width, channels = (int(fields[name]) for name in names)
+    except (KeyError, ValueError) as error:
+        if isinstance(error, Unusable):
+            raise
+        return None
+    return _whole(peek, total, first, count * width * channels)
+
+
+def _voc(peek: Peek, total: int, at: int) -> Extent | None:
+    """Creative Voice: blocks of a type (1 byte) and a size (3 bytes); 0 ends the file."""
+    prefixes = {1: 2, 9: 12}  # bytes before the samples of a block
+    found: Extent | None = None
+    while len(head := peek(at, 4)) == 4 and head[0] in range(1, 10):
+        size = int.from_bytes(head[1:], "little")
+        if head[0] in (1, 2, 9) and found:
+            raise Unusable("format", "has several blocks of samples, of which one can be read")
+        if head[0] in prefixes:
+            prefix = prefixes[head[0]]
+            found = _whole(lambda _, __: b"", total, at + 4 + prefix, size - prefix)
+        at += 4 + size
+    end = at + (peek(at, 1) == b"\0")
+    return found and found._replace(rest=_unexplained(peek, total, end, None))
+
+
+def _unexplained(peek: Peek, total: int, at: int, chunks: Chunks | None) -> int:
+    """The number of bytes from `at` on that are neither chunks of metadata, tags, nor zeros."""
+    while at < total:
+        after = -1
+        if chunks:  # some writers leave out the byte that pads a chunk
+            starts = sorted({at + -at % chunks.align, at}, reverse=True)
+            after = max(_after_metadata(peek, total, start, chunks) for start in starts)
+        if after < 0:
+            tag = peek(at, 4).lstrip(b"\0")[:3] in (b"ID3", b"TAG")
+            return 0 if tag or _is_zero(peek, total, at) else total - at
+        at = after
+    return 0
+
+
+def _after_metadata(peek: Peek, total: int, at: int, chunks: Chunks) -> int:
+    """The end of the chunk of metadata at `at`; -1 if there is none."""
+    name, first, size = next(_chunks(peek, chunks, at), (b"", 0, -1))
+    short = name[:4]
+    if size < 0 or short in NOT_METADATA or not PRINTABLE.issuperset(short):
+        return -1
+    if chunks is W64 and name[4:] != W64_NAME:
+        return -1
+    return first + size if first + size <= total or short in METADATA else -1
+
+
+def _is_zero(peek: Peek, total: int, at: int) -> bool:
+    return not any(any(peek(i, ZEROS)) for i in range(at, total, ZEROS))
