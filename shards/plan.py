@@ -21,7 +21,7 @@ import numpy as np
 from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError, suggestion
 from d2v_ds.files import sha256
-from shards.family import Corpus, Input, Sample
+from shards.family import SPLIT, Corpus, Input, Sample
 from shards.findings import first_reasons, left_out, normalised, unusable
 from shards.keys import make_key
 
@@ -165,10 +165,8 @@ def make_plans(corpus: Corpus, choice: Choice) -> dict[str, ConversionPlan]:
     names = list(choice.splits) if choice.splits else [""]
     sets = {name: Samples() for name in names}
     for sample in chosen:
-        name = ""
-        if choice.splits:
-            name = split_of(_split_value(sample, choice.split_by), choice.splits)
-        sets[name].append(sample)
+        for name, assigned in _assigned(sample, corpus, choice):
+            sets[name].append(assigned)
     plans: dict[str, ConversionPlan] = {}
     for name, samples in sets.items():
         if not len(samples):
@@ -182,6 +180,19 @@ def make_plans(corpus: Corpus, choice: Choice) -> dict[str, ConversionPlan]:
     first = names[0]  # what gives no sample has no key to split by
     plans[first] = replace(plans[first], findings=tuple(normalised(corpus.findings)))
     return plans
+
+
+def _assigned(sample: Sample, corpus: Corpus, choice: Choice) -> Iterator[tuple[str, Sample]]:
+    """(split, sample): one, or one for every split if documents of the sample are in all of
+    them."""
+    if not choice.splits:
+        yield "", sample
+    elif not corpus.divided:
+        yield split_of(_split_value(sample, choice.split_by), choice.splits), sample
+    else:
+        for name, share in choice.splits.items():
+            size = max(1, int(share * sample.size))
+            yield name, replace(sample, columns={**sample.columns, SPLIT: name}, size=size)
 
 
 def _why_empty(name: str, findings: Sequence[Finding], choice: Choice) -> str:
@@ -293,7 +304,7 @@ def _chosen(samples: Iterable[Sample], choice: Choice) -> Iterator[Sample]:
 
 def _read_list(path: Path) -> frozenset[str]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a list of keys or paths ({error})") from None
     return frozenset(line.strip() for line in lines if line.strip())

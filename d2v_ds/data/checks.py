@@ -39,7 +39,7 @@ UNWANTED = {"min-seconds": "shorter than --min-seconds"}
 PASSED_OVER = {
     "type": "no layout reads this type of file; counted by extension",
     "hidden": "the name begins with a dot",
-    "linked twice": "a link to a folder that is read already",
+    "linked twice": "a link to a file or folder that is read already",
     "shard set": "a folder with a shard set, such as OUT itself",
     "unused": "not part of any sample",
 }
@@ -52,6 +52,7 @@ ALTERED = {
     "upright": "was rotated or mirrored as its EXIF orientation says",
     "depth": "reduced from more than 8 bits per pixel and channel",
     "no metadata": "its text, label or other columns could not be read; kept without them",
+    "cut": "a text that is too long for one document was cut into several",
     "duration": "the manifest states another duration than the file has",
 }
 """Inputs that are used, but not as they are."""

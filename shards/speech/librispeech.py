@@ -83,7 +83,7 @@ def _transcripts(
     for name in names:
         if not name.endswith(TRANSCRIPTS):
             continue
-        lines = (folder / name).read_bytes().decode("utf-8-sig", "replace").splitlines()
+        lines = (folder / name).read_bytes().decode("utf-8-sig", "replace").split("\n")
         for number, line in enumerate(lines, start=1):
             stem, _, text = line.strip().partition(" ")
             if not stem:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from d2v_ds.errors import UserError
 from shards.arguments import number
 from shards.layout import AUTO, detect, open_source
+from shards.text.csv_rows import Csv
 from shards.text.folder import Folder
 from shards.text.jsonl import JsonLines
 from shards.text.layout import TextLayout, TextOptions
@@ -26,7 +27,7 @@ DESCRIPTION = (
     "sample. An interrupted conversion resumes if the same command is run again."
 )
 # The first layout that recognises SOURCE is used. A folder uses the file formats of this table.
-LAYOUTS: list[type[TextLayout]] = [PlainText, JsonLines, Tsv, Parquet, Folder]
+LAYOUTS: list[type[TextLayout]] = [PlainText, JsonLines, Csv, Tsv, Parquet, Folder]
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
@@ -48,15 +49,16 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         "--document",
         choices=("line", "blank-line", "file"),
         default="line",
-        help="a document in .txt is a line, the text between blank lines, or a file (%(default)s)",
+        help="a document of plain text is a line, the text between blank lines, or a file "
+        "(%(default)s)",
     )
     add_text_key(parser)
     parser.add_argument(
         "--label-key",
         default="",
         metavar="NAME",
-        help="key of the label in .jsonl, .tsv and .parquet: makes one labelled sample per "
-        "document, for probes and fine-tuning",
+        help="key or column of the label: makes one labelled sample per document, for probes and "
+        "fine-tuning",
     )
     parser.add_argument(
         "--pair-key",
@@ -69,7 +71,7 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         type=lambda names: tuple(names.split(",")),
         default=(),
         metavar="NAME,NAME",
-        help="names of all columns of a .tsv without a header line",
+        help="names of all columns of a .tsv or .csv without a header line",
     )
 
 
@@ -78,7 +80,7 @@ def add_text_key(parser: argparse._ActionsContainer) -> None:
         "--text-key",
         default="text",
         metavar="NAME",
-        help="key of the text in .jsonl, .tsv and .parquet (%(default)s)",
+        help="key or column of the text, except in plain text (%(default)s)",
     )
 
 
@@ -95,6 +97,7 @@ def read(arguments: argparse.Namespace) -> Corpus:
         arguments.label_key,
         arguments.pair_key,
         arguments.columns,
+        arguments.split_by,
     )
     if settings.pair_key and not settings.label_key:
         raise UserError("--pair-key needs --label-key, which makes one sample per pair")
@@ -116,9 +119,14 @@ def read(arguments: argparse.Namespace) -> Corpus:
         options["label-key"] = settings.label_key
         if settings.pair_key:
             options["pair-key"] = settings.pair_key
-        converter = LabelledText(layout, model, tokenizer.about(), settings.pair_key)
+        converter = LabelledText(
+            layout, model, tokenizer.about(), settings.pair_key, splits=arguments.split
+        )
     else:
         options["block"] = arguments.block
-        converter = PackedText(layout, model, tokenizer.about(), arguments.block)
+        converter = PackedText(
+            layout, model, tokenizer.about(), arguments.block, splits=arguments.split
+        )
     findings: list[Finding] = []
-    return Corpus(layout.samples(findings), converter, options, findings=findings)
+    samples = layout.samples(findings)
+    return Corpus(samples, converter, options, findings=findings, divided=bool(arguments.split))
