@@ -36,7 +36,8 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         type=Path,
         required=True,
         metavar="MODEL",
-        help="a sentencepiece model, for example from `d2v-shards tokenizer`; copied into the set",
+        help="a sentencepiece model, for example from `d2v-shards tokenizer`, or a tokenizer.json "
+        "of Hugging Face; copied into the set",
     )
     parser.add_argument(
         "--block",
@@ -113,20 +114,17 @@ def read(arguments: argparse.Namespace) -> Corpus:
     if name != AUTO and detect(LAYOUTS, source) is not type(layout):
         options["layout"] = name
     converter: Converter
+    more = {"splits": arguments.split, "file": tokenizer.file}
     if settings.columns:
         options["columns"] = ",".join(settings.columns)
     if settings.label_key:
         options["label-key"] = settings.label_key
         if settings.pair_key:
             options["pair-key"] = settings.pair_key
-        converter = LabelledText(
-            layout, model, tokenizer.about(), settings.pair_key, splits=arguments.split
-        )
+        converter = LabelledText(layout, model, tokenizer.about(), settings.pair_key, **more)
     else:
         options["block"] = arguments.block
-        converter = PackedText(
-            layout, model, tokenizer.about(), arguments.block, splits=arguments.split
-        )
+        converter = PackedText(layout, model, tokenizer.about(), arguments.block, **more)
     findings: list[Finding] = []
     samples = layout.samples(findings)
     return Corpus(samples, converter, options, findings=findings, divided=bool(arguments.split))

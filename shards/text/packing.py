@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from d2v_ds.data.checks import Finding
+from d2v_ds.data.tokenizer_json import SENTENCEPIECE_FILE
 from shards.family import SPLIT, Converted, Item, PackedMember, Sample
 from shards.findings import left_out, of_error
 from shards.keys import part_key
@@ -27,7 +28,6 @@ from shards.text.encoding import check_text
 from shards.text.layout import TextLayout
 from shards.text.tokenizer import Tokenizer
 
-MODEL_FILE = "tokenizer.model"  # its name in a set
 ROWS = 1_024  # blocks per member
 HEADER = 128  # bytes of a .npy header, which numpy pads to a multiple of 64
 
@@ -62,7 +62,8 @@ class _TextConverter:
 
     layout: TextLayout
     model: Path
-    tokenizer: dict[str, Any]  # its entry of index.json
+    tokenizer: dict[str, Any]  # its entry of index.json, without the name of its file
+    file: str = field(default=SENTENCEPIECE_FILE, kw_only=True)  # its name in the set
     splits: Mapping[str, float] | None = field(default=None, kw_only=True)  # name: share
 
     modality: ClassVar[str] = "text"
@@ -71,11 +72,11 @@ class _TextConverter:
 
     @property
     def about(self) -> dict[str, Any]:
-        return {"tokenizer": {"file": MODEL_FILE, **self.tokenizer}}
+        return {"tokenizer": {"file": self.file, **self.tokenizer}}
 
     @property
     def files(self) -> dict[str, Path]:
-        return {MODEL_FILE: self.model}
+        return {self.file: self.model}
 
     @property
     def ids(self) -> str:
