@@ -3,6 +3,7 @@ and runs, exports and weights know the tokenizer."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import random
@@ -22,9 +23,11 @@ from d2v_ds.export.text_json import JsonTokenizer
 from d2v_ds.export.writer import Options, export
 from d2v_ds.loader.tokenizer_file import keep_tokenizer, refuse_mixed, refuse_other
 from d2v_ds.modalities.text import Text, TextConfig
+from d2v_ds.run.run_folder import RunFolder
 from shards import samples
 from shards.text.tokenizer import Tokenizer
 from tests.export.helpers import weights_of
+from tests.helpers import variants
 from tests.helpers.corpora import put
 from tests.shards.text_sets import MODEL, about, convert, documents
 
@@ -229,3 +232,17 @@ def test_an_export_gives_the_ids_of_the_set(
         assert theirs(text)["input_ids"] == ours
     assert theirs.pad_token_id == tokenizer.pad_id and theirs.mask_token_id == tokenizer.mask_id
     assert theirs.eos_token_id == tokenizer.eos_id
+
+
+def test_the_export_of_a_run_has_the_file_of_its_folder(file: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(file)
+    names = ("vocab_size", "pad_id", "mask_id")
+    found = weights_of(
+        "v2_text", *(f"modality.text.{name}={getattr(tokenizer, name)}" for name in names)
+    )
+    kept = put(tmp_path / "run/tokenizer.json", file.read_bytes())
+    assert RunFolder(tmp_path / "run").tokenizer == kept
+    found = dataclasses.replace(found, files={kept.name: kept}, config=variants.config("v2_text"))
+    export(found, tmp_path / "out", Options(verify=False))
+    exported = (tmp_path / "out/tokenizer.json").read_bytes()
+    assert digest(exported) == tokenizer.sha256 and not (tmp_path / "out/tokenizer.model").exists()
