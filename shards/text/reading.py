@@ -17,7 +17,7 @@ from shards.text.encoding import BOM
 from shards.walking import extension_of
 
 PART = 4_000_000  # approximate bytes of a file per part
-LONGEST = 32_000_000  # bytes of a line or a document that are held in memory
+LONGEST = 16_000_000  # bytes of a line or a document that are held in memory
 NEWLINE = b"\n"
 BUFFER = 1 << 16
 
@@ -72,9 +72,11 @@ def lines(
 ) -> Iterator[tuple[str, bytes]]:
     """(where, line without its newline), without blank lines. A line that is too long becomes
     several documents."""
+    inside = False  # a line that is too long
     for offset, line, ends in _raw_lines(file, part):
-        if not ends:
+        if not ends and not inside:
             findings.append(_cut_finding(part, offset))
+        inside = not ends
         if line.strip():
             yield f", byte {offset}", line.removesuffix(NEWLINE)
 
@@ -115,12 +117,14 @@ def _joined(
 ) -> Iterator[tuple[int, bytes]]:
     """(offset, lines) of a file, or of each of its paragraphs if `blank`."""
     start, size, found = 0, 0, list[bytes]()
+    inside = False  # a document that is too long
     for offset, line, _ in _raw_lines(file, part):
         ends = blank and not line.strip()
         if found and (ends or size + len(line) > LONGEST):
             yield start, b"".join(found)
-            if not ends:
+            if not ends and not inside:
                 findings.append(_cut_finding(part, start))
+            inside = not ends
             size, found = 0, []
         if not ends:
             start = start if found else offset
