@@ -116,7 +116,7 @@ class TextFormat(TextLayout, abstract=True):
             before, found = len(findings), False
             try:
                 for name, text, columns in self.documents(part, findings):
-                    found = True
+                    found = found or bool(text or columns)  # an empty text is as a blank line
                     yield Item(sample.key, name, text, columns)
             except UserError:  # a package is missing
                 raise

@@ -103,7 +103,7 @@ class _TextConverter:
                     continue
                 if ids:
                     yield sample, item, ids
-                else:
+                elif self.layout.options.label_key:  # otherwise it is as a blank line
                     findings.append(Finding(item.name, "contains no text", "empty"))
             findings += (one for one in found if self.is_in(sample, one.name))
 
@@ -179,6 +179,7 @@ class LabelledText(_TextConverter):
         first = tokenizer.encode(item.content)
         if not self.pair_key:
             return first
+        check_text(item.columns[self.pair_key])
         second = tokenizer.encode(item.columns[self.pair_key])
         return [*first, tokenizer.eos_id, tokenizer.eos_id, *second] if first and second else []
 

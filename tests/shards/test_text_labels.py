@@ -239,7 +239,7 @@ def test_json_is_read_in_pieces(
     if array or rows:
         texts, findings = read(open_text(file))
         assert texts == [row["text"] for row in rows]
-        assert [one.kind for one in findings] == ["empty"] * (not rows)
+        assert [one.kind for one in findings] == ["empty"] * (not any(texts))
 
 
 @pytest.mark.parametrize(
@@ -274,3 +274,18 @@ def test_a_large_array_is_read_in_little_memory(tmp_path: Path) -> None:
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert number == 20_001 and most < 2_000_000 < file.stat().st_size / 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_without_text(kind: str, tmp_path: Path) -> None:
+    """They are no documents, as blank lines, but a labelled row is missed."""
+    source = write_rows(kind, tmp_path, {"text": ["one", "", "two"], "y": [*"abc"]})
+    assert convert(source, tmp_path / "packed") == 0
+    assert documents(tmp_path / "packed") == ["one", "two"]
+    assert about(tmp_path / "packed")["quarantined"] == 0
+    assert convert(source, tmp_path / "out", "--label-key", "y", "--max-bad", "50%") == 0
+    assert [row["label"] for row in labelled(tmp_path / "out")] == ["a", "c"]
+    assert about(tmp_path / "out")["left_out"] == {"empty": 1}
+    empty = write_rows(kind, tmp_path / "empty", {"text": [""], "y": ["a"]})
+    texts, [(name, reason)] = found_in(empty)
+    assert texts == [""] and name.startswith(empty.name) and reason == "empty"
