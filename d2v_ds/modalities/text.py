@@ -288,11 +288,14 @@ class Text(Modality):
     def corrupt(self, ids: Tokens, mask: Mask, rng: np.random.Generator) -> Tokens:
         """The ids that the student reads in each view of ids [T]: [M, T]."""
         config = self.config
+        vocabulary = np.arange(config.specials, config.vocab_size)
+        if config.pad_id >= config.specials:  # padding that was drawn would hide a token
+            vocabulary = np.delete(vocabulary, config.pad_id - config.specials)
         return corrupt_tokens(
             np.broadcast_to(ids, mask.shape),
             mask,
             mask_id=config.mask_id,
-            vocabulary=np.arange(config.specials, config.vocab_size),
+            vocabulary=vocabulary,
             random_prob=config.mask.random_prob,
             keep_prob=config.mask.keep_prob,
             rng=rng,

@@ -19,6 +19,7 @@ from shards.walking import extension_of
 PART = 4_000_000  # approximate bytes of a file per part
 LONGEST = 16_000_000  # bytes of a line or a document that are held in memory
 NEWLINE = b"\n"
+LF = NEWLINE[0]
 BUFFER = 1 << 16
 
 
@@ -147,7 +148,7 @@ def _raw_lines(file: io.BufferedReader, part: Input) -> Iterator[tuple[int, byte
         if not line:
             break
         rest, ends = b"", True
-        if line[-1] != ord(NEWLINE):
+        if line[-1] != LF:
             if len(line) == LONGEST and file.peek(1):
                 at, ends = _place_to_cut(line), False
                 line, rest = line[:at], line[at:]

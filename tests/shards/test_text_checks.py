@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2v_ds.data.checks import Unusable
-from d2v_ds.modalities.text import Text, TextConfig
+from d2v_ds.modalities.text import MaskConfig, Text, TextConfig
 
 ABOUT = {"tokenizer": {"vocab_size": 40, "pad_id": 1, "eos_id": 2, "mask_id": 39}}
 TEXT = Text(TextConfig(vocab_size=40, pad_id=1, mask_id=39, max_tokens=16))
@@ -82,3 +82,11 @@ def test_tokens_that_an_epoch_does_not_use_are_told() -> None:
         "are lost; use all with `d2v-shards text --block 128`, or with "
         "modality.text.max_tokens=512",
     ]
+
+
+def test_no_random_token_is_padding() -> None:
+    mask = MaskConfig(prob=0.5, random_prob=1.0)
+    config = TextConfig(masked="replaced", vocab_size=12, pad_id=9, mask_id=11, mask=mask)
+    ids, chosen = np.full(500, 5), np.ones((8, 500), dtype=bool)
+    found = Text(config).corrupt(ids, chosen, np.random.default_rng(0))
+    assert set(np.unique(found)) == {*range(4, 12)} - {9}
