@@ -293,6 +293,8 @@ def _finish(
         fields=tuple(about["fields"]),
         shards=tuple(report.entry for report in reports if report.entry.samples),
     )
+    if not inputs:  # the split of a corpus whose documents are assigned while they are read
+        raise UserError(f"--split: no document falls into {out.name!r}; increase its share")
     if not result.shards:
         raise UserError(
             f"{out}: none of the inputs can be used: {first_reasons(left_out(findings))}. All are "

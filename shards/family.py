@@ -14,6 +14,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 from d2v_ds.data.checks import Finding
 
 Rejected = Finding  # the former name, for layouts outside this package
+SPLIT = "split"  # the column of a sample with documents of several splits: the one it is read for
 Content = TypeVar("Content")  # bytes of a recording or image, str of a document
 
 
@@ -80,7 +81,9 @@ class Converted:
     members: tuple[bytes | None, ...]  # payloads in the order of the converter's fields; (): none
     length: int
     findings: tuple[Finding, ...] = ()
-    found: int = 0  # inputs beyond those in the plan: documents of a file, rows of a table
+    found: int = (
+        0  # inputs beyond those in the plan: documents of a file, rows of a table; or fewer
+    )
 
 
 @dataclass(frozen=True)
@@ -133,3 +136,5 @@ class Corpus:
     arrange: Callable[[list[Sample]], list[Sample]] | None = None  # rearranges a split: --join
     findings: list[Finding] = field(default_factory=list)
     """Files and inputs that give no sample; grows while `samples` is iterated."""
+    divided: bool = False
+    """Whether the converter chooses the documents of a split, by Sample.columns[SPLIT]."""

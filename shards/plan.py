@@ -20,7 +20,7 @@ import numpy as np
 from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError, suggestion
 from shards import choosing
-from shards.family import Corpus, Input, Sample
+from shards.family import SPLIT, Corpus, Input, Sample
 from shards.findings import first_reasons, left_out, normalised, unusable
 from shards.keys import make_key
 
@@ -168,10 +168,8 @@ def make_plans(corpus: Corpus, choice: Choice) -> dict[str, ConversionPlan]:
     names = list(choice.splits) if choice.splits else [""]
     sets = {name: Samples() for name in names}
     for sample in chooser.chosen(corpus.samples):
-        name = ""
-        if choice.splits:
-            name = split_of(_split_value(sample, choice.split_by), choice.splits)
-        sets[name].append(sample)
+        for name, assigned in _assigned(sample, corpus, choice):
+            sets[name].append(assigned)
     findings = chooser.findings(normalised(corpus.findings))
     plans: dict[str, ConversionPlan] = {}
     for name, samples in sets.items():
@@ -186,6 +184,19 @@ def make_plans(corpus: Corpus, choice: Choice) -> dict[str, ConversionPlan]:
     first = names[0]  # what gives no sample has no key to split by
     plans[first] = replace(plans[first], findings=tuple(findings), not_chosen=chooser.not_chosen)
     return plans
+
+
+def _assigned(sample: Sample, corpus: Corpus, choice: Choice) -> Iterator[tuple[str, Sample]]:
+    """(split, sample): one, or one for every split if documents of the sample are in all of
+    them."""
+    if not choice.splits:
+        yield "", sample
+    elif not corpus.divided:
+        yield split_of(_split_value(sample, choice.split_by), choice.splits), sample
+    else:
+        for name, share in choice.splits.items():
+            size = max(1, int(share * sample.size))
+            yield name, replace(sample, columns={**sample.columns, SPLIT: name}, size=size)
 
 
 def _why_empty(name: str, findings: Sequence[Finding], not_chosen: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from d2v_ds.data.checks import Finding, listed
@@ -11,11 +12,13 @@ from d2v_ds.exit_codes import FINISHED
 from d2v_ds.files import write_atomically
 from shards.arguments import add_chosen, add_sources, number
 from shards.choosing import Chooser
-from shards.findings import counts, first_reasons, left_out, not_chosen_line
+from shards.family import Sample
+from shards.findings import counts, first_reasons, left_out, not_chosen_line, of_error
 from shards.layout import AUTO
 from shards.several import open_sources
 from shards.text import LAYOUTS, add_text_key
-from shards.text.layout import TextOptions
+from shards.text.encoding import check_text
+from shards.text.layout import TextLayout, TextOptions
 
 DESCRIPTION = (
     "Trains a sentencepiece model on a random sample of the sentences of text files: unigram (slow "
@@ -72,23 +75,42 @@ def run(arguments: argparse.Namespace) -> int:
     findings: list[Finding] = []
     chooser = Chooser(arguments.only, arguments.leave_out)
     samples = chooser.chosen(layout.samples(findings))
-    model = train(
-        (item.content for sample in samples for item in layout.read(sample, findings)),
-        vocab_size=arguments.vocab_size,
-        kind=arguments.model,
-        sample=arguments.sentences,
-        seed=arguments.seed,
-    )
-    findings = chooser.findings(findings)
+    try:
+        model = train(
+            texts(layout, samples, findings),
+            vocab_size=arguments.vocab_size,
+            kind=arguments.model,
+            sample=arguments.sentences,
+            seed=arguments.seed,
+        )
+    except UserError as error:
+        raise UserError("; ".join([str(error), *report(findings)])) from None
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, model)
     print(f"{out}: {arguments.model}, {Tokenizer.load(out).vocab_size} ids")
-    out_of_use = left_out(findings)
     if chooser.not_chosen:
         print(not_chosen_line(chooser.not_chosen))
-    if out_of_use:
-        print(f"{len(out_of_use)} inputs were left out: {first_reasons(out_of_use)}")
-    passed_over = counts(findings)["passed_over"]
-    if passed_over:
-        print(f"{sum(passed_over.values())} files were passed over{listed(passed_over)}")
+    for line in report(chooser.findings(findings)):
+        print(line)
     return FINISHED
+
+
+def texts(layout: TextLayout, samples: Iterable[Sample], findings: list[Finding]) -> Iterator[str]:
+    for sample in samples:
+        for item in layout.read(sample, findings):
+            try:
+                check_text(item.content)
+            except ValueError as error:
+                findings.append(of_error(item.name, error))
+            else:
+                yield item.content
+
+
+def report(findings: Sequence[Finding]) -> list[str]:
+    """Lines about inputs that were not used."""
+    lines = []
+    if unused := left_out(findings):
+        lines.append(f"{len(unused)} inputs were left out: {first_reasons(unused)}")
+    if passed_over := counts(findings)["passed_over"]:
+        lines.append(f"{sum(passed_over.values())} files were passed over{listed(passed_over)}")
+    return lines

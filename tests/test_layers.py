@@ -43,7 +43,7 @@ PLACES = {
     "tensorboard": ["d2v_ds/telemetry/metrics.py"],
     "safetensors": ["d2v_ds/checkpoint", "d2v_ds/export", "d2v_ds/weights"],
     "transformers": ["d2v_ds/export"],
-    "tokenizers": ["d2v_ds/export/text.py"],
+    "tokenizers": ["shards/text/tokenizer_json.py", "d2v_ds/export"],
     "torchaudio": ["d2v_ds/data/audio.py", "d2v_ds/ctc.py"],
     "soundfile": ["d2v_ds/data/audio_files.py"],
     "PIL": [

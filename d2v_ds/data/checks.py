@@ -40,7 +40,7 @@ UNWANTED = {"min-seconds": "shorter than --min-seconds"}
 PASSED_OVER = {
     "type": "no layout reads this type of file; counted by extension",
     "hidden": "the name begins with a dot",
-    "linked twice": "a link to a folder that is read already",
+    "linked twice": "a link to a file or folder that is read already",
     "shard set": "a folder with a shard set, such as OUT itself",
     "unused": "not part of any sample",
 }
@@ -54,6 +54,7 @@ ALTERED = {
     "depth": "reduced from more than 8 bits per pixel and channel",
     "first frame": "only the first picture of an animation or of several pages is used",
     "no metadata": "its text, label or other columns could not be read; kept without them",
+    "cut": "a text that is too long for one document was cut into several",
     "duration": "the manifest states another duration than the file has",
 }
 """Inputs that are used, but not as they are."""

@@ -54,7 +54,8 @@ def add_common(command: argparse.ArgumentParser) -> None:
         "--tokenizer",
         type=Path,
         metavar="MODEL",
-        help="the sentencepiece model of a text encoder (default: the copy in the run folder)",
+        help="the sentencepiece model or tokenizer.json of a text encoder (default: the copy in "
+        "the run folder)",
     )
     command.add_argument(
         "--license", default="", metavar="NAME", help="licence of the weights, for the model card"

@@ -15,8 +15,11 @@ import json
 from typing import Any
 
 from d2v_ds.data import images
+from d2v_ds.data.tokenizer_json import JSON_FILE, SENTENCEPIECE_FILE
 from d2v_ds.export.model import Exported
-from d2v_ds.export.text import MODEL_FILE, SPACE, TextTokenizer, converted
+from d2v_ds.export.text import SPACE, SentencePiece, converted
+from d2v_ds.export.text_json import JsonTokenizer
+from d2v_ds.export.tokenizer import TextTokenizer
 from d2v_ds.finetune.labels import BOUNDARY, LABELS_FILE
 
 Files = dict[str, str | bytes]  # name -> content
@@ -79,12 +82,16 @@ def vision_settings(settings: Settings) -> Settings:
 
 def tokenizer_files(text: TextTokenizer) -> tuple[Files, list[str]]:
     """The files of the tokenizer, and the names of the Python files that it needs."""
-    files: Files = {MODEL_FILE: text.model}
+    if isinstance(text, JsonTokenizer):
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **text.settings()}
+        return {JSON_FILE: text.exported(), "tokenizer_config.json": as_json(settings)}, []
+    assert isinstance(text, SentencePiece)
+    files: Files = {SENTENCEPIECE_FILE: text.model}
     if fast := converted(text):
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **text.settings()}
         return {
             **files,
-            "tokenizer.json": fast,
+            JSON_FILE: fast,
             "tokenizer_config.json": as_json(settings),
         }, []
     settings = {

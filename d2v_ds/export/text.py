@@ -1,7 +1,8 @@
-"""The tokenizer of an export, from the sentencepiece model that made the ids of the training text.
+"""The tokenizer of an export, from the one that made the ids of the training text.
 
     tokenizer.model --converted--> tokenizer.json      loads without sentencepiece or remote code
                     --otherwise--> tokenization_d2v.py with tokenizer.model
+    tokenizer.json  -------------> tokenizer.json      with eos after each text
 
 Both give the ids of `d2v-shards text --label-key`: each text ends with eos, the character of
 sentencepiece for a space becomes bytes, and names of special tokens in a text are ordinary
@@ -14,24 +15,29 @@ import re
 from pathlib import Path
 from typing import Any
 
+from d2v_ds.data.tokenizer_json import is_json
 from d2v_ds.errors import UserError
+from d2v_ds.export.text_json import JsonTokenizer
+from d2v_ds.export.tokenizer import TextTokenizer
 
 SPACE = "▁"  # the character that sentencepiece uses for a space
-MODEL_FILE = "tokenizer.model"
 NORMAL, UNIGRAM, BPE = 1, 1, 2  # types of pieces and of models
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
-class TextTokenizer:
-    """A sentencepiece model. prefix: the id that fine-tuning prepends to each text; None: none.
-    Raises RuntimeError if the bytes are not a model."""
+class SentencePiece(TextTokenizer):
+    """A sentencepiece model. Raises RuntimeError if the bytes are not a model."""
 
     def __init__(self, model: bytes, max_tokens: int, prefix: int | None = None) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        self.model, self.max_tokens, self.prefix = model, max_tokens, prefix
+        super().__init__(model, max_tokens, prefix)
         self.pieces = SentencePieceProcessor()
         self.pieces.LoadFromSerializedProto(model)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.special_ids["mask"] + 1
 
     @property
     def special_ids(self) -> dict[str, int]:
@@ -64,30 +70,21 @@ class TextTokenizer:
     def _is_new(self, name: str) -> bool:
         return self.pieces.PieceToId(name) == self.pieces.unk_id()
 
-    def settings(self) -> dict[str, Any]:
-        """tokenizer_config.json, without the class."""
-        return {
-            **self.special_tokens(),
-            "split_special_tokens": True,
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": self.max_tokens,
-            "model_input_names": ["input_ids", "attention_mask"],
-            "padding_side": "right",
-        }
-
 
 def open_tokenizer(
     path: Path, settings: dict[str, Any], prefix: int | None = None
 ) -> TextTokenizer:
-    """The sentencepiece model in a file; settings: modality.text.*; prefix: as in TextTokenizer.
-    Raises UserError if it is not a model or has other ids than the model of the export."""
+    """The tokenizer in a file; settings: modality.text.*; prefix: as in TextTokenizer. Raises
+    UserError if it is not a tokenizer or has other ids than the model of the export."""
+    content = path.read_bytes()
     try:
-        text = TextTokenizer(path.read_bytes(), settings["max_tokens"], prefix)
-    except RuntimeError:
-        raise UserError(f"{path}: is not a sentencepiece model") from None
+        kind: type[TextTokenizer] = JsonTokenizer if is_json(content) else SentencePiece
+        text = kind(content, settings["max_tokens"], prefix)
+    except (RuntimeError, ValueError):
+        raise UserError(f"{path}: is not a sentencepiece model, nor a tokenizer.json") from None
     special = text.special_ids
     found = {
-        "vocab_size": special["mask"] + 1,
+        "vocab_size": text.vocab_size,
         "pad_id": special.get("pad"),
         "mask_id": special["mask"],
     }
@@ -102,7 +99,7 @@ def open_tokenizer(
     return text
 
 
-def converted(text: TextTokenizer) -> str | None:
+def converted(text: SentencePiece) -> str | None:
     """tokenizer.json, or None if the conversion would not be exact.
 
     Spaces are spaces in its pieces, so that the character SPACE is unknown and falls back to bytes.

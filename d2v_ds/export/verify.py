@@ -33,7 +33,7 @@ from d2v_ds.data import image_files, images
 from d2v_ds.errors import UserError
 from d2v_ds.export.heads import build_head, classes_of
 from d2v_ds.export.model import Exported
-from d2v_ds.export.text import TextTokenizer
+from d2v_ds.export.tokenizer import TextTokenizer
 from d2v_ds.finetune.labels import LABELS_FILE, Transcripts
 from d2v_ds.finetune.settings import create_labels
 from d2v_ds.modalities.base import Modality

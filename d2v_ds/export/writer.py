@@ -16,6 +16,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from d2v_ds.data.tokenizer_json import JSON_FILE, SENTENCEPIECE_FILE
 from d2v_ds.errors import UserError
 from d2v_ds.export import card
 from d2v_ds.export.model import Exported, select
@@ -28,7 +29,8 @@ from d2v_ds.export.preprocessors import (
     tokenizer_files,
 )
 from d2v_ds.export.stock import stock_config, stock_problems, stock_tensors
-from d2v_ds.export.text import MODEL_FILE, TextTokenizer, open_tokenizer
+from d2v_ds.export.text import open_tokenizer
+from d2v_ds.export.tokenizer import TextTokenizer
 from d2v_ds.export.verify import Found, VerificationFailed, require_transformers, verify
 from d2v_ds.files import sync, temporary, write_durably
 from d2v_ds.finetune.labels import LABELS_FILE
@@ -41,7 +43,7 @@ class Options:
 
     weights: Which = "student"
     modality: str = ""  # of a joint model, only this one
-    tokenizer: Path | None = None  # a sentencepiece model
+    tokenizer: Path | None = None  # a sentencepiece model or a tokenizer.json
     license: str = ""  # for the model card
     verify: bool = True
     needs_tokenizer: bool = True  # whether a text model without one is an error
@@ -95,13 +97,17 @@ def text_tokenizer(found: Weights, exported: Exported, options: Options) -> Text
         if options.tokenizer:
             raise UserError(f"--tokenizer {options.tokenizer}: the export has no text modality")
         return None
-    path = options.tokenizer or found.files.get(MODEL_FILE)
+    path = options.tokenizer or found.files.get(SENTENCEPIECE_FILE)
+    if path is None and found.config:  # of other weights, the file is copied as it is
+        path = found.files.get(JSON_FILE)
     if options.tokenizer and not options.tokenizer.is_file():
-        raise UserError(f"{path}: no such file; give a sentencepiece model with --tokenizer")
+        raise UserError(
+            f"{path}: no such file; give a sentencepiece model or a tokenizer.json with --tokenizer"
+        )
     if path is None and options.needs_tokenizer:
         raise UserError(
-            f"{found.path}: has no tokenizer.model; give the sentencepiece model of the training "
-            "text with --tokenizer (a copy is in its shard set)"
+            f"{found.path}: has no tokenizer.model or tokenizer.json; give the tokenizer of the "
+            "training text with --tokenizer (a copy is in its shard set)"
         )
     prefix = exported.finetune.get("bos_id")  # {} before fine-tuning: no prefix
     return open_tokenizer(path, exported.modality["text"], prefix) if path else None
@@ -135,7 +141,7 @@ def collect(
     files["README.md"] = card.model_card(exported, config, files, problems, options.license)
     missing = ""
     if "text" in exported.modality and "tokenizer_config.json" not in files:
-        missing = "no tokenizer was found; give its sentencepiece model with --tokenizer"
+        missing = "no tokenizer was found; give it with --tokenizer"
     return Content(config, tensors, {**exported.predictors, **lacking}, files, missing, problems)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from d2v_ds.batch import Batch, mask_indices
 from d2v_ds.data import headers
+from d2v_ds.data.checks import Unusable
 from d2v_ds.data.headers import HeaderReader
 from d2v_ds.errors import UserError
 from d2v_ds.masking import (
@@ -45,6 +46,7 @@ from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head
 from d2v_ds.transformer import TransformerConfig, bert_init
 
 BERT_STD = 0.02  # initial standard deviation of embeddings in bert_init
+CHECKED = ("vocab_size", "pad_id", "mask_id")  # settings that a tokenizer determines
 RAW_IDS = {"u16": "<u2", "u32": "<u4"}  # field -> type
 
 
@@ -176,13 +178,15 @@ class Text(Modality):
     Config: ClassVar[type[ModalityConfig]] = TextConfig
     config: TextConfig
 
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__(config)
+        self._ids = {name: getattr(config, name) for name in CHECKED}
+
     @classmethod
     def check_sample(cls, members: Mapping[str, bytes], about: Mapping[str, Any]) -> int:
         ids = read_ids(members)
         metadata(members)
-        size = about.get("tokenizer", {}).get("vocab_size")
-        if size is not None and ids.max(initial=0) >= size:
-            raise ValueError(f"has token id {ids.max()}, but its tokenizer has {size} ids")
+        check_ids(ids, about.get("tokenizer", {}), "its tokenizer's ")
         return len(ids)
 
     def crop(self, length: int) -> int:
@@ -197,13 +201,30 @@ class Text(Modality):
             return None
         return self.views * uniform_count(self.crop(length), prob=mask.prob)
 
+    def remarks(self, counts: Mapping[int, int]) -> list[str]:
+        """The tokens that an epoch does not use: of blocks that are longer than max_tokens, and of
+        those that are too short."""
+        limit, found = self.config.max_tokens, super().remarks(counts)
+        total = sum(length * number for length, number in counts.items())
+        used = sum(self.crop(length) * number for length, number in counts.items())
+        short = sum(length * number for length, number in counts.items() if not self.crop(length))
+        if lost := total - used - short:
+            long = sum(number for length, number in counts.items() if length > limit)
+            found.append(
+                f"an epoch uses {used:,} of {total:,} tokens ({used / total:.0%}): {long:,} "
+                f"samples are longer than modality.text.max_tokens={limit}, and of each only a "
+                f"random piece is read, so {lost:,} tokens are lost; use all with "
+                f"`d2v-shards text --block {limit}`, or with modality.text.max_tokens={max(counts)}"
+            )
+        return found
+
     def check_set(self, about: Mapping[str, Any]) -> None:
         """Raises UserError if the tokenizer of a shard set does not fit these settings. about: the
         set's index.json. Sets without a tokenizer in their index are accepted."""
         tokenizer = about.get("tokenizer", {})
         wrong = [
             name
-            for name in ("vocab_size", "pad_id", "mask_id")
+            for name in CHECKED
             if tokenizer.get(name, getattr(self.config, name)) != getattr(self.config, name)
         ]
         if wrong:
@@ -215,14 +236,10 @@ class Text(Modality):
             )
 
     def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Tokens:
-        """Ids [T], a random piece of at most max_tokens; without rng, the first. Raises
-        ValueError."""
+        """Ids [T], a random piece of at most max_tokens; without rng, the first. Raises Unusable
+        for the samples that `check_sample` refuses."""
         ids = read_ids(sample)
-        if ids.max(initial=0) >= self.config.vocab_size:
-            raise ValueError(
-                f"has token id {ids.max()}, but modality.text.vocab_size is "
-                f"{self.config.vocab_size}"
-            )
+        check_ids(ids, self._ids, "modality.text.")
         start, kept = 0, min(len(ids), self.config.max_tokens)
         if rng is not None:
             start = int(rng.integers(len(ids) - kept + 1))
@@ -271,11 +288,14 @@ class Text(Modality):
     def corrupt(self, ids: Tokens, mask: Mask, rng: np.random.Generator) -> Tokens:
         """The ids that the student reads in each view of ids [T]: [M, T]."""
         config = self.config
+        vocabulary = np.arange(config.specials, config.vocab_size)
+        if config.pad_id >= config.specials:  # padding that was drawn would hide a token
+            vocabulary = np.delete(vocabulary, config.pad_id - config.specials)
         return corrupt_tokens(
             np.broadcast_to(ids, mask.shape),
             mask,
             mask_id=config.mask_id,
-            vocabulary=np.arange(config.specials, config.vocab_size),
+            vocabulary=vocabulary,
             random_prob=config.mask.random_prob,
             keep_prob=config.mask.keep_prob,
             rng=rng,
@@ -367,23 +387,39 @@ PICTURE_ROWS = 16
 
 
 def read_ids(sample: Mapping[str, bytes]) -> npt.NDArray[Any]:
-    """The ids [T] of a sample. Raises ValueError with the reason if they cannot be read."""
+    """The ids [T] of a sample. Raises Unusable with the reason if they cannot be read."""
     for key, kind in RAW_IDS.items():
         if key in sample:
+            if len(sample[key]) % np.dtype(kind).itemsize:
+                raise Unusable("truncated", "ends within a token id")
             return np.frombuffer(sample[key], np.dtype(kind))
     ids: npt.NDArray[Any]
     if "npy" not in sample:
-        raise ValueError(f"has no token ids (members: {', '.join(sample)})")
+        raise Unusable("row", f"has no token ids (members: {', '.join(sample)})")
     try:
         ids = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"cannot be read as a .npy array ({error})") from None
+        raise Unusable("damaged", f"cannot be read as a .npy array ({error})") from None
     if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
-        raise ValueError(
+        raise Unusable(
+            "format",
             f"holds {ids.dtype} of shape {ids.shape}, expected one dimension of uint16 or "
-            "uint32 token ids"
+            "uint32 token ids",
         )
     return ids
+
+
+def check_ids(ids: npt.NDArray[Any], known: Mapping[str, Any], where: str) -> None:
+    """Raises Unusable if the ids are none of a text. known: vocab_size, pad_id and mask_id, as far
+    as they are known; where: before their names in reasons."""
+    if not len(ids):
+        raise Unusable("empty", "holds no token ids")
+    size = known.get("vocab_size")
+    if size is not None and ids.max() >= size:
+        raise Unusable("ids", f"has token id {ids.max()}, but {where}vocab_size is {size}")
+    for name in ("pad_id", "mask_id"):
+        if name in known and np.count_nonzero(ids == known[name]):  # faster than any()
+            raise Unusable("ids", f"has token id {known[name]}, which is {where}{name}")
 
 
 def pad(blocks: Sequence[Tokens], pad_id: int) -> Tensor:

@@ -10,7 +10,7 @@
       checkpoints/00000600/                see checkpoint/__init__.py
       heartbeat/rank00000.json             what each rank is doing, every few seconds
       bad_samples/rank00000.jsonl          samples that could not be used
-      tokenizer.model                      of the text set, for exports
+      tokenizer.model or tokenizer.json    of the text set, for exports
       labels.model                         a copy of finetune.tokenizer
       GENERATION                           the start that owns the folder now
       STOP  STOPPED  DONE                  a request to stop; stopped and saved; finished
@@ -31,6 +31,7 @@ import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from d2v_ds.data.tokenizer_json import JSON_FILE, SENTENCEPIECE_FILE
 from d2v_ds.errors import Superseded
 from d2v_ds.files import write_atomically
 
@@ -94,7 +95,9 @@ class RunFolder:
 
     @property
     def tokenizer(self) -> Path:
-        return self.root / "tokenizer.model"
+        """tokenizer.json if the run has one, otherwise tokenizer.model."""
+        other = self.root / JSON_FILE
+        return other if other.exists() else self.root / SENTENCEPIECE_FILE
 
     @property
     def heartbeat(self) -> Path:

@@ -10,6 +10,7 @@ from d2v_ds.errors import UserError
 from shards.arguments import number
 from shards.layout import AUTO, detect, find
 from shards.several import open_sources
+from shards.text.csv_rows import Csv
 from shards.text.folder import Folder
 from shards.text.jsonl import JsonLines
 from shards.text.layout import TextLayout, TextOptions
@@ -27,7 +28,7 @@ DESCRIPTION = (
     "sample. An interrupted conversion resumes if the same command is run again."
 )
 # The first layout that recognises SOURCE is used. A folder uses the file formats of this table.
-LAYOUTS: list[type[TextLayout]] = [PlainText, JsonLines, Tsv, Parquet, Folder]
+LAYOUTS: list[type[TextLayout]] = [PlainText, JsonLines, Csv, Tsv, Parquet, Folder]
 
 
 def add_arguments(parser: argparse._ActionsContainer) -> None:
@@ -36,7 +37,8 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         type=Path,
         required=True,
         metavar="MODEL",
-        help="a sentencepiece model, for example from `d2v-shards tokenizer`; copied into the set",
+        help="a sentencepiece model, for example from `d2v-shards tokenizer`, or a tokenizer.json "
+        "of Hugging Face; copied into the set",
     )
     parser.add_argument(
         "--block",
@@ -49,15 +51,16 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         "--document",
         choices=("line", "blank-line", "file"),
         default="line",
-        help="a document in .txt is a line, the text between blank lines, or a file (%(default)s)",
+        help="a document of plain text is a line, the text between blank lines, or a file "
+        "(%(default)s)",
     )
     add_text_key(parser)
     parser.add_argument(
         "--label-key",
         default="",
         metavar="NAME",
-        help="key of the label in .jsonl, .tsv and .parquet: makes one labelled sample per "
-        "document, for probes and fine-tuning",
+        help="key or column of the label: makes one labelled sample per document, for probes and "
+        "fine-tuning",
     )
     parser.add_argument(
         "--pair-key",
@@ -70,7 +73,7 @@ def add_arguments(parser: argparse._ActionsContainer) -> None:
         type=lambda names: tuple(names.split(",")),
         default=(),
         metavar="NAME,NAME",
-        help="names of all columns of a .tsv without a header line",
+        help="names of all columns of a .tsv or .csv without a header line",
     )
 
 
@@ -79,7 +82,7 @@ def add_text_key(parser: argparse._ActionsContainer) -> None:
         "--text-key",
         default="text",
         metavar="NAME",
-        help="key of the text in .jsonl, .tsv and .parquet (%(default)s)",
+        help="key or column of the text, except in plain text (%(default)s)",
     )
 
 
@@ -96,6 +99,7 @@ def read(arguments: argparse.Namespace) -> Corpus:
         arguments.label_key,
         arguments.pair_key,
         arguments.columns,
+        arguments.split_by,
     )
     if settings.pair_key and not settings.label_key:
         raise UserError("--pair-key needs --label-key, which makes one sample per pair")
@@ -113,15 +117,17 @@ def read(arguments: argparse.Namespace) -> Corpus:
     ):
         options["layout"] = name
     converter: Converter
+    more = {"splits": arguments.split, "file": tokenizer.file}
     if settings.columns:
         options["columns"] = ",".join(settings.columns)
     if settings.label_key:
         options["label-key"] = settings.label_key
         if settings.pair_key:
             options["pair-key"] = settings.pair_key
-        converter = LabelledText(layout, model, tokenizer.about(), settings.pair_key)
+        converter = LabelledText(layout, model, tokenizer.about(), settings.pair_key, **more)
     else:
         options["block"] = arguments.block
-        converter = PackedText(layout, model, tokenizer.about(), arguments.block)
+        converter = PackedText(layout, model, tokenizer.about(), arguments.block, **more)
     findings: list[Finding] = []
-    return Corpus(layout.samples(findings), converter, options, findings=findings)
+    samples = layout.samples(findings)
+    return Corpus(samples, converter, options, findings=findings, divided=bool(arguments.split))

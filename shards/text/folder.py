@@ -8,7 +8,7 @@ from pathlib import Path
 
 from d2v_ds.data.checks import Finding
 from shards.family import Item, Sample
-from shards.text.layout import TextFormat, TextLayout, TextOptions
+from shards.text.layout import TextFormat, TextLayout, TextOptions, once
 from shards.walking import walk, wanted
 
 
@@ -32,7 +32,7 @@ class Folder(TextLayout):
         formats = [
             layout.open(source, options)
             for layout in LAYOUTS
-            if issubclass(layout, TextFormat) and layout.in_folders
+            if issubclass(layout, TextFormat) and (layout.unlabelled or options.label_key)
         ]
         return replace(super().open(source, options), formats=tuple(formats))
 
@@ -48,7 +48,7 @@ class Folder(TextLayout):
             kinds,
             findings,
         )
-        for path, name, _ in files:
+        for path, name, _ in once(self.root, files, findings):
             found = self._format(name)
             assert found
             yield from found.samples_of(path)

@@ -1,30 +1,64 @@
-"""JSON lines: one object per document."""
+"""JSON: one object per line, or an array of objects; an object is a document."""
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Iterator
 from typing import Any
 
-from shards.text import reading
-from shards.text.layout import from_row
+from d2v_ds.data.checks import Finding, Unusable
+from shards.family import Input
+from shards.findings import of_error
+from shards.text import json_array, reading
+from shards.text.encoding import BOM, HEAD
+from shards.text.layout import Document, from_row, inner_extension
 from shards.text.lines import LineFormat, Pieces
 
 
 class JsonLines(LineFormat):
     name = "jsonl"
-    help = "JSON lines, .jsonl, .ndjson or .json (also .gz, .zst), one document per object"
+    help = (
+        "JSON lines or an array, .jsonl, .ndjson or .json (also compressed), objects are documents"
+    )
     extensions = (".jsonl", ".ndjson", ".json")
     compressed = True
 
     @property
     def pieces(self) -> Pieces:
-        return reading.lines
+        return reading.rows
 
     def document(self, text: str) -> tuple[str, dict[str, Any]]:
         try:
             row = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise ValueError(f"is not JSON ({error})") from None
+            raise Unusable("row", f"is not JSON ({error})") from None
+        return self.from_value(row)
+
+    def from_value(self, row: Any) -> tuple[str, dict[str, Any]]:
         if not isinstance(row, dict):
-            raise ValueError("is not a JSON object")
+            raise Unusable("row", "is not a JSON object")
         return from_row(row, self.options)
+
+    def divisible(self, file: io.BufferedReader, path: str) -> bool:
+        """Whether each object is one line, judged by the first line."""
+        head = file.peek(HEAD)[:HEAD].removeprefix(BOM).lstrip()
+        if head.startswith(b"["):
+            return inner_extension(path) != ".json"  # an array in one line of .jsonl is no document
+        line = head.partition(b"\n")[0].rstrip()
+        return not line.endswith((b"{", b",", b":", b"["))
+
+    def pieces_of(
+        self, file: io.BufferedReader, part: Input, findings: list[Finding]
+    ) -> Iterator[Document]:
+        if part.bytes or self.divisible(file, part.path):
+            yield from super().pieces_of(file, part, findings)
+            return
+        for number, row in enumerate(json_array.values(file, reading.LONGEST)):
+            name = f"{part.path}, item {number}"
+            try:
+                text, columns = self.from_value(row)
+            except ValueError as error:
+                findings.append(of_error(name, error))
+            else:
+                yield name, text, columns

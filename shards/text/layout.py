@@ -10,22 +10,23 @@ newline that ends a line.
 
 from __future__ import annotations
 
+import math
 import os
-import zlib
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from d2v_ds.data.checks import Finding
+from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.errors import UserError, suggestion
 from shards.family import Input, Item, Sample
 from shards.findings import of_error
 from shards.keys import make_key, part_key
 from shards.layout import Layout
-from shards.text.reading import COMPRESSED
-from shards.walking import extension_of, size_of, walk, wanted
+from shards.text.compressed import COMPRESSED
+from shards.walking import FoundFile, extension_of, size_of, walk, wanted
 
 Document = tuple[str, str, dict[str, Any]]  # name in quarantine.jsonl, text, columns
 SCALAR = (str, int, float)
@@ -40,11 +41,13 @@ class TextOptions:
     label_key: str = ""  # "": no labels
     pair_key: str = ""  # of the second text; "": single texts
     columns: tuple[str, ...] = ()  # of a table without a header line
+    split_key: str = ""  # of the value that decides about the split; "": the document's name
 
-    @property
+    @cached_property
     def keys(self) -> list[str]:
         """The keys that every row must have."""
-        return [key for key in (self.text_key, self.pair_key, self.label_key) if key]
+        keys = (self.text_key, self.pair_key, self.label_key, self.split_key)
+        return [key for key in dict.fromkeys(keys) if key]
 
 
 class TextLayout(Layout[TextOptions, str], abstract=True):
@@ -65,17 +68,16 @@ class TextFormat(TextLayout, abstract=True):
     """With the dot, in lower case."""
 
     compressed: ClassVar[bool] = False
-    """Whether .gz and .zst files of the format are read too."""
+    """Whether compressed files of the format are read too."""
 
-    in_folders: ClassVar[bool] = True
-    """Whether the layout `folder` reads files of the format."""
+    unlabelled: ClassVar[bool] = True
+    """Whether the layout `folder` reads files of the format if no labels are asked for. A table
+    beside texts rarely holds documents."""
 
     @classmethod
     def has_name(cls, name: str) -> bool:
         """Whether a file name has one of the extensions."""
-        if cls.compressed and extension_of(name) in COMPRESSED:
-            name = os.path.splitext(name)[0]
-        return extension_of(name) in cls.extensions
+        return (inner_extension(name) if cls.compressed else extension_of(name)) in cls.extensions
 
     @classmethod
     def recognises(cls, source: Path) -> bool:
@@ -84,14 +86,14 @@ class TextFormat(TextLayout, abstract=True):
     @classmethod
     def kinds(cls) -> str:
         """The extensions, for messages."""
-        return ", ".join(cls.extensions) + (" (also .gz, .zst)" if cls.compressed else "")
+        return ", ".join(cls.extensions) + (" (also compressed)" if cls.compressed else "")
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         if self.source.is_file():
             yield from self.samples_of(self.source.name)
             return
-        files = walk(self.root, findings)
-        for path, _, _ in wanted(self.root, files, self.has_name, self.kinds(), findings):
+        files = wanted(self.root, walk(self.root, findings), self.has_name, self.kinds(), findings)
+        for path, _, _ in once(self.root, files, findings):
             yield from self.samples_of(path)
 
     def samples_of(self, file: str) -> Iterator[Sample]:
@@ -107,41 +109,81 @@ class TextFormat(TextLayout, abstract=True):
     @abstractmethod
     def documents(self, part: Input, findings: list[Finding]) -> Iterator[Document]:
         """The documents of a part. Unusable ones are appended to `findings` with the reason; an
-        OSError, EOFError, ValueError or zlib.error rejects the rest of the part."""
+        OSError or ValueError rejects the rest of the part."""
 
     def read(self, sample: Sample, findings: list[Finding]) -> Iterator[Item[str]]:
         for part in sample.inputs:
+            before, found = len(findings), False
             try:
                 for name, text, columns in self.documents(part, findings):
+                    found = found or bool(text or columns)  # an empty text is as a blank line
                     yield Item(sample.key, name, text, columns)
             except UserError:  # a package is missing
                 raise
-            except OSError as error:
+            except (Unusable, OSError) as error:
                 findings.append(of_error(str(part), error))
-            except (EOFError, ValueError, zlib.error) as error:
-                findings.append(
-                    Finding(str(part), f"cannot be read to its end ({error})", "damaged")
-                )
+            except ValueError as error:
+                findings.append(Finding(str(part), f"cannot be read ({error})", "damaged"))
+            if not found and len(findings) == before:
+                findings.append(Finding(str(part), "contains no text", "empty"))
+
+
+def inner_extension(name: str) -> str:
+    """The extension of a file name without that of its compression."""
+    if extension_of(name) in COMPRESSED:
+        name = os.path.splitext(name)[0]
+    return extension_of(name)
+
+
+def once(root: Path, files: Iterable[FoundFile], findings: list[Finding]) -> Iterator[FoundFile]:
+    """The files without links to a file that is among them already, and without broken links;
+    these are added to `findings`."""
+    seen: dict[tuple[int, int], str] = {}
+    for file in files:
+        path = root / file.path
+        try:
+            status = path.stat()
+        except OSError:  # the conversion reports other reasons
+            if path.is_symlink() and not path.exists():
+                reason = f"is a link to {os.readlink(path)}, which is missing"
+                findings.append(Finding(file.path, reason, "link"))
+            else:
+                yield file
+            continue
+        first = seen.setdefault((status.st_dev, status.st_ino), file.path)
+        if first == file.path:
+            yield file
+        else:
+            findings.append(Finding(file.path, f"is a link to {first}", "linked twice"))
 
 
 def from_row(row: Mapping[str, Any], options: TextOptions) -> tuple[str, dict[str, Any]]:
-    """(text, columns) of a row. Raises ValueError if the row lacks a text or a label."""
-    text_key, label_key = options.text_key, options.label_key
+    """(text, columns) of a row. Raises Unusable if the row lacks a text or a label."""
     for key in options.keys:
         if key not in row:
-            raise ValueError(f"has no {key!r}{suggestion(key, row)}")
-    text = row[text_key]
-    for key in filter(None, (text_key, options.pair_key)):
-        if not isinstance(row[key], str):
-            raise ValueError(f"{key!r} is not text but {type(row[key]).__name__}")
-    if not label_key:
-        return text, {}
-    label = row[label_key]
-    if not isinstance(label, SCALAR):
-        raise ValueError(f"{label_key!r} is neither text nor a number: {type(label).__name__}")
+            raise Unusable("row", f"has no {key!r}{suggestion(key, row)}")
+    text, split_key = row[options.text_key], options.split_key
+    for key in (options.text_key, options.pair_key):
+        if key and not isinstance(row[key], str):
+            raise Unusable("row", f"{key!r} is not text but {type(row[key]).__name__}")
+    if split_key and not is_scalar(row[split_key]):
+        raise Unusable("row", f"{split_key!r} is neither text nor a number: {row[split_key]!r:.40}")
+    if not options.label_key:
+        return text, {split_key: row[split_key]} if split_key else {}
+    label = row[options.label_key]
+    if not is_scalar(label) or label == "":
+        what = type(label).__name__ if label is None or not isinstance(label, SCALAR) else label
+        raise Unusable(
+            "label", f"{options.label_key!r} is neither text nor a number: {what or 'empty'}"
+        )
     columns = {
         key: value
         for key, value in row.items()
-        if isinstance(value, SCALAR) and key not in (text_key, label_key)
+        if is_scalar(value) and key not in (options.text_key, options.label_key)
     }
     return text, {**columns, "label": label}
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether a value is text or a finite number."""
+    return isinstance(value, SCALAR) and (not isinstance(value, float) or math.isfinite(value))

@@ -1,43 +1,53 @@
-"""The common part of plain text and JSON lines: files of lines, cut into parts between documents.
+"""The common part of plain text, JSON lines and TSV: files of lines, cut into parts between
+documents.
 
 A compressed file cannot be read from the middle, so it is one part.
 """
 
 from __future__ import annotations
 
+import io
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
-from typing import IO, Any
+from typing import Any
 
-from d2v_ds.data.checks import Finding
+from d2v_ds.data.checks import Finding, Unusable
 from shards.family import Input
 from shards.findings import of_error
 from shards.text import reading
+from shards.text.compressed import COMPRESSED
+from shards.text.encoding import HEAD, check_head
 from shards.text.layout import Document, TextFormat
 from shards.walking import extension_of
 
-Pieces = Callable[[IO[bytes], Input], Iterator[tuple[str, bytes]]]
+Pieces = Callable[[io.BufferedReader, Input, list[Finding]], Iterator[tuple[str, bytes]]]
 
 
 class LineFormat(TextFormat, abstract=True):
     @property
     @abstractmethod
     def pieces(self) -> Pieces:
-        """How a part is cut into documents: (open file, part) -> (where, bytes)."""
+        """How a part is cut into documents: (open file, part, findings) -> (where, bytes)."""
 
     @abstractmethod
     def document(self, text: str) -> tuple[str, dict[str, Any]]:
         """(text, columns) of a piece. Raises ValueError if it is unusable."""
 
+    def divisible(self, file: io.BufferedReader, path: str) -> bool:
+        """Whether a document of the file is a number of whole lines. file: at its beginning."""
+        return self.pieces is not reading.whole
+
     def parts(self, file: str) -> Iterator[tuple[Input, int]]:
         path = self.root / file
         try:
             size = path.stat().st_size
-            indivisible = extension_of(file) in reading.COMPRESSED or self.pieces is reading.whole
-            if size <= reading.PART or indivisible:
+            if size <= reading.PART or extension_of(file) in COMPRESSED:
                 yield Input(file), size
                 return
             with path.open("rb") as opened:
+                if not is_text(opened.peek(HEAD)[:HEAD]) or not self.divisible(opened, file):
+                    yield Input(file), size
+                    return
                 blank = self.pieces is reading.paragraphs
                 for start, end in reading.byte_ranges(opened, size, blank):
                     yield Input(file, (start, end - start)), end - start
@@ -46,15 +56,33 @@ class LineFormat(TextFormat, abstract=True):
 
     def documents(self, part: Input, findings: list[Finding]) -> Iterator[Document]:
         with reading.open_bytes(self.root / part.path) as file:
-            for where, data in self.pieces(file, part):
-                name = part.path + where
-                try:
-                    text, columns = self.document(data.decode())
-                except UnicodeDecodeError as error:
-                    findings.append(
-                        Finding(name, f"is not UTF-8 ({error.reason} at {error.start})", "encoding")
-                    )
-                except ValueError as error:
-                    findings.append(of_error(name, error))
-                else:
-                    yield name, text, columns
+            if not part.bytes or not part.bytes[0]:
+                check_head(file.peek(HEAD)[:HEAD])
+            yield from self.pieces_of(file, part, findings)
+            reading.check_end(file)
+
+    def pieces_of(
+        self, file: io.BufferedReader, part: Input, findings: list[Finding]
+    ) -> Iterator[Document]:
+        for where, data in self.pieces(file, part, findings):
+            name = part.path + where
+            try:
+                text, columns = self.document(data.decode())
+            except UnicodeDecodeError as error:
+                findings.append(Finding(name, NOT_UTF8.format(error.start), "encoding"))
+            except ValueError as error:
+                findings.append(of_error(name, error))
+            else:
+                yield name, text, columns
+
+
+NOT_UTF8 = "is not UTF-8 at its byte {}; convert the file, for example: iconv -f LATIN1 -t UTF-8"
+
+
+def is_text(head: bytes) -> bool:
+    """Whether a file that begins with these bytes can be UTF-8."""
+    try:
+        check_head(head)
+    except Unusable:
+        return False
+    return True

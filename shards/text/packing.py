@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,13 +19,15 @@ import numpy as np
 import numpy.typing as npt
 
 from d2v_ds.data.checks import Finding
-from shards.family import Converted, Item, PackedMember, Sample
+from d2v_ds.data.tokenizer_json import SENTENCEPIECE_FILE
+from shards.family import SPLIT, Converted, Item, PackedMember, Sample
 from shards.findings import left_out, of_error
 from shards.keys import part_key
+from shards.plan import split_of
+from shards.text.encoding import check_text
 from shards.text.layout import TextLayout
 from shards.text.tokenizer import Tokenizer
 
-MODEL_FILE = "tokenizer.model"  # its name in a set
 ROWS = 1_024  # blocks per member
 HEADER = 128  # bytes of a .npy header, which numpy pads to a multiple of 64
 
@@ -54,9 +56,15 @@ def pack(documents: Iterable[list[int]], block: int, eos: int) -> Iterator[list[
 
 @dataclass(frozen=True)
 class _TextConverter:
+    """A part of a file holds documents of every split, so the converter chooses those of the split
+    that the sample is for. A document's split is decided by its name, which holds its position in
+    the file, or by the column of --split-by."""
+
     layout: TextLayout
     model: Path
-    tokenizer: dict[str, Any]  # its entry of index.json
+    tokenizer: dict[str, Any]  # its entry of index.json, without the name of its file
+    file: str = field(default=SENTENCEPIECE_FILE, kw_only=True)  # its name in the set
+    splits: Mapping[str, float] | None = field(default=None, kw_only=True)  # name: share
 
     modality: ClassVar[str] = "text"
     length_unit: ClassVar[str] = "tokens"
@@ -64,11 +72,11 @@ class _TextConverter:
 
     @property
     def about(self) -> dict[str, Any]:
-        return {"tokenizer": {"file": MODEL_FILE, **self.tokenizer}}
+        return {"tokenizer": {"file": self.file, **self.tokenizer}}
 
     @property
     def files(self) -> dict[str, Path]:
-        return {MODEL_FILE: self.model}
+        return {self.file: self.model}
 
     @property
     def ids(self) -> str:
@@ -77,19 +85,35 @@ class _TextConverter:
     def encoded(
         self, samples: Iterable[Sample], findings: list[Finding]
     ) -> Iterator[tuple[Sample, Item[str], list[int]]]:
-        """(sample, document, ids) of every document that is not empty."""
+        """(sample, document, ids) of every document of the split that is not empty."""
         tokenizer = Tokenizer.load(self.model)
+        split_key = self.layout.options.split_key
         for sample in samples:
-            for item in self.layout.read(sample, findings):
+            found: list[Finding] = []
+            for item in self.layout.read(sample, found):
+                if self.splits:
+                    value = item.columns[self.column(split_key)] if split_key else item.name
+                    if not self.is_in(sample, str(value)):
+                        continue
                 try:
+                    check_text(item.content)
                     ids = self.ids_of(item, tokenizer)
                 except ValueError as error:
                     findings.append(of_error(item.name, error))
                     continue
                 if ids:
                     yield sample, item, ids
-                elif item.columns:
+                elif self.layout.options.label_key:  # otherwise it is as a blank line
                     findings.append(Finding(item.name, "contains no text", "empty"))
+            findings += (one for one in found if self.is_in(sample, one.name))
+
+    def is_in(self, sample: Sample, value: str) -> bool:
+        """Whether the split of a value is the one that the sample is for."""
+        return not self.splits or split_of(value, self.splits) == sample.columns[SPLIT]
+
+    def column(self, key: str) -> str:
+        """The name of a column of the documents; that of the label is always the same."""
+        return "label" if key == self.layout.options.label_key else key
 
     def ids_of(self, item: Item[str], tokenizer: Tokenizer) -> list[int]:
         """The ids of a document without the last eos; none if it is empty. Raises ValueError."""
@@ -155,6 +179,7 @@ class LabelledText(_TextConverter):
         first = tokenizer.encode(item.content)
         if not self.pair_key:
             return first
+        check_text(item.columns[self.pair_key])
         second = tokenizer.encode(item.columns[self.pair_key])
         return [*first, tokenizer.eos_id, tokenizer.eos_id, *second] if first and second else []
 
@@ -176,9 +201,10 @@ class LabelledText(_TextConverter):
 
 
 def _rest(samples: list[Sample], findings: list[Finding], used: int) -> Converted:
-    """The documents that were left out, and the number of documents beyond that of inputs."""
+    """The documents that were left out, and how many more documents than parts there are: fewer, if
+    those of other splits are not counted."""
     parts = sum(len(sample.inputs) for sample in samples)
-    return Converted("", (), 0, tuple(findings), max(0, used + len(left_out(findings)) - parts))
+    return Converted("", (), 0, tuple(findings), used + len(left_out(findings)) - parts)
 
 
 def npy_bytes(ids: Ids) -> bytes:

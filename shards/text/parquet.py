@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from d2v_ds.data.checks import Finding
+from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.errors import suggestion
 from shards import parquet
 from shards.family import Input
@@ -18,14 +18,15 @@ class Parquet(TextFormat):
     extensions = (parquet.EXTENSION,)
 
     def parts(self, file: str) -> Iterator[tuple[Input, int]]:
-        return parquet.row_groups(self.root, file)
+        groups = list(parquet.row_groups(self.root, file))
+        return iter(groups or [(Input(file), 0)])
 
     def documents(self, part: Input, findings: list[Finding]) -> Iterator[Document]:
         table = parquet.open_table(self.root / part.path)
         names = table.schema_arrow.names
         for key in self.options.keys:
             if key not in names:
-                raise ValueError(f"has no column {key!r}{suggestion(key, names)}")
+                raise Unusable("row", f"has no column {key!r}{suggestion(key, names)}")
         columns = names if self.options.label_key else self.options.keys
         for number, row in parquet.rows(table, part, columns):
             name = f"{part.path}, row {number}"

@@ -19,8 +19,8 @@ PIECES: dict[str, Pieces] = {
 
 class PlainText(LineFormat):
     name = "txt"
-    help = "plain text, .txt or .text (also .gz, .zst); documents as set by --document"
-    extensions = (".txt", ".text")
+    help = "plain text, .txt, .text, .md or .rst (also compressed); documents as set by --document"
+    extensions = (".txt", ".text", ".md", ".rst")
     compressed = True
 
     @property
@@ -31,7 +31,12 @@ class PlainText(LineFormat):
         if self.options.label_key:
             raise UserError(
                 f"--label-key {self.options.label_key}: {file} is plain text and has no labels; "
-                "use .jsonl, .tsv or .parquet"
+                "use .jsonl, .json, .csv, .tsv or .parquet"
+            )
+        if self.options.split_key:
+            raise UserError(
+                f"--split-by {self.options.split_key}: {file} is plain text and has no columns; "
+                "omit --split-by to split by document"
             )
         return super().samples_of(file)
 

@@ -1,108 +1,173 @@
-"""Bytes of text files: decompression, byte ranges that end between documents, lines, paragraphs."""
+"""Bytes of text files: byte ranges that end between documents, lines, paragraphs.
+
+Lines end at "\\n" alone: `str.splitlines` would also cut at U+2028 and other characters of texts.
+"""
 
 from __future__ import annotations
 
-import gzip
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import cast
 
-from d2v_ds.errors import UserError
+from d2v_ds.data.checks import Finding, Unusable
 from shards.family import Input
+from shards.text.compressed import COMPRESSED, Decompressed, open_compressed
+from shards.text.encoding import BOM
+from shards.walking import extension_of
 
-COMPRESSED = (".gz", ".zst")
 PART = 4_000_000  # approximate bytes of a file per part
-BOM = b"\xef\xbb\xbf"
+LONGEST = 16_000_000  # bytes of a line or a document that are held in memory
+NEWLINE = b"\n"
+LF = NEWLINE[0]
+BUFFER = 1 << 16
 
 
-def open_bytes(path: Path) -> IO[bytes]:
-    """A file, decompressed if its extension says so. Raises UserError if the package for that is
-    not installed."""
-    extension = path.suffix.lower()
-    if extension == ".gz":
-        return cast(IO[bytes], gzip.open(path))
-    if extension == ".zst":
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError(f"{path}: .zst needs zstandard; run `pip install zstandard`") from None
-        file = path.open("rb")
-        reader = _ZstdErrors(zstandard.ZstdDecompressor().stream_reader(file, closefd=True))
-        return cast(IO[bytes], io.BufferedReader(reader, 1 << 20))
+def open_bytes(path: Path) -> io.BufferedReader:
+    """A file, decompressed if its extension says so. Raises OSError, and UserError if the package
+    for that is not installed."""
+    if extension_of(path.name) in COMPRESSED:
+        return io.BufferedReader(open_compressed(path), BUFFER)
     return path.open("rb")
 
 
-class _ZstdErrors(io.RawIOBase):
-    """Turns the errors of a zstandard reader into ValueError."""
-
-    def __init__(self, reader: Any) -> None:
-        self.reader = reader
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        import zstandard
-
-        try:
-            return int(self.reader.readinto(buffer))
-        except zstandard.ZstdError as error:
-            raise ValueError(str(error)) from None
-
-    def close(self) -> None:
-        self.reader.close()
-        super().close()
+def damage(file: io.BufferedReader) -> str:
+    """Why a compressed file ended before its end; "" if it did not."""
+    raw = cast(object, file.raw)
+    return raw.damage if isinstance(raw, Decompressed) else ""
 
 
-def byte_ranges(file: IO[bytes], size: int, blank: bool) -> Iterator[tuple[int, int]]:
+def check_end(file: io.BufferedReader) -> None:
+    """Raises Unusable if a file that was read to its end is damaged there."""
+    if reason := damage(file):
+        raise Unusable(
+            "damaged", f"cannot be read to its end ({reason}); only the text before is used"
+        )
+
+
+def byte_ranges(file: io.BufferedReader, size: int, blank: bool) -> Iterator[tuple[int, int]]:
     """(start, end) of ranges of about PART bytes that end after a newline (blank: after an empty
     line)."""
     start = 0
     while start < size:
         file.seek(min(start + PART, size))
-        file.readline()  # the rest of a line
-        while blank and file.readline().strip():
+        _skip_line(file)  # the rest of a line
+        while blank and _skip_line(file):
             pass
         yield start, file.tell()
         start = file.tell()
 
 
-def lines(file: IO[bytes], part: Input) -> Iterator[tuple[str, bytes]]:
-    """(where, line without its newline), without blank lines."""
-    for offset, line in _raw_lines(file, part):
-        if line.strip():
-            yield f", byte {offset}", line.removesuffix(b"\n")
+def _skip_line(file: io.BufferedReader) -> bool:
+    """Reads to the end of a line, however long; returns whether it has more than white space."""
+    content = False
+    while piece := file.readline(PART):
+        content = content or bool(piece.strip())
+        if piece.endswith(NEWLINE):
+            break
+    return content
 
 
-def paragraphs(file: IO[bytes], part: Input) -> Iterator[tuple[str, bytes]]:
-    """(where, the lines between blank lines, without the last newline)."""
-    start, found = 0, list[bytes]()
-    for offset, line in _raw_lines(file, part):
+def lines(
+    file: io.BufferedReader, part: Input, findings: list[Finding]
+) -> Iterator[tuple[str, bytes]]:
+    """(where, line without its newline), without blank lines. A line that is too long becomes
+    several documents."""
+    inside = False  # a line that is too long
+    for offset, line, ends in _raw_lines(file, part):
+        if not ends and not inside:
+            findings.append(_cut_finding(part, offset))
+        inside = not ends
         if line.strip():
+            yield f", byte {offset}", line.removesuffix(NEWLINE)
+
+
+def rows(
+    file: io.BufferedReader, part: Input, findings: list[Finding]
+) -> Iterator[tuple[str, bytes]]:
+    """As `lines`, but a line that is too long is left out, because a part of a row is not a row."""
+    inside = False  # a line that is too long
+    for offset, line, ends in _raw_lines(file, part):
+        if not ends and not inside:
+            reason = f"is longer than {LONGEST:,} bytes"
+            findings.append(Finding(f"{part.path}, byte {offset}", reason, "size"))
+        if ends and not inside and line.strip():
+            yield f", byte {offset}", line.removesuffix(NEWLINE)
+        inside = not ends
+
+
+def paragraphs(
+    file: io.BufferedReader, part: Input, findings: list[Finding]
+) -> Iterator[tuple[str, bytes]]:
+    """(where, the lines between blank lines, without the last newline). A paragraph that is too
+    long becomes several documents."""
+    for start, data in _joined(file, part, findings, blank=True):
+        yield f", byte {start}", data.removesuffix(NEWLINE)
+
+
+def whole(
+    file: io.BufferedReader, part: Input, findings: list[Finding]
+) -> Iterator[tuple[str, bytes]]:
+    """("", the content of the file). A file that is too long becomes several documents."""
+    for start, data in _joined(file, part, findings, blank=False):
+        yield f", byte {start}" if start else "", data
+
+
+def _joined(
+    file: io.BufferedReader, part: Input, findings: list[Finding], blank: bool
+) -> Iterator[tuple[int, bytes]]:
+    """(offset, lines) of a file, or of each of its paragraphs if `blank`."""
+    start, size, found = 0, 0, list[bytes]()
+    inside = False  # a document that is too long
+    for offset, line, _ in _raw_lines(file, part):
+        ends = blank and not line.strip()
+        if found and (ends or size + len(line) > LONGEST):
+            yield start, b"".join(found)
+            if not ends and not inside:
+                findings.append(_cut_finding(part, start))
+            inside = not ends
+            size, found = 0, []
+        if not ends:
             start = start if found else offset
             found.append(line)
-        elif found:
-            yield f", byte {start}", b"".join(found).removesuffix(b"\n")
-            found = []
+            size += len(line)
     if found:
-        yield f", byte {start}", b"".join(found).removesuffix(b"\n")
+        yield start, b"".join(found)
 
 
-def whole(file: IO[bytes], part: Input) -> Iterator[tuple[str, bytes]]:
-    """("", the content of the file)."""
-    yield "", file.read().removeprefix(BOM)
-
-
-def _raw_lines(file: IO[bytes], part: Input) -> Iterator[tuple[int, bytes]]:
-    """(offset, line) of a part, without a byte order mark."""
+def _raw_lines(file: io.BufferedReader, part: Input) -> Iterator[tuple[int, bytes, bool]]:
+    """(offset, line, True) of a part, without a byte order mark and without a last line that is
+    incomplete because the file is damaged. Of a line that is too long (offset, piece, whether it is
+    the last one)."""
     offset, size = part.bytes or (0, None)
     if offset:
         file.seek(offset)
-    end = None if size is None else offset + size
+    end, rest = None if size is None else offset + size, b""
     while end is None or offset < end:
-        line = file.readline()
+        line = rest + file.readline(LONGEST - len(rest)) if rest else file.readline(LONGEST)
         if not line:
             break
-        yield offset, line.removeprefix(BOM) if offset == 0 else line
+        rest, ends = b"", True
+        if line[-1] != LF:
+            if len(line) == LONGEST and file.peek(1):
+                at, ends = _place_to_cut(line), False
+                line, rest = line[:at], line[at:]
+            elif damage(file):
+                break
+        yield offset, line.removeprefix(BOM) if offset == 0 else line, ends
         offset += len(line)
+
+
+def _place_to_cut(line: bytes) -> int:
+    """After the last space, or else between two characters of UTF-8."""
+    at = line.rfind(b" ", len(line) // 2) + 1
+    if not at:
+        at = len(line) - 1
+        while at > len(line) - 4 and line[at] & 0xC0 == 0x80:  # the inside of a character
+            at -= 1
+    return at
+
+
+def _cut_finding(part: Input, offset: int) -> Finding:
+    reason = f"is longer than {LONGEST:,} bytes and was cut into several documents"
+    return Finding(f"{part.path}, byte {offset}", reason, "cut")

@@ -1,7 +1,9 @@
-"""sentencepiece: trains a model on a sample of a corpus, and converts between text and token ids.
+"""Converts between text and token ids, and trains sentencepiece models on a sample of a corpus.
 
     text files -> sentences -> a random sample of them -> model file        (d2v-shards tokenizer)
     text -> Tokenizer.encode -> ids -> Tokenizer.decode -> the same text
+
+A tokenizer is a sentencepiece model, or the tokenizer.json of Hugging Face tokenizers.
 
 Models trained by this module neither normalise nor drop characters, and fall back to bytes, so
 decoding returns the original text. The mask token is not a piece of the model, so that no text can
@@ -16,44 +18,51 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from d2v_ds.data.checks import Unusable
+from d2v_ds.data.tokenizer_json import SENTENCEPIECE_FILE, is_json
 from d2v_ds.errors import UserError
 
 SPACE = "▁"  # the character that sentencepiece uses for a space
 SPACE_BYTES = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
 LONGEST = 1_000  # characters of a training sentence; longer ones are cut
-ENCODED_AT_ONCE = 1 << 20  # characters; sentencepiece needs a multiple of that in bytes
+ENCODED_AT_ONCE = 1 << 20  # characters; the libraries need a multiple of that in bytes
 THREADS = 8  # on every machine, because the model depends on their number
 
 
+class Model(Protocol):
+    """A tokenizer's library, with the ids of its special tokens."""
+
+    file: str  # its name in a set
+    sha256: str  # of what determines the ids
+    vocab_size: int
+    pad_id: int
+    eos_id: int
+    mask_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text of limited size, without special ones."""
+
+    def decode(self, ids: list[int]) -> str: ...
+
+
 class Tokenizer:
-    """A sentencepiece model. Raises UserError if the bytes are not one, or lack a needed token."""
+    """A sentencepiece model or a tokenizer.json. name: for messages. Raises UserError if the
+    content is neither, or lacks a needed token."""
 
-    def __init__(self, model: bytes, name: str) -> None:
-        from sentencepiece import SentencePieceProcessor
+    def __init__(self, content: bytes, name: str) -> None:
+        self.name = name
+        self._model: Model
+        if is_json(content):
+            from shards.text.tokenizer_json import JsonTokenizer
 
-        self.name, self.sha256 = name, hashlib.sha256(model).hexdigest()
-        self._pieces = SentencePieceProcessor()
-        try:
-            self._pieces.LoadFromSerializedProto(model)
-        except RuntimeError:
-            raise UserError(
-                f"{name}: is not a sentencepiece model; train one with `d2v-shards tokenizer`"
-            ) from None
-        self._space = [self._pieces.PieceToId(byte) for byte in SPACE_BYTES]
-        self.eos_id: int = self._pieces.eos_id()
-        # Packed text has no bos, so bos serves as padding in models without pad, such as LLaMA's.
-        self.pad_id: int = max(self._pieces.pad_id(), -1)
-        if self.pad_id < 0:
-            self.pad_id = self._pieces.bos_id()
-        for piece, found in (("</s>", self.eos_id), ("<pad> or <s>", self.pad_id)):
-            if found < 0:
-                raise UserError(
-                    f"{name}: lacks {piece}, which packed text needs; use another model"
-                )
-        self.mask_id: int = self._pieces.GetPieceSize()
-        self.vocab_size = self.mask_id + 1
+            self._model = JsonTokenizer(content, name)
+        else:
+            self._model = SentencePiece(content, name)
+        self.file, self.sha256 = self._model.file, self._model.sha256
+        self.eos_id, self.pad_id = self._model.eos_id, self._model.pad_id
+        self.mask_id, self.vocab_size = self._model.mask_id, self._model.vocab_size
 
     @staticmethod
     def load(path: Path) -> Tokenizer:
@@ -61,8 +70,8 @@ class Tokenizer:
             return Tokenizer(path.read_bytes(), str(path))
         except (FileNotFoundError, IsADirectoryError):
             raise UserError(
-                f"{path}: no such file; give a sentencepiece model, or train one with "
-                f"`d2v-shards tokenizer SOURCE {path}`"
+                f"{path}: no such file; give a sentencepiece model or a tokenizer.json, or train a "
+                f"model with `d2v-shards tokenizer SOURCE {path}`"
             ) from None
 
     def about(self) -> dict[str, Any]:
@@ -81,17 +90,57 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"is not Unicode text ({error.reason})") from None
+            raise Unusable("encoding", f"is not Unicode text ({error.reason})") from None
+        ids: list[int] = []
+        for part in _cut(text):
+            ids += self._model.encode(part)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode([int(i) for i in ids])
+
+
+class SentencePiece:
+    """A sentencepiece model."""
+
+    file = SENTENCEPIECE_FILE
+
+    def __init__(self, model: bytes, name: str) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self._pieces = SentencePieceProcessor()
+        try:
+            self._pieces.LoadFromSerializedProto(model)
+        except RuntimeError:
+            raise UserError(
+                f"{name}: is not a sentencepiece model, nor a tokenizer.json; train a model with "
+                "`d2v-shards tokenizer`"
+            ) from None
+        self._space = [self._pieces.PieceToId(byte) for byte in SPACE_BYTES]
+        self.eos_id: int = self._pieces.eos_id()
+        # Packed text has no bos, so bos serves as padding in models without pad, such as LLaMA's.
+        self.pad_id: int = max(self._pieces.pad_id(), -1)
+        if self.pad_id < 0:
+            self.pad_id = self._pieces.bos_id()
+        for piece, found in (("</s>", self.eos_id), ("<pad> or <s>", self.pad_id)):
+            if found < 0:
+                raise UserError(
+                    f"{name}: lacks {piece}, which packed text needs; use another model"
+                )
+        self.mask_id: int = self._pieces.GetPieceSize()
+        self.vocab_size = self.mask_id + 1
+
+    def encode(self, text: str) -> list[int]:
         ids: list[int] = []
         for i, part in enumerate(text.split(SPACE)):
             if i:  # sentencepiece would treat it as a space
                 ids += self._space
-            for piece in _cut(part):
-                ids += self._pieces.EncodeAsIds(piece)
+            ids += self._pieces.EncodeAsIds(part)
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        return str(self._pieces.DecodeIds([int(i) for i in ids]))
+    def decode(self, ids: list[int]) -> str:
+        return str(self._pieces.DecodeIds(ids))
 
 
 def _cut(text: str) -> Iterable[str]:

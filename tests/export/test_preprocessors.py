@@ -16,7 +16,7 @@ from sentencepiece import SentencePieceTrainer, sentencepiece_model_pb2
 
 from d2v_ds.data import image_files, images
 from d2v_ds.errors import UserError
-from d2v_ds.export.text import TextTokenizer, converted, open_tokenizer
+from d2v_ds.export.text import SentencePiece, converted, open_tokenizer
 from d2v_ds.modalities.speech import normalised
 from shards.text.tokenizer import Tokenizer, train
 from tests import ROOT
@@ -143,12 +143,12 @@ def test_saved_tokenizers_load_again(models: dict[str, bytes], tmp_path: Path) -
 
 def test_models_that_tokenizers_cannot_express_are_not_converted(models: dict[str, bytes]) -> None:
     proto = sentencepiece_model_pb2.ModelProto.FromString(models["unigram"])
-    assert converted(TextTokenizer(proto.SerializeToString(), 512))
+    assert converted(SentencePiece(proto.SerializeToString(), 512))
     proto.pieces[-1].piece = "<="  # would be split where a special token's name is isolated
-    assert converted(TextTokenizer(proto.SerializeToString(), 512)) is None
+    assert converted(SentencePiece(proto.SerializeToString(), 512)) is None
     proto.pieces[-1].piece = "x="
     proto.normalizer_spec.add_dummy_prefix = True
-    assert converted(TextTokenizer(proto.SerializeToString(), 512)) is None
+    assert converted(SentencePiece(proto.SerializeToString(), 512)) is None
 
 
 def test_a_wrong_tokenizer_is_an_error(models: dict[str, bytes], tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_command_line_errors(
     assert "is not a sentencepiece" in error(root, out, "--tokenizer", str(tmp_path / "bad.model"))
     kept = run.folder.tokenizer.rename(tmp_path / "kept.model")
     try:
-        assert "has no tokenizer.model; give" in error(root, out)
+        assert "has no tokenizer.model or tokenizer.json; give" in error(root, out)
         assert main(["import", root, out, "--no-verify"]) == 0
         assert "no tokenizer was found" in capsys.readouterr().out
     finally:

@@ -105,6 +105,10 @@ def text_jsonl(folder: Path) -> Path:
     return put(folder / "a.jsonl", '{"text": "hello"}\n')
 
 
+def text_csv(folder: Path) -> Path:
+    return put(folder / "a.csv", 'id,text\n1,"hello"\n')
+
+
 def text_tsv(folder: Path) -> Path:
     return put(folder / "a.tsv", "id\ttext\n1\thello\n")
 
@@ -136,6 +140,7 @@ CORPORA: list[tuple[str, str, Callable[[Path], Path]]] = [
     ("images", "folder", image_folder),
     ("text", "txt", plain),
     ("text", "jsonl", text_jsonl),
+    ("text", "csv", text_csv),
     ("text", "tsv", text_tsv),
     ("text", "parquet", text_parquet),
     ("text", "folder", text_folder),

@@ -211,12 +211,18 @@ def test_large_files_are_cut_between_documents(
 ) -> None:
     file = tmp_path_factory.mktemp("text") / "a.txt"
     file.write_text("\n".join(lines), newline="")
-    whole = read(open_text(file, divided))
+
+    def content(layout: TextLayout) -> tuple[list[str], list[Finding]]:
+        """Without the findings about parts with blank lines only."""
+        found, findings = read(layout)
+        return found, [one for one in findings if one.kind != "empty"]
+
+    whole = content(open_text(file, divided))
     size, reading.PART = reading.PART, stretch
     try:
         layout = open_text(file, divided)
         parts = [part for sample in layout.samples([]) for part in sample.inputs if part.bytes]
-        assert read(layout) == whole
+        assert content(layout) == whole
     finally:
         reading.PART = size
     ends = [sum(part.bytes) for part in parts if part.bytes]
@@ -337,7 +343,7 @@ def test_unusable_documents_are_left_out_and_named(tmp_path: Path) -> None:
     [last] = [name for name in reasons if name.startswith("a.jsonl")]
     assert "is not UTF-8" in reasons.pop(last)
     assert "cannot be read to its end" in reasons.pop("cut.txt.gz")
-    assert "Not a gzipped file" in reasons.pop("fake.txt.gz")
+    assert "not valid .gz data" in reasons.pop("fake.txt.gz")
     assert not reasons
 
 
@@ -355,7 +361,7 @@ def test_one_bad_document_of_many_is_below_the_limit(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.pdf", "contains no .txt, .text (also .gz, .zst), .jsonl, "),
+        ("a.pdf", "contains no .txt, .text, .md, .rst (also compressed), .jsonl, "),
         ("missing", "no such file or folder"),
     ],
 )

@@ -191,4 +191,4 @@ def test_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\n" + b"fine words here \n" * 200)
     assert run(tmp_path, tmp_path / "b.model", "--vocab-size", 272) == 0
     out = capsys.readouterr().out
-    assert "1 inputs were left out: 1 x is not UTF-8" in out and "bad.txt" in out
+    assert "2 inputs were left out: 1 x is not UTF-8" in out and "bad.txt" in out
