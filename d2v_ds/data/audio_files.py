@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from d2v_ds.data import flac, mpeg, ogg
 from d2v_ds.data.checks import Note, Unusable
-from d2v_ds.data.containers import Buffer, Extent, extent_of
+from d2v_ds.data.containers import FFMPEG, Buffer, Extent, extent_of
 
 EXACT = ("PCM_16", "PCM_S8", "PCM_U8")  # read as int16 without a loss
 WIDTHS = {  # bytes of a sample
@@ -38,7 +38,6 @@ UNEXPLAINED = 0.1  # seconds of bytes behind the samples that may be anything
 SDS_BLOCK = 60  # frames; the header of an SDS file rounds up to it
 FEW = 1 << 16  # bytes, if it is not known how many a second has
 BLOCK = 1 << 20  # frames that are decoded at a time
-FFMPEG = "convert it first: ffmpeg -i FILE FILE.flac"
 FOREIGN = (  # formats that libsndfile does not read, by bytes at a place
     ("MP4 or M4A", 4, b"ftyp"),
     ("WebM or Matroska", 0, b"\x1a\x45\xdf\xa3"),

@@ -20,6 +20,7 @@ from d2v_ds.data.checks import Unusable
 Buffer = bytes | mmap.mmap
 Peek = Callable[[int, int], bytes]  # (first byte, number) -> bytes, fewer at the end of the file
 
+FFMPEG = "convert it first: ffmpeg -i FILE FILE.flac"  # what to do about other formats
 # Streaming writers do not know the length. They store 0, or a value near 2^31 or 2^32 (ffmpeg
 # 0xFFFFFFFF, SoX 0x7FFFF000, arecord 0x80000000, others less the size of the header).
 # Chunks of later files, or with more samples, are not metadata.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from d2v_ds.data.audio_files import FFMPEG
 from d2v_ds.data.checks import Finding
+from d2v_ds.data.containers import FFMPEG
 from shards.layout import Layout
 from shards.walking import extension_of
 
