@@ -1,5 +1,5 @@
 """Labels and columns of recordings equal those that the datasets library gives for the same input
-(https://huggingface.co/docs/datasets), which reads tars with recordings only with torchcodec. Skipped
+(https://huggingface.co/docs/datasets), which needs torchcodec to read tars with recordings. Skipped
 if the library is not installed."""
 
 from __future__ import annotations
