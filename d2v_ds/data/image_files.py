@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError, features
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
 
 from d2v_ds.data.checks import Note, Unusable
 from d2v_ds.data.headers import image_type
@@ -44,6 +44,7 @@ PLAIN = frozenset(("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"))
 
 TRANSPARENT = frozenset(("LA", "La", "PA", "RGBA", "RGBa"))
 ORIENTATION = 0x0112  # the EXIF tag (EXIF 2.32, section 4.6.4)
+BITS, SAMPLES, PLANES, SAMPLE_FORMAT = 258, 277, 284, 339  # tags of TIFF 6.0
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -152,18 +153,45 @@ def inspect(data: bytes) -> tuple[str, int, int]:
 def _open(data: bytes) -> Image.Image:
     if not data:
         raise Unusable("empty", "is empty")
+    name = image_type(data[:16])
     try:
         with pillow():
-            return Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if not _is_misread(image):
+            return image
     except Unusable as error:
-        name = image_type(data[:16])
         if error.kind != "format" or not name:
             raise
     if name in OPTIONAL and not features.check(OPTIONAL[name]):
         raise Unusable(
             "format", f"is {name}, which this Pillow cannot read; run `pip install -U pillow`"
         )
+    if name == "tif" and (variant := _tiff_variant(data)):
+        raise Unusable("format", f"is TIFF of {variant}, which Pillow cannot read")
     raise Unusable("damaged", "cannot be read as an image (its header is damaged or truncated)")
+
+
+def _is_misread(image: Image.Image) -> bool:
+    """Whether Pillow opens an image, but reads its samples as others: two variants of TIFF."""
+    if image.format != "TIFF":
+        return False
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    bits = max(tags.get(BITS, (1,)))
+    return (bits > 8 and tags.get(PLANES) == 2) or (bits == 8 and 2 in tags.get(SAMPLE_FORMAT, ()))
+
+
+def _tiff_variant(data: bytes) -> str:
+    """The samples of a TIFF file, such as `float16, 1 channel`; "" if its header is damaged."""
+    with suppress(Unusable), pillow():
+        file = io.BytesIO(data)
+        tags = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+        file.seek(tags.next)
+        tags.load(file)
+        number = tags.get(SAMPLES, 1)
+        kind = {2: "int", 3: "float"}.get(max(tags.get(SAMPLE_FORMAT, (1,))), "uint")
+        planes = " in separate planes" if number > 1 and tags.get(PLANES) == 2 else ""
+        return f"{kind}{max(tags[BITS])}, {number} channel{'s' * (number > 1)}{planes}"
+    return ""
 
 
 def _check(image: Image.Image) -> None:
@@ -262,7 +290,7 @@ def _is_deep(image: Image.Image) -> bool:
 
 
 def _is_deep_tile(tile: Any) -> bool:
-    if tile.codec_name == "ppm":
+    if tile.codec_name in ("ppm", "ppm_plain"):
         return bool(tile.args[1] > 255)  # the largest sample
     name = _raw_mode(tile)
     return ";16" in name and not name.startswith("BGR")  # BGR;16: 16 bits for all channels
@@ -285,7 +313,7 @@ def _stated_bits(image: Image.Image, data: bytes) -> int:
         at = data.find(b"sBIT", 0, max(0, data.find(b"IDAT")))
         return data[at + 4] if at > 0 else 0
     if image.format == "TIFF":
-        bits = image.tag_v2.get(258, (0,))[0]  # type: ignore[attr-defined]
+        bits = image.tag_v2.get(BITS, (0,))[0]  # type: ignore[attr-defined]
         return bits if 8 < bits < 16 else 0
     return 0
 
@@ -297,7 +325,7 @@ def _grey(image: Image.Image, stated: int, notes: list[Note]) -> Grey:
     if image.mode == "F":
         grey = of_floats(values, notes)
     else:
-        grey = of_integers(values, tags.get(339, (1,))[0] == 1, stated, notes)
+        grey = of_integers(values, tags.get(SAMPLE_FORMAT, (1,))[0] == 1, stated, notes)
     if tags.get(262) == 0:  # photometric interpretation: 0 is white
         grey = 255 - grey
     hidden = image.info.get("transparency")
@@ -334,16 +362,20 @@ def _low_bytes(data: bytes, tiles: list[Any]) -> npt.NDArray[np.uint8] | None:
     changed = []
     for tile in tiles:
         name = _raw_mode(tile)
-        if not name.endswith((";16B", ";16L", ";16N")):
+        if name == "LA;16B":
+            name = "RGBA"  # its four bytes: high and low of grey, high and low of alpha
+        elif name.endswith((";16B", ";16L", ";16N")):
+            name = name[:-1] + swap[name[-1]]
+        else:
             return None
-        name = name[:-1] + swap[name[-1]]
         changed.append(
             tile._replace(args=(name, *tile.args[1:]) if isinstance(tile.args, tuple) else name)
         )
     other = _open(data)
     other.tile = changed  # type: ignore[attr-defined]
     with suppress(Unusable), pillow():
-        return np.asarray(other)
+        low = np.asarray(other)
+        return low[..., [1, 1, 1, 3]] if _raw_mode(tiles[0]) == "LA;16B" else low
     return None
 
 

@@ -188,13 +188,15 @@ def pnm(values: Array, largest: int) -> bytes:
     )
 
 
-def raw_tiff(values: Array) -> bytes:
-    """A TIFF of 16 bits per channel, values [h, w, 3], uncompressed, little-endian."""
+def raw_tiff(values: Array, **tags: int) -> bytes:
+    """A TIFF of 16 bits per channel, values [h, w, 3], uncompressed, little-endian. tags: further
+    ones, by `t` and their number."""
     h, w = values.shape[:2]
     pixels = values.astype("<u2").tobytes()
-    start = 8 + 2 + 12 * 9 + 4
+    start = 8 + 2 + 12 * (9 + len(tags)) + 4
     longs = {256: w, 257: h, 273: start + 6, 278: h, 279: len(pixels)}
     shorts = {258: start, 259: 1, 262: 2, 277: 3}
+    shorts |= {int(name[1:]): value for name, value in tags.items()}
     entries = [(tag, 4, 1, value) for tag, value in longs.items()]
     entries += [(tag, 3, 3 if tag == 258 else 1, value) for tag, value in shorts.items()]
     rows = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
@@ -215,6 +217,8 @@ DEEP = {
     "png, sBIT, full range": raw_png(deep(16), 0, (b"sBIT", b"\x0c")),
     "png rgb": raw_png(rgb(deep(16)), 2),
     "png rgb, 12 bits": raw_png(rgb(deep(12)), 2),
+    "png grey and alpha": raw_png(np.dstack([deep(16), np.full(RAMP.shape, 65535)]), 4),
+    "png grey and alpha, 12 bits": raw_png(np.dstack([deep(12), np.full(RAMP.shape, 4095)]), 4),
     "png rgba": raw_png(np.dstack([rgb(deep(16)), np.full(RAMP.shape, 65535)]), 6),
     "png rgba, 12 bits": raw_png(np.dstack([rgb(deep(12)), np.full(RAMP.shape, 4095)]), 6),
     "tiff": encoded(Image.fromarray(deep(16)), "TIFF"),
@@ -227,6 +231,7 @@ DEEP = {
     "tiff rgb, 12 bits": raw_tiff(rgb(deep(12))),
     "tiff rgb": raw_tiff(rgb(deep(16))),
     "ppm": pnm(rgb(deep(16)), 65535),
+    "ppm as text": b"P3 256 8 65535 " + b" ".join(b"%d" % v for v in rgb(deep(16)).flat),
     "ppm, 12 bits": pnm(rgb(deep(12)), 4095),
     "jpeg 2000": encoded(Image.fromarray(deep(16)), "JPEG2000"),
 }
@@ -279,6 +284,22 @@ def test_floating_point_images_without_a_known_scale(values: Array, kind: str) -
 
 def test_negative_integers_have_no_scale() -> None:
     assert kind_of(encoded(Image.fromarray(np.array([[-1000, 3000]], np.int32)), "TIFF")) == "range"
+
+
+@pytest.mark.parametrize(
+    ("data", "variant"),
+    [
+        (raw_tiff(rgb(deep(16)), t284=2), "uint16, 3 channels in separate planes"),
+        (raw_tiff(rgb(deep(16)), t339=3), "float16, 3 channels"),
+        (raw_tiff(rgb(deep(16)), t339=2), "int16, 3 channels"),
+        (encoded(Image.fromarray(deep(8).astype(np.uint8)), "TIFF", tiffinfo={339: 2}),
+         "int8, 1 channel"),
+    ],
+)  # fmt: skip
+def test_variants_of_tiff_that_pillow_misreads_or_refuses(data: bytes, variant: str) -> None:
+    assert kind_of(data) == "format"
+    with pytest.raises(Unusable, match=f"^is TIFF of {variant}, which Pillow cannot read$"):
+        stored(data)
 
 
 def test_bmp_of_sixteen_bits_per_pixel_is_not_deep() -> None:
