@@ -318,7 +318,7 @@ def test_a_sample_that_cannot_be_used_is_named(trained: Trained) -> None:
     encoder = load_encoder(trained.root, modality="text")
     known = read_labelled(open_set(trained.sets["text"]), encoder.modality, "label")
     known.modality.config.__dict__["vocab_size"] = 20  # a frozen dataclass, of this encoder only
-    with pytest.raises(UserError, match=r"text, sample 'text0000': has token id \d+, but"):
+    with pytest.raises(UserError, match=r"text, sample 'text0000': has token id \d+, expected"):
         list(known.decoded())
 
 

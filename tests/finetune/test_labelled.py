@@ -202,9 +202,9 @@ def test_a_label_that_is_not_known_ends_the_run(label: dict[str, Any], message: 
 @pytest.mark.parametrize(
     ("damaged", "message"),
     [
-        (b"{", "^Expecting property name enclosed in double quotes"),
+        (b"{", r"^json: is damaged \(Expecting property name enclosed in double quotes"),
         (b"null", "^json: is not an object$"),
-        (b"\xff", "^'utf-8' codec can't decode byte 0xff"),
+        (b"\xff", r"^json: is damaged \('utf-8' codec can't decode byte 0xff"),
     ],
 )
 def test_a_damaged_json_is_a_bad_sample(damaged: bytes, message: str) -> None:
