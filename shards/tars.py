@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from d2v_ds.data.checks import Finding
 from d2v_ds.data.headers import SIDE_FIELDS
-from d2v_ds.data.tar_scan import DamagedTar, Member, members, samples, without_dots
+from d2v_ds.data.tar_scan import (
+    UNUSED,
+    DamagedTar,
+    Member,
+    about_unused,
+    members,
+    samples,
+    without_dots,
+)
 from d2v_ds.errors import UserError
 
 TAR = ".tar"
-UNUSED = "no sample uses this member of the tar"
 UNPACKERS = {  # by the endings of names
     (".tar.gz", ".tgz"): "gunzip",
     (".tar.bz2", ".tbz2", ".tbz"): "bunzip2",
@@ -44,7 +52,13 @@ def all_members(
         findings.append(Finding(name, how_to_unpack(name, compression), "format"))
         return
     damage: list[DamagedTar] = []
-    yield from members(file, start, end, damage)
+    empty = True
+    for member in members(file, start, end, damage):
+        empty = False
+        yield member
+    if empty and (not damage or not file.seek(0, os.SEEK_END)):
+        findings.append(Finding(name, "is a tar without files", "empty"))
+        return
     for error in damage:
         findings.append(Finding(name, f"{error}: its content is lost", "damaged"))
 
@@ -73,7 +87,7 @@ def grouped(
         if len(group) > 1:
             _keep_side_fields(group, field, where, content, findings)
         yield key, field, group
-    findings += [Finding(f"{name}, {member.name}", UNUSED, "unused") for member in unused]
+    findings += [about_unused(member, f"{name}, ") for member in unused]
 
 
 def _keep_side_fields(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
@@ -63,14 +64,24 @@ def _unreadable(error: OSError) -> None:
 
 
 def walk(root: Path, findings: list[Finding] | None = None) -> Iterator[FoundFile]:
-    """Every file below a folder. findings: as for `folders`."""
+    """Every file below a folder. findings: as for `folders`; pipes, sockets and devices are added
+    too, because reading them may never end."""
     for folder, names in folders(root, findings):
         # Once per folder, because this takes as long as the rest of the loop.
         below = os.path.relpath(folder, root)
         before = "" if below == os.curdir else os.path.join(below, "")
         start = os.path.join(folder, "")
         for name in names:
-            yield FoundFile(before + name, name, size_of(start + name))
+            size, is_special = 0, False
+            try:
+                status = os.stat(start + name)
+                size, is_special = status.st_size, not stat.S_ISREG(status.st_mode)
+            except OSError:  # the conversion reports the reason
+                pass
+            if not is_special:
+                yield FoundFile(before + name, name, size)
+            elif findings is not None:
+                findings.append(Finding(before + name, "is a pipe, socket or device", "type"))
 
 
 def wanted(

@@ -36,7 +36,6 @@ COMPRESSED = ("MP3", "OGG")  # whose seeking is not exact
 UNKNOWN_FRAMES = 1 << 48  # libsndfile reports 2^63 - 1 for a FLAC without a length
 UNEXPLAINED = 0.1  # seconds of bytes behind the samples that may be anything
 SDS_BLOCK = 60  # frames; the header of an SDS file rounds up to it
-FEW = 1 << 16  # bytes, if it is not known how many a second has
 BLOCK = 1 << 20  # frames that are decoded at a time
 FOREIGN = (  # formats that libsndfile does not read, by bytes at a place
     ("MP4 or M4A", 4, b"ftyp"),
@@ -262,8 +261,10 @@ def _limit(found: Opened, extent: Extent) -> None:
         stream.frames = extent.size // frame
     found.repaired = not extent.stated or extent.rest > 0
     if extent.rest:
-        reason, seconds = _behind(extent, frame * file.samplerate)
-        if seconds > UNEXPLAINED or (not frame and extent.rest > FEW):
+        # Compressed samples have no fixed size: their average is taken.
+        average = extent.size * file.samplerate // max(1, stream.frames)
+        reason, seconds = _behind(extent, frame * file.samplerate or average)
+        if seconds > UNEXPLAINED:
             raise _unexplained(reason)
         found.notes.append(Note("length corrected", f"{reason}; they are not used"))
 

@@ -80,7 +80,11 @@ def extent_of(peek: Peek, total: int) -> Extent | None:
     if head[:4] in (b".snd", b"dns.") and len(head) >= 12:
         first, size = struct.unpack(">II" if head[:1] == b"." else "<II", head[4:12])
         if _is_placeholder(size):
-            return Extent(first, total - first, stated=False)
+            left = min(total - first, 0xFFFF_FFFF)
+            size_bytes = struct.pack(">I" if head[:1] == b"." else "<I", left)
+            # libsndfile reads 0xFFFFFFFF as "to the end", but not other placeholders.
+            patch = None if size == 0xFFFF_FFFF else (8, size_bytes)
+            return Extent(first, total - first, stated=False, patch=patch)
         return _whole(peek, total, first, size)
     if head[:8] == b"NIST_1A\n":
         return _nist(peek, total)
@@ -145,7 +149,9 @@ def _chunked(peek: Peek, total: int, chunks: Chunks, at: int, samples: bytes) ->
     for name, first, size in _chunks(peek, chunks, at):
         if name[:4] == samples:
             if size < 0 or (chunks.form[1:] == "4sI" and _is_placeholder(size)):
-                return Extent(first, total - first, stated=False)
+                left = total - first
+                patch = (first - 8, struct.pack(">q", left)) if chunks is CAF else None
+                return Extent(first, left, stated=False, patch=patch)
             return _whole(peek, total, first, size, chunks)
         _within(first + size, total)
     return None
@@ -156,8 +162,8 @@ def _whole(peek: Peek, total: int, first: int, size: int, chunks: Chunks | None 
     if first + size > total:
         raise Unusable(
             "truncated",
-            f"is truncated: its header states {size} bytes of samples, but {total - first} are "
-            "left",
+            f"is truncated: its header states {size} bytes of samples, but "
+            f"{max(0, total - first)} are left",
         )
     return Extent(first, size, _unexplained(peek, total, first + size, chunks))
 

@@ -22,7 +22,16 @@ from d2v_ds.data.checks import ALTERED, Finding, Unusable, kind_of
 from d2v_ds.data.checksum import checksum_of
 from d2v_ds.data.headers import Length, SampleFormat, payload
 from d2v_ds.data.shard_format import INDEX_FILE, ShardEntry, ShardSet, index_bytes, set_json
-from d2v_ds.data.tar_scan import DamagedTar, Member, key_of, members, samples, without_dots
+from d2v_ds.data.tar_scan import (
+    UNUSED,
+    DamagedTar,
+    Member,
+    about_unused,
+    key_of,
+    members,
+    samples,
+    without_dots,
+)
 from d2v_ds.errors import UserError
 from d2v_ds.files import write_atomically
 
@@ -151,7 +160,8 @@ def index_tar(job: tuple[Path, SampleFormat, str], one_rate: bool = True) -> Ind
     rate = 0
     with tar.open("rb") as file:
         try:
-            for key, group in samples(members(file)):
+            unused: list[Member] = []
+            for key, group in samples(members(file), unused):
                 try:
                     length = _length(file, group, form)
                     rate = rate or length.rate
@@ -175,6 +185,7 @@ def index_tar(job: tuple[Path, SampleFormat, str], one_rate: bool = True) -> Ind
             raise UserError(
                 f"{tar}: {error}; copy it again, or convert the undamaged part: {_convert(form)}"
             ) from None
+        notes += map(about_unused, unused)
         size = file.seek(0, os.SEEK_END)
     idx = index_bytes(names, size, keys, offsets, sizes, checksums, lengths, kind)
     digest = sha256(idx).hexdigest()  # of the index, since the tar was not read
@@ -186,7 +197,7 @@ def _notes(key: str, group: dict[str, Member], known: Collection[str]) -> Iterat
     """The members of a sample that the index lacks."""
     for name, member in group.items():
         if name not in known:
-            yield Finding(f"{key}.{name}", "no sample uses this member of the tar", "unused")
+            yield Finding(f"{key}.{name}", UNUSED, "unused")
         elif member.problem:
             reason = f"{member.problem.reason}; the sample is kept without it"
             yield Finding(f"{key}.{name}", reason, "no metadata")

@@ -11,11 +11,13 @@ and GNU long names (POSIX.1-2017, pax; GNU tar's manual). Standard library only.
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 import tarfile
 from collections.abc import Collection, Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
+from d2v_ds.data.checks import Finding
 from d2v_ds.data.tar_links import LinkTable, Problem
 
 BLOCK = tarfile.BLOCKSIZE
@@ -26,12 +28,13 @@ LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 NO_PAYLOAD = (*LINKS, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
 ERRORS = "backslashreplace"  # keeps names that are not UTF-8 distinct
 MAX_NAME = 1 << 20  # bytes of a long name or of pax headers; larger values mean damage
+UNUSED = "no sample uses this member of the tar"
 SPARSE = Problem(
     "format",
     "is stored as a sparse file, in pieces; unpack the tar and pack it again without --sparse",
 )
 
-NAME = re.compile(r"((?:.*/)?[^.]+)\.([^/]*)", re.DOTALL)
+NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 META = re.compile(r"__[^/]*__(/|$)")
 
 
@@ -171,8 +174,10 @@ def samples(
 ) -> Iterator[tuple[str, dict[str, Member]]]:
     """(key, member of each field), grouped as webdataset does: a name is split at the first dot
     after its last slash, fields are lower case, adjacent members with the same key form a sample,
-    and `__meta__` is ignored. A field that a sample already has begins the next sample. unused: a
-    list to which members without a key are appended."""
+    and `__meta__` is ignored. A field that a sample already has begins the next sample. Unlike in
+    webdataset, hidden files have no key: macOS stores `x/._a.wav` next to `x/a.wav`, which would be
+    the field `_a.wav` of a sample `x/`. unused: a list to which members without a key are
+    appended."""
     key, group = "", dict[str, Member]()
     for member in found:
         cut = key_of(member.name)
@@ -193,6 +198,13 @@ def samples(
 def key_of(name: str) -> re.Match[str] | None:
     """(key, field) of a member as groups 1 and 2; None if it belongs to no sample."""
     return None if META.match(name) else NAME.fullmatch(name)
+
+
+def about_unused(member: Member, prefix: str = "") -> Finding:
+    """The finding about a member that no sample uses."""
+    if posixpath.basename(member.name).startswith("."):
+        return Finding(prefix + member.name, "its name begins with a dot", "hidden")
+    return Finding(prefix + member.name, UNUSED, "unused")
 
 
 def without_dots(key: str, group: Iterable[str], fields: Collection[str]) -> str:

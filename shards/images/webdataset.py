@@ -86,7 +86,8 @@ class WebDataset(ImageLayout):
 
 def _grouped(file: BinaryIO, name: str, findings: list[Finding]) -> Iterator[Sample]:
     fields = [extension[1:] for extension in EXTENSIONS]
-    for key, members in tar_scan.samples(all_members(file, name, findings)):
+    unused: list[tar_scan.Member] = []
+    for key, members in tar_scan.samples(all_members(file, name, findings), unused):
         images = [kind for kind in members if f".{kind}" in EXTENSIONS]
         if len(images) != 1:
             reason = f"has {len(images)} images, expected one ({', '.join(members)})"
@@ -109,6 +110,7 @@ def _grouped(file: BinaryIO, name: str, findings: list[Finding]) -> Iterator[Sam
         inputs = tuple(Input(name, (member.offset, member.size)) for member in found)
         columns = {ASIDE: " ".join(aside)} if aside else {}
         yield Sample(make_key(key), inputs, columns, sum(member.size for member in found))
+    findings += [tar_scan.about_unused(member, f"{name}, ") for member in unused]
 
 
 def _columns(kind: str, data: bytes) -> dict[str, Any]:

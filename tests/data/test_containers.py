@@ -204,3 +204,31 @@ def test_every_short_beginning_is_named(kind: str, subtype: str, endian: str) ->
     data = made(kind, subtype, endian)
     for size in range(1, 100):
         assert kind_of(data[:size]) in ("truncated", "format", "damaged", "empty", "length"), size
+
+
+@pytest.mark.parametrize(
+    "kind, subtype",
+    [("WAV", "IMA_ADPCM"), ("WAV", "GSM610"), ("AU", "G721_32"), ("CAF", "ALAC_16")],
+)
+def test_bytes_behind_compressed_samples(kind: str, subtype: str) -> None:
+    """A second of compressed samples has few bytes; libsndfile decodes those of an AU."""
+    data = made(kind, subtype)
+    assert kind_of(data + NOISE[: len(data) // 2 * 2]) == "length"
+
+
+@pytest.mark.parametrize("endian", ["FILE", "LITTLE"])
+@pytest.mark.parametrize("size", [0, 0x7FFF_FFFF, 0xFFFF_FFFF])
+def test_au_without_a_size(endian: str, size: int) -> None:
+    data = made("AU", "PCM_16", endian)
+    unsized = data[:8] + size.to_bytes(4, "little" if endian == "LITTLE" else "big") + data[12:]
+    with audio.Recording(data) as whole, audio.Recording(unsized) as recording:
+        assert np.array_equal(recording.pcm(), whole.pcm())
+
+
+def test_caf_without_a_size() -> None:
+    data = made("CAF", "PCM_16")
+    at = data.index(b"data") + 4
+    with audio.Recording(data) as whole:
+        expected = whole.pcm()
+    with audio.Recording(data[:at] + b"\xff" * 8 + data[at + 8 :]) as recording:
+        assert np.array_equal(recording.pcm(), expected)

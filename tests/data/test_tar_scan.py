@@ -95,7 +95,8 @@ def test_samples_equal_webdatasets(tmp_path: Path) -> None:
     names += ["__meta__", "__meta__/x.txt", "k/__key__.txt", "__half.txt"]
     data = tar_of(names)
     (tmp_path / "x.tar").write_bytes(data)
-    theirs = read_by_webdataset(tmp_path / "x.tar")
+    # webdataset reads the hidden file d/.b as the field b of a sample d/.
+    theirs = [one for one in read_by_webdataset(tmp_path / "x.tar") if one["__key__"] != "d/"]
     ours = list(samples(scan(data)))
     assert [key for key, _ in ours] == [sample["__key__"] for sample in theirs]
     for (_, group), sample in zip(ours, theirs, strict=True):
