@@ -9,6 +9,7 @@ The kinds are those of d2v_ds/data/checks.py.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -133,6 +134,9 @@ def masked(reason: str) -> str:
 
 def of_error(name: str, error: ValueError | OSError) -> Finding:
     """The finding about an input whose reading raised an error."""
+    if isinstance(error, FileNotFoundError) and error.filename and os.path.islink(error.filename):
+        reason = f"is a link to {os.readlink(error.filename)}, which is missing"
+        return Finding(name, reason, "link")
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     return Finding(name, reason, kind_of(error))
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from d2v_ds.data.checks import Finding
 from d2v_ds.data.headers import image_type
 from shards.family import Input, Sample
+from shards.images.labels import NO_LABEL
 from shards.images.layout import EXTENSIONS, USUAL, ImageLayout, ImageOptions, split_of
 from shards.keys import make_key
 from shards.walking import extension_of, walk, wanted
@@ -75,6 +76,8 @@ class Folder(ImageLayout):
             columns["split"] = split_of(above.pop(0))
         if above:
             columns["label"] = above[0]
+        elif self.classes:
+            columns[NO_LABEL] = "is in no folder of a class"
         return columns
 
 

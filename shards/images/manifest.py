@@ -53,8 +53,14 @@ class Manifest(ImageLayout):
         return replace(layout, classes=tuple(sorted(labels - {""})))
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
+        listed: set[str] = set()
         for row in _rows(self.source):
             path = row.pop("path")
+            place = os.path.normpath(self.root / path)
+            if place in listed:
+                findings.append(Finding(path, "is listed again", "duplicate"))
+                continue
+            listed.add(place)
             columns = labelled(row, self.options.label_key) if self.classes else row
             size = size_of(self.root / path)
             yield Sample(make_key(os.path.splitext(path)[0]), (Input(path),), columns, size)
@@ -80,7 +86,8 @@ def _with_path(
     for number, row in found:
         path = row.get("path")
         if not isinstance(path, str) or not path or "\0" in path:
-            raise UserError(f"{source}, line {number}: has no `path`{suggestion('path', row)}")
+            hint = suggestion("path", row) if "path" not in row else f" but {path!r:.60}"
+            raise UserError(f"{source}, line {number}: has no `path`{hint}")
         yield dict(row)
 
 
@@ -89,7 +96,7 @@ def _csv_rows(file: io.TextIOWrapper, source: Path) -> Iterator[tuple[int, dict[
     # A quote that nothing closes, or text after a closing one, would join rows.
     table = csv.reader(file, strict=True)
     try:
-        header = next(table, [])
+        header = [name.strip() for name in next(table, [])]
         if "path" not in header or len(set(header)) != len(header):
             raise UserError(
                 f"{source}: the first line must name the columns, including `path`, without "

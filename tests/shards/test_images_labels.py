@@ -486,3 +486,38 @@ def test_members_of_imagenet_that_are_no_images(tmp_path: Path) -> None:
         "all.tar, n1.tar, n1_readme.txt": "type",
         "all.tar, LICENSE.txt": "type",
     }
+
+
+def test_images_beside_the_folders_of_classes_are_told(tmp_path: Path) -> None:
+    for i, name in enumerate(("cat/a.png", "dog/b.png", "c.png")):
+        put(tmp_path / "in" / name, picture(seed=i))
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    assert labels(tmp_path / "out") == {"cat/a": "cat", "dog/b": "dog", "c": None}
+    assert altered(tmp_path / "out") == {"c.png": "is in no folder of a class"}
+
+
+def test_a_row_that_lists_an_image_again(tmp_path: Path) -> None:
+    """The first row counts, also if the second one states another class."""
+    for i in range(2):
+        put(tmp_path / f"{i}.png", picture(seed=i))
+    put(tmp_path / "m.csv", "path, label\n0.png,cat\n./0.png,dog\n1.png,dog\n")
+    assert convert(tmp_path / "m.csv", tmp_path / "out", "-j1", "--max-bad", "50%") == 0
+    assert labels(tmp_path / "out") == {"0": "cat", "1": "dog"}
+    assert found(tmp_path / "out", "quarantine.jsonl") == {
+        "./0.png": ("is listed again", "duplicate")
+    }
+
+
+def test_a_row_without_a_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path / "m.csv", "path,label\n,cat\n")
+    assert convert(tmp_path / "m.csv", tmp_path / "out") == 2
+    assert "line 2: has no `path` but ''" in capsys.readouterr().err
+
+
+def test_a_link_to_nothing(tmp_path: Path) -> None:
+    put(tmp_path / "in/a.png", picture())
+    (tmp_path / "in/b.png").symlink_to("gone.png")
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1", "--max-bad", "50%") == 0
+    assert found(tmp_path / "out", "quarantine.jsonl") == {
+        "b.png": ("is a link to gone.png, which is missing", "link")
+    }
