@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -73,12 +74,13 @@ def train(
 def run_steps(t: Training, stop: StopFlag) -> int:
     """The loop; returns the exit code."""
     state, config = t.state, t.config
-    if own_rank() == 0:
-        report(t)
+    described = epochs(t) if own_rank() == 0 else []
+    if described:
+        report(t, described)
     saved, skipped = state.step, 0
     with Telemetry(config, t.run, t.task, state.step, t.watchdog) as telemetry:
         if telemetry.writer:
-            telemetry.writer.text("data", "\n".join(epochs(t)), state.step)
+            telemetry.writer.text("data", "\n".join(described), state.step)
         while not finished(t) and not stop.agreed():
             t.saver.poll()
             if t.probing:
@@ -166,8 +168,8 @@ def epochs(t: Training) -> list[str]:
     ]
 
 
-def report(t: Training) -> None:
-    """Logs the derived properties of the run before its first step."""
+def report(t: Training, described: Sequence[str]) -> None:
+    """Logs the derived properties of the run before its first step. described: by `epochs`."""
     config, averages = t.config, t.task.averages()
 
     def size(names: set[str]) -> str:
@@ -191,7 +193,7 @@ def report(t: Training) -> None:
         config.batch.micro_batches // t.world.size,
         t.world.size,
     )
-    for line in epochs(t):
+    for line in described:
         log.info("%s", line)
     if t.validation:
         log.info("%s", t.validation.describe())

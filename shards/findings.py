@@ -8,6 +8,7 @@ The kinds are those of d2v_ds/data/checks.py.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -134,7 +135,12 @@ def masked(reason: str) -> str:
 
 def of_error(name: str, error: ValueError | OSError) -> Finding:
     """The finding about an input whose reading raised an error."""
-    if isinstance(error, FileNotFoundError) and error.filename and os.path.islink(error.filename):
+    if (
+        isinstance(error, OSError)
+        and error.errno in (errno.ENOENT, errno.ELOOP)
+        and error.filename
+        and os.path.islink(error.filename)
+    ):
         reason = f"is a link to {os.readlink(error.filename)}, which is missing"
         return Finding(name, reason, "link")
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -161,7 +161,7 @@ class Recording:
 
     @property
     def scale(self) -> float:
-        """What float samples have to be divided by to lie in [-1, 1]; 1 for other files. Reads the
+        """The divisor that brings float samples into [-1, 1]; 1 for other files. Reads the
         whole recording. Raises Unusable if no full scale fits the samples."""
         if self.info.subtype not in FLOATS:
             return 1.0

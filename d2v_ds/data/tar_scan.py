@@ -72,7 +72,7 @@ def members(
         if sparse:
             yield Member(name, 0, 0, SPARSE)
         elif kind in LINKS:
-            if table is None:  # a scan of its own, since targets may follow their links
+            if table is None:  # a second scan, because targets may follow their links
                 table = LinkTable(entries(file, start, end, []))
             target = table.target(name, offset, link, kind == tarfile.SYMTYPE)
             if isinstance(target, Problem):

@@ -25,7 +25,7 @@ BESIDE = frozenset(
     (".json", ".jsonl", ".txt", ".csv", ".tsv", ".xml", ".html", ".md", ".yaml", ".yml", ".npy",
      ".npz", ".py", ".tar", ".gz", ".zip", ".parquet")
 )  # fmt: skip
-"""Extensions of files that lie beside images. They are not opened; there can be millions."""
+"""Extensions of files that are not images. They are not opened, because there can be millions."""
 
 COPIES = frozenset((".bak", ".old", ".orig", ".tmp", ".part", ".thm", ".jpg_original"))
 """Extensions of copies and thumbnails of images, which would be used twice."""

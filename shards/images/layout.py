@@ -59,7 +59,7 @@ class ImageLayout(Layout[ImageOptions, bytes], abstract=True):
 
 
 def split_of(name: str) -> str:
-    """The split that the name of a folder or file states as a word of its own (val2017,
+    """The split that the name of a folder or file states as a separate word (val2017,
     training_set, data-train-00000.tar); "": none."""
     words = re.split(r"[^a-z]+", name.lower())
     return next((SPLITS[word] for word in words if word in SPLITS), "")

@@ -1,13 +1,12 @@
 """Parquet with an image column as Hugging Face stores it: a struct of bytes and path, and a label
 that is a name or the number of a class (https://huggingface.co/docs/hub/datasets-image).
 
-Every file has class names of its own, so numbers become names file by file. A sample of the plan is
-a row group.
+Each file may define other class names, so numbers become names file by file. A sample of the plan
+is a row group.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
@@ -59,7 +58,8 @@ class Parquet(ImageLayout):
         splits: Counter[str] = Counter()
         columns: set[str] = set()
         unread: set[str] = set()
-        for file in layout._files():
+        files = layout._files()
+        for file in files:
             try:
                 table = parquet.open_table(file)
             except UserError:
@@ -73,11 +73,11 @@ class Parquet(ImageLayout):
                 )
             columns |= set(names)
             unread |= set(parquet.binary_columns(table)) - {key}
-            classes |= dict.fromkeys(_class_names(table, options.label_key) or ())
+            classes |= dict.fromkeys(parquet.class_names(table).get(options.label_key, ()))
             splits[_split_of(file.relative_to(layout.root))] += table.metadata.num_rows
         if columns:
             check_label_key(source, options, columns)
-        remarks = about_splits(splits, "rows", _choice(layout._files()[0].relative_to(layout.root)))
+        remarks = about_splits(splits, "rows", _choice(files[0].relative_to(layout.root)))
         remarks += tuple(f"the column {name} is not kept" for name in sorted(unread))
         return replace(layout, classes=tuple(classes), split=len(splits) > 1, remarks=remarks)
 
@@ -108,7 +108,7 @@ class Parquet(ImageLayout):
             names = table.schema_arrow.names
             if key not in names:
                 raise Unusable("row", f"has no column {key!r} (columns: {', '.join(names)})")
-            classes = _class_names(table, self.options.label_key)
+            classes = parquet.class_names(table).get(self.options.label_key)
             unread = set(parquet.binary_columns(table)) - {key}
             split = _split_of(Path(part.path)) if self.split else ""
             for number, row in parquet.rows(table, part, [n for n in names if n not in unread]):
@@ -163,13 +163,3 @@ def _choice(file: Path) -> str:
 def _split_of(file: Path) -> str:
     """Of a dataset of the Hub: data/train-00000-of-00001.parquet, default/train/0000.parquet."""
     return split_of(file.name) or split_of(file.parent.name)
-
-
-def _class_names(table: Any, label_key: str) -> tuple[str, ...] | None:
-    """The class names that the datasets library stores in the schema; None if there are none."""
-    raw = (table.schema_arrow.metadata or {}).get(b"huggingface", b"")
-    try:
-        names = json.loads(raw)["info"]["features"][label_key]["names"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return tuple(map(str, names)) if isinstance(names, list) else None

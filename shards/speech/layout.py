@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from d2v_ds.data.checks import Finding
 from d2v_ds.data.containers import FFMPEG
 from shards.layout import Layout
-from shards.walking import extension_of
+from shards.walking import extension_of, first_folder, walk, wanted
 
 # Extensions of what libsndfile reads. Raw samples have no header; .mat, .mpc, .iff and .htk files
 # usually hold something else.
@@ -24,6 +25,26 @@ FOREIGN = (  # recordings that libsndfile does not read
 )
 
 SpeechLayout = Layout[None, bytes]  # an item holds an encoded recording
+
+
+def is_packed(source: Path, extension: str) -> bool:
+    """Whether SOURCE is a file with this extension, or a folder whose first folder with such files
+    or recordings contains no recordings beside them."""
+    if source.is_file():
+        return extension_of(source.name) == extension
+    extensions = set(map(extension_of, first_folder(source, (*AUDIO, extension))[1]))
+    return extension in extensions and extensions.isdisjoint(AUDIO)
+
+
+def packed_files(source: Path, extension: str, findings: list[Finding]) -> Iterator[str]:
+    """SOURCE, or the files with this extension below it, relative to the root of the layout.
+    Raises UserError if there are none."""
+    if source.is_file():
+        yield source.name
+        return
+    found = walk(source, findings)
+    files = wanted(source, found, lambda n: extension_of(n) == extension, extension, findings)
+    yield from (file.path for file in files)
 
 
 def advised(findings: Iterable[Finding]) -> list[Finding]:

@@ -19,9 +19,8 @@ from shards import parquet
 from shards.family import Input, Item, Sample
 from shards.findings import of_error
 from shards.keys import make_key, part_key
-from shards.speech.layout import AUDIO, SpeechLayout
+from shards.speech.layout import SpeechLayout, is_packed, packed_files
 from shards.speech.rows import OTHER_PATHS, PATHS
-from shards.walking import extension_of, first_folder, walk, wanted
 
 SCALAR = (str, int, float, bool)
 NAMES = ("audio", *PATHS, *OTHER_PATHS, "wav", "flac", "mp3", "speech", "sound")
@@ -38,11 +37,7 @@ class Parquet(SpeechLayout):
 
     @classmethod
     def recognises(cls, source: Path) -> bool:
-        """A folder: by the first folder that contains Parquet files or recordings."""
-        if source.is_file():
-            return extension_of(source.name) == parquet.EXTENSION
-        extensions = set(map(extension_of, first_folder(source, (*AUDIO, parquet.EXTENSION))[1]))
-        return parquet.EXTENSION in extensions and extensions.isdisjoint(AUDIO)
+        return is_packed(source, parquet.EXTENSION)
 
     @classmethod
     def open(cls, source: Path, options: None) -> Parquet:
@@ -65,17 +60,7 @@ class Parquet(SpeechLayout):
         return layout
 
     def files(self, findings: list[Finding]) -> Iterator[str]:
-        if self.source.is_file():
-            yield self.source.name
-            return
-        files = wanted(
-            self.root,
-            walk(self.root, findings),
-            lambda name: extension_of(name) == parquet.EXTENSION,
-            parquet.EXTENSION,
-            findings,
-        )
-        yield from (file.path for file in files)
+        return packed_files(self.source, parquet.EXTENSION, findings)
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         for file in self.files(findings):

@@ -15,9 +15,8 @@ from d2v_ds.data.checks import Finding
 from d2v_ds.data.tar_scan import Member
 from shards.family import Input, Sample
 from shards.keys import make_key
-from shards.speech.layout import AUDIO, SpeechLayout
+from shards.speech.layout import AUDIO, SpeechLayout, is_packed, packed_files
 from shards.tars import TAR, grouped
-from shards.walking import extension_of, first_folder, walk, wanted
 
 LABELS = {"txt": "text", "cls": "label"}  # column of a member
 
@@ -28,19 +27,10 @@ class WebDataset(SpeechLayout):
 
     @classmethod
     def recognises(cls, source: Path) -> bool:
-        """A folder: by the first folder that contains tars or recordings."""
-        if source.is_file():
-            return extension_of(source.name) == TAR
-        extensions = set(map(extension_of, first_folder(source, (*AUDIO, TAR))[1]))
-        return TAR in extensions and extensions.isdisjoint(AUDIO)
+        return is_packed(source, TAR)
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
-        names = [self.source.name]
-        if self.source.is_dir():
-            files = walk(self.source, findings)
-            tars = wanted(self.source, files, lambda n: extension_of(n) == TAR, TAR, findings)
-            names = [path for path, _, _ in tars]
-        for name in names:
+        for name in list(packed_files(self.source, TAR, findings)):
             with (self.root / name).open("rb") as file:
                 yield from _samples(file, name, findings)
 

@@ -140,14 +140,13 @@ def once(root: Path, files: Iterable[FoundFile], findings: list[Finding]) -> Ite
     these are added to `findings`."""
     seen: dict[tuple[int, int], str] = {}
     for file in files:
-        path = root / file.path
         try:
-            status = path.stat()
-        except OSError:  # the conversion reports other reasons
-            if path.is_symlink() and not path.exists():
-                reason = f"is a link to {os.readlink(path)}, which is missing"
-                findings.append(Finding(file.path, reason, "link"))
-            else:
+            status = (root / file.path).stat()
+        except OSError as error:
+            broken = of_error(file.path, error)
+            if broken.kind == "link":
+                findings.append(broken)
+            else:  # the conversion reports the reason
                 yield file
             continue
         first = seen.setdefault((status.st_dev, status.st_ino), file.path)

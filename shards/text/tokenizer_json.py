@@ -24,7 +24,7 @@ class JsonTokenizer:
         try:
             raw = parsed(content)
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library has no type of its own
+        except Exception as error:  # the library raises no more specific type
             raise UserError(f"{name}: is not a tokenizer.json ({error})") from None
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()

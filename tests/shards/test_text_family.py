@@ -24,18 +24,15 @@ from d2v_ds.data.shard_format import open_set, read_index
 from d2v_ds.errors import UserError
 from d2v_ds.loader.reading import read_samples
 from d2v_ds.modalities.text import Text, TextConfig
-from shards import samples
 from shards.cli import main
 from shards.family import Converted, PackedMember
 from shards.layout import AUTO, find
 from shards.text import LAYOUTS, reading
 from shards.text.layout import TextLayout, TextOptions
 from shards.text.packing import LabelledText, PackedText, pack
-from shards.text.tokenizer import Tokenizer
-from tests.helpers.corpora import put
+from tests.helpers.corpora import put, quarantine
+from tests.shards.text_sets import MODEL, TOKENIZER, read
 
-MODEL = samples.path("text") / "tokenizer.model"
-TOKENIZER = Tokenizer.load(MODEL)
 EOS = TOKENIZER.eos_id
 DOCUMENTS = [
     "plain words",
@@ -77,11 +74,6 @@ def documents(folder: Path) -> list[str]:
         else:
             ids.append(i)
     return result
-
-
-def quarantine(folder: Path) -> dict[str, str]:
-    lines = (folder / "quarantine.jsonl").read_text().splitlines()
-    return {row["path"]: row["reason"] for row in map(json.loads, lines)}
 
 
 # ----------------------------------------------------------------------------------------- packing
@@ -170,16 +162,6 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------- documents
-
-
-def read(layout: TextLayout) -> tuple[list[str], list[Finding]]:
-    findings: list[Finding] = []
-    found = [
-        item.content
-        for sample in layout.samples(findings)
-        for item in layout.read(sample, findings)
-    ]
-    return found, findings
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,11 @@ import pytest
 from d2v_ds.data.shard_format import open_set
 from d2v_ds.loader.reading import read_samples
 from d2v_ds.modalities.text import read_ids
-from shards import samples
 from shards.cli import main
 from shards.text import reading
-from shards.text.tokenizer import Tokenizer
+from tests.helpers.corpora import quarantine
+from tests.shards.text_sets import TOKENIZER, convert
 
-MODEL = samples.path("text") / "tokenizer.model"
-TOKENIZER = Tokenizer.load(MODEL)
 EOS = TOKENIZER.eos_id
 PAIRS = [
     ("A man is walking.", "Somebody walks \u2014 slowly.", 3.8, "captions"),
@@ -26,10 +24,6 @@ PAIRS = [
     ("One.", "Two.", 5.0, "forum"),
 ]
 KEYS = ["--text-key", "a", "--pair-key", "b", "--label-key", "score"]
-
-
-def convert(*arguments: object) -> int:
-    return main(["text", *map(str, arguments), "--tokenizer", str(MODEL), "-j", "1"])
 
 
 def packed(a: str, b: str) -> list[int]:
@@ -44,11 +38,6 @@ def content(out: Path) -> list[tuple[list[int], dict[str, Any]]]:
         (read_ids(sample).tolist(), json.loads(sample["json"]))
         for _, sample in read_samples(shards, ("npy", "json"))
     ]
-
-
-def quarantine(out: Path) -> dict[str, str]:
-    lines = (out / "quarantine.jsonl").read_text().splitlines()
-    return {row["path"]: row["reason"] for row in map(json.loads, lines)}
 
 
 def write_jsonl(folder: Path) -> Path:

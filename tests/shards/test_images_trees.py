@@ -1,0 +1,182 @@
+"""d2v-shards images: classes and splits of folder trees and tars."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from shards.cli import main
+from tests.helpers.corpora import contents, found, put, put_tar
+from tests.shards.pictures import picture
+from tests.shards.test_images_family import convert
+from tests.shards.test_images_labels import altered, index, labels
+
+
+def test_folders_without_an_image_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("cat/0.png", "dog/deep/0.png"):
+        put(tmp_path / "in" / name, picture())
+    put(tmp_path / "in/notes/readme.md", "text")
+    (tmp_path / "in/empty").mkdir()
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    text = capsys.readouterr().out
+    remark = "the folders empty, notes have no sample and are no classes"
+    assert f"{tmp_path / 'in'}: {remark}\n" in text and "(1 .md)" in text
+    assert index(tmp_path / "out")["classes"] == ["cat", "dog"]
+    assert index(tmp_path / "out")["remarks"] == [remark]
+    assert main(["stats", str(tmp_path / "out")]) == 0
+    assert remark in capsys.readouterr().out
+
+
+def test_a_class_whose_images_are_damaged_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "in/cat/0.png", picture())
+    put(tmp_path / "in/dog/0.png", picture()[:90])
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1", "--max-bad", "50%") == 0
+    assert index(tmp_path / "out")["classes"] == ["cat", "dog"]
+    capsys.readouterr()
+    assert main(["stats", str(tmp_path / "out")]) == 0
+    assert "classes without a sample: dog" in capsys.readouterr().out
+
+
+def imagenet_tree(root: Path) -> None:
+    """ROOT/train/CLASS and ROOT/val/CLASS."""
+    for split, number in (("train", 3), ("val", 2)):
+        for name in ("n01440764", "n01443537"):
+            for i in range(number):
+                put(root / split / name / f"{name}_{i}.JPEG", picture("JPEG", seed=i))
+
+
+def test_a_tree_with_train_and_val(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    imagenet_tree(tmp_path / "in")
+    for split, number in (("train", 3), ("val", 2)):
+        assert convert(tmp_path / "in" / split, tmp_path / split, "-j1") == 0
+        counts = Counter(labels(tmp_path / split).values())
+        assert counts == {"n01440764": number, "n01443537": number}
+        assert "split" not in capsys.readouterr().out.replace(str(tmp_path), "")
+    assert convert(tmp_path / "in", tmp_path / "both", "-j1") == 0
+    text = capsys.readouterr().out
+    assert "train, val are splits, not classes" in text and "SOURCE/train" in text
+    assert Counter(labels(tmp_path / "both").values()) == {"n01440764": 5, "n01443537": 5}
+    assert index(tmp_path / "both")["classes"] == ["n01440764", "n01443537"]
+    splits = Counter(s["json"]["split"] for s in contents(tmp_path / "both").values())
+    assert splits == {"train": 6, "validation": 4}
+
+
+@pytest.mark.parametrize(
+    ("folders", "split"),
+    [
+        (("Training_Set/cat", "test_set/cat"), ["train", "test"]),
+        (("train2017", "val2017"), ["train", "validation"]),
+        (("train/a/cat", "annotations"), ["train"]),
+    ],
+)
+def test_names_of_splits(folders: tuple[str, ...], split: list[str], tmp_path: Path) -> None:
+    for name in folders:
+        is_image = name != "annotations"
+        put(tmp_path / "in" / name / ("0.png" if is_image else "a.json"), picture())
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    metas = [sample["json"] for sample in contents(tmp_path / "out").values()]
+    assert sorted(meta["split"] for meta in metas) == sorted(split)
+    labels = {"Training_Set/cat": "cat", "train2017": None, "train/a/cat": "a"}
+    assert {meta.get("label") for meta in metas} == {labels[folders[0]]}
+
+
+@pytest.mark.parametrize(
+    ("names", "remark"),
+    [
+        (["train/0", "val/0", "other/0"], "train, val are classes although they have names of"),
+        (["data/cat/0", "data/dog/0"], "classes (cat, dog), give SOURCE/data as SOURCE"),
+    ],
+)
+def test_folders_that_may_be_no_classes(names: list[str], remark: str, tmp_path: Path) -> None:
+    for name in names:
+        put(tmp_path / f"in/{name}.png", picture())
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    [found] = index(tmp_path / "out")["remarks"]
+    assert remark in found
+
+
+def test_tars_of_several_splits_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("pics-train-000000", "pics-train-000001", "pics-val-000000"):
+        put_tar(tmp_path / f"in/{name}.tar", [(f"{name}-0.jpg", picture("JPEG"))])
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    assert "the tars of several splits (train 2, validation 1)" in capsys.readouterr().out
+
+
+def test_imagenets_training_and_validation_tars(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As downloaded, in one folder: neither tar is a class."""
+    inner = put_tar(tmp_path / "n1.tar", [("n1_0.JPEG", picture("JPEG"))]).read_bytes()
+    train = put_tar(tmp_path / "in/ILSVRC2012_img_train.tar", [("n1.tar", inner)])
+    val = put_tar(
+        tmp_path / "in/ILSVRC2012_img_val.tar",
+        [(f"ILSVRC2012_val_{i:08}.JPEG", picture("JPEG", seed=i)) for i in range(3)],
+    )
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 2
+    assert f"give {train} as SOURCE" in capsys.readouterr().err
+    assert convert(train, tmp_path / "train", "-j1") == 0
+    assert labels(tmp_path / "train") == {"n1/n1_0": "n1"}
+    assert convert(val, tmp_path / "val", "-j1") == 0
+    assert list(labels(tmp_path / "val").values()) == [None] * 3
+
+
+def test_a_class_can_be_called_train(tmp_path: Path) -> None:
+    for name in ("train/0.png", "bus/0.png"):
+        put(tmp_path / "in" / name, picture())
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    assert labels(tmp_path / "out") == {"train/0": "train", "bus/0": "bus"}
+
+
+def test_labels_of_webdataset_tars(tmp_path: Path) -> None:
+    cls = {"a": b"3\n", "b": b"-1", "c": b"", "d": b" cat "}
+    members = []
+    for key, data in cls.items():
+        members += [(f"{key}.jpg", picture("JPEG")), (f"{key}.cls", data)]
+    members += [("e.jpg", picture("JPEG")), ("e.json", b'{"label": null, "caption": "x"}')]
+    members += [("f.jpg", picture("JPEG")), ("f.depth.npy", b"x"), ("f.seg.png", b"x")]
+    put_tar(tmp_path / "in/a.tar", members)
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    expected = {"a": "3", "b": None, "c": None, "d": "cat", "e": None, "f": None}
+    assert labels(tmp_path / "out") == expected
+    assert contents(tmp_path / "out")["e"]["json"]["caption"] == "x"
+    kinds = Counter(kind for _, kind in found(tmp_path / "out", "notes.jsonl").values())
+    assert kinds == {"no metadata": 3, "unused": 2}
+
+
+def test_members_of_imagenet_that_are_no_images(tmp_path: Path) -> None:
+    inner = put_tar(
+        tmp_path / "n1.tar", [("n1_0.JPEG", picture("JPEG")), ("n1_readme.txt", b"x")]
+    ).read_bytes()
+    put_tar(tmp_path / "all.tar", [("n1.tar", inner), ("LICENSE.txt", b"x")])
+    assert convert(tmp_path / "all.tar", tmp_path / "out", "-j1") == 0
+    assert labels(tmp_path / "out") == {"n1/n1_0": "n1"}
+    notes = found(tmp_path / "out", "notes.jsonl")
+    assert {name: kind for name, (_, kind) in notes.items()} == {
+        "all.tar, n1.tar, n1_readme.txt": "type",
+        "all.tar, LICENSE.txt": "type",
+    }
+
+
+def test_images_beside_the_folders_of_classes_are_told(tmp_path: Path) -> None:
+    for i, name in enumerate(("cat/a.png", "dog/b.png", "c.png")):
+        put(tmp_path / "in" / name, picture(seed=i))
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    assert labels(tmp_path / "out") == {"cat/a": "cat", "dog/b": "dog", "c": None}
+    assert altered(tmp_path / "out") == {"c.png": "is in no folder of a class"}
+
+
+def test_a_link_to_nothing(tmp_path: Path) -> None:
+    put(tmp_path / "in/a.png", picture())
+    (tmp_path / "in/b.png").symlink_to("gone.png")
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1", "--max-bad", "50%") == 0
+    assert found(tmp_path / "out", "quarantine.jsonl") == {
+        "b.png": ("is a link to gone.png, which is missing", "link")
+    }
