@@ -135,15 +135,14 @@ def masked(reason: str) -> str:
 
 def of_error(name: str, error: ValueError | OSError) -> Finding:
     """The finding about an input whose reading raised an error."""
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     if (
         isinstance(error, OSError)
         and error.errno in (errno.ENOENT, errno.ELOOP)
         and error.filename
         and os.path.islink(error.filename)
     ):
-        reason = f"is a link to {os.readlink(error.filename)}, which is missing"
-        return Finding(name, reason, "link")
-    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        return Finding(name, f"is a link to {os.readlink(error.filename)}: {reason}", "link")
     return Finding(name, reason, kind_of(error))
 
 

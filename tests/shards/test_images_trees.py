@@ -178,5 +178,5 @@ def test_a_link_to_nothing(tmp_path: Path) -> None:
     (tmp_path / "in/b.png").symlink_to("gone.png")
     assert convert(tmp_path / "in", tmp_path / "out", "-j1", "--max-bad", "50%") == 0
     assert found(tmp_path / "out", "quarantine.jsonl") == {
-        "b.png": ("is a link to gone.png, which is missing", "link")
+        "b.png": ("is a link to gone.png: No such file or directory", "link")
     }
