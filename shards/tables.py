@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from d2v_ds.errors import UserError
+from shards.line_ends import with_newlines
 from shards.walking import extension_of
 
 LONGEST_HEADER = 1 << 16  # bytes
@@ -16,14 +17,14 @@ def header(path: Path) -> list[str]:
     """The cells of the first line; [] if the file is not a .tsv."""
     if not path.is_file() or extension_of(path.name) != ".tsv":
         return []
-    with path.open("rb") as file:
+    with with_newlines(path.open("rb")) as file:
         line = file.readline(LONGEST_HEADER).decode("utf-8-sig", "replace")
     return line.rstrip("\r\n").split("\t")
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, line without its end). Raises UserError if the file is not UTF-8."""
-    with path.open("rb") as file:
+    with with_newlines(path.open("rb")) as file:
         for number, raw in enumerate(file, start=1):
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")

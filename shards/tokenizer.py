@@ -12,12 +12,12 @@ from d2v_ds.exit_codes import FINISHED
 from d2v_ds.files import write_atomically
 from shards.arguments import add_chosen, add_sources, number
 from shards.choosing import Chooser
+from shards.encoding import check_text
 from shards.family import Sample
 from shards.findings import counts, first_reasons, left_out, not_chosen_line, of_error
 from shards.layout import AUTO
 from shards.several import open_sources
 from shards.text import LAYOUTS, add_text_key
-from shards.text.encoding import check_text
 from shards.text.layout import TextLayout, TextOptions
 
 DESCRIPTION = (

@@ -5,7 +5,7 @@
 
 A part is the unit that one process reads at a time, so its size only limits the work that is lost
 if the process is killed. Text is UTF-8 and stays unchanged, except for a byte order mark and the
-newline that ends a line.
+ends of lines, which become newlines.
 """
 
 from __future__ import annotations

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from d2v_ds.data.checks import Finding, Unusable
+from shards.encoding import HEAD, check_head
 from shards.family import Input
 from shards.findings import of_error
+from shards.line_ends import ends_with_returns
 from shards.text import reading
 from shards.text.compressed import COMPRESSED
-from shards.text.encoding import HEAD, check_head
 from shards.text.layout import Document, TextFormat
 from shards.walking import extension_of
 
@@ -45,7 +46,9 @@ class LineFormat(TextFormat, abstract=True):
                 yield Input(file), size
                 return
             with path.open("rb") as opened:
-                if not is_text(opened.peek(HEAD)[:HEAD]) or not self.divisible(opened, file):
+                head = opened.peek(HEAD)[:HEAD]
+                divisible = is_text(head) and not ends_with_returns(head)
+                if not divisible or not self.divisible(opened, file):
                     yield Input(file), size
                     return
                 blank = self.pieces is reading.paragraphs

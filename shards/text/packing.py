@@ -20,11 +20,11 @@ import numpy.typing as npt
 
 from d2v_ds.data.checks import Finding
 from d2v_ds.data.tokenizer_json import SENTENCEPIECE_FILE
+from shards.encoding import check_text
 from shards.family import SPLIT, Converted, Item, PackedMember, Sample
 from shards.findings import left_out, of_error
 from shards.keys import part_key
 from shards.plan import split_of
-from shards.text.encoding import check_text
 from shards.text.layout import TextLayout
 from shards.text.tokenizer import Tokenizer
 

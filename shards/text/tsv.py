@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from d2v_ds.data.checks import Finding
+from shards.encoding import BOM, HEAD, check_head
 from shards.family import Input
 from shards.findings import of_error
 from shards.text import reading, tables
-from shards.text.encoding import BOM, HEAD, check_head
 from shards.text.layout import Document
 from shards.text.lines import LineFormat, Pieces
 
@@ -29,7 +29,7 @@ class Tsv(LineFormat):
         return reading.rows
 
     def document(self, text: str) -> tuple[str, dict[str, Any]]:
-        return text.removesuffix("\r"), {}
+        return text, {}
 
     def pieces_of(
         self, file: io.BufferedReader, part: Input, findings: list[Finding]

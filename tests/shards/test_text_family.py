@@ -39,7 +39,7 @@ DOCUMENTS = [
     "Ünïcödé 東京 😀👩‍👩‍👧 e\u0301",
     " spaces  kept ",
     "tab\tand \x01 control \x7f",
-    "carriage return at the end\r",
+    "carriage return\rinside",
     "<mask> </s> ▁",
     "x" * 700,
 ]

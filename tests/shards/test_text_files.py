@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from d2v_ds.data.checks import Unusable
 from shards.cli import main
+from shards.encoding import check_head
 from shards.text import reading
 from shards.text.compressed import Decompressed, open_compressed
-from shards.text.encoding import check_head
 from tests.helpers.corpora import put
 from tests.shards.layout_corpora import put_parquet
 from tests.shards.text_sets import about, convert, documents, found_in
