@@ -20,9 +20,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from d2v_ds.data.checks import Unusable
 from d2v_ds.data.tokenizer_json import SENTENCEPIECE_FILE, is_json
 from d2v_ds.errors import UserError
+from shards.encoding import check_unicode
 
 SPACE = "▁"  # the character that sentencepiece uses for a space
 SPACE_BYTES = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
@@ -87,10 +87,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids, without eos. Raises ValueError for text that is not valid Unicode (half a surrogate
         pair)."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise Unusable("encoding", f"is not Unicode text ({error.reason})") from None
+        check_unicode(text)
         ids: list[int] = []
         for part in _cut(text):
             ids += self._model.encode(part)

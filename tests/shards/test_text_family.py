@@ -167,9 +167,9 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("divided", "expected"),
     [
-        ("line", ["one", "two\r", " three ", "four"]),
-        ("blank-line", ["one\ntwo\r", " three \nfour"]),
-        ("file", ["one\ntwo\r\n\n \t\n three \nfour\n\n"]),
+        ("line", ["one", "two", " three ", "four"]),
+        ("blank-line", ["one\ntwo", " three \nfour"]),
+        ("file", ["one\ntwo\n\n \t\n three \nfour\n\n"]),
     ],
 )
 def test_options_for_dividing_files_into_documents(

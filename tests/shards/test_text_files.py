@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import os
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from hypothesis import strategies as st
 
 from d2v_ds.data.checks import Unusable
 from shards.cli import main
-from shards.encoding import check_head
+from shards.encoding import check_head, check_text
+from shards.findings import of_error
 from shards.text import reading
 from shards.text.compressed import Decompressed, open_compressed
 from tests.helpers.corpora import put
 from tests.shards.layout_corpora import put_parquet
-from tests.shards.text_sets import about, convert, documents, found_in
+from tests.shards.text_sets import about, convert, documents, found_in, open_text, read
 
 ENGLISH = "".join(f"Note {i}: the water near the evening road\n" for i in range(50))
 GERMAN = "Über die Straße läuft ein müder Bär.\n" * 30
@@ -98,6 +100,51 @@ def test_latin_1_is_one_reason_that_says_what_to_do(
     assert convert(tmp_path / "a.txt", tmp_path / "out") == 2
     message = capsys.readouterr().err
     assert "30 x is not UTF-8" in message and "iconv -f LATIN1 -t UTF-8" in message
+
+
+FRENCH = "« L’été » — déjà vu : cœur à l’œuvre…\n"
+RUSSIAN = "Человек идёт по дороге вечером.\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "codec", "advice"),
+    [
+        (GERMAN, "latin-1", "LATIN1"),
+        (FRENCH, "cp1252", "WINDOWS-1252"),
+        (RUSSIAN, "cp1251", "GB18030"),
+        (RUSSIAN, "koi8-r", "GB18030"),
+        (CHINESE, "gbk", "GB18030"),
+        ("日本語の文です。\n" * 9, "shift-jis", "GB18030"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "a.json", "a.jsonl"])
+def test_the_advice_for_other_encodings(
+    name: str, text: str, codec: str, advice: str, tmp_path: Path
+) -> None:
+    text = text.split("\n")[0]
+    form = {"a.txt": "{}", "a.csv": "text\n{}", "a.tsv": "text\n{}"}
+    row = form.get(name, '[{{"text": "{}"}}]' if name == "a.json" else '{{"text": "{}"}}')
+    data = put(tmp_path / name, row.format(text).encode(codec)).read_bytes()
+    texts, findings = read(open_text(tmp_path / name))
+    for content in texts:
+        with pytest.raises(Unusable) as caught:
+            check_text(content)
+        findings.append(of_error(name, caught.value))
+    assert findings and {one.kind for one in findings} == {"encoding"}
+    command = findings[0].reason.partition("iconv ")[2]
+    assert command == f"-f {advice} -t UTF-8"
+    done = subprocess.run(["iconv", *command.split()], input=data, capture_output=True)
+    assert done.returncode == 0 or advice == "GB18030"
+    if advice != "GB18030":
+        assert done.stdout == row.format(text).encode()
+
+
+def test_utf_8_with_damaged_bytes(tmp_path: Path) -> None:
+    data = put(tmp_path / "a.txt", GREEK[:30].encode() + b"\xff\xfe.\n").read_bytes()
+    _, [found] = read(open_text(tmp_path / "a.txt"))
+    command = found.reason.partition("iconv ")[2]
+    done = subprocess.run(["iconv", *command.split()], input=data, capture_output=True)
+    assert done.stdout == GREEK[:30].encode() + b".\n"
 
 
 def test_a_binary_file_with_a_name_of_text(tmp_path: Path) -> None:
