@@ -219,6 +219,28 @@ def test_decompression_equals_the_input(
         assert (found, raw.damage) == (data, "")
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"a line\n" * 400, "its content is not compressed; rename it without this extension"),
+        ("Ü".encode(), "its content is not compressed; rename it without this extension"),
+        (gzip.compress(b"a line\n"), "its content is compressed as .gz; rename it"),
+        (bz2.compress(b"a line\n"), "its content is compressed as .bz2; rename it"),
+    ],
+)
+@pytest.mark.parametrize("extension", [".gz", ".bz2", ".xz", ".zst", ".lzma"])
+def test_files_that_are_not_compressed_as_their_name_says(
+    extension: str, content: bytes, reason: str, tmp_path: Path
+) -> None:
+    if f"as {extension};" in reason:
+        return
+    put(tmp_path / f"a.txt{extension}", content)
+    assert read(open_text(tmp_path / f"a.txt{extension}")) == (
+        [],
+        [(f"a.txt{extension}", f"is named {extension}, but {reason}", "format")],
+    )
+
+
 @pytest.mark.parametrize("extension", [".gz", ".bz2", ".xz", ".zst", ".lzma"])
 def test_a_truncated_file_keeps_its_whole_lines(extension: str, tmp_path: Path) -> None:
     letters = np.random.default_rng(0).choice(list(b"abcdefgh "), (20_000, 100)).astype(np.uint8)
