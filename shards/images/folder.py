@@ -18,6 +18,7 @@ from shards.family import Input, Sample
 from shards.images.labels import NO_LABEL
 from shards.images.layout import EXTENSIONS, USUAL, ImageLayout, ImageOptions, split_of
 from shards.keys import make_key
+from shards.links import once
 from shards.walking import extension_of, walk, wanted
 
 READ = frozenset(EXTENSIONS)
@@ -64,7 +65,7 @@ class Folder(ImageLayout):
         # The path in place of the name, because the content decides for unknown extensions.
         files = (file._replace(name=file.path) for file in walk(self.root, findings))
         own = wanted(self.root, files, lambda path: is_image(self.root, path), USUAL, findings)
-        for path, _, size in own:
+        for path, _, size in once(self.root, own, findings):
             stem, extension = os.path.splitext(path)
             key = make_key(stem if extension.lower() in READ else path)
             yield Sample(key, (Input(path),), self._columns(path), size)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from d2v_ds.data.checks import Finding
 from shards.family import Item, Sample
-from shards.text.layout import TextFormat, TextLayout, TextOptions, once
+from shards.links import once
+from shards.text.layout import TextFormat, TextLayout, TextOptions
 from shards.walking import walk, wanted
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +25,9 @@ from shards.family import Input, Item, Sample
 from shards.findings import of_error
 from shards.keys import make_key, part_key
 from shards.layout import Layout
+from shards.links import once
 from shards.text.compressed import COMPRESSED
-from shards.walking import FoundFile, extension_of, size_of, walk, wanted
+from shards.walking import extension_of, size_of, walk, wanted
 
 Document = tuple[str, str, dict[str, Any]]  # name in quarantine.jsonl, text, columns
 SCALAR = (str, int, float)
@@ -133,27 +134,6 @@ def inner_extension(name: str) -> str:
     if extension_of(name) in COMPRESSED:
         name = os.path.splitext(name)[0]
     return extension_of(name)
-
-
-def once(root: Path, files: Iterable[FoundFile], findings: list[Finding]) -> Iterator[FoundFile]:
-    """The files without links to a file that is among them already, and without broken links;
-    these are added to `findings`."""
-    seen: dict[tuple[int, int], str] = {}
-    for file in files:
-        try:
-            status = (root / file.path).stat()
-        except OSError as error:
-            broken = of_error(file.path, error)
-            if broken.kind == "link":
-                findings.append(broken)
-            else:  # the conversion reports the reason
-                yield file
-            continue
-        first = seen.setdefault((status.st_dev, status.st_ino), file.path)
-        if first == file.path:
-            yield file
-        else:
-            findings.append(Finding(file.path, f"is a link to {first}", "linked twice"))
 
 
 def from_row(row: Mapping[str, Any], options: TextOptions) -> tuple[str, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -171,6 +172,20 @@ def test_images_beside_the_folders_of_classes_are_told(tmp_path: Path) -> None:
     assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
     assert labels(tmp_path / "out") == {"cat/a": "cat", "dog/b": "dog", "c": None}
     assert altered(tmp_path / "out") == {"c.png": "is in no folder of a class"}
+
+
+def test_a_picture_with_several_names_is_one_sample(tmp_path: Path) -> None:
+    put(tmp_path / "in/cat/a.png", picture())
+    (tmp_path / "in/dog").mkdir()
+    (tmp_path / "in/cat/b.png").symlink_to("a.png")
+    os.link(tmp_path / "in/cat/a.png", tmp_path / "in/dog/c.png")
+    (tmp_path / "in/dog/d.png").symlink_to("../cat/b.png")
+    (tmp_path / "in/dog/e.png").symlink_to(put(tmp_path / "elsewhere/e.png", picture(seed=1)))
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    assert labels(tmp_path / "out") == {"cat/a": "cat", "dog/e": "dog"}
+    reason = ("is a link to cat/a.png", "linked twice")
+    expected = dict.fromkeys(("cat/b.png", "dog/c.png", "dog/d.png"), reason)
+    assert found(tmp_path / "out", "notes.jsonl") == expected
 
 
 def test_a_link_to_nothing(tmp_path: Path) -> None:
