@@ -16,17 +16,16 @@ def once(root: Path, files: Iterable[FoundFile], findings: list[Finding]) -> Ite
     broken links; these are added to `findings`."""
     seen: dict[tuple[int, int], str] = {}
     for file in files:
-        try:
-            status = os.stat(f"{root}/{file.path}")
-        except OSError as error:
-            broken = of_error(file.path, error)
-            if broken.kind == "link":
-                findings.append(broken)
-            else:  # the conversion reports the reason
-                yield file
-            continue
-        first = seen.setdefault((status.st_dev, status.st_ino), file.path)
-        if first == file.path:
+        if file.place is None:
+            try:
+                os.stat(root / file.path)
+            except OSError as error:
+                broken = of_error(file.path, error)
+                if broken.kind == "link":
+                    findings.append(broken)
+                    continue
+            yield file  # the conversion reports another reason
+        elif (first := seen.setdefault(file.place, file.path)) == file.path:
             yield file
         else:
             findings.append(Finding(file.path, f"is a link to {first}", "linked twice"))

@@ -19,7 +19,7 @@ from shards.images.labels import NO_LABEL
 from shards.images.layout import EXTENSIONS, USUAL, ImageLayout, ImageOptions, split_of
 from shards.keys import make_key
 from shards.links import once
-from shards.walking import extension_of, walk, wanted
+from shards.walking import FoundFile, extension_of, walk, wanted
 
 READ = frozenset(EXTENSIONS)
 BESIDE = frozenset(
@@ -63,12 +63,14 @@ class Folder(ImageLayout):
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         # The path in place of the name, because the content decides for unknown extensions.
-        files = (file._replace(name=file.path) for file in walk(self.root, findings))
+        found = walk(self.root, findings)
+        files = (FoundFile(path, path, size, place) for path, _, size, place in found)
         own = wanted(self.root, files, lambda path: is_image(self.root, path), USUAL, findings)
-        for path, _, size in once(self.root, own, findings):
+        for file in once(self.root, own, findings):
+            path = file.path
             stem, extension = os.path.splitext(path)
             key = make_key(stem if extension.lower() in READ else path)
-            yield Sample(key, (Input(path),), self._columns(path), size)
+            yield Sample(key, (Input(path),), self._columns(path), file.size)
 
     def _columns(self, path: str) -> dict[str, str]:
         columns = {}

@@ -49,10 +49,10 @@ class Folder(TextLayout):
             kinds,
             findings,
         )
-        for path, name, _ in once(self.root, files, findings):
-            found = self._format(name)
+        for file in once(self.root, files, findings):
+            found = self._format(file.name)
             assert found
-            yield from found.samples_of(path)
+            yield from found.samples_of(file.path)
 
     def read(self, sample: Sample, findings: list[Finding]) -> Iterator[Item[str]]:
         found = self._format(sample.inputs[0].path)

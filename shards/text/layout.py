@@ -94,8 +94,8 @@ class TextFormat(TextLayout, abstract=True):
             yield from self.samples_of(self.source.name)
             return
         files = wanted(self.root, walk(self.root, findings), self.has_name, self.kinds(), findings)
-        for path, _, _ in once(self.root, files, findings):
-            yield from self.samples_of(path)
+        for file in once(self.root, files, findings):
+            yield from self.samples_of(file.path)
 
     def samples_of(self, file: str) -> Iterator[Sample]:
         """One sample per part of a file, whose path is relative to the root."""
