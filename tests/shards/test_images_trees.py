@@ -18,7 +18,7 @@ from tests.shards.test_images_labels import altered, index, labels
 def test_folders_without_an_image_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("cat/0.png", "dog/deep/0.png"):
+    for name in ("cat/0.png", "dog/0.png"):
         put(tmp_path / "in" / name, picture())
     put(tmp_path / "in/notes/readme.md", "text")
     (tmp_path / "in/empty").mkdir()
@@ -91,6 +91,19 @@ def test_names_of_splits(folders: tuple[str, ...], split: list[str], tmp_path: P
     ("names", "remark"),
     [
         (["train/0", "val/0", "other/0"], "train, val are classes although they have names of"),
+        (
+            ["train/cat/0", "other/0"],
+            "train is a class although it has the name of a split, because other folders with "
+            "images have none (other); to use the folders in train as classes, give SOURCE/train",
+        ),
+        (
+            ["cat/0", "dog/big/0"],
+            "the class is the folder below SOURCE, such as dog; folders in it, such as dog/big,",
+        ),
+        (
+            ["train_images/0"],
+            "train_images is a split, not a class: there are no classes below. To",
+        ),
         (["data/cat/0", "data/dog/0"], "classes (cat, dog), give SOURCE/data as SOURCE"),
     ],
 )
@@ -100,6 +113,13 @@ def test_folders_that_may_be_no_classes(names: list[str], remark: str, tmp_path:
     assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
     [found] = index(tmp_path / "out")["remarks"]
     assert remark in found
+
+
+def test_folders_below_the_classes_of_splits(tmp_path: Path) -> None:
+    for name in ("train/cat/a/0", "val/cat/0"):
+        put(tmp_path / f"in/{name}.png", picture())
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    assert "below a split, such as train/cat; folders" in index(tmp_path / "out")["remarks"][1]
 
 
 def test_tars_of_several_splits_are_told(
