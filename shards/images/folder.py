@@ -33,6 +33,10 @@ COPIES = frozenset((".bak", ".old", ".orig", ".tmp", ".part", ".thm", ".jpg_orig
 """Extensions of copies and thumbnails of images, which would be used twice."""
 
 
+METADATA = ("metadata.csv", "metadata.jsonl")
+"""Files with the labels of a folder for the datasets library."""
+
+
 @dataclass(frozen=True)
 class Folder(ImageLayout):
     name = "folder"
@@ -50,7 +54,7 @@ class Folder(ImageLayout):
     def open(cls, source: Path, options: ImageOptions) -> Folder:
         layout = super().open(source, options)
         classes, empty = _with_images(source, _folders(source))
-        remarks = _about_empty(empty)
+        remarks = _about_metadata(source) + _about_empty(empty)
         if not classes or not all(map(split_of, classes)):
             remarks += _about_names(source, classes)
             return replace(layout, classes=tuple(classes), remarks=tuple(remarks))
@@ -123,6 +127,14 @@ def _holds_image(folder: Path) -> bool:
             if extension_of(entry.name) in READ and entry.name[0] != "." and entry.is_file():
                 return True
     return any(is_image(folder, file.path) for file in walk(folder))
+
+
+def _about_metadata(source: Path) -> list[str]:
+    return [
+        f"{name} is not read; to use its columns, give it as SOURCE"
+        for name in METADATA
+        if (source / name).is_file()
+    ]
 
 
 def _about_empty(empty: list[str]) -> list[str]:

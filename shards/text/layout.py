@@ -158,7 +158,7 @@ def from_row(row: Mapping[str, Any], options: TextOptions) -> tuple[str, dict[st
     columns = {
         key: value
         for key, value in row.items()
-        if is_scalar(value) and key not in (options.text_key, options.label_key)
+        if key and is_scalar(value) and key not in (options.text_key, options.label_key)
     }
     return text, {**columns, "label": label}
 
