@@ -28,6 +28,15 @@ SPACE = "▁"  # the character that sentencepiece uses for a space
 SPACE_BYTES = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
 LONGEST = 1_000  # characters of a training sentence; longer ones are cut
 ENCODED_AT_ONCE = 1 << 20  # characters; the libraries need a multiple of that in bytes
+DIFFERENT = {  # texts whose ids are different, unless the tokenizer does not hold the difference
+    "upper case": ("WATER", "water"),
+    "accents": ("água", "agua"),
+    "repeated spaces": ("a  b", "a b"),
+    "line ends": ("a\nb", "a b"),
+    "ligatures and full-width forms": ("ﬁ１", "fi1"),
+    "characters of rare scripts": ("\u1208", "\u1210"),
+    "emoji": ("\U0001f600", "\U0001f601"),
+}
 THREADS = 8  # on every machine, because the model depends on their number
 
 
@@ -95,6 +104,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids])
+
+    def losses(self) -> str:
+        """What the ids do not hold of a text; "" if nothing is known."""
+        lost = [n for n, (a, b) in DIFFERENT.items() if self.encode(a) == self.encode(b)]
+        return f"the ids of this tokenizer do not tell {', '.join(lost)}" if lost else ""
 
 
 class SentencePiece:
