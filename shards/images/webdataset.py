@@ -116,7 +116,7 @@ def _grouped(file: BinaryIO, name: str, findings: list[Finding]) -> Iterator[Sam
 def _columns(kind: str, data: bytes) -> dict[str, Any]:
     """The columns that a .cls, .txt or .json member holds. Raises ValueError."""
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"its .{kind} is not UTF-8 ({error.reason})") from None
     if kind == "cls":

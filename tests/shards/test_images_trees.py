@@ -157,7 +157,7 @@ def test_a_class_can_be_called_train(tmp_path: Path) -> None:
 
 
 def test_labels_of_webdataset_tars(tmp_path: Path) -> None:
-    cls = {"a": b"3\n", "b": b"-1", "c": b"", "d": b" cat "}
+    cls = {"a": b"3\n", "b": b"-1", "c": b"", "d": b"\xef\xbb\xbf cat \r\n"}
     members = []
     for key, data in cls.items():
         members += [(f"{key}.jpg", picture("JPEG")), (f"{key}.cls", data)]
