@@ -8,6 +8,7 @@ from typing import Any
 
 from d2v_ds.data.checks import Unusable
 from d2v_ds.errors import suggestion
+from shards.encoding import check_unicode
 from shards.tables import about_separator
 from shards.text.layout import TextOptions, from_row
 
@@ -21,7 +22,8 @@ MISSING = frozenset(
 
 
 def check_names(names: Sequence[str], options: TextOptions) -> None:
-    """Raises Unusable if a column is missing or the name of one is not unique."""
+    """Raises Unusable if a column is missing, or the name of one is not unique or not UTF-8."""
+    check_unicode("".join(names))
     for key in options.keys:
         if key not in names:
             hint = suggestion(key, names) + about_separator(names)

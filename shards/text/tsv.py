@@ -52,7 +52,8 @@ class Tsv(LineFormat):
         if not names:
             with reading.open_bytes(self.root / file) as opened:
                 check_head(opened.peek(HEAD)[:HEAD])
-                line = opened.readline(reading.LONGEST).removeprefix(BOM).decode()
-            names = line.rstrip("\r\n").split("\t")
+                line = opened.readline(reading.LONGEST).removeprefix(BOM)
+            # A byte that is not UTF-8 becomes half a surrogate pair, for the message.
+            names = line.decode(errors="surrogateescape").rstrip("\r\n").split("\t")
         tables.check_names(names, self.options)
         return names

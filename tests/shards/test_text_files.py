@@ -139,6 +139,13 @@ def test_the_advice_for_other_encodings(
         assert done.stdout == row.format(text).encode()
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_header_in_another_encoding(name: str, tmp_path: Path) -> None:
+    row = "text,läbel\nold,x\n".replace(",", "," if name == "a.csv" else "\t")
+    texts, [found] = read(open_text(put(tmp_path / name, row.encode("latin-1")), label_key="label"))
+    assert not texts and found.kind == "encoding" and "iconv -f LATIN1" in found.reason
+
+
 def test_utf_8_with_damaged_bytes(tmp_path: Path) -> None:
     data = put(tmp_path / "a.txt", GREEK[:30].encode() + b"\xff\xfe.\n").read_bytes()
     _, [found] = read(open_text(tmp_path / "a.txt"))
