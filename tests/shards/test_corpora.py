@@ -215,5 +215,5 @@ def test_links_in_tars_of_images(tmp_path: Path) -> None:
     labels = {key: row["json"].get("label") for key, row in contents(tmp_path / "out").items()}
     assert labels == {"a": "cat", "b": "cat", "c": None}
     reason = "is a link to no.png, which the tar does not contain"
-    assert quarantine(tmp_path / "out") == {"a.tar, sample d": reason}
+    assert quarantine(tmp_path / "out") == {"a.tar, d.png": reason}
     assert notes(tmp_path / "out") == {"a.tar, c.cls": "no metadata"}

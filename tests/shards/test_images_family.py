@@ -345,8 +345,8 @@ def test_a_sample_without_one_image_is_named(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", members)
     assert convert(tmp_path / "a.tar", tmp_path / "out", "--max-bad", "100%", "-j1") == 0
     assert quarantine(tmp_path / "out") == {
-        "a.tar, sample a": "has 2 images, expected one (jpg, png)",
-        "a.tar, sample b": "has 0 images, expected one (txt)",
+        "a.tar, a": "has 2 images, expected one (jpg, png)",
+        "a.tar, b": "has no image, only txt",
     }
 
 
