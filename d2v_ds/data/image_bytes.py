@@ -1,7 +1,8 @@
 """What Pillow does not tell about image files: checksums, missing ends, depth, and other formats.
 
 Reads the bytes of a file without decoding pixels. Formats: PNG (ISO/IEC 15948), JPEG (ITU-T T.81),
-JPEG 2000 (ITU-T T.800), AVIF (AV1 Image File Format 1.1), HEIF (ISO/IEC 23008-12).
+JPEG 2000 (ITU-T T.800), QOI (qoiformat.org), AVIF (AV1 Image File Format 1.1), HEIF (ISO/IEC
+23008-12).
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ OTHERS = (  # (first bytes, what the file is)
     (b"pk\x03\x04", "a ZIP archive"),
     (b"version https://git-lfs", "a pointer of Git LFS; fetch the file with `git lfs pull`"),
 )
+ENDS = {  # format: (mark at the start, mark at the end), which the data between them cannot contain
+    "JPEG2000": (b"\xff\x4f\xff\x51", b"\xff\xd9"),
+    "QOI": (b"qoif", bytes(7) + b"\1"),
+}
 HEIF = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")  # brands
 
 
@@ -35,12 +40,16 @@ def other_type(data: bytes) -> str:
 
 
 def check_end(kind: str, data: bytes) -> None:
-    """Raises Unusable for damage of a JPEG or PNG file that decoding does not show: a JPEG without
-    its end mark, whose last part can be zeros, and wrong checksums of the data of a PNG."""
+    """Raises Unusable for damage that decoding does not show: a JPEG, JPEG 2000 or QOI file without
+    its end mark, whose last part can be zeros, and a PNG whose pixels have a wrong checksum."""
     if kind in ("JPEG", "MPO"):
         _check_jpeg(data)
     elif kind == "PNG":
         _check_png(data)
+    elif mark := ENDS.get(kind):
+        start, end = mark
+        if data.rfind(end, max(0, data.find(start))) < 0:
+            raise _without_end()
 
 
 def _check_jpeg(data: bytes) -> None:
@@ -49,7 +58,11 @@ def _check_jpeg(data: bytes) -> None:
         at += 1 if marker == b"\xff" else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     # Within the data of the picture, a byte 0xFF is followed by 0 or a restart mark.
     if data[at : at + 2] == b"\xff\xda" and data.rfind(b"\xff\xd9", at) < 0:
-        raise Unusable("truncated", "lacks its end mark, so a part of the picture is missing")
+        raise _without_end()
+
+
+def _without_end() -> Unusable:
+    return Unusable("truncated", "lacks its end mark, so a part of the picture is missing")
 
 
 def _check_png(data: bytes) -> None:
@@ -57,7 +70,9 @@ def _check_png(data: bytes) -> None:
     while at + 12 <= len(data):
         size, name = int.from_bytes(view[at : at + 4], "big"), data[at + 4 : at + 8]
         end = at + 8 + size
-        if name == b"IEND" or end + 4 > len(data):  # Pillow reports a missing end
+        if name == b"IDAT" and end + 4 > len(data):
+            raise Unusable("truncated", "ends within its pixels")
+        if name == b"IEND":
             return
         if name == b"IDAT" and zlib.crc32(view[at + 4 : end]) != int.from_bytes(
             view[end : end + 4], "big"

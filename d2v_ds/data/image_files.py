@@ -298,7 +298,8 @@ def _is_deep(image: Image.Image) -> bool:
 
 def _is_deep_tile(tile: Any) -> bool:
     if tile.codec_name in ("ppm", "ppm_plain"):
-        return bool(tile.args[1] > 255)  # the largest sample
+        largest = tile.args[1]  # of the samples; text of one bit per pixel has none
+        return isinstance(largest, int) and largest > 255
     name = _raw_mode(tile)
     return ";16" in name and not name.startswith("BGR")  # BGR;16: 16 bits for all channels
 

@@ -72,6 +72,30 @@ def test_a_jpeg_whose_last_part_is_zeros(options: dict[str, Any]) -> None:
             assert caught.value.kind == "truncated"
 
 
+@pytest.mark.parametrize("kind", ["JPEG2000", "QOI"])
+def test_other_formats_whose_last_part_is_missing(kind: str) -> None:
+    data = encoded(kind)
+    stored(data + b"junk")
+    for cut in (data[:-1] + b"\0", data[:-200] + bytes(200)):
+        with pytest.raises(Unusable) as caught:
+            stored(cut)
+        assert caught.value.kind == "truncated"
+
+
+def test_a_png_that_lost_a_piece_of_its_pixels() -> None:
+    data = encoded("PNG")
+    with pytest.raises(Unusable) as caught:
+        stored(data[:2000] + data[2010:])
+    assert caught.value.kind in ("truncated", "damaged")
+
+
+@pytest.mark.parametrize("size", ["3 2", "6 1"])
+def test_bits_as_text(size: str) -> None:
+    """PBM as text has no largest value."""
+    pixels = np.asarray(decode(f"P1\n{size}\n1 0 1\n0 1 1\n".encode()))
+    assert pixels[..., 0].ravel().tolist() == [0, 255, 0, 255, 0, 0]
+
+
 @pytest.mark.parametrize(("signed", "bits"), [(True, 15), (False, 16)])
 def test_the_sign_is_no_part_of_the_depth(signed: bool, bits: int) -> None:
     values = np.linspace(0, (1 << bits) - 1, 64 * 48).reshape(48, 64)
