@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from d2v_ds.data.checks import Finding
 from d2v_ds.files import format_size
 from shards.family import Converter, PackedMember, Sample
-from shards.findings import first_reasons, left_out, would_report
+from shards.findings import first_reasons, left_out, report_of
 from shards.plan import ConversionPlan
 
 SAMPLES = 32  # to convert, over all sets
@@ -35,7 +35,7 @@ def estimate(plans: Mapping[str, ConversionPlan], converter: Converter, jobs: in
     seconds = time.perf_counter() - start
     total = 0
     for plan in plans.values():
-        yield from would_report(plan.findings, plan.not_chosen)
+        yield from report_of(plan.findings, "would be", plan.not_chosen)
     yield from {plan.remark: None for plan in plans.values() if plan.remark}
     for name, plan in plans.items():
         total += plan.bytes

@@ -101,15 +101,17 @@ def not_chosen_line(number: int) -> str:
     return f"{number:,} {inputs} not chosen (--only, --except)"
 
 
-def would_report(findings: Collection[Finding], not_chosen: int) -> list[str]:
-    """Lines for the console about findings of a plan that is not carried out."""
+def report_of(findings: Collection[Finding], were: str, not_chosen: int = 0) -> list[str]:
+    """Lines for the console about findings that no set lists. were: "were", or "would be" for a
+    plan that is not carried out."""
     lines = [not_chosen_line(not_chosen)] if not_chosen else []
     if bad := left_out(findings):
-        lines.append(f"{len(bad)} inputs would be left out: {first_reasons(bad)}")
+        lines.append(f"{len(bad)} inputs {were} left out: {first_reasons(bad)}")
     numbers = counts(findings)
-    for entry, what in (("passed_over", "files would be passed over"), ("altered", "altered")):
+    for entry, noun in (("passed_over", "files"), ("altered", "inputs")):
         if numbers[entry]:
-            lines.append(f"{sum(numbers[entry].values())} {what}{listed(numbers[entry])}")
+            number, what = sum(numbers[entry].values()), OUTCOMES[entry]
+            lines.append(f"{number} {noun} {were} {what}{listed(numbers[entry])}")
     return lines
 
 

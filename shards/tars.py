@@ -64,12 +64,17 @@ def all_members(
 
 
 def grouped(
-    file: BinaryIO, name: str, fields: Sequence[str], content: str, findings: list[Finding]
+    file: BinaryIO,
+    name: str,
+    fields: Sequence[str],
+    content: str,
+    findings: list[Finding],
+    single: bool = False,
 ) -> Iterator[tuple[str, str, dict[str, Member]]]:
     """(key, field, members) of each WebDataset sample of a tar. `field` is the first of `fields`
     that the sample has, its recording or image; `members` holds this member and its json, txt and
     cls. Other samples and members are appended to `findings`. content: what the fields hold, for
-    messages."""
+    messages. single: leave out samples with several of the fields, such as an image and a mask."""
     unused: list[Member] = []
     for key, group in samples(all_members(file, name, findings), unused):
         where = f"{name}, {key}"
@@ -80,6 +85,10 @@ def grouped(
                 reason = f"has no {content}, only {ending[1:] or ', '.join(group)}"
                 reason += without_dots(key, [ending[1:]], fields)
                 findings.append(Finding(where + ending, reason, "row"))
+            continue
+        if single and (number := sum(name in group for name in fields)) > 1:
+            reason = f"has {number} {content}s, expected one ({', '.join(group)})"
+            findings.append(Finding(where, reason, "row"))
             continue
         if problem := group[field].problem:
             findings.append(Finding(f"{where}.{field}", problem.reason, problem.kind))

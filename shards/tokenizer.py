@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from d2v_ds.data.checks import Finding, listed
+from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError
 from d2v_ds.exit_codes import FINISHED
 from d2v_ds.files import write_atomically
 from shards.arguments import add_chosen, add_sources, number
 from shards.choosing import Chooser
+from shards.encoding import check_text
 from shards.family import Sample
-from shards.findings import counts, first_reasons, left_out, not_chosen_line, of_error
+from shards.findings import of_error, report_of
 from shards.layout import AUTO
 from shards.several import open_sources
 from shards.text import LAYOUTS, add_text_key
-from shards.text.encoding import check_text
 from shards.text.layout import TextLayout, TextOptions
 
 DESCRIPTION = (
@@ -84,13 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
         )
     except UserError as error:
-        raise UserError("; ".join([str(error), *report(findings)])) from None
+        raise UserError("; ".join([str(error), *report_of(findings, "were")])) from None
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, model)
     print(f"{out}: {arguments.model}, {Tokenizer.load(out).vocab_size} ids")
-    if chooser.not_chosen:
-        print(not_chosen_line(chooser.not_chosen))
-    for line in report(chooser.findings(findings)):
+    for line in report_of(chooser.findings(findings), "were", chooser.not_chosen):
         print(line)
     return FINISHED
 
@@ -104,13 +102,3 @@ def texts(layout: TextLayout, samples: Iterable[Sample], findings: list[Finding]
                 findings.append(of_error(item.name, error))
             else:
                 yield item.content
-
-
-def report(findings: Sequence[Finding]) -> list[str]:
-    """Lines about inputs that were not used."""
-    lines = []
-    if unused := left_out(findings):
-        lines.append(f"{len(unused)} inputs were left out: {first_reasons(unused)}")
-    if passed_over := counts(findings)["passed_over"]:
-        lines.append(f"{sum(passed_over.values())} files were passed over{listed(passed_over)}")
-    return lines

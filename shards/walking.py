@@ -21,6 +21,7 @@ class FoundFile(NamedTuple):
     path: str  # relative to the folder that is walked
     name: str
     size: int  # bytes; 0 if unknown
+    place: tuple[int, int] | None = None  # the same for all links to a file; None if unknown
 
 
 def folders(root: Path, findings: list[Finding] | None = None) -> Iterator[tuple[str, list[str]]]:
@@ -72,14 +73,15 @@ def walk(root: Path, findings: list[Finding] | None = None) -> Iterator[FoundFil
         before = "" if below == os.curdir else os.path.join(below, "")
         start = os.path.join(folder, "")
         for name in names:
-            size, is_special = 0, False
+            size, place, is_special = 0, None, False
             try:
                 status = os.stat(start + name)
                 size, is_special = status.st_size, not stat.S_ISREG(status.st_mode)
+                place = status.st_dev, status.st_ino
             except OSError:  # the conversion reports the reason
                 pass
             if not is_special:
-                yield FoundFile(before + name, name, size)
+                yield FoundFile(before + name, name, size, place)
             elif findings is not None:
                 findings.append(Finding(before + name, "is a pipe, socket or device", "type"))
 

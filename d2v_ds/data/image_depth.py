@@ -41,15 +41,17 @@ def scaled(values: npt.NDArray[Any], bits: int) -> Grey:
     return grey
 
 
-def of_integers(values: npt.NDArray[Any], unsigned: bool, stated: int, notes: list[Note]) -> Grey:
-    """stated: as for `bits_of`. Raises Unusable if there are negative values, of which no full
-    scale is known."""
-    if unsigned and values.dtype == np.int32 and values.min() < 0:
+def of_integers(values: npt.NDArray[Any], most: int, stated: int, notes: list[Note]) -> Grey:
+    """most: bits of a sample without its sign. stated: as for `bits_of`. Raises Unusable if there
+    are negative values, of which no full scale is known."""
+    if most == 32 and values.dtype == np.int32 and values.min() < 0:
         values = values.view(np.uint32)  # Pillow has no unsigned numbers of 32 bits
     low, high = int(values.min()), int(values.max())
     if low < 0:
         raise Unusable("range", f"its values are {low} to {high}; negative ones have no scale")
     bits = bits_of(high, stated)
+    if high < 1 << most:
+        bits = min(bits, most)
     notes.append(Note("depth", f"grey values {low} to {high}, read as {bits} bits, became 8 bits"))
     return scaled(values, bits)
 

@@ -27,6 +27,7 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
 
 from d2v_ds.data.checks import Note, Unusable
 from d2v_ds.data.headers import image_type
+from d2v_ds.data.image_bytes import check_end, coded_bits, other_type
 from d2v_ds.data.image_depth import Grey, bits_of, of_floats, of_integers, scaled
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "TGA",
@@ -158,8 +159,11 @@ def _open(data: bytes) -> Image.Image:
         with pillow():
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         if not _is_misread(image):
+            check_end(str(image.format), data)
             return image
     except Unusable as error:
+        if error.kind == "format" and (other := other_type(data)):
+            raise Unusable("format", f"is {other}") from None
         if error.kind != "format" or not name:
             raise
     if name in OPTIONAL and not features.check(OPTIONAL[name]):
@@ -261,6 +265,9 @@ def _rgb(
         else:
             image.load()
             result = image.convert("RGB")
+        bits = coded_bits(str(image.format), data or b"")
+        if bits > 8 and not deep:
+            notes.append(Note("depth", f"{bits} bits per channel became 8 bits"))
         notes += _upright(max(tag, turn))
         if turn in TURNS:
             result = result.transpose(TURNS[turn])
@@ -291,7 +298,8 @@ def _is_deep(image: Image.Image) -> bool:
 
 def _is_deep_tile(tile: Any) -> bool:
     if tile.codec_name in ("ppm", "ppm_plain"):
-        return bool(tile.args[1] > 255)  # the largest sample
+        largest = tile.args[1]  # of the samples; text of one bit per pixel has none
+        return isinstance(largest, int) and largest > 255
     name = _raw_mode(tile)
     return ";16" in name and not name.startswith("BGR")  # BGR;16: 16 bits for all channels
 
@@ -325,7 +333,8 @@ def _grey(image: Image.Image, stated: int, notes: list[Note]) -> Grey:
     if image.mode == "F":
         grey = of_floats(values, notes)
     else:
-        grey = of_integers(values, tags.get(SAMPLE_FORMAT, (1,))[0] == 1, stated, notes)
+        most = tags.get(BITS, (32,))[0] - (tags.get(SAMPLE_FORMAT, (1,))[0] != 1)
+        grey = of_integers(values, most, stated, notes)
     if tags.get(262) == 0:  # photometric interpretation: 0 is white
         grey = 255 - grey
     hidden = image.info.get("transparency")

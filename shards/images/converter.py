@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from d2v_ds.data import image_files
 from d2v_ds.data.checks import Finding, Note
 from shards.family import Converted, Item, Sample
-from shards.findings import of_error
+from shards.findings import left_out, of_error
 from shards.images.labels import NO_LABEL, NO_METADATA
 from shards.images.layout import ImageLayout
 
@@ -57,15 +57,17 @@ class ImageConverter:
     def convert(self, samples: Iterable[Sample]) -> Iterator[Converted]:
         for sample in samples:
             findings: list[Finding] = []
-            found = 0
+            used = 0
             for item in self.layout.read(sample, findings):
-                found += 1
                 try:
                     yield self._sample(item)
+                    used += 1
                 except ValueError as error:
                     findings.append(of_error(item.name, error))
-            if findings or found > 1:
-                yield Converted("", (), 0, tuple(findings), max(0, found - 1))
+            # The plan counts a row group as one input.
+            found = used + len(left_out(findings)) - 1
+            if findings or found:
+                yield Converted("", (), 0, tuple(findings), found)
 
     def _sample(self, item: Item[bytes]) -> Converted:
         """Raises Unusable if the content is not an image."""

@@ -1,6 +1,6 @@
-"""A manifest: .csv or .tsv with a header line, .jsonl, or .json with an array of objects. `path` is
-relative to the manifest; the other columns become columns of the samples. CSV has quotes (RFC
-4180), TSV has none."""
+"""A manifest: .csv or .tsv with a header line, .jsonl, or .json with an array of objects. `path`,
+or `file_name`, is relative to the manifest; the other columns become columns of the samples. CSV
+has quotes (RFC 4180), TSV has none."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ from typing import Any
 
 from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError, suggestion
+from shards.encoding import not_utf8
 from shards.family import Input, Sample
 from shards.images.labels import label_of, labelled
 from shards.images.layout import ImageLayout, ImageOptions, check_label_key
 from shards.keys import make_key
-from shards.tables import rows
+from shards.tables import check_columns, check_encoding, rows
 from shards.walking import extension_of, size_of
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
+PATHS = ("path", "file_name")
+"""Columns that name the image; the second is that of metadata.csv in the datasets library."""
 
 
 class Manifest(ImageLayout):
     name = "manifest"
-    help = ".csv, .tsv, .jsonl or .json with `path`; class = the column of --label-key"
+    help = (
+        ".csv, .tsv, .jsonl or .json with `path` or `file_name`; class = the column of --label-key"
+    )
     takes = "file"
     uses = ("label_key",)
 
@@ -50,12 +55,14 @@ class Manifest(ImageLayout):
         if not columns:
             raise UserError(f"{source}: lists no images")
         check_label_key(source, options, columns)
-        return replace(layout, classes=tuple(sorted(labels - {""})))
+        remarks = ("a column without a name is not kept",) if "" in columns else ()
+        return replace(layout, classes=tuple(sorted(labels - {""})), remarks=remarks)
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         listed: set[str] = set()
         for row in _rows(self.source):
             path = row.pop("path")
+            row.pop("", None)
             place = os.path.normpath(self.root / path)
             if place in listed:
                 findings.append(Finding(path, "is listed again", "duplicate"))
@@ -67,28 +74,39 @@ class Manifest(ImageLayout):
 
 
 def _rows(source: Path) -> Iterator[dict[str, Any]]:
-    """Raises UserError if the manifest is damaged or a row has no path."""
+    """The rows, with `path`. Raises UserError if the manifest is damaged or a row has no path."""
     extension = extension_of(source.name)
     if extension == ".tsv":
-        yield from _with_path(source, rows(source, "path"))
+        yield from _with_path(source, rows(source, *PATHS))
         return
+    check_encoding(source)
     read = _csv_rows if extension == ".csv" else _json_rows
     try:
         with source.open(encoding="utf-8-sig", newline="") as file:
             yield from _with_path(source, read(file, source))
+    except UnicodeDecodeError:
+        raise UserError(f"{source}: {_not_utf8(source.read_bytes())}") from None
+
+
+def _not_utf8(data: bytes) -> str:
+    try:
+        data.decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{source}: is not UTF-8 ({error})") from None
+        return str(not_utf8(data, error.start))
+    return "has changed while it was read"
 
 
 def _with_path(
     source: Path, found: Iterable[tuple[int, Mapping[str, Any]]]
 ) -> Iterator[dict[str, Any]]:
-    for number, row in found:
-        path = row.get("path")
+    for number, given in found:
+        row = dict(given)
+        key = next(filter(row.__contains__, PATHS), PATHS[0])
+        path = row.pop(key, None)
         if not isinstance(path, str) or not path or "\0" in path:
-            hint = suggestion("path", row) if "path" not in row else f" but {path!r:.60}"
-            raise UserError(f"{source}, line {number}: has no `path`{hint}")
-        yield dict(row)
+            hint = suggestion("path", row) if path is None else f" but {path!r:.60}"
+            raise UserError(f"{source}, line {number}: has no `{'` or `'.join(PATHS)}`{hint}")
+        yield {"path": path, **row}
 
 
 def _csv_rows(file: io.TextIOWrapper, source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -97,11 +115,7 @@ def _csv_rows(file: io.TextIOWrapper, source: Path) -> Iterator[tuple[int, dict[
     table = csv.reader(file, strict=True)
     try:
         header = [name.strip() for name in next(table, [])]
-        if "path" not in header or len(set(header)) != len(header):
-            raise UserError(
-                f"{source}: the first line must name the columns, including `path`, without "
-                f"duplicates; found {', '.join(header) or 'none'}"
-            )
+        check_columns(source, header, PATHS, "commas")
         for cells in table:
             if not cells:
                 continue

@@ -107,7 +107,9 @@ class Parquet(ImageLayout):
                 image = row.pop(key)
                 data = image.get("bytes") if isinstance(image, dict) else image
                 if not isinstance(data, bytes):
-                    findings.append(Finding(name, f"{key!r} contains no bytes", "row"))
+                    path = image.get("path") if isinstance(image, dict) else image
+                    only = f" but the path {path!r:.60}" if isinstance(path, str) else ""
+                    findings.append(Finding(name, f"{key!r} contains no bytes{only}", "row"))
                     continue
                 columns = self._columns(row, classes)
                 if split:

@@ -8,9 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from d2v_ds.data import tar_scan
 from d2v_ds.data.checks import Finding
-from d2v_ds.data.headers import SIDE_FIELDS
 from shards.family import Input, Item, Sample
 from shards.findings import of_error
 from shards.images.imagenet import is_imagenet
@@ -22,9 +20,8 @@ from shards.images.layout import (
 )
 from shards.images.tars import first_tar, not_empty, tars_of
 from shards.keys import make_key
-from shards.tars import all_members
+from shards.tars import grouped
 
-UNUSED = "is neither the image of its sample nor .cls, .json or .txt"
 ASIDE = "aside"  # column of a plan: fields of the inputs after the image, "cls", "json" or "txt"
 
 
@@ -46,7 +43,7 @@ class WebDataset(ImageLayout):
             pass_over_others(self.source, tars, findings)
         for tar in tars:
             with tar.open("rb") as file:
-                yield from _grouped(file, tar.name, findings)
+                yield from _samples_of(file, tar.name, findings)
 
     def read(self, sample: Sample, findings: list[Finding]) -> Iterator[Item[bytes]]:
         """The image, with the columns that the other members of the sample hold."""
@@ -72,39 +69,20 @@ class WebDataset(ImageLayout):
         yield Item(sample.key, str(image), content, columns)
 
 
-def _grouped(file: BinaryIO, name: str, findings: list[Finding]) -> Iterator[Sample]:
+def _samples_of(file: BinaryIO, name: str, findings: list[Finding]) -> Iterator[Sample]:
     fields = [extension[1:] for extension in EXTENSIONS]
-    unused: list[tar_scan.Member] = []
-    for key, members in tar_scan.samples(all_members(file, name, findings), unused):
-        images = [kind for kind in members if f".{kind}" in EXTENSIONS]
-        if len(images) != 1:
-            reason = f"has {len(images)} images, expected one ({', '.join(members)})"
-            reason += tar_scan.without_dots(key, members, fields)
-            findings.append(Finding(f"{name}, sample {key}", reason, "row"))
-            continue
-        if problem := members[images[0]].problem:
-            findings.append(Finding(f"{name}, sample {key}", problem.reason, problem.kind))
-            continue
-        for kind in SIDE_FIELDS:
-            if kind in members and (problem := members[kind].problem):
-                reason = f"{problem.reason}; the image is kept without it"
-                findings.append(Finding(f"{name}, {key}.{kind}", reason, "no metadata"))
-                members.pop(kind)
-        aside = [kind for kind in ("json", "txt", "cls") if kind in members]
-        for kind in members:
-            if kind not in (images[0], *aside):
-                findings.append(Finding(f"{name}, {members[kind].name}", UNUSED, "unused"))
-        found = [members[kind] for kind in (images[0], *aside)]
+    for key, image, group in grouped(file, name, fields, "image", findings, single=True):
+        aside = [kind for kind in ("json", "txt", "cls") if kind in group]
+        found = [group[kind] for kind in (image, *aside)]
         inputs = tuple(Input(name, (member.offset, member.size)) for member in found)
         columns = {ASIDE: " ".join(aside)} if aside else {}
         yield Sample(make_key(key), inputs, columns, sum(member.size for member in found))
-    findings += [tar_scan.about_unused(member, f"{name}, ") for member in unused]
 
 
 def _columns(kind: str, data: bytes) -> dict[str, Any]:
     """The columns that a .cls, .txt or .json member holds. Raises ValueError."""
     try:
-        text = data.decode()
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"its .{kind} is not UTF-8 ({error.reason})") from None
     if kind == "cls":

@@ -34,7 +34,7 @@ class Folder(SpeechLayout):
             others,
         )
         try:
-            for path, _, size in files:
+            for path, _, size, _ in files:
                 yield Sample(make_key(os.path.splitext(path)[0]), (Input(path),), {}, size)
         except UserError as error:  # there is no recording
             reasons = {found.reason for found in advised(others)} - {NOT_READ}

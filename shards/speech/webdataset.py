@@ -60,7 +60,7 @@ def _columns(
                     raise ValueError("is not an object")
                 columns |= about
             else:
-                columns[LABELS[field]] = data.decode().strip()
+                columns[LABELS[field]] = data.decode("utf-8-sig").strip()
         except (ValueError, RecursionError) as error:
             reason = f"{error}; the recording is kept without it"
             findings.append(Finding(f"{where}.{field}", reason, "no metadata"))

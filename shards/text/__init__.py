@@ -105,6 +105,8 @@ def read(arguments: argparse.Namespace) -> Corpus:
         raise UserError("--pair-key needs --label-key, which makes one sample per pair")
     layout = open_sources(LAYOUTS, name, sources, settings)
     tokenizer = Tokenizer.load(model)
+    if remark := tokenizer.losses():
+        print(f"{model}: {remark}")
     options: dict[str, Any] = {
         "tokenizer": f"{model.name} {tokenizer.sha256[:12]}",
         "document": settings.document,
@@ -117,7 +119,7 @@ def read(arguments: argparse.Namespace) -> Corpus:
     ):
         options["layout"] = name
     converter: Converter
-    more = {"splits": arguments.split, "file": tokenizer.file}
+    more = {"splits": arguments.split, "file": tokenizer.file, "remark": remark}
     if settings.columns:
         options["columns"] = ",".join(settings.columns)
     if settings.label_key:

@@ -10,18 +10,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from d2v_ds.data.checks import Unusable
 from d2v_ds.errors import UserError
+from shards.tars import MAGIC
 
 COMPRESSED = (".gz", ".zst", ".xz", ".lzma", ".bz2")
 SLICE = 1 << 16  # bytes that are given to a decompressor whose state can be copied
 SMALL = 1 << 10  # to another one: the content of the slice with the damage is lost
+CONTROL = bytes(set(range(32)) - set(b"\t\n\f\r"))  # bytes that text does not contain
 WINDOW = 1 << 31  # bytes; the largest that zstd can be asked to use (--long=31)
 
 
 class Decompressed(io.RawIOBase):
     """The content of a compressed file, also of one with several streams.
 
-    At damaged data the content ends, and `damage` says why. make: a new decompressor, with
+    At damaged data the content ends, and `damage` says why. Reading raises Unusable if the content
+    is not of this format at all. make: a new decompressor, with
     `decompress`, `eof` and `unused_data`. name: of the format.
     """
 
@@ -30,7 +34,7 @@ class Decompressed(io.RawIOBase):
         self._file, self._make, self._name = file, make, name
         self._decompressor = make()
         self._waiting, self._unread = b"", b""
-        self._started = self._ended = False
+        self._started = self._ended = self._any = False
 
     def readable(self) -> bool:
         return True
@@ -52,10 +56,13 @@ class Decompressed(io.RawIOBase):
                 self.damage = "ends early"
             return
         before = self._decompressor.copy() if copyable else None
+        first, self._any = not self._any, True
         self._started = True
         try:
             self._waiting = self._decompressor.decompress(data)
         except Exception as error:  # each library has its own type; none of them reads a file here
+            if first and (other := _other_content(data, self._name)):
+                raise Unusable("format", f"is named {self._name}, but {other}") from None
             self._ended = True
             self.damage = f"not valid {self._name} data: {error}"
             self._waiting = salvaged(before, data) if before else b""
@@ -69,6 +76,17 @@ class Decompressed(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+def _other_content(head: bytes, name: str) -> str:
+    """What a file that begins with these bytes is, if it is not compressed as its name says; "" if
+    that is unknown."""
+    extension = next((other for magic, other in MAGIC.items() if head.startswith(magic)), "")
+    if extension and extension != name:
+        return f"its content is compressed as {extension}; rename it"
+    if not extension and head.translate(None, CONTROL) == head:
+        return "its content is not compressed; rename it without this extension"
+    return ""
 
 
 def salvaged(decompressor: Any, data: bytes) -> bytes:

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from d2v_ds.data.checks import Finding, Unusable
+from shards.encoding import BOM, HEAD, check_head
 from shards.family import Input
 from shards.findings import of_error
+from shards.line_ends import NEWLINE
 from shards.text import reading, tables
-from shards.text.encoding import BOM, HEAD, check_head
 from shards.text.layout import Document, TextFormat
 
 
@@ -54,7 +55,7 @@ def _rows(file: io.BufferedReader) -> Iterator[tuple[int, list[str]]]:
     def lines() -> Iterator[str]:
         nonlocal number, size
         while data := file.readline(reading.LONGEST):
-            if not data.endswith(reading.NEWLINE) and reading.damage(file):
+            if not data.endswith(NEWLINE) and reading.damage(file):
                 return
             number += 1
             size += len(data)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from d2v_ds.data.checks import Finding
 from shards.family import Item, Sample
-from shards.text.layout import TextFormat, TextLayout, TextOptions, once
+from shards.links import once
+from shards.text.layout import TextFormat, TextLayout, TextOptions
 from shards.walking import walk, wanted
 
 
@@ -48,10 +49,10 @@ class Folder(TextLayout):
             kinds,
             findings,
         )
-        for path, name, _ in once(self.root, files, findings):
-            found = self._format(name)
+        for file in once(self.root, files, findings):
+            found = self._format(file.name)
             assert found
-            yield from found.samples_of(path)
+            yield from found.samples_of(file.path)
 
     def read(self, sample: Sample, findings: list[Finding]) -> Iterator[Item[str]]:
         found = self._format(sample.inputs[0].path)

@@ -5,7 +5,7 @@
 
 A part is the unit that one process reads at a time, so its size only limits the work that is lost
 if the process is killed. Text is UTF-8 and stays unchanged, except for a byte order mark and the
-newline that ends a line.
+ends of lines, which become newlines.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +25,9 @@ from shards.family import Input, Item, Sample
 from shards.findings import of_error
 from shards.keys import make_key, part_key
 from shards.layout import Layout
+from shards.links import once
 from shards.text.compressed import COMPRESSED
-from shards.walking import FoundFile, extension_of, size_of, walk, wanted
+from shards.walking import extension_of, size_of, walk, wanted
 
 Document = tuple[str, str, dict[str, Any]]  # name in quarantine.jsonl, text, columns
 SCALAR = (str, int, float)
@@ -93,8 +94,8 @@ class TextFormat(TextLayout, abstract=True):
             yield from self.samples_of(self.source.name)
             return
         files = wanted(self.root, walk(self.root, findings), self.has_name, self.kinds(), findings)
-        for path, _, _ in once(self.root, files, findings):
-            yield from self.samples_of(path)
+        for file in once(self.root, files, findings):
+            yield from self.samples_of(file.path)
 
     def samples_of(self, file: str) -> Iterator[Sample]:
         """One sample per part of a file, whose path is relative to the root."""
@@ -135,27 +136,6 @@ def inner_extension(name: str) -> str:
     return extension_of(name)
 
 
-def once(root: Path, files: Iterable[FoundFile], findings: list[Finding]) -> Iterator[FoundFile]:
-    """The files without links to a file that is among them already, and without broken links;
-    these are added to `findings`."""
-    seen: dict[tuple[int, int], str] = {}
-    for file in files:
-        try:
-            status = (root / file.path).stat()
-        except OSError as error:
-            broken = of_error(file.path, error)
-            if broken.kind == "link":
-                findings.append(broken)
-            else:  # the conversion reports the reason
-                yield file
-            continue
-        first = seen.setdefault((status.st_dev, status.st_ino), file.path)
-        if first == file.path:
-            yield file
-        else:
-            findings.append(Finding(file.path, f"is a link to {first}", "linked twice"))
-
-
 def from_row(row: Mapping[str, Any], options: TextOptions) -> tuple[str, dict[str, Any]]:
     """(text, columns) of a row. Raises Unusable if the row lacks a text or a label."""
     for key in options.keys:
@@ -178,7 +158,7 @@ def from_row(row: Mapping[str, Any], options: TextOptions) -> tuple[str, dict[st
     columns = {
         key: value
         for key, value in row.items()
-        if is_scalar(value) and key not in (options.text_key, options.label_key)
+        if key and is_scalar(value) and key not in (options.text_key, options.label_key)
     }
     return text, {**columns, "label": label}
 

@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from d2v_ds.data.checks import Finding, Unusable
+from shards.encoding import HEAD, check_head, not_utf8
 from shards.family import Input
 from shards.findings import of_error
+from shards.line_ends import ends_with_returns
 from shards.text import reading
 from shards.text.compressed import COMPRESSED
-from shards.text.encoding import HEAD, check_head
 from shards.text.layout import Document, TextFormat
 from shards.walking import extension_of
 
@@ -45,7 +46,9 @@ class LineFormat(TextFormat, abstract=True):
                 yield Input(file), size
                 return
             with path.open("rb") as opened:
-                if not is_text(opened.peek(HEAD)[:HEAD]) or not self.divisible(opened, file):
+                head = opened.peek(HEAD)[:HEAD]
+                divisible = is_text(head) and not ends_with_returns(head)
+                if not divisible or not self.divisible(opened, file):
                     yield Input(file), size
                     return
                 blank = self.pieces is reading.paragraphs
@@ -69,14 +72,11 @@ class LineFormat(TextFormat, abstract=True):
             try:
                 text, columns = self.document(data.decode())
             except UnicodeDecodeError as error:
-                findings.append(Finding(name, NOT_UTF8.format(error.start), "encoding"))
+                findings.append(of_error(name, not_utf8(data, error.start)))
             except ValueError as error:
                 findings.append(of_error(name, error))
             else:
                 yield name, text, columns
-
-
-NOT_UTF8 = "is not UTF-8 at its byte {}; convert the file, for example: iconv -f LATIN1 -t UTF-8"
 
 
 def is_text(head: bytes) -> bool:

@@ -20,11 +20,11 @@ import numpy.typing as npt
 
 from d2v_ds.data.checks import Finding
 from d2v_ds.data.tokenizer_json import SENTENCEPIECE_FILE
+from shards.encoding import check_text
 from shards.family import SPLIT, Converted, Item, PackedMember, Sample
 from shards.findings import left_out, of_error
 from shards.keys import part_key
 from shards.plan import split_of
-from shards.text.encoding import check_text
 from shards.text.layout import TextLayout
 from shards.text.tokenizer import Tokenizer
 
@@ -65,6 +65,7 @@ class _TextConverter:
     tokenizer: dict[str, Any]  # its entry of index.json, without the name of its file
     file: str = field(default=SENTENCEPIECE_FILE, kw_only=True)  # its name in the set
     splits: Mapping[str, float] | None = field(default=None, kw_only=True)  # name: share
+    remark: str = field(default="", kw_only=True)  # what the ids do not hold
 
     modality: ClassVar[str] = "text"
     length_unit: ClassVar[str] = "tokens"
@@ -72,7 +73,8 @@ class _TextConverter:
 
     @property
     def about(self) -> dict[str, Any]:
-        return {"tokenizer": {"file": self.file, **self.tokenizer}}
+        about: dict[str, Any] = {"tokenizer": {"file": self.file, **self.tokenizer}}
+        return {**about, "remarks": [self.remark]} if self.remark else about
 
     @property
     def files(self) -> dict[str, Path]:

@@ -1,6 +1,8 @@
 """Bytes of text files: byte ranges that end between documents, lines, paragraphs.
 
-Lines end at "\\n" alone: `str.splitlines` would also cut at U+2028 and other characters of texts.
+Lines end at "\\n" or "\\r\\n": `str.splitlines` would also cut at U+2028 and other characters of
+texts. If "\\r" alone ends the lines of a file, it is read as "\\n" (line_ends.py). A line is given
+with "\\n", whatever ends it.
 """
 
 from __future__ import annotations
@@ -11,29 +13,32 @@ from pathlib import Path
 from typing import cast
 
 from d2v_ds.data.checks import Finding, Unusable
+from shards.encoding import BOM
 from shards.family import Input
+from shards.line_ends import NEWLINE, Returns, with_newlines
 from shards.text.compressed import COMPRESSED, Decompressed, open_compressed
-from shards.text.encoding import BOM
 from shards.walking import extension_of
 
 PART = 4_000_000  # approximate bytes of a file per part
 LONGEST = 16_000_000  # bytes of a line or a document that are held in memory
-NEWLINE = b"\n"
 LF = NEWLINE[0]
+RETURN_NEWLINE = b"\r\n"
 BUFFER = 1 << 16
 
 
 def open_bytes(path: Path) -> io.BufferedReader:
-    """A file, decompressed if its extension says so. Raises OSError, and UserError if the package
-    for that is not installed."""
+    """A file, decompressed if its extension says so, whose lines end with a newline. Raises
+    OSError, and UserError if the package for that is not installed."""
     if extension_of(path.name) in COMPRESSED:
-        return io.BufferedReader(open_compressed(path), BUFFER)
-    return path.open("rb")
+        return with_newlines(io.BufferedReader(open_compressed(path), BUFFER))
+    return with_newlines(path.open("rb"))
 
 
 def damage(file: io.BufferedReader) -> str:
     """Why a compressed file ended before its end; "" if it did not."""
     raw = cast(object, file.raw)
+    if isinstance(raw, Returns):
+        return damage(raw.file)
     return raw.damage if isinstance(raw, Decompressed) else ""
 
 
@@ -154,8 +159,10 @@ def _raw_lines(file: io.BufferedReader, part: Input) -> Iterator[tuple[int, byte
                 line, rest = line[:at], line[at:]
             elif damage(file):
                 break
-        yield offset, line.removeprefix(BOM) if offset == 0 else line, ends
-        offset += len(line)
+        place, offset = offset, offset + len(line)
+        if line.endswith(RETURN_NEWLINE):
+            line = line[:-2] + NEWLINE
+        yield place, line if place else line.removeprefix(BOM), ends
 
 
 def _place_to_cut(line: bytes) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 
 from d2v_ds.data.checks import Unusable
 from d2v_ds.errors import suggestion
+from shards.encoding import check_unicode
+from shards.tables import about_separator
 from shards.text.layout import TextOptions, from_row
 
 # What pandas, and so the datasets library, reads as a missing value.
@@ -20,10 +22,12 @@ MISSING = frozenset(
 
 
 def check_names(names: Sequence[str], options: TextOptions) -> None:
-    """Raises Unusable if a column is missing or the name of one is not unique."""
+    """Raises Unusable if a column is missing, or the name of one is not unique or not UTF-8."""
+    check_unicode("".join(names))
     for key in options.keys:
         if key not in names:
-            raise Unusable("row", f"has no column {key!r}{suggestion(key, names)}")
+            hint = suggestion(key, names) + about_separator(names)
+            raise Unusable("row", f"has no column {key!r}{hint}")
     twice = [name for name, number in Counter(names).items() if number > 1 and name in options.keys]
     if twice:
         raise Unusable("row", f"has several columns {twice[0]!r}; rename them")

@@ -20,14 +20,23 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from d2v_ds.data.checks import Unusable
 from d2v_ds.data.tokenizer_json import SENTENCEPIECE_FILE, is_json
 from d2v_ds.errors import UserError
+from shards.encoding import check_unicode
 
 SPACE = "▁"  # the character that sentencepiece uses for a space
 SPACE_BYTES = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
 LONGEST = 1_000  # characters of a training sentence; longer ones are cut
 ENCODED_AT_ONCE = 1 << 20  # characters; the libraries need a multiple of that in bytes
+DIFFERENT = {  # texts whose ids are different, unless the tokenizer does not hold the difference
+    "upper case": ("WATER", "water"),
+    "accents": ("água", "agua"),
+    "repeated spaces": ("a  b", "a b"),
+    "line ends": ("a\nb", "a b"),
+    "ligatures and full-width forms": ("ﬁ１", "fi1"),
+    "characters of rare scripts": ("\u1208", "\u1210"),
+    "emoji": ("\U0001f600", "\U0001f601"),
+}
 THREADS = 8  # on every machine, because the model depends on their number
 
 
@@ -87,10 +96,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids, without eos. Raises ValueError for text that is not valid Unicode (half a surrogate
         pair)."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise Unusable("encoding", f"is not Unicode text ({error.reason})") from None
+        check_unicode(text)
         ids: list[int] = []
         for part in _cut(text):
             ids += self._model.encode(part)
@@ -98,6 +104,11 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids])
+
+    def losses(self) -> str:
+        """What the ids do not hold of a text; "" if nothing is known."""
+        lost = [n for n, (a, b) in DIFFERENT.items() if self.encode(a) == self.encode(b)]
+        return f"the ids of this tokenizer do not tell {', '.join(lost)}" if lost else ""
 
 
 class SentencePiece:

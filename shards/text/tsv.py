@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any, ClassVar
 
 from d2v_ds.data.checks import Finding
+from shards.encoding import BOM, HEAD, check_head
 from shards.family import Input
 from shards.findings import of_error
 from shards.text import reading, tables
-from shards.text.encoding import BOM, HEAD, check_head
 from shards.text.layout import Document
 from shards.text.lines import LineFormat, Pieces
 
@@ -29,7 +29,7 @@ class Tsv(LineFormat):
         return reading.rows
 
     def document(self, text: str) -> tuple[str, dict[str, Any]]:
-        return text.removesuffix("\r"), {}
+        return text, {}
 
     def pieces_of(
         self, file: io.BufferedReader, part: Input, findings: list[Finding]
@@ -52,7 +52,8 @@ class Tsv(LineFormat):
         if not names:
             with reading.open_bytes(self.root / file) as opened:
                 check_head(opened.peek(HEAD)[:HEAD])
-                line = opened.readline(reading.LONGEST).removeprefix(BOM).decode()
-            names = line.rstrip("\r\n").split("\t")
+                line = opened.readline(reading.LONGEST).removeprefix(BOM)
+            # A byte that is not UTF-8 becomes half a surrogate pair, for the message.
+            names = line.decode(errors="surrogateescape").rstrip("\r\n").split("\t")
         tables.check_names(names, self.options)
         return names

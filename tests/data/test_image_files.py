@@ -89,7 +89,7 @@ def test_any_image_becomes_rgb(mode: str) -> None:
         (WHOLE["WEBP"][:40], "damaged"),
         (WHOLE["AVIF"][:-100], "truncated"),
         (WHOLE["AVIF"][:60], "damaged"),
-        (WHOLE["JPEG2000"][: len(WHOLE["JPEG2000"]) // 2], "damaged"),
+        (WHOLE["JPEG2000"][: len(WHOLE["JPEG2000"]) // 2], "truncated"),
         (WHOLE["JPEG2000"][:30], "damaged"),
     ],
 )

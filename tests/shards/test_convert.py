@@ -340,7 +340,7 @@ def test_nothing_usable(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     "text, message",
     [
         ("", "the first line must name the columns"),
-        ("name\tlabel\na.wav\t1\n", "including `path`, without duplicates; found 'name\\tlabel'"),
+        ("name\tlabel\na.wav\t1\n", "including `path`, without duplicates; found name, label"),
         ("path\tpath\na\tb\n", "without duplicates"),
         ("path\tlabel\n", "lists no recordings"),
         ("path\tlabel\na.wav\n", "line 2: 1 columns, but the header has 2"),

@@ -198,7 +198,7 @@ def test_a_dry_run_says_what_would_not_be_used(
         "1 input was not chosen (--only, --except)",
         "1 inputs would be left out: 1 x has a transcript but no recording (1-2-0009)",
         "1 files would be passed over (1 .md)",
-        "1 altered (1 no metadata)",
+        "1 inputs would be altered (1 no metadata)",
     ]
     assert not (tmp_path / "out").exists()
 
@@ -217,5 +217,5 @@ def test_links_in_tars_of_images(tmp_path: Path) -> None:
     labels = {key: row["json"].get("label") for key, row in contents(tmp_path / "out").items()}
     assert labels == {"a": "cat", "b": "cat", "c": None}
     reason = "is a link to no.png, which the tar does not contain"
-    assert quarantine(tmp_path / "out") == {"a.tar, sample d": reason}
+    assert quarantine(tmp_path / "out") == {"a.tar, d.png": reason}
     assert notes(tmp_path / "out") == {"a.tar, c.cls": "no metadata"}

@@ -217,10 +217,35 @@ def test_a_row_that_lists_an_image_again(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("metadata.csv", ",file_name,label,\n0,0.png,cat,\n1,1.png,dog,\n"),
+        ("metadata.tsv", "\tfile_name\tlabel\t\n0\t0.png\tcat\t\n1\t1.png\tdog\t\n"),
+    ],
+)
+def test_columns_without_a_name(name: str, text: str, tmp_path: Path) -> None:
+    """As pandas writes its index, and as a separator at the end of the lines gives them."""
+    for i in range(2):
+        put(tmp_path / f"{i}.png", picture(seed=i))
+    assert convert(put(tmp_path / name, text), tmp_path / "out", "-j1") == 0
+    assert labels(tmp_path / "out") == {"0": "cat", "1": "dog"}
+    assert all("" not in sample["json"] for sample in contents(tmp_path / "out").values())
+    assert index(tmp_path / "out")["remarks"] == ["a column without a name is not kept"]
+
+
+def test_a_manifest_within_a_folder_is_named(tmp_path: Path) -> None:
+    put(tmp_path / "in/0.png", picture())
+    put(tmp_path / "in/metadata.csv", "file_name,label\n0.png,cat\n")
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    remark = "metadata.csv is not read; to use its columns, give it as SOURCE"
+    assert index(tmp_path / "out")["remarks"] == [remark]
+
+
 def test_a_row_without_a_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(tmp_path / "m.csv", "path,label\n,cat\n")
     assert convert(tmp_path / "m.csv", tmp_path / "out") == 2
-    assert "line 2: has no `path` but ''" in capsys.readouterr().err
+    assert "line 2: has no `path` or `file_name` but ''" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------- Parquet

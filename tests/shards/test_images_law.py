@@ -81,3 +81,26 @@ def test_files_beside_parquet_and_tars(tmp_path: Path) -> None:
         assert convert(tmp_path / name, tmp_path / f"out_{name}", "-j1") == 0
         kinds = {n: kind for n, (_, kind) in found(tmp_path / f"out_{name}", "notes.jsonl").items()}
         assert kinds == {"README.md": "type", "more/a.json": "type", ".gitattributes": "hidden"}
+
+
+def test_rows_without_an_image_are_inputs(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    images = [
+        {"bytes": picture(), "path": "a.png"},
+        {"bytes": None, "path": "b.png"},
+        None,
+        {"bytes": b"<html>", "path": "c.png"},
+        {"bytes": picture(seed=1), "path": None},
+    ]
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"image": images}), tmp_path / "in/a.parquet", row_group_size=4)
+    assert convert(tmp_path / "in", tmp_path / "out", "--max-bad", "60%", "-j1") == 0
+    about = json.loads((tmp_path / "out/index.json").read_bytes())
+    assert (about["inputs"], about["quarantined"]) == (5, 3) and len(
+        contents(tmp_path / "out")
+    ) == 2
+    reasons = {
+        name: reason for name, (reason, _) in found(tmp_path / "out", "quarantine.jsonl").items()
+    }
+    assert reasons["a.parquet, row 1"] == "'image' contains no bytes but the path 'b.png'"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tests.shards.test_images_labels import altered, index, labels
 def test_folders_without_an_image_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("cat/0.png", "dog/deep/0.png"):
+    for name in ("cat/0.png", "dog/0.png"):
         put(tmp_path / "in" / name, picture())
     put(tmp_path / "in/notes/readme.md", "text")
     (tmp_path / "in/empty").mkdir()
@@ -91,6 +92,19 @@ def test_names_of_splits(folders: tuple[str, ...], split: list[str], tmp_path: P
     ("names", "remark"),
     [
         (["train/0", "val/0", "other/0"], "train, val are classes although they have names of"),
+        (
+            ["train/cat/0", "other/0"],
+            "train is a class although it has the name of a split, because other folders with "
+            "images have none (other); to use the folders in train as classes, give SOURCE/train",
+        ),
+        (
+            ["cat/0", "dog/big/0"],
+            "the class is the folder below SOURCE, such as dog; folders in it, such as dog/big,",
+        ),
+        (
+            ["train_images/0"],
+            "train_images is a split, not a class: there are no classes below",
+        ),
         (["data/cat/0", "data/dog/0"], "classes (cat, dog), give SOURCE/data as SOURCE"),
     ],
 )
@@ -99,6 +113,13 @@ def test_folders_that_may_be_no_classes(names: list[str], remark: str, tmp_path:
         put(tmp_path / f"in/{name}.png", picture())
     assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
     assert remark in index(tmp_path / "out")["remarks"][0]
+
+
+def test_folders_below_the_classes_of_splits(tmp_path: Path) -> None:
+    for name in ("train/cat/a/0", "val/cat/0"):
+        put(tmp_path / f"in/{name}.png", picture())
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    assert "below a split, such as train/cat; folders" in index(tmp_path / "out")["remarks"][1]
 
 
 def test_tars_of_several_splits_are_told(
@@ -136,7 +157,7 @@ def test_a_class_can_be_called_train(tmp_path: Path) -> None:
 
 
 def test_labels_of_webdataset_tars(tmp_path: Path) -> None:
-    cls = {"a": b"3\n", "b": b"-1", "c": b"", "d": b" cat "}
+    cls = {"a": b"3\n", "b": b"-1", "c": b"", "d": b"\xef\xbb\xbf cat \r\n"}
     members = []
     for key, data in cls.items():
         members += [(f"{key}.jpg", picture("JPEG")), (f"{key}.cls", data)]
@@ -171,6 +192,20 @@ def test_images_beside_the_folders_of_classes_are_told(tmp_path: Path) -> None:
     assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
     assert labels(tmp_path / "out") == {"cat/a": "cat", "dog/b": "dog", "c": None}
     assert altered(tmp_path / "out") == {"c.png": "is in no folder of a class"}
+
+
+def test_a_picture_with_several_names_is_one_sample(tmp_path: Path) -> None:
+    put(tmp_path / "in/cat/a.png", picture())
+    (tmp_path / "in/dog").mkdir()
+    (tmp_path / "in/cat/b.png").symlink_to("a.png")
+    os.link(tmp_path / "in/cat/a.png", tmp_path / "in/dog/c.png")
+    (tmp_path / "in/dog/d.png").symlink_to("../cat/b.png")
+    (tmp_path / "in/dog/e.png").symlink_to(put(tmp_path / "elsewhere/e.png", picture(seed=1)))
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    assert labels(tmp_path / "out") == {"cat/a": "cat", "dog/e": "dog"}
+    reason = ("is a link to cat/a.png", "linked twice")
+    expected = dict.fromkeys(("cat/b.png", "dog/c.png", "dog/d.png"), reason)
+    assert found(tmp_path / "out", "notes.jsonl") == expected
 
 
 def test_a_link_to_nothing(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import os
+import subprocess
 from functools import cache
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from hypothesis import strategies as st
 
 from d2v_ds.data.checks import Unusable
 from shards.cli import main
+from shards.encoding import check_head, check_text
+from shards.findings import of_error
 from shards.text import reading
 from shards.text.compressed import Decompressed, open_compressed
-from shards.text.encoding import check_head
 from tests.helpers.corpora import put
 from tests.shards.layout_corpora import put_parquet
-from tests.shards.text_sets import about, convert, documents, found_in
+from tests.shards.text_sets import about, convert, documents, found_in, open_text, read
 
 ENGLISH = "".join(f"Note {i}: the water near the evening road\n" for i in range(50))
 GERMAN = "Über die Straße läuft ein müder Bär.\n" * 30
@@ -100,6 +102,58 @@ def test_latin_1_is_one_reason_that_says_what_to_do(
     assert "30 x is not UTF-8" in message and "iconv -f LATIN1 -t UTF-8" in message
 
 
+FRENCH = "« L’été » — déjà vu : cœur à l’œuvre…\n"
+RUSSIAN = "Человек идёт по дороге вечером.\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "codec", "advice"),
+    [
+        (GERMAN, "latin-1", "LATIN1"),
+        (FRENCH, "cp1252", "WINDOWS-1252"),
+        (RUSSIAN, "cp1251", "GB18030"),
+        (RUSSIAN, "koi8-r", "GB18030"),
+        (CHINESE, "gbk", "GB18030"),
+        ("日本語の文です。\n" * 9, "shift-jis", "GB18030"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "a.json", "a.jsonl"])
+def test_the_advice_for_other_encodings(
+    name: str, text: str, codec: str, advice: str, tmp_path: Path
+) -> None:
+    text = text.split("\n")[0]
+    form = {"a.txt": "{}", "a.csv": "text\n{}", "a.tsv": "text\n{}"}
+    row = form.get(name, '[{{"text": "{}"}}]' if name == "a.json" else '{{"text": "{}"}}')
+    data = put(tmp_path / name, row.format(text).encode(codec)).read_bytes()
+    texts, findings = read(open_text(tmp_path / name))
+    for content in texts:
+        with pytest.raises(Unusable) as caught:
+            check_text(content)
+        findings.append(of_error(name, caught.value))
+    assert findings and {one.kind for one in findings} == {"encoding"}
+    command = findings[0].reason.partition("iconv ")[2]
+    assert command == f"-f {advice} -t UTF-8"
+    done = subprocess.run(["iconv", *command.split()], input=data, capture_output=True)
+    assert done.returncode == 0 or advice == "GB18030"
+    if advice != "GB18030":
+        assert done.stdout == row.format(text).encode()
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_a_header_in_another_encoding(name: str, tmp_path: Path) -> None:
+    row = "text,läbel\nold,x\n".replace(",", "," if name == "a.csv" else "\t")
+    texts, [found] = read(open_text(put(tmp_path / name, row.encode("latin-1")), label_key="label"))
+    assert not texts and found.kind == "encoding" and "iconv -f LATIN1" in found.reason
+
+
+def test_utf_8_with_damaged_bytes(tmp_path: Path) -> None:
+    data = put(tmp_path / "a.txt", GREEK[:30].encode() + b"\xff\xfe.\n").read_bytes()
+    _, [found] = read(open_text(tmp_path / "a.txt"))
+    command = found.reason.partition("iconv ")[2]
+    done = subprocess.run(["iconv", *command.split()], input=data, capture_output=True)
+    assert done.stdout == GREEK[:30].encode() + b".\n"
+
+
 def test_a_binary_file_with_a_name_of_text(tmp_path: Path) -> None:
     picture = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0 \0\0\0 \x08\x02\0\0\0\xfc\x18\xed\xa3\n\n\n"
     put(tmp_path / "a.txt", picture)
@@ -170,6 +224,28 @@ def test_decompression_equals_the_input(
         with io.BufferedReader(raw, 64) as file:
             found = b"".join(file.read(size) for size in sizes) + file.read()
         assert (found, raw.damage) == (data, "")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"a line\n" * 400, "its content is not compressed; rename it without this extension"),
+        ("Ü".encode(), "its content is not compressed; rename it without this extension"),
+        (gzip.compress(b"a line\n"), "its content is compressed as .gz; rename it"),
+        (bz2.compress(b"a line\n"), "its content is compressed as .bz2; rename it"),
+    ],
+)
+@pytest.mark.parametrize("extension", [".gz", ".bz2", ".xz", ".zst", ".lzma"])
+def test_files_that_are_not_compressed_as_their_name_says(
+    extension: str, content: bytes, reason: str, tmp_path: Path
+) -> None:
+    if f"as {extension};" in reason:
+        return
+    put(tmp_path / f"a.txt{extension}", content)
+    assert read(open_text(tmp_path / f"a.txt{extension}")) == (
+        [],
+        [(f"a.txt{extension}", f"is named {extension}, but {reason}", "format")],
+    )
 
 
 @pytest.mark.parametrize("extension", [".gz", ".bz2", ".xz", ".zst", ".lzma"])

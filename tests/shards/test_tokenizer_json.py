@@ -246,3 +246,52 @@ def test_the_export_of_a_run_has_the_file_of_its_folder(file: Path, tmp_path: Pa
     export(found, tmp_path / "out", Options(verify=False))
     exported = (tmp_path / "out/tokenizer.json").read_bytes()
     assert digest(exported) == tokenizer.sha256 and not (tmp_path / "out/tokenizer.model").exists()
+
+
+def lossy(kind: str) -> bytes:
+    """A tokenizer whose ids do not hold everything."""
+    from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    if kind == "lower":
+        raw = json.loads(trained(SPECIAL["roberta"]))
+        raw["normalizer"] = {"type": "Lowercase"}
+        return json.dumps(raw).encode()
+    if kind == "bert":
+        tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(special_tokens=special, show_progress=False)
+    else:
+        tokenizer = tokenizers.Tokenizer(models.Unigram())
+        tokenizer.normalizer = normalizers.NFKC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(
+            special_tokens=special, unk_token="<unk>", show_progress=False
+        )
+    tokenizer.train_from_iterator([*LINES[:200], "á à ñ"], trainer)
+    return str(tokenizer.to_str()).encode()
+
+
+@pytest.mark.parametrize(
+    ("kind", "lost", "kept"),
+    [
+        ("lower", ["upper case"], ["accents", "spaces", "line ends", "emoji"]),
+        ("bert", ["upper case", "accents", "repeated spaces", "line ends", "rare scripts"], []),
+        ("unigram", ["ligatures", "rare scripts"], ["upper case", "accents"]),
+    ],
+)
+def test_what_the_ids_do_not_hold_is_told(
+    kind: str, lost: list[str], kept: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = put(tmp_path / "tokenizer.json", lossy(kind))
+    put(tmp_path / "a.txt", "\n".join(LINES[:50]))
+    assert convert(tmp_path / "a.txt", tmp_path / "out", tokenizer=model) == 0
+    [remark] = about(tmp_path / "out")["remarks"]
+    assert f"{model}: {remark}\n" in capsys.readouterr().out
+    assert all(name in remark for name in lost) and not any(name in remark for name in kept)
+
+
+def test_tokenizers_that_hold_everything() -> None:
+    assert Tokenizer(trained(SPECIAL["gpt2"]), "x").losses() == ""
+    assert Tokenizer.load(MODEL).losses() == ""

@@ -1,5 +1,8 @@
-"""Recognises files that are not UTF-8 text by their first bytes, so that they are refused as a
-whole. Read line by line, UTF-16 passes as text with a NUL behind each letter."""
+"""Recognises text that is not UTF-8, and says how to convert it.
+
+A file in UTF-16 is recognised by its first bytes and refused as a whole: read line by line, it
+passes as text with a NUL behind each letter. Other encodings are recognised document by document.
+"""
 
 from __future__ import annotations
 
@@ -43,8 +46,49 @@ def check_head(head: bytes) -> None:
         raise Unusable("format", "is not text: it has NUL bytes and is not UTF-8")
 
 
+def not_utf8(data: bytes, start: int) -> Unusable:
+    """About a document that is not UTF-8 at its byte `start`: in what encoding it seems to be."""
+    high = sum(byte >= 0x80 for byte in data)
+    rest = data.decode(errors="ignore")
+    valid = sum(byte >= 0x80 for byte in rest.encode())
+    if valid > high - valid:  # in other encodings, only a few characters are UTF-8 by chance
+        return Unusable(
+            "encoding",
+            f"is not UTF-8 at its byte {start} but elsewhere, so it is damaged or mixed; remove "
+            "what is not UTF-8: iconv -c -f UTF-8 -t UTF-8",
+        )
+    name = "LATIN1"
+    if any(0x80 <= byte < 0xA0 for byte in data):
+        name = "WINDOWS-1252" if _is(data, "cp1252") else ""
+    # Most letters of a European language are ASCII.
+    if not name or high > sum(map(str.isalpha, rest)):
+        return Unusable(
+            "encoding",
+            f"is not UTF-8 at its byte {start}; convert the file from its encoding, for example "
+            "from GB18030: iconv -f GB18030 -t UTF-8",
+        )
+    return Unusable(
+        "encoding",
+        f"is not UTF-8 at its byte {start}; convert the file, for example: "
+        f"iconv -f {name} -t UTF-8",
+    )
+
+
+def check_unicode(text: str) -> None:
+    """Raises Unusable for a document with halves of surrogate pairs, such as bytes that were not
+    UTF-8 have become."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        if "\udc80" <= text[error.start] <= "\udcff":
+            start = len(text[: error.start].encode())
+            raise not_utf8(text.encode(errors="surrogateescape"), start) from None
+        raise Unusable("encoding", f"is not Unicode text ({error.reason})") from None
+
+
 def check_text(text: str) -> None:
-    """Raises Unusable for a document with NUL characters."""
+    """As `check_unicode`; also raises Unusable for a document with NUL characters."""
+    check_unicode(text)
     if "\0" in text:
         raise Unusable("encoding", "has NUL characters, which text does not have; remove them")
 
@@ -71,8 +115,13 @@ def _usual(head: bytes, codec: str) -> float:
 
 
 def _is_utf8(head: bytes) -> bool:
+    """Whether they are the beginning of UTF-8."""
+    return _is(head, "utf-8")
+
+
+def _is(head: bytes, codec: str) -> bool:
     try:
-        codecs.getincrementaldecoder("utf-8")("strict").decode(head)
+        codecs.getincrementaldecoder(codec)("strict").decode(head)
     except UnicodeDecodeError:
         return False
     return True
