@@ -109,6 +109,12 @@ class Layout(ABC, Generic[Options, Content]):
                 about = item.part, item.channel, item.seconds
                 yield Item(sample.key, str(item), content, sample.columns, *about)
 
+    @property
+    def knows_inputs(self) -> bool:
+        """Whether `read` yields one item per input. A layout with a `read` of its own that does
+        so overrides this, so that too many bad inputs stop its conversion early."""
+        return type(self).read is Layout.read
+
     def file_of(self, item: Input) -> Path | None:
         """The file that holds an input; None if `read` does more than read it."""
         return self.root / item.path if type(self).read is Layout.read else None

@@ -181,8 +181,11 @@ def make_plans(corpus: Corpus, choice: Choice) -> dict[str, ConversionPlan]:
         if name:
             options["split"] = {name: options["split"]}
         plans[name] = make_plan(samples, options, choice.shard_size, choice.seed)
-    first = names[0]  # what gives no sample has no key to split by
-    plans[first] = replace(plans[first], findings=tuple(findings), not_chosen=chooser.not_chosen)
+    # What gives no sample has no key to split by. In a small set it might exceed --max-bad.
+    largest = max(names, key=lambda name: (choice.splits or {}).get(name, 1))
+    plans[largest] = replace(
+        plans[largest], findings=tuple(findings), not_chosen=chooser.not_chosen
+    )
     return plans
 
 

@@ -126,6 +126,10 @@ class Several(Layout[Any, Any]):
             for remark in getattr(part.layout, "remarks", ())
         )
 
+    @property
+    def knows_inputs(self) -> bool:
+        return all(part.layout.knows_inputs for part in self.parts)
+
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         for part in self.parts:
             own: list[Finding] = []
