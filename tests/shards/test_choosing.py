@@ -50,7 +50,10 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
         ("**/*.wav", ["a.wav", "x/y/a.wav"], ["a.flac", "a.wave"]),
         ("a/**/z", ["a/z", "a/b/c/z", "a/z/file"], ["a/bz", "b/a/z"]),
         ("[ab]-[!0-4].x", ["a-5.x", "b-x.x"], ["c-5.x", "a-3.x"]),
-        ("data [1]+(x)", ["data 1+(x)/y"], ["data [1]+(x)"]),
+        ("data [1]+(x)", ["data 1+(x)/y", "data [1]+(x)/y"], ["data +(x)"]),
+        ("[[]b]/*", ["[b]/c"], ["b/c"]),
+        ("[a&&b^~]", ["&", "^", "~"], ["c"]),
+        ("a\\b {x,y}!#, $", ["a\\b {x,y}!#, $"], ["b x"]),
         ("/abs/*.wav", ["/abs/a.wav"], ["abs/a.wav"]),
     ],
 )
@@ -59,6 +62,13 @@ def test_patterns(pattern: str, paths: list[str], others: list[str]) -> None:
     assert [path for path in [*paths, *others] if chooser.takes([path])] == paths
     chooser = Chooser([], [pattern])
     assert [path for path in [*paths, *others] if chooser.takes([path])] == others
+
+
+def test_an_impossible_pattern_is_an_error() -> None:
+    with pytest.raises(
+        UserError, match=r"^--except \[z-a\]: is not a pattern \(bad character range"
+    ):
+        Chooser([], ["[z-a]"])
 
 
 def test_findings_follow_the_choice() -> None:
