@@ -14,6 +14,7 @@ from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE
 from d2v_ds.errors import UserError
 from shards.tars import how_to_unpack, unpacker
 
+PLAN_START = b'{"plan": "'  # the first bytes of the file that shards/core.py writes
 NOT_READ = "is not a type of file that is read"
 
 
@@ -43,7 +44,7 @@ def folders(root: Path, findings: list[Finding] | None = None) -> Iterator[tuple
             continue
         for name in sorted(name for name in (*names, *files) if name.startswith(".")):
             skip(folder, name, "hidden", "its name begins with a dot")
-        if folder != os.fspath(root) and _is_shard_set(files):
+        if folder != os.fspath(root) and _is_shard_set(folder, files):
             skip(folder, "", "shard set", "is a shard set, such as OUT of a conversion")
             names.clear()
             continue
@@ -51,9 +52,16 @@ def folders(root: Path, findings: list[Finding] | None = None) -> Iterator[tuple
         yield folder, sorted(name for name in files if not name.startswith("."))
 
 
-def _is_shard_set(names: Collection[str]) -> bool:
-    """Whether a folder holds a shard set or a conversion in progress, by the names of its files."""
-    return not {INDEX_FILE, PLAN_FILE}.isdisjoint(names) and any(n.endswith(".idx") for n in names)
+def _is_shard_set(folder: str, names: Collection[str]) -> bool:
+    """Whether a folder holds a shard set, or a conversion that was interrupted, perhaps before its
+    first shard was written."""
+    if PLAN_FILE in names:
+        try:
+            with open(os.path.join(folder, PLAN_FILE), "rb") as file:
+                return file.read(len(PLAN_START)) == PLAN_START
+        except OSError:  # the conversion reports the reason
+            pass
+    return INDEX_FILE in names and any(name.endswith(".idx") for name in names)
 
 
 def _unreadable(error: OSError) -> None:

@@ -65,9 +65,7 @@ def test_patterns(pattern: str, paths: list[str], others: list[str]) -> None:
 
 
 def test_an_impossible_pattern_is_an_error() -> None:
-    with pytest.raises(
-        UserError, match=r"^--except \[z-a\]: is not a pattern \(bad character range"
-    ):
+    with pytest.raises(UserError, match=r"^--except \[z-a\]: is not a pattern \(bad "):
         Chooser([], ["[z-a]"])
 
 

@@ -1,4 +1,4 @@
-"""--max-bad is a share of the inputs of a set, whatever shard, task or split the bad ones are in."""
+"""--max-bad is a share of the inputs of a set, whatever shard or task the bad ones are in."""
 
 from __future__ import annotations
 
