@@ -137,6 +137,7 @@ def _merge(arguments: argparse.Namespace) -> int:
         for folder in (out.iterdir() if out.is_dir() else ())
         if (folder / PLAN_FILE).exists() or (folder / INDEX_FILE).exists()
     )
+    core.check_splits(out, splits)
     for folder in splits or [out]:
         shards = core.merge(folder, arguments.max_bad)
         print(core.describe(shards))

@@ -141,6 +141,19 @@ def merge(out: Path, max_bad: float) -> ShardSet:
     return _finish(out, about, [report for _, report in found if report], max_bad)
 
 
+def check_splits(out: Path, folders: Sequence[Path]) -> None:
+    """Raises UserError if a set of --split is not among the folders of those in `out`."""
+    for folder in folders:
+        file = PLAN_FILE if (folder / PLAN_FILE).exists() else INDEX_FILE
+        split = json.loads((folder / file).read_bytes()).get("options", {}).get("split", {})
+        for name in split.get(folder.name, {}):
+            if out / name not in folders:
+                raise UserError(
+                    f"{out / name}: no task has begun this split; run the unfinished tasks again, "
+                    "they resume"
+                )
+
+
 def convert_shard(job: tuple[Converter, Path, str, Samples]) -> ShardReport:
     """Writes one shard, then its report."""
     converter, out, name, samples = job
