@@ -99,7 +99,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         arguments.split_by,
     )
     if arguments.dry_run:
-        for line in estimate.estimate(make_plans(corpus, choice), corpus.converter, arguments.jobs):
+        plans = make_plans(corpus, choice)
+        for line in estimate.estimate(plans, corpus.converter, arguments.jobs):
             print(line)
         return exit_codes.FINISHED
     with WorkerPool(arguments.jobs) as pool:
@@ -107,6 +108,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         plans = make_plans(dataclasses.replace(corpus, samples=samples), choice)
         for not_chosen in filter(None, (plan.not_chosen for plan in plans.values())):
             print(not_chosen_line(not_chosen))
+        for remark in {plan.remark: None for plan in plans.values() if plan.remark}:
+            print(remark)
         for name, plan in plans.items():
             shards = core.convert(plan, corpus.converter, out / name, pool, arguments.max_bad, task)
             if shards:

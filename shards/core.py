@@ -211,6 +211,9 @@ def _read_report(out: Path, name: str) -> ShardReport | None:
 
 def _about(plan: ConversionPlan, converter: Converter) -> dict[str, Any]:
     """The content of plan.json."""
+    of_corpus = converter.about
+    if plan.remark:
+        of_corpus = {**of_corpus, "remarks": [*of_corpus.get("remarks", ()), plan.remark]}
     return {
         "plan": plan.hash(),
         "converter": CONVERTER,
@@ -222,7 +225,7 @@ def _about(plan: ConversionPlan, converter: Converter) -> dict[str, Any]:
         "unit": converter.length_unit,
         "sample_rate": converter.sample_rate,
         "fields": list(converter.fields),
-        "about": converter.about,
+        "about": of_corpus,
     }
 
 

@@ -36,6 +36,7 @@ def estimate(plans: Mapping[str, ConversionPlan], converter: Converter, jobs: in
     total = 0
     for plan in plans.values():
         yield from would_report(plan.findings, plan.not_chosen)
+    yield from {plan.remark: None for plan in plans.values() if plan.remark}
     for name, plan in plans.items():
         total += plan.bytes
         yield (

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +15,6 @@ EXTENSION = ".parquet"
 BATCH = 64  # most rows that are decoded at a time
 BATCH_BYTES = 32_000_000  # approximate size of these rows
 BUFFER = 1 << 20  # bytes that are read at a time, instead of a whole row group
-# Names of splits as the datasets library knows them
-# (https://huggingface.co/docs/datasets/repository_structure).
-SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-}
-SPLIT = re.compile(rf"(?:^|[^a-z0-9])({'|'.join(SPLITS)})(?=$|[^a-z])")
 
 
 def open_table(path: Path) -> Any:
@@ -102,31 +91,6 @@ def may_hold_files(kind: Any) -> bool:
         return {"bytes", "path"} & {field.name for field in kind} != set()
     tests = ("is_binary", "is_large_binary", "is_binary_view", "is_string", "is_large_string")
     return any(getattr(pyarrow.types, test)(kind) for test in tests)
-
-
-def splits_line(root: Path, files: Iterable[str]) -> str:
-    """One line about a folder whose files belong to several splits, such as train and test, which
-    become one set; "" if there are no splits."""
-    rows: Counter[str] = Counter()
-    word = ""  # of the first split
-    for file in files:
-        # The last word, because names of folders above may contain others.
-        found = SPLIT.findall(os.path.splitext(file)[0].lower())
-        try:
-            number = open_table(root / file).metadata.num_rows
-        except UserError:
-            raise
-        except ValueError:  # the conversion reports the reason
-            continue
-        rows[SPLITS[found[-1]] if found else "no split"] += number
-        word = word or (found[-1] if found else "")
-    if len(rows) < 2:
-        return ""
-    numbers = ", ".join(f"{name} {number:,}" for name, number in rows.items())
-    return (
-        f"{root}: its splits become one set ({numbers} rows); to choose one, use for example "
-        f"--only '**/*{word}*'"
-    )
 
 
 def binary_columns(table: Any) -> list[str]:

@@ -23,6 +23,7 @@ from shards import choosing
 from shards.family import SPLIT, Corpus, Input, Sample
 from shards.findings import first_reasons, left_out, normalised, unusable
 from shards.keys import make_key
+from shards.splits import StatedSplits
 
 CONVERTER = 4  # increase it if the same inputs and options give different bytes than before
 MIN_SHARD = 4_000_000  # bytes; smaller shards are not worth a process
@@ -128,6 +129,7 @@ class ConversionPlan:
     keys: dict[int, str]  # {sample number: key} of samples whose own key is not unique
     findings: tuple[Finding, ...] = ()  # files and inputs that give no sample
     not_chosen: int = 0  # inputs that --only and --except leave out
+    remark: str = ""  # a sentence about the chosen samples that a user must know
 
     @property
     def shards(self) -> int:
@@ -167,7 +169,9 @@ def make_plans(corpus: Corpus, choice: Choice) -> dict[str, ConversionPlan]:
     chooser = choosing.Chooser(choice.only, choice.leave_out)
     names = list(choice.splits) if choice.splits else [""]
     sets = {name: Samples() for name in names}
+    stated = StatedSplits()
     for sample in chooser.chosen(corpus.samples):
+        stated.add(sample)
         for name, assigned in _assigned(sample, corpus, choice):
             sets[name].append(assigned)
     findings = chooser.findings(normalised(corpus.findings))
@@ -180,7 +184,8 @@ def make_plans(corpus: Corpus, choice: Choice) -> dict[str, ConversionPlan]:
         options = {**corpus.options, **choice.options}
         if name:
             options["split"] = {name: options["split"]}
-        plans[name] = make_plan(samples, options, choice.shard_size, choice.seed)
+        plan = make_plan(samples, options, choice.shard_size, choice.seed)
+        plans[name] = replace(plan, remark=stated.remark)
     # What gives no sample has no key to split by. In a small set it might exceed --max-bad.
     largest = max(names, key=lambda name: (choice.splits or {}).get(name, 1))
     plans[largest] = replace(

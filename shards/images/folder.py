@@ -16,8 +16,9 @@ from d2v_ds.data.checks import Finding
 from d2v_ds.data.headers import image_type
 from shards.family import Input, Sample
 from shards.images.labels import NO_LABEL
-from shards.images.layout import EXTENSIONS, USUAL, ImageLayout, ImageOptions, split_of
+from shards.images.layout import EXTENSIONS, USUAL, ImageLayout, ImageOptions
 from shards.keys import make_key
+from shards.splits import stated_split
 from shards.walking import extension_of, walk, wanted
 
 READ = frozenset(EXTENSIONS)
@@ -49,7 +50,7 @@ class Folder(ImageLayout):
         layout = super().open(source, options)
         classes, empty = _with_images(source, _folders(source))
         remarks = _about_empty(empty)
-        if not classes or not all(map(split_of, classes)):
+        if not classes or not all(map(stated_split, classes)):
             remarks += _about_names(source, classes)
             return replace(layout, classes=tuple(classes), remarks=tuple(remarks))
         inner = [
@@ -73,7 +74,7 @@ class Folder(ImageLayout):
         columns = {}
         *above, _ = path.split(os.sep)
         if self.split and above:
-            columns["split"] = split_of(above.pop(0))
+            columns["split"] = stated_split(above.pop(0))
         if above:
             columns["label"] = above[0]
         elif self.classes:
@@ -124,8 +125,8 @@ def _about_empty(empty: list[str]) -> list[str]:
 
 def _about_names(source: Path, classes: list[str]) -> list[str]:
     """A remark about classes that may be none."""
-    if len({split_of(name) for name in classes} - {""}) > 1:
-        names = ", ".join(filter(split_of, classes))
+    if len({stated_split(name) for name in classes} - {""}) > 1:
+        names = ", ".join(filter(stated_split, classes))
         return [f"{names} are classes although they have names of splits"]
     if len(classes) == 1 and (below := _folders(source / classes[0])):
         return [
@@ -139,7 +140,4 @@ def _about_names(source: Path, classes: list[str]) -> list[str]:
 def _about_splits(top: list[str], classes: list[str]) -> list[str]:
     names = ", ".join(top) + (" are splits" if len(top) > 1 else " is a split")
     what = "the class is the folder below" if classes else "there are no classes below"
-    return [
-        f"{names}, not classes: {what}, and one set holds all of them. To convert one split, give "
-        f"its folder as SOURCE, for example SOURCE/{top[0]}"
-    ]
+    return [f"{names}, not classes: {what}"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -21,19 +20,6 @@ EXTENSIONS = (
     *(".jp2", ".j2k", ".jpx", ".jpf", ".avif", ".tga", ".qoi", ".pcx", ".sgi"),
 )
 USUAL = "image (.jpg, .png, .webp, .gif, .tif, .bmp, ...)"  # for messages
-
-SPLITS = {
-    "train": "train",
-    "training": "train",
-    "val": "validation",
-    "valid": "validation",
-    "validation": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-    "eval": "test",
-}
-"""Words in the names of folders and files that hold a split of a corpus, and the split."""
 
 
 @dataclass(frozen=True)
@@ -56,22 +42,6 @@ class ImageLayout(Layout[ImageOptions, bytes], abstract=True):
 
     remarks: tuple[str, ...] = ()
     """What a user must know about the corpus, one sentence each, for the console and index.json."""
-
-
-def split_of(name: str) -> str:
-    """The split that the name of a folder or file states as a separate word (val2017,
-    training_set, data-train-00000.tar); "": none."""
-    words = re.split(r"[^a-z]+", name.lower())
-    return next((SPLITS[word] for word in words if word in SPLITS), "")
-
-
-def about_splits(splits: Mapping[str, int], what: str, choice: str) -> tuple[str, ...]:
-    """A remark if a set is going to hold several splits. splits: {split: its number of `what`}.
-    choice: how to convert one split only."""
-    if len(splits) < 2:
-        return ()
-    parts = ", ".join(f"{name or 'no split'} {number}" for name, number in sorted(splits.items()))
-    return (f"one set holds the {what} of several splits ({parts}); to convert one, {choice}",)
 
 
 def check_label_key(source: Path, options: ImageOptions, columns: Iterable[str]) -> None:

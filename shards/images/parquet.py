@@ -8,8 +8,6 @@ is a row group.
 from __future__ import annotations
 
 import os
-import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,13 +22,12 @@ from shards.images.labels import NO_LABEL, labelled
 from shards.images.layout import (
     ImageLayout,
     ImageOptions,
-    about_splits,
     check_label_key,
     pass_over_others,
-    split_of,
 )
 from shards.keys import make_key, part_key
 from shards.parquet import EXTENSION
+from shards.splits import split_of_path
 from shards.walking import extension_of, folders, walk
 
 
@@ -39,9 +36,6 @@ class Parquet(ImageLayout):
     name = "parquet"
     help = "Parquet as Hugging Face stores images; class = the column of --label-key"
     uses = ("label_key", "image_key")
-
-    split: bool = False
-    """Whether there are several splits; then the split is a column of the samples."""
 
     @classmethod
     def recognises(cls, source: Path) -> bool:
@@ -55,7 +49,6 @@ class Parquet(ImageLayout):
         layout = super().open(source, options)
         key = options.image_key
         classes: dict[str, None] = {}  # an ordered set
-        splits: Counter[str] = Counter()
         columns: set[str] = set()
         unread: set[str] = set()
         files = layout._files()
@@ -74,12 +67,10 @@ class Parquet(ImageLayout):
             columns |= set(names)
             unread |= set(parquet.binary_columns(table)) - {key}
             classes |= dict.fromkeys(parquet.class_names(table).get(options.label_key, ()))
-            splits[_split_of(file.relative_to(layout.root))] += table.metadata.num_rows
         if columns:
             check_label_key(source, options, columns)
-        remarks = about_splits(splits, "rows", _choice(files[0].relative_to(layout.root)))
-        remarks += tuple(f"the column {name} is not kept" for name in sorted(unread))
-        return replace(layout, classes=tuple(classes), split=len(splits) > 1, remarks=remarks)
+        remarks = tuple(f"the column {name} is not kept" for name in sorted(unread))
+        return replace(layout, classes=tuple(classes), remarks=remarks)
 
     def _files(self) -> list[Path]:
         if not self.source.is_dir():
@@ -110,7 +101,7 @@ class Parquet(ImageLayout):
                 raise Unusable("row", f"has no column {key!r} (columns: {', '.join(names)})")
             classes = parquet.class_names(table).get(self.options.label_key)
             unread = set(parquet.binary_columns(table)) - {key}
-            split = _split_of(Path(part.path)) if self.split else ""
+            split = split_of_path(part.path)
             for number, row in parquet.rows(table, part, [n for n in names if n not in unread]):
                 name = f"{part.path}, row {number}"
                 image = row.pop(key)
@@ -150,16 +141,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(one) for name, one in value.items()}
     return str(value)  # dates, decimal numbers
-
-
-def _choice(file: Path) -> str:
-    """How to convert one split. file: for the example."""
-    pattern = file.with_name(re.split(r"[^A-Za-z]", file.name)[0] + "*")
-    if not split_of(file.name):  # the folder names the split
-        pattern = file.with_name("*")
-    return f"give its file as SOURCE, or choose its files with --only, for example '{pattern}'"
-
-
-def _split_of(file: Path) -> str:
-    """Of a dataset of the Hub: data/train-00000-of-00001.parquet, default/train/0000.parquet."""
-    return split_of(file.name) or split_of(file.parent.name)

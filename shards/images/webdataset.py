@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,10 +18,7 @@ from shards.images.labels import NO_METADATA, labelled
 from shards.images.layout import (
     EXTENSIONS,
     ImageLayout,
-    ImageOptions,
-    about_splits,
     pass_over_others,
-    split_of,
 )
 from shards.images.tars import first_tar, not_empty, tars_of
 from shards.keys import make_key
@@ -41,13 +36,6 @@ class WebDataset(ImageLayout):
     def recognises(cls, source: Path) -> bool:
         tar = first_tar(source)
         return tar is not None and not is_imagenet(tar)
-
-    @classmethod
-    def open(cls, source: Path, options: ImageOptions) -> WebDataset:
-        layout = super().open(source, options)
-        splits = Counter(split_of(tar.stem) for tar in tars_of(source))
-        choice = "give its tar as SOURCE, or move its tars to a folder of their own"
-        return replace(layout, remarks=about_splits(splits, "tars", choice))
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         yield from not_empty(self._samples(findings), self.source)

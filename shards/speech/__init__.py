@@ -12,8 +12,6 @@ from typing import TYPE_CHECKING
 
 from d2v_ds.errors import UserError
 from shards import arguments as types
-from shards.choosing import Chooser
-from shards.parquet import splits_line
 from shards.several import Several, open_sources
 from shards.speech.commonvoice import CommonVoice
 from shards.speech.fairseq import Fairseq
@@ -111,7 +109,7 @@ def read(arguments: argparse.Namespace) -> Corpus:
     if arguments.join and arguments.max_seconds:
         raise UserError("--join and --max-seconds cannot be combined; use one of them")
     layout = open_sources(LAYOUTS, arguments.layout, arguments.source, None)
-    _prepare_parquet(layout, arguments)
+    _refuse_columns_of_parquet(layout, arguments)
     converter = SpeechConverter(
         layout,
         arguments.rate,
@@ -136,14 +134,13 @@ def read(arguments: argparse.Namespace) -> Corpus:
     return Corpus(layout.samples(findings), converter, options, arrange, findings)
 
 
-def _prepare_parquet(layout: SpeechLayout, arguments: argparse.Namespace) -> None:
-    """Prints a line for each folder of Parquet whose splits become one set. Raises UserError for
-    options that need the columns of rows, which are only read during the conversion."""
-    chooser = Chooser(arguments.only, arguments.leave_out)
-    parts: list[tuple[SpeechLayout, str]] = [(layout, "")]
+def _refuse_columns_of_parquet(layout: SpeechLayout, arguments: argparse.Namespace) -> None:
+    """Raises UserError for options that need the columns of rows of Parquet, which are only read
+    during the conversion."""
+    layouts = [layout]
     if isinstance(layout, Several):
-        parts = [(part.layout, f"{part.prefix}/") for part in layout.parts]
-    for one, prefix in parts:
+        layouts = [part.layout for part in layout.parts]
+    for one in layouts:
         if not isinstance(one, Parquet):
             continue
         for name, column in (("--join", arguments.join), ("--split-by", arguments.split_by)):
@@ -152,7 +149,3 @@ def _prepare_parquet(layout: SpeechLayout, arguments: argparse.Namespace) -> Non
                     f"{name} {column}: {one.source} is Parquet, whose columns are only read during "
                     f"the conversion; convert it without {name}"
                 )
-        if one.source.is_dir():
-            files = [name for name in one.files([]) if chooser.takes([prefix + name])]
-            if line := splits_line(one.root, files):
-                print(line)

@@ -19,6 +19,7 @@ from shards import samples
 from shards.choosing import Chooser
 from shards.cli import main
 from shards.family import Input, Sample
+from shards.splits import split_of_path
 from tests.helpers.corpora import contents, notes, put, put_tar, quarantine, recording
 from tests.shards.pictures import picture
 
@@ -312,3 +313,48 @@ def test_every_file_is_accounted_for(
         number = len(inputs - used - lists)
         told = re.findall(r"^(\d+) inputs? (?:was|were) not chosen", said.getvalue(), re.MULTILINE)
         assert told == [str(number)] * (number > 0)
+
+
+def test_splits_that_names_state_are_told_for_every_family(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LibriSpeech as a whole holds its development and test sets."""
+    for folder in ("train-clean-100", "dev-clean", "test-other"):
+        put(tmp_path / f"Libri/{folder}/1/2/1-2-0.wav", recording())
+    out = tmp_path / "out"
+    assert run("speech", tmp_path / "Libri", out) == 0
+    remark = (
+        "the inputs belong to several splits (1 test, 1 train, 1 validation), which are not kept "
+        "apart; to convert only one, choose its files, for example with --only 'train-clean-100/**'"
+    )
+    assert remark in capsys.readouterr().out.splitlines()
+    assert json.loads((out / "index.json").read_bytes())["remarks"] == [remark]
+    assert main(["stats", str(out)]) == 0
+    assert remark in capsys.readouterr().out
+    words = "speech", tmp_path / "Libri", tmp_path / "one"
+    assert run(*words, "--dry-run") == 0
+    assert remark in capsys.readouterr().out
+    assert run(*words, "--only", "train-clean-100/**") == 0
+    assert "several splits" not in capsys.readouterr().out
+    for name in ("wiki.train.txt", "wiki.valid.txt"):
+        put(tmp_path / "wiki" / name, "One line of text.\n" * 400)
+    assert run("text", tmp_path / "wiki", tmp_path / "text", "--tokenizer", TOKENIZER) == 0
+    assert "several splits (1 train, 1 validation)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("data/train-00000-of-00002.parquet", "train"),
+        ("default/partial-train/0000.parquet", "train"),
+        ("train/test.parquet", "test"),  # the name before the folder
+        ("val2017/cat/0.jpg", "validation"),
+        ("LibriSpeech/dev-clean/1/2/3.flac", "validation"),
+        ("Training_Set/0.jpg", "train"),
+        ("trainer/contest/0.jpg", ""),
+        ("evaluation/0.wav", "test"),
+        ("a/b", ""),
+    ],
+)
+def test_splits_that_paths_state(path: str, split: str) -> None:
+    assert split_of_path(path) == split

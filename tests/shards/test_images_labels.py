@@ -310,19 +310,19 @@ def test_splits_of_the_hub_are_told(tmp_path: Path, capsys: pytest.CaptureFixtur
     parquet(tmp_path / "other/default/test/0000.parquet", [0], ["cat"])
     assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
     text = capsys.readouterr().out
-    assert "the rows of several splits (test 2, train 4, validation 2)" in text
-    assert (
-        "--only, for example 'data/test*'" in text
-        and "2 inputs were altered (2 no metadata)" in text
-    )
+    assert "several splits (2 test, 4 train, 2 validation), which are not kept apart" in text
+    assert "--only '**/*train*'" in text and "2 inputs were altered (2 no metadata)" in text
     splits = Counter(sample["json"]["split"] for sample in contents(tmp_path / "out").values())
     assert splits == {"train": 4, "validation": 2, "test": 2}
     [remark] = index(tmp_path / "out")["remarks"]
     assert "several splits" in remark
     assert convert(tmp_path / "in/data/train-00000-of-00002.parquet", tmp_path / "one", "-j1") == 0
-    assert "several" not in capsys.readouterr().out and "remarks" not in index(tmp_path / "one")
+    assert "several splits" not in capsys.readouterr().out and "remarks" not in index(
+        tmp_path / "one"
+    )
     assert convert(tmp_path / "other", tmp_path / "out2", "-j1") == 0
-    assert "several splits (test 1, train 1)" in capsys.readouterr().out
+    assert "several splits (1 test, 1 train)" in (text := capsys.readouterr().out)
+    assert "--only 'default/train/**'" in text
 
 
 def test_columns_of_parquet(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -60,7 +60,8 @@ def test_a_tree_with_train_and_val(tmp_path: Path, capsys: pytest.CaptureFixture
         assert "split" not in capsys.readouterr().out.replace(str(tmp_path), "")
     assert convert(tmp_path / "in", tmp_path / "both", "-j1") == 0
     text = capsys.readouterr().out
-    assert "train, val are splits, not classes" in text and "SOURCE/train" in text
+    assert "train, val are splits, not classes: the class is the folder below" in text
+    assert "several splits (6 train, 4 validation)" in text and "--only 'train/**'" in text
     assert Counter(labels(tmp_path / "both").values()) == {"n01440764": 5, "n01443537": 5}
     assert index(tmp_path / "both")["classes"] == ["n01440764", "n01443537"]
     splits = Counter(s["json"]["split"] for s in contents(tmp_path / "both").values())
@@ -107,7 +108,7 @@ def test_tars_of_several_splits_are_told(
     for name in ("pics-train-000000", "pics-train-000001", "pics-val-000000"):
         put_tar(tmp_path / f"in/{name}.tar", [(f"{name}-0.jpg", picture("JPEG"))])
     assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
-    assert "the tars of several splits (train 2, validation 1)" in capsys.readouterr().out
+    assert "several splits (2 train, 1 validation)" in capsys.readouterr().out
 
 
 def test_imagenets_training_and_validation_tars(

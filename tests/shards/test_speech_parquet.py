@@ -50,8 +50,8 @@ def test_a_folder_with_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert run(source, out) == 0
     assert capsys.readouterr().out.splitlines() == [
         f"{source}: layout parquet",
-        f"{source}: its splits become one set (train 5, validation 1 rows); to choose one, use "
-        "for example --only '**/*train*'",
+        "the inputs belong to several splits (5 train, 1 validation), which are not kept apart; to "
+        "convert only one, choose its files, for example with --only '**/*train*'",
         f"{out}: 6 samples, 0.000 hours, 1 shard",
         f"1 file was passed over (1 .md); the list is in {out / 'notes.jsonl'}",
     ]
@@ -73,7 +73,7 @@ def test_a_folder_with_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     capsys.readouterr()
     assert run(source, tmp_path / "train", "--only", "**/*train*") == 0
     text = capsys.readouterr().out
-    assert "its splits" not in text and "1 input was not chosen" in text
+    assert "several splits" not in text and "1 input was not chosen" in text
     assert len(contents(tmp_path / "train")) == 5
 
 
