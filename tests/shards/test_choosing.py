@@ -228,6 +228,22 @@ def test_sources_that_overlap_are_refused(
     assert "both SOURCE and OUT" in line
 
 
+@pytest.mark.parametrize("second", ["b.tsv", "clips", "b.jsonl"])
+def test_an_input_of_two_sources_is_used_once(second: str, tmp_path: Path) -> None:
+    for i in range(4):
+        put(tmp_path / f"clips/{i}.wav", recording(seed=i))
+    put(tmp_path / "a.tsv", "path\nclips/0.wav\nclips/1.wav\n")
+    put(tmp_path / "b.tsv", "path\nclips/../clips/1.wav\nclips/2.wav\n")
+    put(tmp_path / "b.jsonl", '{"path": "clips/1.wav"}\n{"path": "clips/1.wav", "offset": 0.1}\n')
+    out = tmp_path / "out"
+    assert run("speech", tmp_path / "a.tsv", tmp_path / second, out, "--max-bad", "50%") == 0
+    left_out = quarantine(out)
+    used = {members["flac"] for members in contents(out).values()}
+    assert set(left_out.values()) == {"an earlier SOURCE has the same input"}
+    assert len(used) == len(contents(out)) == {"b.tsv": 3, "clips": 4, "b.jsonl": 3}[second]
+    assert all(name.startswith(f"{second}/clips/") or second == "clips" for name in left_out)
+
+
 def test_images_of_several_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for source, name in (("a", "cat"), ("a", "dog"), ("b", "cat"), ("b", "eel")):
         put(tmp_path / f"{source}/{name}/0.png", picture())
