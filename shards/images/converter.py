@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from d2v_ds.data import image_files
 from d2v_ds.data.checks import Finding, Note
 from shards.family import Converted, Item, Sample
-from shards.findings import of_error
+from shards.findings import left_out, of_error
 from shards.images.labels import NO_LABEL, NO_METADATA
 from shards.images.layout import ImageLayout
 
@@ -61,15 +61,17 @@ class ImageConverter:
     def convert(self, samples: Iterable[Sample]) -> Iterator[Converted]:
         for sample in samples:
             findings: list[Finding] = []
+            unusable: list[Finding] = []
             found = 0
             for item in self.layout.read(sample, findings):
                 found += 1
                 try:
                     yield self._sample(item)
                 except ValueError as error:
-                    findings.append(of_error(item.name, error))
-            if findings or found > 1:
-                yield Converted("", (), 0, tuple(findings), max(0, found - 1))
+                    unusable.append(of_error(item.name, error))
+            found += len(left_out(findings))  # rows without an item
+            if findings or unusable or found > 1:
+                yield Converted("", (), 0, (*findings, *unusable), max(0, found - 1))
 
     def _sample(self, item: Item[bytes]) -> Converted:
         """Raises Unusable if the content is not an image."""

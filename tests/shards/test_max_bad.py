@@ -10,6 +10,7 @@ from d2v_ds.data.shard_format import open_set
 from shards import samples
 from shards.cli import main
 from tests.helpers.corpora import put, quarantine, recording
+from tests.shards.pictures import picture
 
 TEXT = ["--tokenizer", str(samples.path("text") / "tokenizer.model"), "-j1"]
 FILES = 200
@@ -71,3 +72,16 @@ def test_the_border(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "1 of 10 inputs cannot be used, more than --max-bad 9.990%" in capsys.readouterr().err
     assert run("speech", tmp_path / "in", out, "--max-bad", "10%") == 0
     assert open_set(out).samples == 9
+
+
+@pytest.mark.parametrize("family", ["speech", "images"])
+def test_rows_without_content_are_inputs(family: str, tmp_path: Path) -> None:
+    """--max-bad is a share of the rows, not of the usable ones."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    column, make = ("audio", recording) if family == "speech" else ("image", picture)
+    rows = [{"bytes": make(seed=i), "path": None} for i in range(8)]
+    rows += [{"bytes": None, "path": None}, {"bytes": b"damaged", "path": None}]
+    parquet.write_table(arrow.table({column: rows}), tmp_path / "train.parquet")
+    assert run(family, tmp_path / "train.parquet", tmp_path / "out", "--max-bad", "20%") == 0
+    about = open_set(tmp_path / "out").about
+    assert (about["samples"], about["quarantined"], about["inputs"]) == (8, 2, 10)
