@@ -9,12 +9,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from d2v_ds.data.checks import Finding
+from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE
 from d2v_ds.errors import UserError
 from shards.tars import how_to_unpack, unpacker
 
 PLAN_START = b'{"plan": "'  # the first bytes of the file that shards/core.py writes
+SPECIAL = "is a pipe, socket or device"
 NOT_READ = "is not a type of file that is read"
 
 
@@ -89,7 +90,7 @@ def walk(root: Path, findings: list[Finding] | None = None) -> Iterator[FoundFil
             if not is_special:
                 yield FoundFile(before + name, name, size)
             elif findings is not None:
-                findings.append(Finding(before + name, "is a pipe, socket or device", "type"))
+                findings.append(Finding(before + name, SPECIAL, "type"))
 
 
 def wanted(
@@ -130,6 +131,14 @@ def size_of(path: str | Path) -> int:
         return os.stat(path).st_size
     except OSError:
         return 0
+
+
+def require_regular(path: str | Path) -> None:
+    """Raises Unusable for a pipe, socket or device that a manifest names, because reading it may
+    never end; OSError if there is no file."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise Unusable("unreadable", SPECIAL)
 
 
 def first_folder(root: Path, extensions: Collection[str]) -> tuple[Path, list[str]]:

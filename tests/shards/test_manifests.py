@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import tracemalloc
 from itertools import groupby
@@ -251,3 +252,17 @@ def test_damaged_descriptions_of_libri_light(tmp_path: Path) -> None:
     assert speakers == {"0": None, "1": "7", "2": None, "3": "8", "4": None}
     kinds = {name: "no metadata" for name in ("7/book/0.flac", "7/book/2.flac")}
     assert notes(tmp_path / "out") == kinds
+
+
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    """Reading them may never end."""
+    put(tmp_path / "a.wav", recording(seconds=1))
+    os.mkfifo(tmp_path / "pipe.wav")
+    row = {"path": "pipe.wav"}
+    rows = [{"path": "a.wav"}, row, {"path": "/dev/zero"}, {**row, "offset": 0, "duration": 0.5}]
+    source = as_jsonl(tmp_path, rows)
+    out = tmp_path / "out"
+    assert main(["speech", str(source), str(out), "-j1", "--max-bad", "90%"]) == 0
+    reason = ("is a pipe, socket or device", "unreadable")
+    names = ("pipe.wav", "/dev/zero", "pipe.wav, 0 to 0.5")
+    assert found(out, "quarantine.jsonl") == dict.fromkeys(names, reason)

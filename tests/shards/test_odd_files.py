@@ -7,10 +7,16 @@ import os
 import tarfile
 from pathlib import Path
 
-from d2v_ds.data.checks import Finding
+import pytest
+
+from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.data.tar_index import index_tar
+from d2v_ds.errors import UserError
 from d2v_ds.modalities import sample_formats
 from shards.images.webdataset import WebDataset as ImageTars
+from shards.layout import find
+from shards.parquet import open_table
+from shards.speech import LAYOUTS
 from shards.speech.folder import Folder
 from shards.speech.webdataset import WebDataset
 from tests.helpers.corpora import put, put_tar, recording
@@ -43,6 +49,15 @@ def test_pipes_are_not_read(tmp_path: Path) -> None:
     found: list[Finding] = []
     assert len(list(Folder.open(tmp_path, None).samples(found))) == 1
     assert [(one.name, one.kind) for one in found] == [("b.wav", "type")]
+    with pytest.raises(UserError, match=r"b.wav: is a pipe, socket or device; SOURCE must be a"):
+        find(LAYOUTS, "auto", tmp_path / "b.wav")
+
+
+def test_a_parquet_file_that_vanishes_is_unreadable(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    with pytest.raises(Unusable, match=r"^No such file or directory$") as raised:
+        open_table(tmp_path / "a.parquet")
+    assert raised.value.kind == "unreadable"
 
 
 def test_members_of_tars_that_are_no_files(tmp_path: Path) -> None:
