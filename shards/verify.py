@@ -110,6 +110,7 @@ def verify_shard(
         for i, key in enumerate(keys):
             problem, contents[i] = _check_sample(file, index, i, modality, shards.about)
             if problem:
+                contents[i] = 0  # is not compared
                 problems.append(f"sample {key!r}: {problem}")
                 result.bad[kind_of(problem)] += 1
     result.keys = np.array([_hash(key.encode()) for key in keys], np.uint64).tobytes()
@@ -277,7 +278,8 @@ def _repeated(shards: ShardSet, checked: Sequence[Checked], kind: str, what: str
     bounds = np.cumsum([0, *map(len, hashes)])
     joined: NDArray[np.uint64] = np.concatenate(hashes)
     order = np.argsort(joined, kind="stable")
-    twins = np.flatnonzero(joined[order[1:]] == joined[order[:-1]])
+    same = joined[order[1:]] == joined[order[:-1]]
+    twins = np.flatnonzero(same & (joined[order[1:]] != 0))
     for at in twins[:MAX_LINES]:
         first, again = (_locate(shards, bounds, int(order[at + i])) for i in (0, 1))
         yield f"{again[0]}: sample {again[1]!r} has the same {what} as {first[1]!r} in {first[0]}"
