@@ -369,6 +369,10 @@ def show_plan() -> None:
         orders.append(np.concatenate([lot for step in steps for lot in step.lots]))
     ranks = [np.argsort(order) for order in orders]
     print(f"  planning: {made:.2f} s of CPU time")
+    start = time.process_time()
+    middle = {"epoch": 7, "step": 2000, "pool": len(plan.pools) // 2, "pool_step": 3}
+    next(plan.steps(middle))
+    print(f"  seeking to the middle of an epoch: {time.process_time() - start:.3f} s of CPU time")
     correlation = np.atleast_2d(np.corrcoef([*ranks, np.arange(len(ranks[0]))]))
     print(
         "  shuffling: the rank correlation of the order of samples is "

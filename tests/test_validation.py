@@ -62,7 +62,9 @@ def alone(sets: Any, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(root, sets, "run.steps=6", "engine.config=local", nproc=1)
 
 
-@pytest.mark.parametrize(("ranks", "engine"), [(2, "zero2"), (4, "zero3")])
+@pytest.mark.parametrize(
+    ("ranks", "engine"), [(2, "zero2"), pytest.param(4, "zero3", marks=pytest.mark.slow)]
+)
 def test_the_value_does_not_depend_on_ranks_and_stage(
     alone: Run, sets: Any, tmp_path: Path, ranks: int, engine: str
 ) -> None:

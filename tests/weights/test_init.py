@@ -178,15 +178,18 @@ def first(sets: Any, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+@pytest.mark.parametrize(
+    ("engine", "nproc"), [("local", 1), pytest.param("zero2", 2, marks=pytest.mark.slow)]
+)
 def test_a_run_continues_on_another_corpus_with_new_counters(
-    first: Run, sets: Any, tmp_path: Path
+    first: Run, sets: Any, tmp_path: Path, engine: str, nproc: int
 ) -> None:
     """The second run has fewer modalities, and resumes without reading `init` again."""
     settings = [*joint_sets.SMALL, joint_sets.shards_setting(sets)]
     drop = ["modality.vision=null", f"init={first.folder.checkpoint(2)}", "init_from=teacher"]
-    steps = ["optim.warmup_steps=2", "save.every=2", "engine.config=zero2", "log.every=1"]
+    steps = ["optim.warmup_steps=2", "save.every=2", f"engine.config={engine}", "log.every=1"]
     run = Run(tmp_path / "run", "joint_tiny", *settings, *drop, *steps)
-    done = run.train("run.steps=2", "optim.lr=1e-12")
+    done = run.train("run.steps=2", "optim.lr=1e-12", nproc=nproc)
     assert done.returncode == 0, done.stderr
     assert "init: " in done.stdout and "in init but not in this model, so not used: " in done.stdout
     report = json.loads(run.folder.init.read_text())
@@ -206,10 +209,11 @@ def test_a_run_continues_on_another_corpus_with_new_counters(
 
     (tmp_path / "elsewhere").mkdir()
     moved = Run(tmp_path / "run", "joint_tiny", *settings, *steps, "modality.vision=null")
-    refused = moved.train("run.steps=4", "optim.lr=1e-12")
+    refused = moved.train("run.steps=4", "optim.lr=1e-12", nproc=nproc)
     assert refused.returncode == 2 and "init was" in refused.stderr
     resumed = moved.train(
-        "run.steps=4", "optim.lr=1e-12", "init=/gone", "init_from=teacher", "--allow", "init"
+        *("run.steps=4", "optim.lr=1e-12", "init=/gone", "init_from=teacher", "--allow", "init"),
+        nproc=nproc,
     )
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming at step 2" in resumed.stdout and "init: " not in resumed.stdout
