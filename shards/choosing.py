@@ -77,8 +77,14 @@ class _Option:
         self.patterns = [value for value in values if value not in self.files]
         self._listed: set[str] = set().union(*(_read_list(Path(file)) for file in self.files))
         self._missing = set(self._listed)
-        self._unmatched = {pattern: _matcher([pattern]) for pattern in self.patterns}
-        self._matches = _matcher(self.patterns) if self.patterns else None
+        self._unmatched = {pattern: self._matcher([pattern]) for pattern in self.patterns}
+        self._matches = self._matcher(self.patterns) if self.patterns else None
+
+    def _matcher(self, patterns: Sequence[str]) -> Callable[[str], re.Match[str] | None]:
+        try:
+            return re.compile("|".join(map(_as_regex, patterns)), re.DOTALL).fullmatch
+        except re.error as error:  # such as the range [z-a]
+            raise UserError(f"{self.name} {patterns[0]}: is not a pattern ({error})") from None
 
     def has(self, names: Sequence[str]) -> bool:
         self._note(names)
@@ -99,7 +105,9 @@ class _Option:
         if self._missing:
             raise UserError(
                 f"{self.name} {', '.join(self.files)}: {len(self._missing)} of its names are "
-                f"neither a key nor a path of the corpus; the first: {min(self._missing)!r}"
+                f"neither a key nor a path of the corpus; the first: {min(self._missing)!r}. "
+                "A file is read as a list of names; to choose the file itself, give a pattern that "
+                "is not its name, such as 'a.wa?'"
             )
         for pattern in self._unmatched:
             there = listed(dict(places.most_common())) or " (nothing)"
@@ -116,13 +124,9 @@ def _rows_of(item: Input) -> int:
     return 1
 
 
-def _matcher(patterns: Sequence[str]) -> Callable[[str], re.Match[str] | None]:
-    return re.compile("|".join(map(_as_regex, patterns)), re.DOTALL).fullmatch
-
-
 def _as_regex(pattern: str) -> str:
     """`*` and `?` do not match `/`, `**` matches any number of folders. What the pattern matches
-    may be a folder above the path."""
+    may be a folder above the path. A name with brackets, `take [1].wav`, matches itself too."""
     parts = [part for part in pattern.split("/") if part not in ("", ".")]
     regex = "/" if pattern.startswith("/") else ""
     for i, part in enumerate(parts):
@@ -131,7 +135,8 @@ def _as_regex(pattern: str) -> str:
             regex += ".+" if last else "(?:[^/]+/)*"
         else:
             regex += _part_as_regex(part) + ("(?:/.*)?" if last else "/")
-    return f"(?:{regex})"
+    itself = f"|{re.escape('/'.join(parts))}(?:/.*)?" if "[" in pattern else ""
+    return f"(?:{regex}{itself})"
 
 
 def _part_as_regex(part: str) -> str:
@@ -144,7 +149,7 @@ def _part_as_regex(part: str) -> str:
             result += "[^/]"
         elif piece.startswith("[") and len(piece) > 2:
             negated = piece[1] == "!"
-            members = piece[1 + negated : -1].replace("\\", r"\\").replace("^", r"\^")
+            members = re.sub(r"[\\^\[&~|]", r"\\\g<0>", piece[1 + negated : -1])
             result += f"[{'^' * negated}{members}]"
         else:
             result += re.escape(piece)

@@ -55,12 +55,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has closed the pipe; verify may have found more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return exit_codes.FAILURE
-    except OSError as error:  # a full disk, no permission to write
-        print(f"d2v-shards: {error}", file=sys.stderr)
+    except PermissionError as error:
+        print(f"d2v-shards: {_about(error)}; correct the permissions", file=sys.stderr)
+        return exit_codes.BAD_INPUT
+    except OSError as error:  # such as a full disk
+        print(f"d2v-shards: {_about(error)}", file=sys.stderr)
         return exit_codes.FAILURE
     except KeyboardInterrupt:
         print("d2v-shards: interrupted; run the same command to resume", file=sys.stderr)
         return exit_codes.INTERRUPTED
+
+
+def _about(error: OSError) -> str:
+    """The path and the system's reason, without the number of the error."""
+    reason = error.strerror or str(error)
+    return f"{os.fspath(error.filename)}: {reason}" if error.filename else reason
 
 
 # ----------------------------------------------------------------------------------------- commands
@@ -131,6 +140,7 @@ def _merge(arguments: argparse.Namespace) -> int:
         for folder in (out.iterdir() if out.is_dir() else ())
         if (folder / PLAN_FILE).exists() or (folder / INDEX_FILE).exists()
     )
+    core.check_splits(out, splits)
     for folder in splits or [out]:
         shards = core.merge(folder, arguments.max_bad)
         print(core.describe(shards))

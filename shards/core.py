@@ -93,10 +93,11 @@ def convert(
             reports[i] = report
     pending = [i for i in own if i not in reports]
     work = ((converter, out, _name(converter.modality, i), plan.shard(i)) for i in pending)
-    inputs = sum(plan.inputs_of(i) for i in own) + len(left_out(plan.findings))
-    inputs += sum(report.found for report in reports.values())
+    # Of all tasks, because a task alone may have a larger share of bad inputs than --max-bad.
+    inputs = about["inputs"] + sum(report.found for report in reports.values())
     bad = sum(report.bad for report in reports.values()) + len(unusable(plan.findings))
-    bar = tqdm(total=inputs, unit=" files", disable=None, desc=str(out))
+    total = sum(plan.inputs_of(i) for i in own)
+    bar = tqdm(total=total, unit=" files", disable=None, desc=str(out))
     bar.update(sum(plan.inputs_of(i) for i in reports))
     with bar:
         for report in pool.run(convert_shard, work, len(pending)):
@@ -105,12 +106,12 @@ def convert(
             bar.update(plan.inputs_of(i))
             bad += report.bad
             inputs += report.found
-            if bad > max_bad * inputs:
+            if converter.knows_inputs and bad > max_bad * inputs:
                 break
     ordered = [reports[i] for i in sorted(reports)]
     if every == 1:
         return _finish(out, about, ordered, max_bad)
-    if bad > max_bad * inputs:
+    if converter.knows_inputs and bad > max_bad * inputs:
         raise UserError(_too_many_bad(_findings(about, ordered), inputs, max_bad))
     return None
 
@@ -138,6 +139,19 @@ def merge(out: Path, max_bad: float) -> ShardSet:
             "run the unfinished tasks again, they resume"
         )
     return _finish(out, about, [report for _, report in found if report], max_bad)
+
+
+def check_splits(out: Path, folders: Sequence[Path]) -> None:
+    """Raises UserError if a set of --split is not among the folders of those in `out`."""
+    for folder in folders:
+        file = PLAN_FILE if (folder / PLAN_FILE).exists() else INDEX_FILE
+        split = json.loads((folder / file).read_bytes()).get("options", {}).get("split", {})
+        for name in split.get(folder.name, {}):
+            if out / name not in folders:
+                raise UserError(
+                    f"{out / name}: no task has begun this split; run the unfinished tasks again, "
+                    "they resume"
+                )
 
 
 def convert_shard(job: tuple[Converter, Path, str, Samples]) -> ShardReport:

@@ -121,6 +121,11 @@ class Converter(Protocol):
     def files(self) -> dict[str, Path]:
         """Files that are copied into the set, by their names in the set."""
 
+    @property
+    def knows_inputs(self) -> bool:
+        """Whether the plan has every input, so that too many bad ones can stop the conversion
+        early; False if samples are read as many inputs: documents of a file, rows of a table."""
+
     def convert(self, samples: Iterable[Sample]) -> Iterator[Converted | PackedMember]:
         """Converts all samples of a shard. Every input is used or reported in `findings`; unusable
         inputs never raise."""

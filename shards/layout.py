@@ -22,6 +22,7 @@ from d2v_ds.errors import UserError
 from shards.family import Content, Input, Item, Sample
 from shards.findings import of_error
 from shards.tars import refuse_compressed
+from shards.walking import SPECIAL, require_regular
 
 AUTO = "auto"
 
@@ -109,6 +110,12 @@ class Layout(ABC, Generic[Options, Content]):
                 about = item.part, item.channel, item.seconds
                 yield Item(sample.key, str(item), content, sample.columns, *about)
 
+    @property
+    def knows_inputs(self) -> bool:
+        """Whether `read` yields one item per input. A layout with a `read` of its own that does
+        so overrides this, so that too many bad inputs stop its conversion early."""
+        return type(self).read is Layout.read
+
     def file_of(self, item: Input) -> Path | None:
         """The file that holds an input; None if `read` does more than read it."""
         return self.root / item.path if type(self).read is Layout.read else None
@@ -116,6 +123,7 @@ class Layout(ABC, Generic[Options, Content]):
     def payload(self, item: Input) -> bytes:
         """The bytes of an input. Raises OSError, and ValueError if the file ends too early."""
         path = self.root / item.path
+        require_regular(path)
         if item.bytes is None:
             return path.read_bytes()
         offset, size = item.bytes
@@ -139,6 +147,8 @@ def find(layouts: Sequence[type[AnyLayout]], name: str, source: Path) -> type[An
     """The layout with this name, or the detected one for "auto". Raises UserError."""
     if not source.exists():
         raise UserError(f"{source}: no such file or folder")
+    if not source.is_file() and not source.is_dir():
+        raise UserError(f"{source}: {SPECIAL}; SOURCE must be a file or a folder")
     refuse_compressed(source)
     if name != AUTO:
         return next(layout for layout in layouts if layout.name == name)

@@ -18,12 +18,16 @@ BUFFER = 1 << 20  # bytes that are read at a time, instead of a whole row group
 
 
 def open_table(path: Path) -> Any:
-    """A pyarrow ParquetFile. Raises Unusable if the file is not Parquet, UserError if pyarrow is
-    not installed."""
+    """A pyarrow ParquetFile. Raises Unusable if the file cannot be read or is not Parquet,
+    UserError if pyarrow is not installed."""
     try:
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: Parquet needs pyarrow; run `pip install pyarrow`") from None
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise Unusable("unreadable", error.strerror or str(error)) from None
     try:
         # Without these two options, all of a row group is read at once.
         return pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)

@@ -186,8 +186,11 @@ def make_plans(corpus: Corpus, choice: Choice) -> dict[str, ConversionPlan]:
             options["split"] = {name: options["split"]}
         plan = make_plan(samples, options, choice.shard_size, choice.seed)
         plans[name] = replace(plan, remark=stated.remark)
-    first = names[0]  # what gives no sample has no key to split by
-    plans[first] = replace(plans[first], findings=tuple(findings), not_chosen=chooser.not_chosen)
+    # What gives no sample has no key to split by. In a small set it might exceed --max-bad.
+    largest = max(names, key=lambda name: (choice.splits or {}).get(name, 1))
+    plans[largest] = replace(
+        plans[largest], findings=tuple(findings), not_chosen=chooser.not_chosen
+    )
     return plans
 
 

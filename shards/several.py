@@ -84,6 +84,11 @@ class Part(NamedTuple):
     def has(self, path: str) -> bool:
         return path == self.prefix or path.startswith(f"{self.prefix}/")
 
+    def identity(self, item: Input) -> int:
+        """A hash, to save memory, of the file that an input lies in and of its part."""
+        path = os.path.abspath(os.path.join(self.layout.root, item.path))
+        return hash((path, item.bytes, item.part, item.channel))
+
     def named(self, findings: Iterable[Finding]) -> list[Finding]:
         return [found._replace(name=self.outer(found.name)) for found in findings]
 
@@ -126,11 +131,24 @@ class Several(Layout[Any, Any]):
             for remark in getattr(part.layout, "remarks", ())
         )
 
+    @property
+    def knows_inputs(self) -> bool:
+        return all(part.layout.knows_inputs for part in self.parts)
+
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
+        # check_apart does not see that a table lists files of another SOURCE.
+        given: set[int] | None = set() if any(part.is_file for part in self.parts) else None
         for part in self.parts:
             own: list[Finding] = []
             start = os.path.splitext(part.prefix)[0] if part.is_file else part.prefix
             for sample in part.layout.samples(own):
+                if given is not None:
+                    identity = part.identity(sample.inputs[0])
+                    if identity in given:
+                        reason = "an earlier SOURCE has the same input"
+                        own.append(Finding(str(sample.inputs[0]), reason, "duplicate"))
+                        continue
+                    given.add(identity)
                 key, at, number = sample.key.partition("@")  # as part_key makes it
                 inputs = tuple(item._replace(path=part.outer(item.path)) for item in sample.inputs)
                 yield replace(sample, key=make_key(f"{start}/{key}") + at + number, inputs=inputs)

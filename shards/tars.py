@@ -60,7 +60,7 @@ def all_members(
         findings.append(Finding(name, "is a tar without files", "empty"))
         return
     for error in damage:
-        findings.append(Finding(name, f"{error}: its content is lost", "damaged"))
+        findings.append(Finding(name, f"{error}; only what is intact is used", "damaged"))
 
 
 def grouped(

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from d2v_ds.data.checks import Unusable, kind_of, listed
 from d2v_ds.data.checksum import checksum_of
 from d2v_ds.data.headers import SIDE_FIELDS
 from d2v_ds.data.shard_format import (
@@ -48,6 +49,7 @@ class Checked:
     problems: list[str] = field(default_factory=list)
     keys: bytes = b""  # uint64 hash of each sample's key
     contents: bytes = b""  # uint64 hash of each sample's payload
+    bad: Counter[str] = field(default_factory=Counter)  # samples that cannot be used, by kind
 
 
 def verify(path: Path, processes: int) -> Iterator[str]:
@@ -68,6 +70,11 @@ def verify(path: Path, processes: int) -> Iterator[str]:
         yield from (f"{one.name}: {problem}" for problem in one.problems)
         checked[one.name] = one
     order = [checked[shard.name] for shard in shards.shards]
+    bad = sum((one.bad for one in order), Counter[str]())
+    if bad:
+        number = bad.total()
+        what = "sample" if number == 1 else "samples"
+        yield f"{NOTE}{number} {what} cannot be used{listed(dict(bad.most_common()))}"
     yield from _repeated(shards, order, "keys", "key")
     yield from (NOTE + line for line in _repeated(shards, order, "contents", "content"))
 
@@ -103,7 +110,9 @@ def verify_shard(
         for i, key in enumerate(keys):
             problem, contents[i] = _check_sample(file, index, i, modality, shards.about)
             if problem:
+                contents[i] = 0  # is not compared
                 problems.append(f"sample {key!r}: {problem}")
+                result.bad[kind_of(problem)] += 1
     result.keys = np.array([_hash(key.encode()) for key in keys], np.uint64).tobytes()
     result.contents = contents.tobytes()
     if len(problems) > MAX_LINES:
@@ -218,21 +227,33 @@ def _check_sample(
     i: int,
     modality: type[Modality] | None,
     about: Mapping[str, Any],
-) -> tuple[str, int]:
-    """(the problem of sample i, or ""; a hash of its content)."""
+) -> tuple[Exception | None, int]:
+    """(the problem of sample i, of the kind that training counts; a hash of its content)."""
     payloads, changed = read_members(file, index, i)
     content = _hash(b"".join(data for name, data in payloads.items() if name not in SIDE_FIELDS))
-    if changed:
-        return f"the checksum of its .{changed[0]} differs from the index", content
-    if modality is None:
-        return "", content
     try:
-        length = modality.check_sample(payloads, about)
+        _check_members(index, i, payloads, changed)
+        if modality:
+            length = modality.check_sample(payloads, about)
+            if length != index.lengths[i]:
+                reason = f"has length {length}, but the index has {index.lengths[i]}"
+                raise Unusable("length", reason)
     except (ValueError, RecursionError) as error:
-        return str(error), content
-    if length != index.lengths[i]:
-        return f"has length {length}, but the index has {index.lengths[i]}", content
-    return "", content
+        return error, content
+    return None, content
+
+
+def _check_members(
+    index: ShardIndex, i: int, payloads: Mapping[str, bytes], changed: Sequence[str]
+) -> None:
+    """Raises Unusable."""
+    first = i * len(index.fields)
+    for cell, name in enumerate(index.fields, first):
+        if len(payloads.get(name, b"")) < index.sizes[cell]:
+            raise Unusable("truncated", f"the tar ends within its .{name}")
+    if changed:
+        reason = f"the checksum of its .{changed[0]} differs from the index"
+        raise Unusable("damaged", reason)
 
 
 def read_members(file: BinaryIO, index: ShardIndex, i: int) -> tuple[dict[str, bytes], list[str]]:
@@ -257,7 +278,8 @@ def _repeated(shards: ShardSet, checked: Sequence[Checked], kind: str, what: str
     bounds = np.cumsum([0, *map(len, hashes)])
     joined: NDArray[np.uint64] = np.concatenate(hashes)
     order = np.argsort(joined, kind="stable")
-    twins = np.flatnonzero(joined[order[1:]] == joined[order[:-1]])
+    same = joined[order[1:]] == joined[order[:-1]]
+    twins = np.flatnonzero(same & (joined[order[1:]] != 0))
     for at in twins[:MAX_LINES]:
         first, again = (_locate(shards, bounds, int(order[at + i])) for i in (0, 1))
         yield f"{again[0]}: sample {again[1]!r} has the same {what} as {first[1]!r} in {first[0]}"

@@ -9,11 +9,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from d2v_ds.data.checks import Finding
+from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE
 from d2v_ds.errors import UserError
 from shards.tars import how_to_unpack, unpacker
 
+PLAN_START = b'{"plan": "'  # the first bytes of the file that shards/core.py writes
+SPECIAL = "is a pipe, socket or device"
 NOT_READ = "is not a type of file that is read"
 
 
@@ -44,7 +46,7 @@ def folders(root: Path, findings: list[Finding] | None = None) -> Iterator[tuple
             continue
         for name in sorted(name for name in (*names, *files) if name.startswith(".")):
             skip(folder, name, "hidden", "its name begins with a dot")
-        if folder != os.fspath(root) and _is_shard_set(files):
+        if folder != os.fspath(root) and _is_shard_set(folder, files):
             skip(folder, "", "shard set", "is a shard set, such as OUT of a conversion")
             names.clear()
             continue
@@ -52,9 +54,16 @@ def folders(root: Path, findings: list[Finding] | None = None) -> Iterator[tuple
         yield folder, sorted(name for name in files if not name.startswith("."))
 
 
-def _is_shard_set(names: Collection[str]) -> bool:
-    """Whether a folder holds a shard set or a conversion in progress, by the names of its files."""
-    return not {INDEX_FILE, PLAN_FILE}.isdisjoint(names) and any(n.endswith(".idx") for n in names)
+def _is_shard_set(folder: str, names: Collection[str]) -> bool:
+    """Whether a folder holds a shard set, or a conversion that was interrupted, perhaps before its
+    first shard was written."""
+    if PLAN_FILE in names:
+        try:
+            with open(os.path.join(folder, PLAN_FILE), "rb") as file:
+                return file.read(len(PLAN_START)) == PLAN_START
+        except OSError:  # the conversion reports the reason
+            pass
+    return INDEX_FILE in names and any(name.endswith(".idx") for name in names)
 
 
 def _unreadable(error: OSError) -> None:
@@ -83,7 +92,7 @@ def walk(root: Path, findings: list[Finding] | None = None) -> Iterator[FoundFil
             if not is_special:
                 yield FoundFile(before + name, name, size, place)
             elif findings is not None:
-                findings.append(Finding(before + name, "is a pipe, socket or device", "type"))
+                findings.append(Finding(before + name, SPECIAL, "type"))
 
 
 def wanted(
@@ -124,6 +133,14 @@ def size_of(path: str | Path) -> int:
         return os.stat(path).st_size
     except OSError:
         return 0
+
+
+def require_regular(path: str | Path) -> None:
+    """Raises Unusable for a pipe, socket or device that a manifest names, because reading it may
+    never end; OSError if there is no file."""
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise Unusable("unreadable", SPECIAL)
 
 
 def first_folder(root: Path, extensions: Collection[str]) -> tuple[Path, list[str]]:

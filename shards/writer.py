@@ -48,8 +48,10 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        try:
+            self._file.close()  # fails on a full disk, because it writes what is buffered
+        finally:
+            self._temporary.unlink(missing_ok=True)
 
     @property
     def samples(self) -> int:

@@ -37,6 +37,7 @@ UNKNOWN_FRAMES = 1 << 48  # libsndfile reports 2^63 - 1 for a FLAC without a len
 UNEXPLAINED = 0.1  # seconds of bytes behind the samples that may be anything
 SDS_BLOCK = 60  # frames; the header of an SDS file rounds up to it
 BLOCK = 1 << 20  # frames that are decoded at a time
+AT_ONCE = 1 << 31  # samples of all channels; libsndfile decodes fewer if more are asked for
 FOREIGN = (  # formats that libsndfile does not read, by bytes at a place
     ("MP4 or M4A", 4, b"ftyp"),
     ("WebM or Matroska", 0, b"\x1a\x45\xdf\xa3"),
@@ -105,6 +106,11 @@ class Stream:
     def _next(self, frames: int) -> NDArray[Any]:
         # Reading int16 is several times faster than float32, which libsndfile needs for wider
         # samples and for float files, whose values it does not scale to integers.
+        if frames * self.file.channels >= AT_ONCE:
+            hours = frames / self.file.samplerate / 3600
+            raise Unusable(
+                "size", f"{hours:.3g} hours cannot be decoded at once; divide it with --max-seconds"
+            )
         kind = "int16" if self.file.subtype in EXACT else "float32"
         data: NDArray[Any] = self.file.read(frames, dtype=kind, always_2d=True)
         return data

@@ -15,7 +15,8 @@ HARD, SYMBOLIC, FOLDER = b"1", b"2", b"5"  # types of headers
 
 
 class Problem(NamedTuple):
-    """Why the payload of a member cannot be read. kind: a name in LEFT_OUT of checks.py."""
+    """Why the payload of a member cannot be read. kind: a name in LEFT_OUT of checks.py, or
+    "type"."""
 
     kind: str
     reason: str

@@ -26,6 +26,8 @@ PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 # Without a payload, whatever size their header states.
 NO_PAYLOAD = (*LINKS, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
+SPECIAL = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
+NO_FILES = (tarfile.DIRTYPE, b"D", b"V")  # folders, also with GNU's list of files; volume labels
 ERRORS = "backslashreplace"  # keeps names that are not UTF-8 distinct
 MAX_NAME = 1 << 20  # bytes of a long name or of pax headers; larger values mean damage
 UNUSED = "no sample uses this member of the tar"
@@ -33,6 +35,8 @@ SPARSE = Problem(
     "format",
     "is stored as a sparse file, in pieces; unpack the tar and pack it again without --sparse",
 )
+NO_CONTENT = Problem("type", "is a pipe or device")
+CONTINUED = Problem("format", "is continued from another volume of the tar; join the volumes")
 
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 META = re.compile(r"__[^/]*__(/|$)")
@@ -62,7 +66,8 @@ def members(
 ) -> Iterator[Member]:
     """The regular files of the tar in bytes `start` to `end` of a file, and the links to them.
 
-    A sparse file and a link without a target have a `problem`. Links to folders are left out.
+    A sparse file, a link without a target, a pipe and a device have a `problem`. Links to folders
+    are left out. A type that is not known is read as a file, as POSIX says.
     Raises DamagedTar for a damaged header, a payload that extends past the end, and a missing
     end-of-archive mark. If `damage` is given, appends these to it and continues at the next intact
     header.
@@ -79,7 +84,11 @@ def members(
                 yield Member(name, 0, 0, target)
             elif target:
                 yield Member(name, *target)
-        elif kind in tarfile.REGULAR_TYPES:
+        elif kind in SPECIAL:
+            yield Member(name, 0, 0, NO_CONTENT)
+        elif kind == b"M":
+            yield Member(name, 0, 0, CONTINUED)
+        elif kind not in NO_FILES:
             yield Member(name, offset, size)
 
 
@@ -176,12 +185,12 @@ def samples(
     after its last slash, fields are lower case, adjacent members with the same key form a sample,
     and `__meta__` is ignored. A field that a sample already has begins the next sample. Unlike in
     webdataset, hidden files have no key: macOS stores `x/._a.wav` next to `x/a.wav`, which would be
-    the field `_a.wav` of a sample `x/`. unused: a list to which members without a key are
-    appended."""
+    the field `_a.wav` of a sample `x/`. unused: a list to which members without a key, pipes and
+    devices are appended."""
     key, group = "", dict[str, Member]()
     for member in found:
         cut = key_of(member.name)
-        if not cut:
+        if not cut or member.problem is NO_CONTENT:
             if unused is not None:
                 unused.append(member)
             continue
@@ -204,6 +213,8 @@ def about_unused(member: Member, prefix: str = "") -> Finding:
     """The finding about a member that no sample uses."""
     if posixpath.basename(member.name).startswith("."):
         return Finding(prefix + member.name, "its name begins with a dot", "hidden")
+    if member.problem is NO_CONTENT:
+        return Finding(prefix + member.name, NO_CONTENT.reason, NO_CONTENT.kind)
     return Finding(prefix + member.name, UNUSED, "unused")
 
 

@@ -50,6 +50,10 @@ class ImageConverter:
     def files(self) -> dict[str, Path]:
         return {}
 
+    @property
+    def knows_inputs(self) -> bool:
+        return self.layout.knows_inputs
+
     @cached_property
     def _index(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.layout.classes)}

@@ -45,6 +45,10 @@ class WebDataset(ImageLayout):
             with tar.open("rb") as file:
                 yield from _samples_of(file, tar.name, findings)
 
+    @property
+    def knows_inputs(self) -> bool:
+        return True
+
     def read(self, sample: Sample, findings: list[Finding]) -> Iterator[Item[bytes]]:
         """The image, with the columns that the other members of the sample hold."""
         image, *aside = sample.inputs

@@ -61,6 +61,10 @@ class SpeechConverter:
     def files(self) -> dict[str, Path]:
         return {}
 
+    @property
+    def knows_inputs(self) -> bool:
+        return self.layout.knows_inputs
+
     def convert(self, samples: Iterable[Sample]) -> Iterator[Converted]:
         """Unusable recordings are left out and reported; a joined sample keeps the others."""
         with contextlib.closing(

@@ -22,6 +22,7 @@ from shards.walking import NOT_READ, extension_of, first_folder, folders, size_o
 
 TRANSCRIPTS = ".trans.txt"
 SPACE = " \t\r"
+TRIED = 8  # JSON files that are read to recognise the layout, because some may be damaged
 KEPT = ("speaker", "snr")  # of the JSON of Libri-Light, which is long
 
 
@@ -40,13 +41,14 @@ class LibriSpeech(SpeechLayout):
             return True
         stems = {os.path.splitext(n)[0] for n in names if n.lower().endswith(AUDIO)}
         described = [name for name in names if name.endswith(".json") and name[:-5] in stems]
-        return bool(described) and "speaker" in _description(folder / described[0])
+        return any("speaker" in _description(folder / name, []) for name in described[:TRIED])
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         number = 0
         for place, names in folders(self.root, findings):
             folder = Path(place)
-            texts = _transcripts(folder, names, self.root, findings)
+            texts, reported = _transcripts(folder, names, self.root, findings)
+            has_texts = any(name.endswith(TRANSCRIPTS) for name in names)
             for name in names:
                 stem = os.path.splitext(name)[0]
                 if extension_of(name) not in AUDIO:
@@ -56,9 +58,13 @@ class LibriSpeech(SpeechLayout):
                     continue
                 number += 1
                 path = os.path.relpath(folder / name, self.root)
-                columns = _columns(folder, stem, names)
+                reasons: list[str] = []
+                columns = _columns(folder, stem, names, reasons)
                 if stem in texts:
                     columns["text"] = texts.pop(stem)
+                elif has_texts and stem not in reported:
+                    reasons.append("has no line in the transcripts of its folder; it gets no text")
+                findings += (Finding(path, reason, "no metadata") for reason in reasons)
                 key = make_key(os.path.splitext(path)[0])
                 yield Sample(key, (Input(path),), columns, size_of(folder / name))
             for stem in texts:
@@ -78,10 +84,11 @@ def _is_metadata(name: str, names: list[str]) -> bool:
 
 def _transcripts(
     folder: Path, names: list[str], root: Path, findings: list[Finding]
-) -> dict[str, str]:
-    """{stem of a recording: text} of a folder."""
+) -> tuple[dict[str, str], set[str]]:
+    """({stem of a recording: text} of a folder, stems whose text is reported as not usable)."""
     texts: dict[str, str] = {}
     unclear: set[str] = set()
+    reported: set[str] = set()
     for name in names:
         if not name.endswith(TRANSCRIPTS):
             continue
@@ -94,6 +101,7 @@ def _transcripts(
                 continue
             reason = ""
             if "\ufffd" in text or not text:
+                reported.add(stem)
                 reason = "is not `NAME TEXT` in UTF-8; its recording gets no text"
             elif texts.setdefault(stem, text) != text:
                 reason = f"gives {stem} another text than an earlier line; it gets no text"
@@ -101,23 +109,27 @@ def _transcripts(
             if reason:
                 where = f"{os.path.relpath(folder / name, root)}, line {number}"
                 findings.append(Finding(where, reason, "no metadata"))
-    return {stem: text for stem, text in texts.items() if stem not in unclear}
+    return {stem: text for stem, text in texts.items() if stem not in unclear}, unclear | reported
 
 
-def _columns(folder: Path, stem: str, names: list[str]) -> dict[str, object]:
+def _columns(folder: Path, stem: str, names: list[str], reasons: list[str]) -> dict[str, object]:
     ids = stem.split("-")
     if len(ids) == 3 and all(part.isdigit() for part in ids):
         return {"speaker": ids[0], "chapter": ids[1]}
     if f"{stem}.json" in names:
-        about = _description(folder / f"{stem}.json")
+        about = _description(folder / f"{stem}.json", reasons)
         return {name: about[name] for name in KEPT if name in about}
     return {}
 
 
-def _description(path: Path) -> dict[str, object]:
-    """The JSON of a recording; {} if it cannot be read, because it is optional."""
+def _description(path: Path, reasons: list[str]) -> dict[str, object]:
+    """The JSON of a recording; {} if it cannot be read, with the reason in `reasons`."""
     try:
         about = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return about if isinstance(about, dict) else {}
+        if isinstance(about, dict):
+            return about
+        reason = "is not an object"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = f"cannot be read ({error})"
+    reasons.append(f"{path.name} {reason}; the recording is kept without it")
+    return {}

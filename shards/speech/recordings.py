@@ -21,6 +21,7 @@ from d2v_ds.data.checks import Finding, Note, Unusable
 from shards.family import Item, Sample
 from shards.findings import of_error
 from shards.speech.layout import SpeechLayout
+from shards.walking import require_regular
 
 RATES = (4_000, 384_000)  # Hz of recordings of speech; telephones have 8,000
 ROUNDED = 0.1  # seconds that a segment may end after its file, because manifests round
@@ -107,6 +108,7 @@ class Recordings:
     def _hold(self, path: Path) -> None:
         if path != self._path:
             self.close()
+            require_regular(path)
             self._file, self._path = audio.Recording(path), path
 
     def open(self, item: Item[bytes]) -> OpenRecording:

@@ -17,7 +17,7 @@ from typing import Any
 from d2v_ds.data.checks import Unusable
 from shards.family import Input, Sample
 from shards.keys import make_key
-from shards.walking import size_of
+from shards.walking import require_regular, size_of
 
 PATHS = ("path", "audio_filepath")
 OTHER_PATHS = ("audio", "file_name")  # of manifests without one of PATHS
@@ -114,6 +114,7 @@ class Rows:
 
         duration = 0.0
         try:
+            require_regular(os.path.join(self._root, path))
             info = audio.info(Path(self._root, path))
             duration = info.frames / info.rate
         except (ValueError, OSError):

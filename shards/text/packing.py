@@ -70,6 +70,7 @@ class _TextConverter:
     modality: ClassVar[str] = "text"
     length_unit: ClassVar[str] = "tokens"
     sample_rate: ClassVar[int] = 0
+    knows_inputs: ClassVar[bool] = False
 
     @property
     def about(self) -> dict[str, Any]:

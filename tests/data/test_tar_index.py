@@ -74,8 +74,9 @@ def test_checksums_detect_later_damage(tars: Path, capsys: pytest.CaptureFixture
     (tars / "part-1.tar").write_bytes(data)
     capsys.readouterr()
     assert main(["verify", str(tars), "-j1"]) == 1
-    line, _ = capsys.readouterr().out.splitlines()
+    line, kinds, _ = capsys.readouterr().out.splitlines()
     assert line == "part-1: sample 'x/4': the checksum of its .wav differs from the index"
+    assert kinds == "note: 1 sample cannot be used (1 damaged)"
 
 
 def test_one_tar_and_other_modalities(tmp_path: Path) -> None:

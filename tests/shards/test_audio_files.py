@@ -423,3 +423,16 @@ def test_segments_of_unusable_files_are_left_out_by_name(tmp_path: Path) -> None
         "truncated", "empty", "unreadable", "empty",
     ]  # fmt: skip
     assert findings[0].name == "cut.wav, 0 to 0.1"
+
+
+def test_a_recording_that_is_too_long_to_decode_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the real limit, the file would have more than 4 GB."""
+    put(tmp_path / "in/a.flac", recording("flac", seconds=2, channels=2))
+    put(tmp_path / "in/b.flac", recording("flac", seconds=1, channels=2))
+    monkeypatch.setattr(audio_files, "AT_ONCE", 3 * RATE)
+    assert convert(tmp_path / "in", tmp_path / "out", "--encode", "keep") == 0
+    assert found(tmp_path / "out", "quarantine.jsonl")["a.flac"][1] == "size"
+    assert convert(tmp_path / "in", tmp_path / "parts", "--max-seconds", "1") == 0
+    assert len(contents(tmp_path / "parts")) == 3

@@ -51,7 +51,10 @@ def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
         ("**/*.wav", ["a.wav", "x/y/a.wav"], ["a.flac", "a.wave"]),
         ("a/**/z", ["a/z", "a/b/c/z", "a/z/file"], ["a/bz", "b/a/z"]),
         ("[ab]-[!0-4].x", ["a-5.x", "b-x.x"], ["c-5.x", "a-3.x"]),
-        ("data [1]+(x)", ["data 1+(x)/y"], ["data [1]+(x)"]),
+        ("data [1]+(x)", ["data 1+(x)/y", "data [1]+(x)/y"], ["data +(x)"]),
+        ("[[]b]/*", ["[b]/c"], ["b/c"]),
+        ("[a&&b^~]", ["&", "^", "~"], ["c"]),
+        ("a\\b {x,y}!#, $", ["a\\b {x,y}!#, $"], ["b x"]),
         ("/abs/*.wav", ["/abs/a.wav"], ["abs/a.wav"]),
     ],
 )
@@ -60,6 +63,11 @@ def test_patterns(pattern: str, paths: list[str], others: list[str]) -> None:
     assert [path for path in [*paths, *others] if chooser.takes([path])] == paths
     chooser = Chooser([], [pattern])
     assert [path for path in [*paths, *others] if chooser.takes([path])] == others
+
+
+def test_an_impossible_pattern_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"^--except \[z-a\]: is not a pattern \(bad "):
+        Chooser([], ["[z-a]"])
 
 
 def test_findings_follow_the_choice() -> None:
@@ -218,6 +226,22 @@ def test_sources_that_overlap_are_refused(
     assert f"in: lies within {tmp_path}; its inputs would be used twice" in line
     line = refused(capsys, "speech", file, tmp_path / "link", tmp_path / "in")
     assert "both SOURCE and OUT" in line
+
+
+@pytest.mark.parametrize("second", ["b.tsv", "clips", "b.jsonl"])
+def test_an_input_of_two_sources_is_used_once(second: str, tmp_path: Path) -> None:
+    for i in range(4):
+        put(tmp_path / f"clips/{i}.wav", recording(seed=i))
+    put(tmp_path / "a.tsv", "path\nclips/0.wav\nclips/1.wav\n")
+    put(tmp_path / "b.tsv", "path\nclips/../clips/1.wav\nclips/2.wav\n")
+    put(tmp_path / "b.jsonl", '{"path": "clips/1.wav"}\n{"path": "clips/1.wav", "offset": 0.1}\n')
+    out = tmp_path / "out"
+    assert run("speech", tmp_path / "a.tsv", tmp_path / second, out, "--max-bad", "50%") == 0
+    left_out = quarantine(out)
+    used = {members["flac"] for members in contents(out).values()}
+    assert set(left_out.values()) == {"an earlier SOURCE has the same input"}
+    assert len(used) == len(contents(out)) == {"b.tsv": 3, "clips": 4, "b.jsonl": 3}[second]
+    assert all(name.startswith(f"{second}/clips/") or second == "clips" for name in left_out)
 
 
 def test_images_of_several_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import pickle
 import re
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,9 +18,9 @@ from d2v_ds.data.shard_format import open_set
 from d2v_ds.errors import UserError
 from d2v_ds.loader.loader import Loader
 from d2v_ds.modalities.speech import Speech, SpeechConfig
-from shards import findings, walking
+from shards import findings, walking, writer
 from shards.cli import main
-from tests.helpers.corpora import notes, put, quarantine, recording
+from tests.helpers.corpora import notes, put, put_tar, quarantine, recording
 
 ROOT = Path(__file__).parents[2]
 OUTCOME_OF_TABLE = {
@@ -127,6 +128,47 @@ def test_a_folder_that_cannot_be_read_is_an_error(
     more = ["--tokenizer", model] if family == "text" else []
     assert main([family, str(tmp_path / "in"), str(tmp_path / "out"), "-j1", *more]) == 2
     assert not (tmp_path / "out").exists()
+
+
+def test_a_list_that_cannot_be_read_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "a.wav", recording("wav"))
+    file = put(tmp_path / "list.jsonl", '{"path": "a.wav"}\n')
+    opened = Path.open
+
+    def refused(path: Path, *mode: Any, **more: Any) -> Any:
+        if path == file:
+            raise PermissionError(13, "Permission denied", str(file))
+        return opened(path, *mode, **more)
+
+    monkeypatch.setattr(Path, "open", refused)  # file modes do not stop root
+    assert main(["speech", str(file), str(tmp_path / "out"), "-j1"]) == 2
+    line = f"d2v-shards: {file}: Permission denied; correct the permissions\n"
+    assert capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("family", ["text", "speech"])
+def test_a_conversion_within_its_source_resumes(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plan and the tar of the interrupted conversion have names of inputs."""
+    words = [family, str(tmp_path), str(tmp_path / "out"), "-j1"]
+    if family == "text":
+        put(tmp_path / "a.json", '[{"text": "one"}, {"text": "two"}]')
+        words += ["--tokenizer", str(ROOT / "shards" / "samples" / "text" / "tokenizer.model")]
+    else:
+        put_tar(tmp_path / "a.tar", [("a.wav", recording("wav"))])
+
+    def full(path: Path, data: bytes) -> None:  # after the tar, before its index
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writer, "write_atomically", full)
+        assert main(words) == 1
+    assert [file.name for file in (tmp_path / "out").glob("*.tar")] == [f"{family}-000000.tar"]
+    assert main(words) == 0
+    assert not quarantine(tmp_path / "out")
 
 
 def test_the_lists_and_counts_of_a_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import tracemalloc
 from itertools import groupby
@@ -225,6 +226,43 @@ def test_transcripts_with_odd_line_ends(tmp_path: Path) -> None:
     texts = {key: row["json"].get("text") for key, row in contents(tmp_path / "out").items()}
     expected = {0: "ONE\u2028TWO\x85THREE", 1: None, 2: "C", 3: None}
     assert texts == {f"1-2-{i:04d}": text for i, text in expected.items()}
-    assert notes(tmp_path / "out") == {"1-2.trans.txt, line 3": "no metadata"}
-    reason, _ = found(tmp_path / "out", "notes.jsonl")["1-2.trans.txt, line 3"]
-    assert "gives 1-2-0001 another text than an earlier line" in reason
+    reasons = found(tmp_path / "out", "notes.jsonl")
+    assert reasons == {
+        "1-2.trans.txt, line 3": (
+            "gives 1-2-0001 another text than an earlier line; it gets no text",
+            "no metadata",
+        ),
+        "1-2-0003.flac": (
+            "has no line in the transcripts of its folder; it gets no text",
+            "no metadata",
+        ),
+    }
+
+
+def test_damaged_descriptions_of_libri_light(tmp_path: Path) -> None:
+    """One of them is the first, by which the layout is recognised."""
+    texts = ["{damaged", '{"speaker": "7"}', "[]", '{"speaker": "8", "snr": 3.5}', None]
+    for i, text in enumerate(texts):
+        put(tmp_path / f"in/7/book/{i}.flac", recording("flac", 0.05, seed=i))
+        if text:
+            put(tmp_path / f"in/7/book/{i}.json", text)
+    assert main(["speech", str(tmp_path / "in"), str(tmp_path / "out"), "-j1"]) == 0
+    made = contents(tmp_path / "out")
+    speakers = {key[-1]: row["json"].get("speaker") for key, row in made.items()}
+    assert speakers == {"0": None, "1": "7", "2": None, "3": "8", "4": None}
+    kinds = {name: "no metadata" for name in ("7/book/0.flac", "7/book/2.flac")}
+    assert notes(tmp_path / "out") == kinds
+
+
+def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
+    """Reading them may never end."""
+    put(tmp_path / "a.wav", recording(seconds=1))
+    os.mkfifo(tmp_path / "pipe.wav")
+    row = {"path": "pipe.wav"}
+    rows = [{"path": "a.wav"}, row, {"path": "/dev/zero"}, {**row, "offset": 0, "duration": 0.5}]
+    source = as_jsonl(tmp_path, rows)
+    out = tmp_path / "out"
+    assert main(["speech", str(source), str(out), "-j1", "--max-bad", "90%"]) == 0
+    reason = ("is a pipe, socket or device", "unreadable")
+    names = ("pipe.wav", "/dev/zero", "pipe.wav, 0 to 0.5")
+    assert found(out, "quarantine.jsonl") == dict.fromkeys(names, reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -263,6 +264,18 @@ def test_tasks_of_a_split_conversion_are_merged(corpus: Path, tmp_path: Path) ->
         for file in files:
             part, whole = (tmp_path / which / name / file for which in ("parts", "whole"))
             assert part.read_bytes() == whole.read_bytes()
+
+
+def test_a_split_that_no_task_has_begun_is_missing(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--split", "a=50,b=50", "--task", "0/1"]
+    assert convert(corpus, tmp_path / "out", *words) == 0
+    shutil.rmtree(tmp_path / "out" / "b")
+    assert main(["merge", str(tmp_path / "out")]) == 2
+    assert "out/b: no task has begun this split; run the" in capsys.readouterr().err
+    assert convert(corpus, tmp_path / "out", *words) == 0
+    assert main(["merge", str(tmp_path / "out")]) == 0
 
 
 @pytest.mark.parametrize("text", ["", "train", "train=0", "a=1,a=2", "a=1,b", "a=1;b=2", "../x=1"])

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from array import array
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import webdataset as wds
 
+from d2v_ds.data.checks import Unusable
 from d2v_ds.data.shard_format import (
     INDEX_FILE,
     index_bytes,
     open_set,
     read_index,
 )
+from d2v_ds.loader.reading import Reader
 from shards import samples
 from shards.cli import main
 from shards.verify import NOTE
@@ -77,13 +81,14 @@ def no_end(tar: Path, offset: int) -> None:
 
 
 CHECKSUM = "sample 'KEY': the checksum of its .flac differs"
+ENDS = "sample 'KEY': the tar ends within its .flac"
 
 DAMAGE: list[tuple[Callable[[Path, int], None], list[str]]] = [
     (flip_payload, ["sha256", CHECKSUM]),
     (flip_header, ["sha256", "at KEY.flac: damaged header (bad checksum) at byte"]),
     (zero, ["sha256", "at KEY.flac: zeros", CHECKSUM]),
-    (cut_at_member, ["bytes, but index.json has", "KEY.flac: ends without its end", CHECKSUM]),
-    (cut_in_payload, ["but index.json has", "KEY.flac: its", "extend past the end", CHECKSUM]),
+    (cut_at_member, ["bytes, but index.json has", "KEY.flac: ends without its end", ENDS]),
+    (cut_in_payload, ["but index.json has", "KEY.flac: its", "extend past the end", ENDS]),
     (remove, ["speech-000001.tar: No such file"]),
     (flip_index, ["speech-000001.idx: is damaged"]),
     (remove_index, ["speech-000001.idx: is missing"]),
@@ -111,6 +116,31 @@ def test_damage_is_detected(
         text = text.replace("KEY", index.key(row))
         assert any(text in line for line in lines), (text, lines)
     assert last.endswith(f"{len(lines)} problem{'s' if len(lines) > 1 else ''}")
+
+
+@pytest.mark.parametrize("damage", [flip_payload, zero, cut_at_member, cut_in_payload])
+def test_training_counts_the_same_samples_by_the_same_kinds(
+    damage: Callable[[Path, int], None],
+    sound: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shards = open_set(shutil.copytree(sound, tmp_path / "set"))
+    index = read_index(shards.index(shards.shards[1]))
+    damage(shards.tar(shards.shards[1]), index.offsets[2 * (index.count // 2)])
+    reader = Reader(shards, shards.fields)
+    bad = {}
+    for sample_id in range(shards.samples):
+        try:
+            reader.read(sample_id)
+        except Unusable as error:
+            bad[reader.key(sample_id)] = error.kind
+    reader.close()
+    output = problems(tmp_path / "set", capsys)
+    assert "same content" not in output, "of members behind the end of the tar"
+    assert set(re.findall("sample '(.*?)': ", output)) == bad.keys() and bad
+    kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(bad.values()).most_common())
+    assert re.search(rf"^{NOTE}{len(bad)} samples? cannot be used \({kinds}\)$", output, re.M)
 
 
 def problems(path: Path, capsys: pytest.CaptureFixture[str]) -> str:

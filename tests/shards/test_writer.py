@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import resource
 import tarfile
 from pathlib import Path
 
@@ -40,3 +41,14 @@ def test_an_abandoned_shard_leaves_no_files(tmp_path: Path) -> None:
         writer.add("a", (b"x",), 1)
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_no_files(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError), ShardWriter(tmp_path, "speech-000000", ("flac",)) as writer:
+            writer.add("a", (bytes(1 << 20),), 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
