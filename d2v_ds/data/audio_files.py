@@ -23,7 +23,7 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from d2v_ds.data import flac, mpeg, ogg
+from d2v_ds.data import flac, mpeg, ogg, tags
 from d2v_ds.data.checks import Note, Unusable
 from d2v_ds.data.containers import FFMPEG, Buffer, Extent, extent_of
 
@@ -151,15 +151,31 @@ def open_streams(source: bytes | Path, trusted: bool) -> Opened:
     """trusted: without looking for audio that libsndfile would not decode, because it was done when
     the set was made. Raises Unusable; a missing file raises FileNotFoundError."""
     with _buffer(source) as data:
+        start = tags.front(data)
+        repaired = start > 0 and not mpeg.frame_of(data[start : start + 4])
+        if repaired:  # only the decoder of MP3 skips tags
+            source = data = data[start:]
+            if not data:
+                raise Unusable("empty", "holds only tags or zeros")
         extent = extent_of(lambda at, number: data[at : at + number], len(data))
         if extent and extent.patch:
             at, size = extent.patch
             source = data[:at] + size + data[at + len(size) :]
+        notes: list[Note] = []
         try:
             file = _open(source)
-        except Unusable as error:
-            raise _why(data, extent) or error from None
-        found = Opened([Stream(file, source, file.frames)], [], False)
+        except Unusable:
+            if why := _why(data, extent):
+                raise why from None
+            at = -1 if extent else mpeg.first(data)
+            if at < 0:
+                raise
+            source = data = data[at:]
+            file, repaired = _open(source), True
+            if at != start:
+                reason = f"begins with {at} bytes that are no MPEG audio; they are not used"
+                notes.append(Note("length corrected", reason))
+        found = Opened([Stream(file, source, file.frames)], notes, repaired)
         try:
             if extent:
                 _limit(found, extent)
@@ -259,7 +275,7 @@ def _limit(found: Opened, extent: Extent) -> None:
     frame = WIDTHS.get(file.subtype, 0) * file.channels
     if frame and stream.frames > extent.size // frame:
         stream.frames = extent.size // frame
-    found.repaired = not extent.stated or extent.rest > 0
+    found.repaired = found.repaired or not extent.stated or extent.rest > 0
     if extent.rest:
         # Compressed samples have no fixed size: their average is taken.
         average = extent.size * file.samplerate // max(1, stream.frames)
@@ -343,8 +359,9 @@ def _check_mp3(found: Opened, data: Buffer) -> None:
     if audio.exact or not audio.frames:  # without frames: the free format, which has no sizes
         return
     stated = sum(audio.stated)
-    if audio.junk > mpeg.JUNK:
-        raise Unusable("damaged", f"{audio.junk} bytes between its frames are not MPEG audio")
+    junk = audio.junk + audio.rest * (not audio.complete)
+    if junk > mpeg.JUNK:
+        raise Unusable("damaged", f"{junk} bytes between its frames are not MPEG audio")
     if stated > audio.frames + (not audio.cut):  # some encoders count their header as a frame
         raise Unusable(
             "truncated",
@@ -358,7 +375,7 @@ def _check_mp3(found: Opened, data: Buffer) -> None:
     before = found.streams[0].frames
     close(found.streams)
     found.streams, found.repaired = [Stream(file, whole, file.frames)], True
-    if not audio.stated and before == file.frames:
+    if before == file.frames and (audio.complete or not audio.stated):
         return
     rate = file.samplerate
     what = (
