@@ -332,8 +332,11 @@ def _check_flac(found: Opened, data: Buffer) -> None:
 
 
 def _check_ogg(found: Opened, data: Buffer) -> None:
-    pieces = ogg.streams(data)
-    if len(pieces) == 1:
+    pieces, rest = ogg.streams(data)
+    if rest:
+        reason = f"has {rest} bytes behind its last Ogg page; they are not used"
+        found.notes.append(Note("length corrected", reason))
+    if pieces == [(0, len(data))]:
         return
     first = found.streams[0].frames
     close(found.streams)
@@ -343,7 +346,8 @@ def _check_ogg(found: Opened, data: Buffer) -> None:
         file = _open(source)
         found.streams.append(Stream(file, source, file.frames))
     found.repaired = True
-    _corrected(found, first, found.streams, "Ogg")
+    if len(pieces) > 1:
+        _corrected(found, first, found.streams, "Ogg")
 
 
 def _corrected(found: Opened, first: int, streams: list[Stream], name: str) -> None:
