@@ -283,6 +283,10 @@ def _limit(found: Opened, extent: Extent) -> None:
         if seconds > UNEXPLAINED:
             raise _unexplained(reason)
         found.notes.append(Note("length corrected", f"{reason}; they are not used"))
+    if frame and extent.frames and extent.frames != stream.frames:
+        stated, there = (frames / file.samplerate for frames in (extent.frames, stream.frames))
+        reason = f"states {stated:.2f} s, but has samples for {there:.2f} s, which are used"
+        found.notes.append(Note("length corrected", reason))
 
 
 def _behind(extent: Extent, per_second: int) -> tuple[str, float]:

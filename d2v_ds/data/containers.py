@@ -38,6 +38,10 @@ METADATA = (
     b"PEAK",
     b"smpl",
 )
+AIFF_METADATA = (b"NAME", b"AUTH", b"(c) ", b"ANNO", b"COMT", b"MARK", b"INST", b"APPL", b"ID3 ")
+FOLLOWING = (b"fmt ", b"data", *METADATA)
+INNER = {b"LIST": (b"INFO", b"adtl"), b"id3 ": (b"ID3",), b"ID3 ": (b"ID3",)}  # first in a chunk
+LONGEST_METADATA = 1 << 24  # bytes at the end of a file that are searched for chunks
 PRINTABLE = frozenset(string.printable.encode())
 W64_NAME = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # the last 12 bytes of its chunk names
 ZEROS = 1 << 16  # bytes that are compared at a time
@@ -61,6 +65,7 @@ class Extent(NamedTuple):
     rest: int = 0  # bytes behind the samples that are neither metadata nor padding
     rate: int = 0  # frames per second and bytes per frame, of WAV
     frame: int = 0
+    frames: int = 0  # that another chunk states, of AIFF
     stated: bool = True  # whether the header states the size
     patch: tuple[int, bytes] | None = None  # (place, bytes) of the size that the header lacks
 
@@ -74,7 +79,10 @@ def extent_of(peek: Peek, total: int) -> Extent | None:
     if head[:4] == b"riff" and head[4:16].hex().startswith("2e91cf11a5d628db04c10000"):
         return _chunked(peek, total, W64, 40, b"data")
     if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC", b"8SVX", b"16SV"):
-        return _chunked(peek, total, RIFX, 12, b"SSND" if head[8:9] == b"A" else b"BODY")
+        if head[8:9] != b"A":
+            return _chunked(peek, total, RIFX, 12, b"BODY")
+        extent = _chunked(peek, total, RIFX, 12, b"SSND")
+        return extent and extent._replace(frames=_aiff_frames(peek))
     if head[:4] == b"caff":
         return _chunked(peek, total, CAF, 8, b"data")
     if head[:4] in (b".snd", b"dns.") and len(head) >= 12:
@@ -112,6 +120,8 @@ def _riff(peek: Peek, total: int, head: bytes) -> Extent | None:
     for name, at, size in _chunks(peek, chunks, 12):
         if name == b"data":
             break
+        if size % 2:
+            _check_padded(peek, name, at + size)
         _within(at + size, total)
         if name == b"ds64":
             sizes = at  # of the file, of the samples, of the frames: 64 bits each
@@ -127,18 +137,29 @@ def _riff(peek: Peek, total: int, head: bytes) -> Extent | None:
         extent = _whole(peek, total, at, size, chunks)._replace(rate=rate, frame=frame)
         if size or not extent.rest:  # a size of 0 is that of an empty file, unless bytes follow
             return extent
-    left = total - at
+    end = _end_of_samples(peek, total, at, chunks)
+    left = end - at
     patch = None  # libsndfile reads an implausible size as "to the end", but not one of 0
     if form == "<QQQ":
         patch = place, struct.pack(form, total - 8, left, 0)
-    elif not size:
+    elif not size or end < total:
         patch = place, struct.pack(form, left)
-    return Extent(at, left, 0, rate, frame, False, patch)
+    return Extent(at, left, 0, rate, frame, stated=False, patch=patch)
 
 
 def _within(end: int, total: int) -> None:
     if end > total:
         raise Unusable("truncated", "is truncated: it ends within its header")
+
+
+def _check_padded(peek: Peek, name: bytes, end: int) -> None:
+    """Raises Unusable if a chunk of odd size lacks the byte that pads it, which readers need."""
+    without, padded = peek(end, 4), peek(end + 1, 4)
+    if without in FOLLOWING and padded not in FOLLOWING:
+        label = name.decode("latin-1").strip()
+        raise Unusable(
+            "format", f"has a chunk {label} of odd size without the byte that pads it; {FFMPEG}"
+        )
 
 
 def _is_placeholder(size: int) -> bool:
@@ -149,12 +170,22 @@ def _chunked(peek: Peek, total: int, chunks: Chunks, at: int, samples: bytes) ->
     for name, first, size in _chunks(peek, chunks, at):
         if name[:4] == samples:
             if size < 0 or (chunks.form[1:] == "4sI" and _is_placeholder(size)):
-                left = total - first
-                patch = (first - 8, struct.pack(">q", left)) if chunks is CAF else None
+                if chunks is CAF:  # nothing may follow samples without a size
+                    left = total - first
+                    patch = first - 8, struct.pack(">q", left)
+                else:
+                    left = _end_of_samples(peek, total, first, chunks) - first
+                    patch = first - 4, struct.pack(">I", left)
                 return Extent(first, left, stated=False, patch=patch)
             return _whole(peek, total, first, size, chunks)
         _within(first + size, total)
     return None
+
+
+def _aiff_frames(peek: Peek) -> int:
+    """In the chunk COMM, which may follow the samples; 0 if there is none."""
+    at = next((at for name, at, _ in _chunks(peek, RIFX, 12) if name == b"COMM"), 0)
+    return int.from_bytes(peek(at + 2, 4), "big") if at else 0
 
 
 def _whole(peek: Peek, total: int, first: int, size: int, chunks: Chunks | None = None) -> Extent:
@@ -226,6 +257,32 @@ def _after_metadata(peek: Peek, total: int, at: int, chunks: Chunks) -> int:
     if chunks is W64 and name[4:] != W64_NAME:
         return -1
     return first + size if first + size <= total or short in METADATA else -1
+
+
+def _end_of_samples(peek: Peek, total: int, first: int, chunks: Chunks) -> int:
+    """Where samples from `first` on end whose size is not stated: at a chunk of metadata that
+    reaches, with those behind it, the end of the file; at the end if there is none."""
+    names = AIFF_METADATA if chunks.form == RIFX.form and peek(0, 4) == b"FORM" else METADATA
+    start = max(first, total - LONGEST_METADATA)
+    tail = peek(start, total - start)
+    places = []
+    for name in names:
+        at = tail.find(name)
+        while at >= 0:
+            places.append(start + at)
+            at = tail.find(name, at + 1)
+    return next((at for at in sorted(places) if _is_chain(peek, total, at, chunks)), total)
+
+
+def _is_chain(peek: Peek, total: int, at: int, chunks: Chunks) -> bool:
+    """Whether `at` begins chunks of metadata up to the end of the file. Four samples may look like
+    a name, so either the size of the first chunk fits too, or its content is known."""
+    head = peek(at, 12)
+    size = struct.unpack(chunks.form, head[:8])[1] if len(head) >= 8 else total
+    known = head[8:].startswith(INNER.get(head[:4], ()))
+    if known and _is_placeholder(size):
+        return True
+    return (known or at + 8 + size <= total) and not _unexplained(peek, total, at, chunks)
 
 
 def _is_zero(peek: Peek, total: int, at: int) -> bool:

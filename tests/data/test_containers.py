@@ -140,6 +140,68 @@ def test_metadata_behind_the_samples(after: bytes, subtype: str) -> None:
         assert not recording.notes and not recording.repaired
 
 
+METADATA = [
+    chunk(b"LIST", b"INFOISFT" + struct.pack("<I", 4) + b"Lavf"),
+    chunk(b"bext", bytes(602)) + chunk(b"iXML", b"<a/>" * 900),
+    chunk(b"LIST", b"INFOISFT" + struct.pack("<I", 5) + b"Lavf5") + chunk(b"id3 ", b"ID3" + NOISE),
+    chunk(b"id3 ", b"ID3" + NOISE) + bytes(10),
+    chunk(b"LIST", b"INFO" + NOISE)[:-5],
+    b"LIST" + bytes(4) + b"INFOISFT" + struct.pack("<I", 4) + b"Lavf",
+]
+
+
+@pytest.mark.parametrize("after", METADATA)
+@pytest.mark.parametrize("size", [0, 0x7FFFF000, 0xFFFFFFFF])
+@pytest.mark.parametrize("kind", ["WAV/PCM_16", "WAV/PCM_24", "WAV/IMA_ADPCM", "RF64/PCM_16"])
+def test_metadata_behind_samples_without_a_size(after: bytes, size: int, kind: str) -> None:
+    data = made(*kind.split("/"))
+    if kind.startswith("RF64"):
+        unsized = data[:20] + struct.pack("<QQ", 0, 0) + data[36:] + after
+    else:
+        unsized = sizes(data, size, size) + after
+    assert np.array_equal(audio.decode(unsized), audio.decode(data))
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF])
+def test_metadata_of_aiff_behind_samples_without_a_size(size: int) -> None:
+    data = made("AIFF", "PCM_16")
+    at = data.index(b"SSND") + 4
+    unsized = data[:at] + struct.pack(">I", size) + data[at + 4 :]
+    for after in (b"", b"ANNO" + struct.pack(">I", 6) + b"remark", b"ID3 \0\0\0\x0bID3" + bytes(9)):
+        assert np.array_equal(audio.decode(unsized + after), audio.decode(data))
+
+
+def test_a_chunk_without_padding_in_the_header() -> None:
+    data = made("WAV", "PCM_16")
+    at = data.index(b"data")
+    padded = data[:at] + chunk(b"LIST", b"INFOx") + data[at:]
+    assert np.array_equal(audio.decode(padded), audio.decode(data))
+    with pytest.raises(Unusable, match="chunk LIST of odd size without the byte that pads") as bad:
+        audio.decode(data[:at] + chunk(b"LIST", b"INFOx")[:-1] + data[at:])
+    assert bad.value.kind == "format"
+
+
+def test_samples_that_look_like_metadata() -> None:
+    """The name of a chunk in samples without a size does not end them."""
+    for name in (b"LIST", b"id3 ", b"cue "):
+        data = bytearray(sizes(made("WAV", "PCM_16"), 0, 0))
+        data[1000:1004] = name
+        with audio.Recording(bytes(data)) as recording:
+            assert len(recording.pcm()) == FRAMES, name
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT", "ALAW"])
+@pytest.mark.parametrize("frames", [0, 1000, FRAMES, 3 * FRAMES])
+def test_aiff_with_two_lengths(subtype: str, frames: int) -> None:
+    data = made("AIFF", subtype)
+    at = data.index(b"COMM") + 10
+    changed = data[:at] + struct.pack(">I", frames) + data[at + 4 :]
+    with audio.Recording(changed) as recording:
+        assert np.array_equal(audio.as_float(recording.pcm()), audio.decode(data))
+        notes = [note.kind for note in recording.notes]
+    assert notes == (["length corrected"] if frames in (1000, 3 * FRAMES) else [])
+
+
 def test_what_is_not_metadata() -> None:
     data = made("WAV", "PCM_16")
     for after in (chunk(b"data", NOISE), data, chunk(b"LIST", b"INFO") + NOISE):
