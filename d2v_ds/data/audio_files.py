@@ -35,7 +35,11 @@ WIDTHS = {  # bytes of a sample
 COMPRESSED = ("MP3", "OGG")  # whose seeking is not exact
 UNKNOWN_FRAMES = 1 << 48  # libsndfile reports 2^63 - 1 for a FLAC without a length
 UNEXPLAINED = 0.1  # seconds of bytes behind the samples that may be anything
-SDS_BLOCK = 60  # frames; the header of an SDS file rounds up to it
+UNCHECKED = {  # what libsndfile reads, but no recording, and without a length to compare
+    "MAT4": "a MATLAB file",
+    "MAT5": "a MATLAB file",
+    "XI": "an instrument of FastTracker",
+}
 BLOCK = 1 << 20  # frames that are decoded at a time
 FOREIGN = (  # formats that libsndfile does not read, by bytes at a place
     ("MP4 or M4A", 4, b"ftyp"),
@@ -184,6 +188,8 @@ def open_streams(source: bytes | Path, trusted: bool) -> Opened:
                     check(found, data)
             else:
                 _check_log(found)
+            if what := UNCHECKED.get(file.format):
+                raise Unusable("format", f"is {what}, not a recording; store it as WAV")
             _check_alike(found.streams)
         except BaseException:
             close(found.streams)
@@ -312,7 +318,7 @@ def _check_log(found: Opened) -> None:
         stated = int(found_frames[1])
     if found_bytes := re.search(r"(\d+) should be (\d+)", log):
         stated, there = map(int, found_bytes.groups())
-    if stated > there + SDS_BLOCK or "truncated" in log:
+    if stated > there or "truncated" in log:
         raise Unusable("truncated", "is truncated: its header states more samples than are left")
     if stated < there:
         raise Unusable("length", "has more samples than its header states")

@@ -4,7 +4,7 @@
 
 libsndfile silently reads what is left of a truncated file, and stops silently where a header states
 too little. WAV (RIFF, RIFX, RF64 of EBU Tech 3306), W64, AIFF and AIFF-C, 8SVX, AU, CAF, NIST
-SPHERE and VOC. Standard library only: the index of a tar uses it too.
+SPHERE, VOC and SDS. Standard library only: the index of a tar uses it too.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ AIFF_METADATA = (b"NAME", b"AUTH", b"(c) ", b"ANNO", b"COMT", b"MARK", b"INST", 
 FOLLOWING = (b"fmt ", b"data", *METADATA)
 INNER = {b"LIST": (b"INFO", b"adtl"), b"id3 ": (b"ID3",), b"ID3 ": (b"ID3",)}  # first in a chunk
 LONGEST_METADATA = 1 << 24  # bytes at the end of a file that are searched for chunks
+SDS_HEADER = 21  # bytes
 PRINTABLE = frozenset(string.printable.encode())
 W64_NAME = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # the last 12 bytes of its chunk names
 ZEROS = 1 << 16  # bytes that are compared at a time
@@ -98,6 +99,8 @@ def extent_of(peek: Peek, total: int) -> Extent | None:
         return _nist(peek, total)
     if head[:20] == b"Creative Voice File\x1a":
         return _voc(peek, total, int.from_bytes(head[20:22], "little"))
+    if head[:2] == b"\xf0\x7e" and head[3:4] == b"\1":
+        return _sds(peek, total, head)
     return None
 
 
@@ -232,6 +235,14 @@ def _voc(peek: Peek, total: int, at: int) -> Extent | None:
         at += 4 + size
     end = at + (peek(at, 1) == b"\0")
     return found and found._replace(rest=_unexplained(peek, total, end, None))
+
+
+def _sds(peek: Peek, total: int, head: bytes) -> Extent:
+    """MIDI Sample Dump Standard: blocks of 127 bytes, of which 120 hold samples, 7 bits each."""
+    _within(SDS_HEADER, total)
+    width = -(-head[6] // 7) or 1  # bytes of a sample
+    frames = head[10] | head[11] << 7 | head[12] << 14
+    return _whole(peek, total, SDS_HEADER, -(-frames * width // 120) * 127)
 
 
 def _unexplained(peek: Peek, total: int, at: int, chunks: Chunks | None) -> int:

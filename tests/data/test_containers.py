@@ -28,6 +28,7 @@ KINDS = [  # (format, subtype, endian) whose headers state a length
     *(("CAF", s, "FILE") for s in ("PCM_16", "FLOAT", "ALAC_16")),
     *(("NIST", s, "FILE") for s in ("PCM_16", "PCM_24", "ULAW")),
     *(("VOC", s, "FILE") for s in ("PCM_16", "PCM_U8")),
+    *(("SDS", s, "FILE") for s in ("PCM_S8", "PCM_24")),
     *(("SVX", "PCM_16", "FILE"), ("AVR", "PCM_16", "FILE"), ("WVE", "ALAW", "FILE")),
 ]
 NOISE = np.random.default_rng(1).integers(128, 256, 30_000).astype(np.uint8).tobytes()
@@ -240,6 +241,23 @@ def test_compressed_and_odd_variants() -> None:
 def test_other_formats_say_what_to_do(first: bytes, name: str) -> None:
     with pytest.raises(Unusable, match=f"is {name}.*ffmpeg -i FILE FILE.flac") as raised:
         audio.info(first + bytes(500))
+    assert raised.value.kind == "format"
+
+
+def test_sample_dumps_are_compared_with_their_header() -> None:
+    data = made("SDS", "PCM_16")  # stores 21 bits
+    assert len(audio.decode(data)) == FRAMES
+    for cut in (data[:-127], data[:1000], data[:30]):
+        assert kind_of(cut) == "truncated"
+    assert kind_of(data + data[-127:] * 100) == "length"
+
+
+@pytest.mark.parametrize(
+    "kind, subtype", [("MAT4", "PCM_16"), ("MAT5", "FLOAT"), ("XI", "DPCM_16")]
+)
+def test_content_that_is_no_recording(kind: str, subtype: str) -> None:
+    with pytest.raises(Unusable, match="not a recording; store it as WAV") as raised:
+        audio.info(made(kind, subtype))
     assert raised.value.kind == "format"
 
 
