@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v_ds.data.audio_files import close, open_streams
+from d2v_ds.data.audio_files import close, open_streams, out_of_range
 from d2v_ds.data.audio_files import encode_flac as encode_flac
 from d2v_ds.data.checks import Note, Unusable
 from d2v_ds.data.containers import extent_of
@@ -209,11 +209,7 @@ def full_scale(peak: float, integers: bool) -> tuple[float, str]:
         return peak, f"peaks at {peak:.3g}; divided by it"
     bits = next((bits for bits, scale in FULL_SCALES.items() if peak <= 1.5 * scale), 0)
     if not bits or peak < QUIETEST:
-        raise Unusable(
-            "range",
-            f"has float samples up to {peak:.6g}, which fits no full scale; store it with samples "
-            "from -1 to 1",
-        )
+        raise out_of_range(peak)
     divisor = max(FULL_SCALES[bits], peak)
     return divisor, f"peaks at {peak:.6g}, as {bits}-bit integers do; divided by {divisor:.6g}"
 

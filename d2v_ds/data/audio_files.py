@@ -23,9 +23,9 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from d2v_ds.data import flac, mpeg, ogg, tags
+from d2v_ds.data import flac, foreign, mpeg, ogg, tags
 from d2v_ds.data.checks import Note, Unusable
-from d2v_ds.data.containers import FFMPEG, Buffer, Extent, extent_of
+from d2v_ds.data.containers import Buffer, Extent, extent_of
 
 EXACT = ("PCM_16", "PCM_S8", "PCM_U8")  # read as int16 without a loss
 WIDTHS = {  # bytes of a sample
@@ -41,17 +41,6 @@ UNCHECKED = {  # what libsndfile reads, but no recording, and without a length t
     "XI": "an instrument of FastTracker",
 }
 BLOCK = 1 << 20  # frames that are decoded at a time
-FOREIGN = (  # formats that libsndfile does not read, by bytes at a place
-    ("MP4 or M4A", 4, b"ftyp"),
-    ("WebM or Matroska", 0, b"\x1a\x45\xdf\xa3"),
-    ("WMA", 0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),
-    ("AMR", 0, b"#!AMR"),
-    ("AAC", 0, b"\xff\xf1"),
-    ("AAC", 0, b"\xff\xf9"),
-    ("WavPack", 0, b"wvpk"),
-    ("Monkey's Audio", 0, b"MAC "),
-    ("Shorten", 0, b"ajkg"),
-)
 
 
 class _File(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
@@ -109,9 +98,10 @@ class Stream:
     def _next(self, frames: int) -> NDArray[Any]:
         # Reading int16 is several times faster than float32, which libsndfile needs for wider
         # samples and for float files, whose values it does not scale to integers.
-        kind = "int16" if self.file.subtype in EXACT else "float32"
+        wide = self.file.subtype == "DOUBLE"
+        kind = "int16" if self.file.subtype in EXACT else "float64" if wide else "float32"
         data: NDArray[Any] = self.file.read(frames, dtype=kind, always_2d=True)
-        return data
+        return _narrowed(data) if wide else data
 
     def _forward(self, start: int, stop: int) -> NDArray[Any]:
         """Decodes on from the last part, which is kept, so that parts in order of their start
@@ -140,6 +130,20 @@ class Stream:
         if self.kept and self.kept_from < start:
             self.kept[0] = self.kept[0][start - self.kept_from :]
             self.kept_from = start
+
+
+def _narrowed(data: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Raises Unusable for finite values that float32 cannot hold; it keeps others as they are."""
+    largest = np.finfo(np.float32).max
+    if (too_large := np.isfinite(data) & (np.abs(data) > largest)).any():
+        peak = float(np.abs(data[too_large]).max())
+        raise out_of_range(peak)
+    return data.astype(np.float32)
+
+
+def out_of_range(peak: float) -> Unusable:
+    reason = f"has float samples up to {peak:.6g}, which fits no full scale"
+    return Unusable("range", f"{reason}; store it with samples from -1 to 1")
 
 
 @dataclass
@@ -243,15 +247,12 @@ def _why(data: Buffer, extent: Extent | None) -> Unusable | None:
     """A better reason than that of libsndfile, if there is one."""
     if extent and extent.rest:
         return _unexplained(_behind(extent, extent.frame * extent.rate)[0])
-    if data[:4] == b"OggS":
+    if data[:4] == b"OggS" and not foreign.why(data):
         try:
             ogg.streams(data)
         except Unusable as error:
             return error
-    for name, place, first in FOREIGN:
-        if data[place : place + len(first)] == first:
-            return Unusable("format", f"is {name}, which libsndfile does not read; {FFMPEG}")
-    return None
+    return foreign.why(data)
 
 
 def _check_alike(streams: list[Stream]) -> None:

@@ -42,6 +42,7 @@ AIFF_METADATA = (b"NAME", b"AUTH", b"(c) ", b"ANNO", b"COMT", b"MARK", b"INST", 
 FOLLOWING = (b"fmt ", b"data", *METADATA)
 INNER = {b"LIST": (b"INFO", b"adtl"), b"id3 ": (b"ID3",), b"ID3 ": (b"ID3",)}  # first in a chunk
 LONGEST_METADATA = 1 << 24  # bytes at the end of a file that are searched for chunks
+EXTENSIBLE = 0xFFFE  # coding of a WAV that states it later
 SDS_HEADER = 21  # bytes
 PRINTABLE = frozenset(string.printable.encode())
 W64_NAME = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # the last 12 bytes of its chunk names
@@ -148,6 +149,21 @@ def _riff(peek: Peek, total: int, head: bytes) -> Extent | None:
     elif not size or end < total:
         patch = place, struct.pack(form, left)
     return Extent(at, left, 0, rate, frame, stated=False, patch=patch)
+
+
+def wav_coding(peek: Peek) -> tuple[int, int]:
+    """(code of the format, bits of a sample) of a WAV; zeros if it does not say."""
+    head = peek(0, 12)
+    if head[:4] not in (b"RIFF", b"RIFX", b"RF64", b"BW64") or head[8:] != b"WAVE":
+        return 0, 0
+    chunks = RIFX if head[:4] == b"RIFX" else RIFF
+    for name, at, size in _chunks(peek, chunks, 12):
+        if name == b"fmt " and len(found := peek(at, min(size, 26))) >= 16:
+            coding, bits = struct.unpack(chunks.form[0] + "H12xH", found[:16])
+            if coding == EXTENSIBLE and len(found) == 26:
+                [coding] = struct.unpack(chunks.form[0] + "H", found[24:])
+            return coding, bits
+    return 0, 0
 
 
 def _within(end: int, total: int) -> None:
