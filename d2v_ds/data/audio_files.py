@@ -41,6 +41,8 @@ UNCHECKED = {  # what libsndfile reads, but no recording, and without a length t
     "XI": "an instrument of FastTracker",
 }
 BLOCK = 1 << 20  # frames that are decoded at a time
+STEP = 1024  # frames that are decoded at a time to find out where a file ends
+LOST = "lost sync"  # what libsndfile says where the frames of a FLAC end
 
 
 class _File(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
@@ -89,7 +91,10 @@ class Stream:
                     self.file.seek(start)
                 data = self._next(stop - start)
         except soundfile.SoundFileError as error:
-            raise Unusable("damaged", f"cannot be decoded: {_reason(error)}") from None
+            reason = _reason(error)
+            if self.file.format == "FLAC" and LOST in reason and _is_cut(self.source):
+                raise Unusable("truncated", "is truncated: its last frame is incomplete") from None
+            raise Unusable("damaged", f"cannot be decoded: {reason}") from None
         if len(data) != stop - start:
             missing = stop - start - len(data)
             raise Unusable("truncated", f"ends {missing} frames before the length in its header")
@@ -130,6 +135,17 @@ class Stream:
         if self.kept and self.kept_from < start:
             self.kept[0] = self.kept[0][start - self.kept_from :]
             self.kept_from = start
+
+
+def _is_cut(source: bytes | Path) -> bool:
+    """Whether a FLAC that cannot be decoded as a whole can be decoded up to its last frame."""
+    with _buffer(source) as data:
+        there, largest = flac.last_frame(data, 0, len(data)), flac.largest_frame(data)
+    file, decoded = _open(source), 0
+    with file, contextlib.suppress(soundfile.SoundFileError):
+        while read := len(file.read(STEP, dtype="int16")):
+            decoded += read
+    return 0 < there <= decoded + STEP + largest
 
 
 def _narrowed(data: NDArray[np.float64]) -> NDArray[np.float32]:

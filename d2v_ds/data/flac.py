@@ -37,6 +37,11 @@ def with_frames(data: Buffer, start: int, stop: int, frames: int) -> bytes:
     return data[start : start + 18] + fields.to_bytes(8, "big") + data[start + 26 : stop]
 
 
+def largest_frame(data: Buffer) -> int:
+    """Samples of the largest frame, by the STREAMINFO at the beginning."""
+    return int.from_bytes(data[10:12], "big")
+
+
 def last_frame(data: Buffer, start: int, stop: int) -> int:
     """The number of samples up to the end of the last frame, by its header; 0 if there is none.
 

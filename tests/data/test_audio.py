@@ -148,7 +148,7 @@ def test_a_plain_wav_is_not_copied() -> None:
 
 def test_damaged_flac() -> None:
     data = encoded(noise(40_000), "FLAC")
-    with pytest.raises(ValueError, match=r"cannot be decoded|frames before the length"):
+    with pytest.raises(ValueError, match="is truncated"):
         audio.decode(data[: len(data) // 2])
     flipped = bytearray(data)
     flipped[len(data) // 2] ^= 16

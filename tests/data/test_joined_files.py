@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,6 +208,20 @@ def test_mp3_whose_header_counts_itself() -> None:
 
 def stating(data: bytes, frames: int) -> bytes:
     return flac.with_frames(data, 0, len(data), frames)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.5, 0.99])
+def test_truncated_flac(share: float, tmp_path: Path) -> None:
+    data = voice(3, kind="flac")
+    for whole in (data, stating(data, 0), ID3 + data):
+        cut = whole[: int(len(whole) * share)]
+        assert refused(cut) == "truncated"
+        (tmp_path / "a.flac").write_bytes(cut)
+        with pytest.raises(Unusable, match="is truncated"):
+            audio.decode(tmp_path / "a.flac")
+    damaged = bytearray(data)
+    damaged[len(data) // 3] ^= 255
+    assert refused(bytes(damaged)) == "damaged"
 
 
 @pytest.mark.parametrize("seconds", [0.01, 0.3, 1.0, 2.7])
