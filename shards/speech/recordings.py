@@ -59,7 +59,8 @@ class OpenRecording:
             self.notes.append(Note(kind, reason))
 
     def findings(self, name: str) -> tuple[Finding, ...]:
-        notes = (*self.file.notes, *self.file.decoded[:1], *self.notes)
+        decoded = {note.kind: note for note in reversed(self.file.decoded)}  # the first of each
+        notes = (*self.file.notes, *decoded.values(), *self.notes)
         return tuple(Finding(name, note.reason, note.kind) for note in notes)
 
 
@@ -107,11 +108,12 @@ class Recordings:
     def _hold(self, path: Path) -> None:
         if path != self._path:
             self.close()
-            self._file, self._path = audio.Recording(path), path
+            self._file, self._path = audio.Recording(path, clipping=True), path
 
     def open(self, item: Item[bytes]) -> OpenRecording:
         """Raises Unusable if the recording cannot be used."""
-        file = self._file if self._file and self._by_path else audio.Recording(item.content)
+        file = self._file if self._by_path else None
+        file = file or audio.Recording(item.content, clipping=True)
         file.decoded.clear()
         info, notes = file.info, list[Note]()
         low, high = RATES
