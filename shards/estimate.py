@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from d2v_ds.data.checks import Finding
 from d2v_ds.files import format_size
 from shards.family import Converter, PackedMember, Sample
-from shards.findings import first_reasons, left_out, would_report
+from shards.findings import counted, first_reasons, left_out, would_report
 from shards.plan import ConversionPlan
 
 SAMPLES = 32  # to convert, over all sets
@@ -39,7 +39,7 @@ def estimate(plans: Mapping[str, ConversionPlan], converter: Converter, jobs: in
     for name, plan in plans.items():
         total += plan.bytes
         yield (
-            f"{name or 'set'}: {plan.inputs:,} inputs, {format_size(plan.bytes)} -> "
+            f"{name or 'set'}: {counted(plan.inputs)}, {format_size(plan.bytes)} -> "
             f"{plan.shards:,} shard{'' if plan.shards == 1 else 's'}, about "
             f"{format_size(plan.bytes * made / max(1, given))}"
         )
@@ -47,7 +47,7 @@ def estimate(plans: Mapping[str, ConversionPlan], converter: Converter, jobs: in
     yield (
         f"about {_duration(hours)} on one core, {_duration(hours / jobs)} with --jobs {jobs}; "
         f"measured on {format_size(given)} of input"
-        + (f" ({len(bad)} inputs cannot be used: {first_reasons(bad)})" if bad else "")
+        + (f" ({counted(len(bad))} cannot be used: {first_reasons(bad)})" if bad else "")
     )
 
 

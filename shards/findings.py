@@ -80,7 +80,7 @@ def report(out: Path, about: Mapping[str, Any]) -> list[str]:
     lines = []
     if about["quarantined"]:
         lines.append(
-            f"{about['quarantined']} of {about['inputs']} inputs were left out"
+            f"{about['quarantined']} of {counted(about['inputs'])} {were(about['inputs'])} left out"
             f"{listed(about.get('left_out', {}))}; the reasons are in {out / QUARANTINE_FILE}"
         )
     for entry, noun, what in (
@@ -89,27 +89,38 @@ def report(out: Path, about: Mapping[str, Any]) -> list[str]:
     ):
         number = sum(about.get(entry, {}).values())
         if number:
-            were = f"{noun} was" if number == 1 else f"{noun}s were"
             lines.append(
-                f"{number} {were} {what}{listed(about[entry])}; the list is in {out / NOTES_FILE}"
+                f"{counted(number, noun)} {were(number)} {what}{listed(about[entry])}; the list is "
+                f"in {out / NOTES_FILE}"
             )
     return lines
 
 
+def counted(number: int, noun: str = "input") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def were(number: int) -> str:
+    return "was" if number == 1 else "were"
+
+
 def not_chosen_line(number: int) -> str:
-    inputs = "input was" if number == 1 else "inputs were"
-    return f"{number:,} {inputs} not chosen (--only, --except)"
+    return f"{counted(number)} {were(number)} not chosen (--only, --except)"
 
 
 def would_report(findings: Collection[Finding], not_chosen: int) -> list[str]:
     """Lines for the console about findings of a plan that is not carried out."""
     lines = [not_chosen_line(not_chosen)] if not_chosen else []
     if bad := left_out(findings):
-        lines.append(f"{len(bad)} inputs would be left out: {first_reasons(bad)}")
+        lines.append(f"{counted(len(bad))} would be left out: {first_reasons(bad)}")
     numbers = counts(findings)
-    for entry, what in (("passed_over", "files would be passed over"), ("altered", "altered")):
+    for entry, noun, what in (
+        ("passed_over", "file", "would be passed over"),
+        ("altered", "input", "would be altered"),
+    ):
         if numbers[entry]:
-            lines.append(f"{sum(numbers[entry].values())} {what}{listed(numbers[entry])}")
+            number = sum(numbers[entry].values())
+            lines.append(f"{counted(number, noun)} {what}{listed(numbers[entry])}")
     return lines
 
 

@@ -13,7 +13,15 @@ from d2v_ds.files import write_atomically
 from shards.arguments import add_chosen, add_sources, number
 from shards.choosing import Chooser
 from shards.family import Sample
-from shards.findings import counts, first_reasons, left_out, not_chosen_line, of_error
+from shards.findings import (
+    counted,
+    counts,
+    first_reasons,
+    left_out,
+    not_chosen_line,
+    of_error,
+    were,
+)
 from shards.layout import AUTO
 from shards.several import open_sources
 from shards.text import LAYOUTS, add_text_key
@@ -110,7 +118,9 @@ def report(findings: Sequence[Finding]) -> list[str]:
     """Lines about inputs that were not used."""
     lines = []
     if unused := left_out(findings):
-        lines.append(f"{len(unused)} inputs were left out: {first_reasons(unused)}")
+        lines.append(
+            f"{counted(len(unused))} {were(len(unused))} left out: {first_reasons(unused)}"
+        )
     if passed_over := counts(findings)["passed_over"]:
         lines.append(f"{sum(passed_over.values())} files were passed over{listed(passed_over)}")
     return lines
