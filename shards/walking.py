@@ -9,12 +9,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from d2v_ds.data.checks import Finding
+from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE
 from d2v_ds.errors import UserError
 from shards.tars import how_to_unpack, unpacker
 
 NOT_READ = "is not a type of file that is read"
+SPECIAL = "is a pipe, socket or device"
 
 
 class FoundFile(NamedTuple):
@@ -81,7 +82,7 @@ def walk(root: Path, findings: list[Finding] | None = None) -> Iterator[FoundFil
             if not is_special:
                 yield FoundFile(before + name, name, size)
             elif findings is not None:
-                findings.append(Finding(before + name, "is a pipe, socket or device", "type"))
+                findings.append(Finding(before + name, SPECIAL, "type"))
 
 
 def wanted(
@@ -122,6 +123,22 @@ def size_of(path: str | Path) -> int:
         return os.stat(path).st_size
     except OSError:
         return 0
+
+
+def is_special(path: str | Path) -> bool:
+    """Whether it is a pipe, socket or device, so that reading it may never end."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # the conversion reports the reason
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def check_file(path: str | Path) -> None:
+    """Raises Unusable for everything but a regular file, and OSError if it is missing."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        what = SPECIAL if is_special(path) else "is a folder"
+        raise Unusable("unreadable", f"{what}, not a file")
 
 
 def first_folder(root: Path, extensions: Collection[str]) -> tuple[Path, list[str]]:

@@ -21,6 +21,7 @@ from shards.findings import of_error
 from shards.keys import make_key, part_key
 from shards.speech.layout import SpeechLayout, is_packed, packed_files
 from shards.speech.rows import OTHER_PATHS, PATHS
+from shards.walking import check_file
 
 SCALAR = (str, int, float, bool)
 NAMES = ("audio", *PATHS, *OTHER_PATHS, "wav", "flac", "mp3", "speech", "sound")
@@ -103,7 +104,9 @@ class Parquet(SpeechLayout):
             return cell
         if not isinstance(path, str) or not path:
             raise Unusable("empty", f"its {self.column!r} holds neither bytes nor a path")
-        return (self.root / folder / path).read_bytes()
+        file = self.root / folder / path
+        check_file(file)
+        return file.read_bytes()
 
 
 def _column_of(schema: Any) -> str:

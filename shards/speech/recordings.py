@@ -21,6 +21,7 @@ from d2v_ds.data.checks import Finding, Note, Unusable
 from shards.family import Item, Sample
 from shards.findings import of_error
 from shards.speech.layout import SpeechLayout
+from shards.walking import check_file
 
 RATES = (4_000, 384_000)  # Hz of recordings of speech; telephones have 8,000
 ROUNDED = 0.1  # seconds that a segment may end after its file, because manifests round
@@ -108,6 +109,7 @@ class Recordings:
     def _hold(self, path: Path) -> None:
         if path != self._path:
             self.close()
+            check_file(path)
             self._file, self._path = audio.Recording(path, clipping=True), path
 
     def open(self, item: Item[bytes]) -> OpenRecording:

@@ -17,7 +17,7 @@ from typing import Any
 from d2v_ds.data.checks import Unusable
 from shards.family import Input, Sample
 from shards.keys import make_key
-from shards.walking import size_of
+from shards.walking import check_file, size_of
 
 PATHS = ("path", "audio_filepath")
 OTHER_PATHS = ("audio", "file_name")  # of manifests without one of PATHS
@@ -132,7 +132,9 @@ class Rows:
 
         duration = 0.0
         try:
-            info = audio.info(Path(self._root, path))
+            file = Path(self._root, path)
+            check_file(file)
+            info = audio.info(file)
             duration = info.frames / info.rate
         except (ValueError, OSError):
             pass

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
+
+import pytest
 
 from d2v_ds.data.checks import Finding
 from d2v_ds.data.tar_index import index_tar
 from d2v_ds.modalities import sample_formats
+from shards.cli import main
 from shards.speech.folder import Folder
+from shards.speech.librispeech import LibriSpeech
+from shards.speech.parquet import Parquet
 from shards.speech.webdataset import WebDataset
-from tests.helpers.corpora import put, put_tar, recording
+from tests.helpers.corpora import contents, found, put, put_tar, recording
 
 
 def test_hidden_members_and_tars_without_files(tmp_path: Path) -> None:
@@ -19,9 +25,9 @@ def test_hidden_members_and_tars_without_files(tmp_path: Path) -> None:
     tar = put_tar(tmp_path / "in/a.tar", [("x/._a.wav", b"mac"), ("x/a.wav", clip), ("x/b", b"")])
     (tmp_path / "in/b.tar").write_bytes(bytes(10240))
     (tmp_path / "in/c.tar").write_bytes(b"")
-    found: list[Finding] = []
-    assert len(list(WebDataset.open(tmp_path / "in", None).samples(found))) == 1
-    assert [(one.name, one.kind) for one in found] == [
+    findings: list[Finding] = []
+    assert len(list(WebDataset.open(tmp_path / "in", None).samples(findings))) == 1
+    assert [(one.name, one.kind) for one in findings] == [
         ("a.tar, x/._a.wav", "hidden"),
         ("a.tar, x/b", "unused"),
         ("b.tar", "empty"),
@@ -36,6 +42,61 @@ def test_hidden_members_and_tars_without_files(tmp_path: Path) -> None:
 def test_pipes_are_not_read(tmp_path: Path) -> None:
     put(tmp_path / "a.wav", recording())
     os.mkfifo(tmp_path / "b.wav")
-    found: list[Finding] = []
-    assert len(list(Folder.open(tmp_path, None).samples(found))) == 1
-    assert [(one.name, one.kind) for one in found] == [("b.wav", "type")]
+    findings: list[Finding] = []
+    assert len(list(Folder.open(tmp_path, None).samples(findings))) == 1
+    assert [(one.name, one.kind) for one in findings] == [("b.wav", "type")]
+
+
+def special_files(folder: Path) -> dict[str, str]:
+    """{path: the reason} of files that a manifest cannot name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(folder / "pipe.wav")
+    (folder / "folder.wav").mkdir()
+    what = "is a pipe, socket or device, not a file"
+    return {"pipe.wav": what, "/dev/zero": what, "folder.wav": "is a folder, not a file"}
+
+
+@pytest.mark.parametrize("part", [{}, {"start": 1.0}, {"start": 1.0, "end": 2.0}, {"channel": 0}])
+def test_rows_that_name_no_file(part: dict[str, float], tmp_path: Path) -> None:
+    special = special_files(tmp_path)
+    put(tmp_path / "a.wav", recording(seconds=2))
+    rows = [{"path": path} | part for path in ("a.wav", *special)]
+    put(tmp_path / "m.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    words = ["speech", str(tmp_path / "m.jsonl"), str(out), "-j1", "--max-bad", "0.9"]
+    assert main(words) == 0
+    assert len(contents(out)) == 1
+    listed = found(out, "quarantine.jsonl")
+    assert {kind for _, kind in listed.values()} <= {"unreadable", "row"} and len(listed) == 3
+    if "end" in part or "channel" in part or not part:
+        reasons = {name.partition(",")[0]: reason for name, (reason, _) in listed.items()}
+        assert reasons == special
+
+
+def test_pipes_in_librispeech(tmp_path: Path) -> None:
+    folder = tmp_path / "in/1/2"
+    put(folder / "1-2-0000.flac", recording("flac", 0.1))
+    for name in ("1-2-0001.flac", "1-2.trans.txt"):
+        os.mkfifo(folder / name)
+    assert LibriSpeech.recognises(tmp_path / "in")
+    os.mkfifo(tmp_path / "in/1/2/1-2-0000.json")
+    findings: list[Finding] = []
+    assert len(list(LibriSpeech.open(tmp_path / "in", None).samples(findings))) == 1
+    assert [(one.name, one.kind) for one in findings] == [
+        (f"1/2/{name}", "type") for name in ("1-2-0000.json", "1-2-0001.flac", "1-2.trans.txt")
+    ]
+
+
+def test_pipes_of_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    special = special_files(tmp_path)
+    table = pyarrow.table({"audio": [{"bytes": None, "path": path} for path in special]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    layout = Parquet.open(tmp_path / "a.parquet", None)
+    findings: list[Finding] = []
+    for sample in layout.samples(findings):
+        assert not list(layout.read(sample, findings))
+    assert [(one.kind, one.reason) for one in findings] == [
+        ("unreadable", reason) for reason in special.values()
+    ]
