@@ -115,7 +115,7 @@ class Layout(ABC, Generic[Options, Content]):
         return self.root / item.path if type(self).read is Layout.read else None
 
     def payload(self, item: Input) -> bytes:
-        """The bytes of an input. Raises OSError, and Unusable if it is no file or ends too early."""
+        """The bytes of an input. Raises OSError, and Unusable if it is no file or ends early."""
         path = self.root / item.path
         check_file(path)
         if item.bytes is None:
