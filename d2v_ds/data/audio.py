@@ -289,8 +289,8 @@ def _plain_wav(source: bytes) -> tuple[int, NDArray[np.int16]] | None:
         kind, size = CHUNK.unpack_from(source, first)
         first += CHUNK.size
         if kind == b"fmt " and size >= 16 and first + 16 <= len(source):
-            coding, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", source, first)
-            if coding != 1 or bits != 16:
+            coding, channels, rate, _, frame, bits = struct.unpack_from("<HHIIHH", source, first)
+            if coding != 1 or bits != 16 or frame != 2 * channels:
                 return None
         elif kind == b"data":
             frames = size // (2 * channels) if channels else 0

@@ -33,6 +33,10 @@ WIDTHS = {  # bytes of a sample
     **{"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8},
 }
 COMPRESSED = ("MP3", "OGG")  # whose seeking is not exact
+GSM_BLOCK = 65, 320  # bytes and frames of a block of a WAV
+LARGEST_ARRAY = 64  # channels of a recording
+# Formats in which libsndfile takes bytes behind compressed samples, even padding, for samples.
+BEHIND = ("WAV", "WAVEX", "W64", "AU")
 UNKNOWN_FRAMES = 1 << 48  # libsndfile reports 2^63 - 1 for a FLAC without a length
 UNEXPLAINED = 0.1  # seconds of bytes behind the samples that may be anything
 UNCHECKED = {  # what libsndfile reads, but no recording, and without a length to compare
@@ -199,6 +203,10 @@ def open_streams(source: bytes | Path, trusted: bool) -> Opened:
             if at != start:
                 reason = f"begins with {at} bytes that are no MPEG audio; they are not used"
                 notes.append(Note("length corrected", reason))
+        if extent and extent.first + extent.size < len(data) and file.subtype not in WIDTHS:
+            if file.format in BEHIND:
+                whole = source if isinstance(source, bytes) else data
+                file, source = _open_first(file, whole, extent.first + extent.size)
         found = Opened([Stream(file, source, file.frames)], notes, repaired)
         try:
             if extent:
@@ -255,6 +263,14 @@ def _open(source: bytes | Path) -> _File:
         raise Unusable("format", reason) from None
 
 
+def _open_first(file: _File, data: Buffer, size: int) -> tuple[_File, bytes]:
+    """The first bytes of a file that is open."""
+    source = data[:size]
+    opened = _open(source)
+    file.close()
+    return opened, source
+
+
 def _reason(error: soundfile.SoundFileError) -> str:
     return str(getattr(error, "error_string", error)).removeprefix("Error : ").rstrip(".")
 
@@ -281,6 +297,8 @@ def _check_alike(streams: list[Stream]) -> None:
                 f"consists of joined files with {kinds[0][0]} Hz, {kinds[0][1]} channels and with "
                 f"{rate} Hz, {channels} channels",
             )
+    if kinds[0][1] > LARGEST_ARRAY:
+        raise Unusable("format", f"states {kinds[0][1]} channels, more than {LARGEST_ARRAY}")
     frames = sum(stream.frames for stream in streams)
     if frames <= 0:
         raise Unusable("empty", "contains no audio")
@@ -298,6 +316,8 @@ def _limit(found: Opened, extent: Extent) -> None:
     frame = WIDTHS.get(file.subtype, 0) * file.channels
     if frame and stream.frames > extent.size // frame:
         stream.frames = extent.size // frame
+    if (file.format, file.subtype) == ("WAV", "GSM610"):  # libsndfile adds a block
+        stream.frames = min(stream.frames, extent.size // GSM_BLOCK[0] * GSM_BLOCK[1])
     found.repaired = found.repaired or not extent.stated or extent.rest > 0
     if extent.rest:
         # Compressed samples have no fixed size: their average is taken.
@@ -344,6 +364,8 @@ def _check_log(found: Opened) -> None:
 def _check_flac(found: Opened, data: Buffer) -> None:
     starts = flac.joined(data) or [0]
     pieces = list(zip(starts, [*starts[1:], len(data)], strict=True))
+    if len(pieces) == 1 and found.streams[0].frames < UNKNOWN_FRAMES:
+        flac.check_plausible(data, found.streams[0].frames)
     stated = [flac.stated_frames(data, start) for start, _ in pieces]
     there = [flac.last_frame(data, start, stop) for start, stop in pieces]
     if len(pieces) == 1 and stated[0] >= there[0]:
@@ -407,6 +429,9 @@ def _check_mp3(found: Opened, data: Buffer) -> None:
     close(found.streams)
     found.streams, found.repaired = [Stream(file, whole, file.frames)], True
     if before == file.frames and (audio.complete or not audio.stated):
+        if audio.junk:
+            reason = f"has {audio.junk} bytes between its frames that are not MPEG audio"
+            found.notes.append(Note("length corrected", f"{reason}; they are not used"))
         return
     rate = file.samplerate
     what = (

@@ -42,7 +42,13 @@ AIFF_METADATA = (b"NAME", b"AUTH", b"(c) ", b"ANNO", b"COMT", b"MARK", b"INST", 
 FOLLOWING = (b"fmt ", b"data", *METADATA)
 INNER = {b"LIST": (b"INFO", b"adtl"), b"id3 ": (b"ID3",), b"ID3 ": (b"ID3",)}  # first in a chunk
 LONGEST_METADATA = 1 << 24  # bytes at the end of a file that are searched for chunks
-EXTENSIBLE = 0xFFFE  # coding of a WAV that states it later
+PCM, FLOAT, ALAW, ULAW, EXTENSIBLE = (
+    1,
+    3,
+    6,
+    7,
+    0xFFFE,
+)  # codings of a WAV; the last states it later
 SDS_HEADER = 21  # bytes
 PRINTABLE = frozenset(string.printable.encode())
 W64_NAME = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # the last 12 bytes of its chunk names
@@ -86,9 +92,11 @@ def extent_of(peek: Peek, total: int) -> Extent | None:
         extent = _chunked(peek, total, RIFX, 12, b"SSND")
         return extent and extent._replace(frames=_aiff_frames(peek))
     if head[:4] == b"caff":
+        _check_packets(peek)
         return _chunked(peek, total, CAF, 8, b"data")
     if head[:4] in (b".snd", b"dns.") and len(head) >= 12:
         first, size = struct.unpack(">II" if head[:1] == b"." else "<II", head[4:12])
+        _within(first, total)
         if _is_placeholder(size):
             left = min(total - first, 0xFFFF_FFFF)
             size_bytes = struct.pack(">I" if head[:1] == b"." else "<I", left)
@@ -129,8 +137,9 @@ def _riff(peek: Peek, total: int, head: bytes) -> Extent | None:
         _within(at + size, total)
         if name == b"ds64":
             sizes = at  # of the file, of the samples, of the frames: 64 bits each
-        if name == b"fmt " and len(found := peek(at, 14)) == 14:
-            rate, frame = struct.unpack(chunks.form[0] + "4xI4xH", found)
+        if name == b"fmt " and len(found := peek(at, 16)) >= 14:
+            rate, frame = struct.unpack(chunks.form[0] + "4xI4xH", found[:14])
+            _check_format(found, chunks.form[0])
     else:
         return None
     place, form, known = at - 4, chunks.form[0] + "I", not _is_placeholder(size)
@@ -171,6 +180,20 @@ def _within(end: int, total: int) -> None:
         raise Unusable("truncated", "is truncated: it ends within its header")
 
 
+def _check_format(found: bytes, order: str) -> None:
+    """Raises Unusable if a damaged chunk fmt contradicts itself, of PCM and floats. Some writers
+    store a wrong number of bytes per frame or per second, but not both."""
+    if len(found) < 16:
+        return
+    coding, channels, rate, second, frame, bits = struct.unpack(order + "HHIIHH", found)
+    width = channels * -(-bits // 8)
+    if coding in (PCM, FLOAT, ALAW, ULAW, EXTENSIBLE) and frame != width and second != rate * width:
+        raise Unusable(
+            "damaged",
+            f"contradicts itself: {channels} channels of {bits} bits, but {frame} bytes per frame",
+        )
+
+
 def _check_padded(peek: Peek, name: bytes, end: int) -> None:
     """Raises Unusable if a chunk of odd size lacks the byte that pads it, which readers need."""
     without, padded = peek(end, 4), peek(end + 1, 4)
@@ -197,8 +220,20 @@ def _chunked(peek: Peek, total: int, chunks: Chunks, at: int, samples: bytes) ->
                     patch = first - 4, struct.pack(">I", left)
                 return Extent(first, left, stated=False, patch=patch)
             return _whole(peek, total, first, size, chunks)
+        if chunks is W64 and name[:4] == b"fmt ":
+            _check_format(peek(first, 16), "<")
         _within(first + size, total)
     return None
+
+
+def _check_packets(peek: Peek) -> None:
+    """Raises Unusable if a CAF with packets of different sizes lacks the table of them: then
+    libsndfile decodes as many as it finds."""
+    found = {name: at for name, at, _ in _chunks(peek, CAF, 8)}
+    if b"desc" not in found or len(desc := peek(found[b"desc"], 20)) < 20:
+        return
+    if desc[16:] == bytes(4) and b"data" in found and b"pakt" not in found:
+        raise Unusable("damaged", "lacks the table of its packets, or ends before it")
 
 
 def _aiff_frames(peek: Peek) -> int:
@@ -221,7 +256,9 @@ def _whole(peek: Peek, total: int, first: int, size: int, chunks: Chunks | None 
 def _nist(peek: Peek, total: int) -> Extent | None:
     """SPHERE: lines `name -type value` in a header of a size that its second line states."""
     try:
-        first = int(peek(8, 8))
+        first = int(peek(8, 8)) if peek(8, 8).strip().isdigit() else 0
+        if first % 1024 or b"end_head" not in peek(0, first):
+            raise Unusable("damaged", "has a header that does not end where it states")
         rows = (line.split(maxsplit=2) for line in peek(0, first).decode("latin-1").split("\n"))
         fields = {row[0]: row[2] for row in rows if len(row) == 3}
         if "," in fields.get("sample_coding", ""):  # pcm,embedded-shorten-v2.00

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from d2v_ds.data.checks import Unusable
-from d2v_ds.data.containers import FFMPEG, Buffer, wav_coding
+from d2v_ds.data.containers import FFMPEG, FLOAT, PCM, Buffer, wav_coding
 
 FORMATS = (  # (name, place, bytes)
     ("MP4 or M4A", 4, b"ftyp"),
@@ -17,7 +17,6 @@ FORMATS = (  # (name, place, bytes)
     ("Shorten", 0, b"ajkg"),
     ("Speex", 28, b"Speex   "),
 )
-PCM, FLOAT = 1, 3  # codings of a WAV
 READ = (PCM, 2, FLOAT, 6, 7, 0x11, 0x31, 0x40, 0x50, 0x55, 0x64)  # codings that libsndfile reads
 
 

@@ -57,6 +57,9 @@ def test_every_container(kind: str, subtype: str, endian: str) -> None:
     expected = soundfile.read(io.BytesIO(data), dtype="float32")[0]
     with audio.Recording(data) as recording:
         x = audio.as_float(recording.pcm())
+        if subtype == "GSM610":  # libsndfile decodes a block behind the last one
+            assert len(x) == len(expected) - 320 >= FRAMES
+            expected = expected[: len(x)]
         assert not recording.notes and not recording.repaired
         np.testing.assert_allclose(x, expected, atol=1e-7)
         part = audio.as_float(recording.pcm(1000, 500))
@@ -242,6 +245,43 @@ def test_other_formats_say_what_to_do(first: bytes, name: str) -> None:
     with pytest.raises(Unusable, match=f"is {name}.*ffmpeg -i FILE FILE.flac") as raised:
         audio.info(first + bytes(500))
     assert raised.value.kind == "format"
+
+
+def packed(data: bytes, at: int, form: str, *values: int) -> bytes:
+    """The file with other numbers in its header."""
+    field = struct.pack(form, *values)
+    return data[:at] + field + data[at + len(field) :]
+
+
+@pytest.mark.parametrize(
+    "kind", ["WAV/PCM_16", "WAV/PCM_24", "WAV/ALAW", "RF64/FLOAT", "W64/PCM_16"]
+)
+def test_headers_that_contradict_themselves(kind: str) -> None:
+    data = made(*kind.split("/"))
+    at = data.index(b"fmt ") + (24 if kind.startswith("W64") else 8)
+    assert kind_of(packed(data, at + 2, "<H", 3)) == "damaged", "channels"
+    assert kind_of(packed(data, at + 12, "<H", 6)) == "", "only the bytes of a frame"
+    assert kind_of(packed(data, at + 8, "<I", 6)) == "", "only the bytes of a second"
+
+
+def test_damaged_headers() -> None:
+    nist = made("NIST", "PCM_16")
+    for changed in (nist[:12] + b"64" + nist[14:], nist[:8] + b"    ffff" + nist[16:]):
+        assert kind_of(changed) == "damaged"
+    assert kind_of(packed(made("AU", "PCM_16"), 20, ">I", 257)) == "format", "channels"
+    unsized = packed(packed(made("AU", "PCM_16"), 4, ">I", 1 << 30), 8, ">I", 0)
+    assert kind_of(unsized) == "truncated"
+    caf = made("CAF", "ALAC_16")
+    assert kind_of(caf.replace(b"pakt", b"free")) == "damaged"
+    flac = made("FLAC", "PCM_16")
+    assert kind_of(packed(flac, 21, ">BI", 0xFF, 0xFFFFFFFF)) == "damaged", "64 GiB"
+
+
+@pytest.mark.parametrize("kind", ["W64/IMA_ADPCM", "AU/G721_32", "WAV/GSM610", "WAV/IMA_ADPCM"])
+def test_tags_behind_compressed_samples(kind: str) -> None:
+    data = made(*kind.split("/"))
+    for after in (b"TAG" + bytes(125), bytes(100)):
+        assert np.array_equal(audio.decode(data + after), audio.decode(data))
 
 
 def test_sample_dumps_are_compared_with_their_header() -> None:
