@@ -326,6 +326,11 @@ def _limit(found: Opened, extent: Extent) -> None:
         if seconds > UNEXPLAINED:
             raise _unexplained(reason)
         found.notes.append(Note("length corrected", f"{reason}; they are not used"))
+    if file.subtype.startswith("ALAC") and extent.frames != stream.frames:
+        raise Unusable(
+            "damaged",
+            f"decodes to {stream.frames} frames, but its packets hold {extent.frames}",
+        )
     if frame and extent.frames and extent.frames != stream.frames:
         stated, there = (frames / file.samplerate for frames in (extent.frames, stream.frames))
         reason = f"states {stated:.2f} s, but has samples for {there:.2f} s, which are used"

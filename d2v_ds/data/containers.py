@@ -73,7 +73,7 @@ class Extent(NamedTuple):
     rest: int = 0  # bytes behind the samples that are neither metadata nor padding
     rate: int = 0  # frames per second and bytes per frame, of WAV
     frame: int = 0
-    frames: int = 0  # that another chunk states, of AIFF
+    frames: int = 0  # that another chunk states, of AIFF and CAF
     stated: bool = True  # whether the header states the size
     patch: tuple[int, bytes] | None = None  # (place, bytes) of the size that the header lacks
 
@@ -92,8 +92,8 @@ def extent_of(peek: Peek, total: int) -> Extent | None:
         extent = _chunked(peek, total, RIFX, 12, b"SSND")
         return extent and extent._replace(frames=_aiff_frames(peek))
     if head[:4] == b"caff":
-        _check_packets(peek)
-        return _chunked(peek, total, CAF, 8, b"data")
+        extent = _chunked(peek, total, CAF, 8, b"data")
+        return extent and extent._replace(frames=_frames_of_packets(peek))
     if head[:4] in (b".snd", b"dns.") and len(head) >= 12:
         first, size = struct.unpack(">II" if head[:1] == b"." else "<II", head[4:12])
         _within(first, total)
@@ -186,7 +186,7 @@ def _check_format(found: bytes, order: str) -> None:
     if len(found) < 16:
         return
     coding, channels, rate, second, frame, bits = struct.unpack(order + "HHIIHH", found)
-    width = channels * -(-bits // 8)
+    width = channels * (1 if coding in (ALAW, ULAW) else -(-bits // 8))
     if coding in (PCM, FLOAT, ALAW, ULAW, EXTENSIBLE) and frame != width and second != rate * width:
         raise Unusable(
             "damaged",
@@ -226,14 +226,17 @@ def _chunked(peek: Peek, total: int, chunks: Chunks, at: int, samples: bytes) ->
     return None
 
 
-def _check_packets(peek: Peek) -> None:
-    """Raises Unusable if a CAF with packets of different sizes lacks the table of them: then
-    libsndfile decodes as many as it finds."""
+def _frames_of_packets(peek: Peek) -> int:
+    """Frames of a CAF with packets of different sizes, by the table of them; 0 for others. Raises
+    Unusable if it lacks the table: then libsndfile decodes as many as it finds."""
     found = {name: at for name, at, _ in _chunks(peek, CAF, 8)}
     if b"desc" not in found or len(desc := peek(found[b"desc"], 20)) < 20:
-        return
-    if desc[16:] == bytes(4) and b"data" in found and b"pakt" not in found:
+        return 0
+    if desc[16:] != bytes(4) or b"data" not in found:
+        return 0
+    if b"pakt" not in found:
         raise Unusable("damaged", "lacks the table of its packets, or ends before it")
+    return int.from_bytes(peek(found[b"pakt"] + 8, 8), "big")
 
 
 def _aiff_frames(peek: Peek) -> int:

@@ -34,8 +34,10 @@ KINDS = [  # (format, subtype, endian) whose headers state a length
 NOISE = np.random.default_rng(1).integers(128, 256, 30_000).astype(np.uint8).tobytes()
 
 
-def made(kind: str, subtype: str, endian: str = "FILE", channels: int = 1) -> bytes:
-    x = np.random.default_rng(0).uniform(-0.5, 0.5, (FRAMES, channels))
+def made(
+    kind: str, subtype: str, endian: str = "FILE", channels: int = 1, frames: int = FRAMES
+) -> bytes:
+    x = np.random.default_rng(0).uniform(-0.5, 0.5, (frames, channels))
     buffer, rate = io.BytesIO(), 8000 if kind == "WVE" else 16_000
     soundfile.write(buffer, x, rate, format=kind, subtype=subtype, endian=endian)
     return buffer.getvalue()
@@ -260,6 +262,8 @@ def test_headers_that_contradict_themselves(kind: str) -> None:
     data = made(*kind.split("/"))
     at = data.index(b"fmt ") + (24 if kind.startswith("W64") else 8)
     assert kind_of(packed(data, at + 2, "<H", 3)) == "damaged", "channels"
+    if kind == "RF64/FLOAT":
+        assert kind_of(packed(data, at, "<H", 7)) == "damaged", "coding"
     assert kind_of(packed(data, at + 12, "<H", 6)) == "", "only the bytes of a frame"
     assert kind_of(packed(data, at + 8, "<I", 6)) == "", "only the bytes of a second"
 
@@ -273,6 +277,8 @@ def test_damaged_headers() -> None:
     assert kind_of(unsized) == "truncated"
     caf = made("CAF", "ALAC_16")
     assert kind_of(caf.replace(b"pakt", b"free")) == "damaged"
+    several = made("CAF", "ALAC_16", frames=24_000)  # packets
+    assert kind_of(several[:20_000] + bytes(len(several) - 20_000)) == "damaged"
     flac = made("FLAC", "PCM_16")
     assert kind_of(packed(flac, 21, ">BI", 0xFF, 0xFFFFFFFF)) == "damaged", "64 GiB"
 
