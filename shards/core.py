@@ -34,6 +34,7 @@ from d2v_ds.files import remove_stale, write_atomically
 from shards.family import Converter, PackedMember
 from shards.findings import (
     QUARANTINE_FILE,
+    counted,
     counts,
     first_reasons,
     left_out,
@@ -281,8 +282,8 @@ def _other_plan(out: Path, file: str, held_about: dict[str, Any], wanted: dict[s
 def _too_many_bad(findings: Sequence[Finding], inputs: int, max_bad: float, where: str = "") -> str:
     bad = unusable(findings)
     return (
-        f"{len(bad)} of {inputs} inputs cannot be used, more than --max-bad {max_bad:.3%} allows: "
-        f"{first_reasons(bad)}{where}. Repair or remove them, or increase --max-bad"
+        f"{len(bad)} of {counted(inputs)} cannot be used, more than --max-bad {max_bad:.3%} "
+        f"allows: {first_reasons(bad)}{where}. Repair or remove them, or increase --max-bad"
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from d2v_ds.data.checks import Finding
 from d2v_ds.files import format_size
 from shards.family import Converter, PackedMember, Sample
-from shards.findings import first_reasons, left_out, report_of
+from shards.findings import counted, first_reasons, left_out, report_of
 from shards.plan import ConversionPlan
 
 SAMPLES = 32  # to convert, over all sets
@@ -35,12 +35,12 @@ def estimate(plans: Mapping[str, ConversionPlan], converter: Converter, jobs: in
     seconds = time.perf_counter() - start
     total = 0
     for plan in plans.values():
-        yield from report_of(plan.findings, "would be", plan.not_chosen)
+        yield from report_of(plan.findings, plan.not_chosen, planned=True)
     yield from {plan.remark: None for plan in plans.values() if plan.remark}
     for name, plan in plans.items():
         total += plan.bytes
         yield (
-            f"{name or 'set'}: {plan.inputs:,} inputs, {format_size(plan.bytes)} -> "
+            f"{name or 'set'}: {counted(plan.inputs)}, {format_size(plan.bytes)} -> "
             f"{plan.shards:,} shard{'' if plan.shards == 1 else 's'}, about "
             f"{format_size(plan.bytes * made / max(1, given))}"
         )
@@ -48,7 +48,7 @@ def estimate(plans: Mapping[str, ConversionPlan], converter: Converter, jobs: in
     yield (
         f"about {_duration(hours)} on one core, {_duration(hours / jobs)} with --jobs {jobs}; "
         f"measured on {format_size(given)} of input"
-        + (f" ({len(bad)} inputs cannot be used: {first_reasons(bad)})" if bad else "")
+        + (f" ({counted(len(bad))} cannot be used: {first_reasons(bad)})" if bad else "")
     )
 
 

@@ -80,7 +80,7 @@ def report(out: Path, about: Mapping[str, Any]) -> list[str]:
     lines = []
     if about["quarantined"]:
         lines.append(
-            f"{about['quarantined']} of {about['inputs']} inputs were left out"
+            f"{about['quarantined']} of {counted(about['inputs'])} {were(about['inputs'])} left out"
             f"{listed(about.get('left_out', {}))}; the reasons are in {out / QUARANTINE_FILE}"
         )
     for entry, noun, what in (
@@ -89,29 +89,42 @@ def report(out: Path, about: Mapping[str, Any]) -> list[str]:
     ):
         number = sum(about.get(entry, {}).values())
         if number:
-            were = f"{noun} was" if number == 1 else f"{noun}s were"
             lines.append(
-                f"{number} {were} {what}{listed(about[entry])}; the list is in {out / NOTES_FILE}"
+                f"{counted(number, noun)} {were(number)} {what}{listed(about[entry])}; the list is "
+                f"in {out / NOTES_FILE}"
             )
     return lines
 
 
+def counted(number: int, noun: str = "input") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def were(number: int) -> str:
+    return "was" if number == 1 else "were"
+
+
 def not_chosen_line(number: int) -> str:
-    inputs = "input was" if number == 1 else "inputs were"
-    return f"{number:,} {inputs} not chosen (--only, --except)"
+    return f"{counted(number)} {were(number)} not chosen (--only, --except)"
 
 
-def report_of(findings: Collection[Finding], were: str, not_chosen: int = 0) -> list[str]:
-    """Lines for the console about findings that no set lists. were: "were", or "would be" for a
-    plan that is not carried out."""
+def report_of(
+    findings: Collection[Finding], not_chosen: int = 0, planned: bool = False
+) -> list[str]:
+    """Lines for the console about findings that no set lists. planned: of a plan that is not
+    carried out."""
+
+    def verb(number: int) -> str:
+        return "would be" if planned else were(number)
+
     lines = [not_chosen_line(not_chosen)] if not_chosen else []
     if bad := left_out(findings):
-        lines.append(f"{len(bad)} inputs {were} left out: {first_reasons(bad)}")
+        lines.append(f"{counted(len(bad))} {verb(len(bad))} left out: {first_reasons(bad)}")
     numbers = counts(findings)
-    for entry, noun in (("passed_over", "files"), ("altered", "inputs")):
+    for entry, noun in (("passed_over", "file"), ("altered", "input")):
         if numbers[entry]:
             number, what = sum(numbers[entry].values()), OUTCOMES[entry]
-            lines.append(f"{number} {noun} {were} {what}{listed(numbers[entry])}")
+            lines.append(f"{counted(number, noun)} {verb(number)} {what}{listed(numbers[entry])}")
     return lines
 
 

@@ -22,7 +22,7 @@ from d2v_ds.errors import UserError
 from shards.family import Content, Input, Item, Sample
 from shards.findings import of_error
 from shards.tars import refuse_compressed
-from shards.walking import SPECIAL, require_regular
+from shards.walking import SPECIAL, check_file
 
 AUTO = "auto"
 
@@ -121,9 +121,9 @@ class Layout(ABC, Generic[Options, Content]):
         return self.root / item.path if type(self).read is Layout.read else None
 
     def payload(self, item: Input) -> bytes:
-        """The bytes of an input. Raises OSError, and ValueError if the file ends too early."""
+        """The bytes of an input. Raises OSError, and Unusable if it is no file or ends early."""
         path = self.root / item.path
-        require_regular(path)
+        check_file(path)
         if item.bytes is None:
             return path.read_bytes()
         offset, size = item.bytes

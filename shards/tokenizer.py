@@ -84,11 +84,11 @@ def run(arguments: argparse.Namespace) -> int:
             seed=arguments.seed,
         )
     except UserError as error:
-        raise UserError("; ".join([str(error), *report_of(findings, "were")])) from None
+        raise UserError("; ".join([str(error), *report_of(findings)])) from None
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, model)
     print(f"{out}: {arguments.model}, {Tokenizer.load(out).vocab_size} ids")
-    for line in report_of(chooser.findings(findings), "were", chooser.not_chosen):
+    for line in report_of(chooser.findings(findings), chooser.not_chosen):
         print(line)
     return FINISHED
 

@@ -135,12 +135,20 @@ def size_of(path: str | Path) -> int:
         return 0
 
 
-def require_regular(path: str | Path) -> None:
-    """Raises Unusable for a pipe, socket or device that a manifest names, because reading it may
-    never end; OSError if there is no file."""
-    mode = os.stat(path).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise Unusable("unreadable", SPECIAL)
+def is_special(path: str | Path) -> bool:
+    """Whether it is a pipe, socket or device, so that reading it may never end."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # the conversion reports the reason
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def check_file(path: str | Path) -> None:
+    """Raises Unusable for everything but a regular file, and OSError if it is missing."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        what = SPECIAL if is_special(path) else "is a folder"
+        raise Unusable("unreadable", f"{what}, not a file")
 
 
 def first_folder(root: Path, extensions: Collection[str]) -> tuple[Path, list[str]]:

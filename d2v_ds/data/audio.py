@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v_ds.data.audio_files import close, open_streams
+from d2v_ds.data.audio_files import close, open_streams, out_of_range
 from d2v_ds.data.audio_files import encode_flac as encode_flac
 from d2v_ds.data.checks import Note, Unusable
 from d2v_ds.data.containers import extent_of
@@ -43,6 +43,11 @@ LOUDEST = 16.0  # peak of floats in [-1, 1] that were amplified (24 dB)
 QUIETEST = 256.0  # peak of integers that were stored as floats (16 bits: -42 dB)
 FULL_SCALES = {16: 2.0**15, 24: 2.0**23, 32: 2.0**31}  # by bits
 MEASURED = 1 << 20  # frames at a time
+# Speech that fits into its range has far less than 0.1 % of its samples at its peak. One in a
+# hundred, in runs of three or more with the same value, means that loud vowels are cut off, because
+# the input level was set too high. Without clipping, a peak has one such sample or two.
+CLIPPED = 0.01  # share of samples
+CLIPPED_LEVEL = 0.97  # of full scale; the largest values of 8-bit formats are 0.98 to 0.99
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,11 @@ class Recording:
     """An open audio file; a context manager. Raises Unusable.
 
     trusted: only what libsndfile finds, without looking for more audio than the header states.
+    clipping: notes clipped samples too, which takes time and changes nothing.
     """
 
-    def __init__(self, source: bytes | Path, trusted: bool = False) -> None:
+    def __init__(self, source: bytes | Path, trusted: bool = False, clipping: bool = False) -> None:
+        self.clipping = clipping
         self.notes: list[Note] = []  # what was altered to read the file
         self.decoded: list[Note] = []  # what was altered in the parts that were decoded
         self.repaired = False  # whether other readers would decode something else
@@ -145,6 +152,8 @@ class Recording:
                 "segment", f"frames {start} to {stop} requested, but it has only {self.info.frames}"
             )
         data = self.plain[1][start:stop] if self.plain else self._read(start, stop)
+        if self.clipping:
+            self._note_clipping(data if channel is None else data[:, channel : channel + 1])
         if self.info.channels == 1 or channel is not None:
             one: NDArray[Any] = np.ascontiguousarray(data[:, channel or 0])
             return one
@@ -158,6 +167,13 @@ class Recording:
         reason = f"its channels cancel each other; channel {loudest} is used"
         self.decoded.append(Note("one channel", reason))
         return np.ascontiguousarray(data[:, loudest])
+
+    def _note_clipping(self, data: NDArray[Any]) -> None:
+        full = INT16_SCALE if data.dtype == np.int16 else self.scale
+        share = clipped_share(data, full)
+        if share > CLIPPED:
+            reason = f"{share:.1%} of its samples are clipped: the recording was too loud"
+            self.decoded.append(Note("clipped", reason))
 
     @property
     def scale(self) -> float:
@@ -200,6 +216,31 @@ class Recording:
         return data
 
 
+def clipped_share(pcm: NDArray[Any], full: float) -> float:
+    """The share of samples [S, channels] in runs of the largest or the smallest value, near full
+    scale, of the channel with most of them. Shares below CLIPPED may be returned as 0."""
+    limit = CLIPPED_LEVEL * full
+    if float(pcm.max()) < limit and -float(pcm.min()) < limit:  # most recordings
+        return 0.0
+    most = 0.0
+    for x in np.ascontiguousarray(pcm.T):
+        found = 0
+        for value in (x.max(), x.min()):
+            if abs(float(value)) >= limit:
+                marked = x == value
+                if np.count_nonzero(marked) >= CLIPPED / 8 * len(x):
+                    found += _in_runs(marked)
+        most = max(most, found / len(x))
+    return most
+
+
+def _in_runs(marked: NDArray[np.bool_]) -> int:
+    """The number of marked samples [S] in runs of three or more."""
+    starts = marked[:-2] & marked[1:-1] & marked[2:]
+    runs = np.count_nonzero(starts[1:] > starts[:-1]) + np.count_nonzero(starts[:1])
+    return int(np.count_nonzero(starts) + 2 * runs)
+
+
 def full_scale(peak: float, integers: bool) -> tuple[float, str]:
     """(divisor, reason) for float samples with this peak; integers: all of them are integers.
     Raises Unusable if they are neither amplified samples nor integers of a usual width."""
@@ -209,11 +250,7 @@ def full_scale(peak: float, integers: bool) -> tuple[float, str]:
         return peak, f"peaks at {peak:.3g}; divided by it"
     bits = next((bits for bits, scale in FULL_SCALES.items() if peak <= 1.5 * scale), 0)
     if not bits or peak < QUIETEST:
-        raise Unusable(
-            "range",
-            f"has float samples up to {peak:.6g}, which fits no full scale; store it with samples "
-            "from -1 to 1",
-        )
+        raise out_of_range(peak)
     divisor = max(FULL_SCALES[bits], peak)
     return divisor, f"peaks at {peak:.6g}, as {bits}-bit integers do; divided by {divisor:.6g}"
 
@@ -252,8 +289,8 @@ def _plain_wav(source: bytes) -> tuple[int, NDArray[np.int16]] | None:
         kind, size = CHUNK.unpack_from(source, first)
         first += CHUNK.size
         if kind == b"fmt " and size >= 16 and first + 16 <= len(source):
-            coding, channels, rate, _, _, bits = struct.unpack_from("<HHIIHH", source, first)
-            if coding != 1 or bits != 16:
+            coding, channels, rate, _, frame, bits = struct.unpack_from("<HHIIHH", source, first)
+            if coding != 1 or bits != 16 or frame != 2 * channels:
                 return None
         elif kind == b"data":
             frames = size // (2 * channels) if channels else 0

@@ -23,9 +23,9 @@ import numpy as np
 import soundfile
 from numpy.typing import NDArray
 
-from d2v_ds.data import flac, mpeg, ogg
+from d2v_ds.data import flac, foreign, mpeg, ogg, tags
 from d2v_ds.data.checks import Note, Unusable
-from d2v_ds.data.containers import FFMPEG, Buffer, Extent, extent_of
+from d2v_ds.data.containers import Buffer, Extent, extent_of
 
 EXACT = ("PCM_16", "PCM_S8", "PCM_U8")  # read as int16 without a loss
 WIDTHS = {  # bytes of a sample
@@ -33,22 +33,21 @@ WIDTHS = {  # bytes of a sample
     **{"PCM_16": 2, "PCM_24": 3, "PCM_32": 4, "FLOAT": 4, "DOUBLE": 8},
 }
 COMPRESSED = ("MP3", "OGG")  # whose seeking is not exact
+GSM_BLOCK = 65, 320  # bytes and frames of a block of a WAV
+LARGEST_ARRAY = 64  # channels of a recording
+# Formats in which libsndfile takes bytes behind compressed samples, even padding, for samples.
+BEHIND = ("WAV", "WAVEX", "W64", "AU")
 UNKNOWN_FRAMES = 1 << 48  # libsndfile reports 2^63 - 1 for a FLAC without a length
 UNEXPLAINED = 0.1  # seconds of bytes behind the samples that may be anything
-SDS_BLOCK = 60  # frames; the header of an SDS file rounds up to it
+UNCHECKED = {  # what libsndfile reads, but no recording, and without a length to compare
+    "MAT4": "a MATLAB file",
+    "MAT5": "a MATLAB file",
+    "XI": "an instrument of FastTracker",
+}
 BLOCK = 1 << 20  # frames that are decoded at a time
 AT_ONCE = 1 << 31  # samples of all channels; libsndfile decodes fewer if more are asked for
-FOREIGN = (  # formats that libsndfile does not read, by bytes at a place
-    ("MP4 or M4A", 4, b"ftyp"),
-    ("WebM or Matroska", 0, b"\x1a\x45\xdf\xa3"),
-    ("WMA", 0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11"),
-    ("AMR", 0, b"#!AMR"),
-    ("AAC", 0, b"\xff\xf1"),
-    ("AAC", 0, b"\xff\xf9"),
-    ("WavPack", 0, b"wvpk"),
-    ("Monkey's Audio", 0, b"MAC "),
-    ("Shorten", 0, b"ajkg"),
-)
+STEP = 1024  # frames that are decoded at a time to find out where a file ends
+LOST = "lost sync"  # what libsndfile says where the frames of a FLAC end
 
 
 class _File(soundfile.SoundFile):  # type: ignore[misc]  # soundfile has no types
@@ -97,7 +96,10 @@ class Stream:
                     self.file.seek(start)
                 data = self._next(stop - start)
         except soundfile.SoundFileError as error:
-            raise Unusable("damaged", f"cannot be decoded: {_reason(error)}") from None
+            reason = _reason(error)
+            if self.file.format == "FLAC" and LOST in reason and _is_cut(self.source):
+                raise Unusable("truncated", "is truncated: its last frame is incomplete") from None
+            raise Unusable("damaged", f"cannot be decoded: {reason}") from None
         if len(data) != stop - start:
             missing = stop - start - len(data)
             raise Unusable("truncated", f"ends {missing} frames before the length in its header")
@@ -111,9 +113,10 @@ class Stream:
             raise Unusable(
                 "size", f"{hours:.3g} hours cannot be decoded at once; divide it with --max-seconds"
             )
-        kind = "int16" if self.file.subtype in EXACT else "float32"
+        wide = self.file.subtype == "DOUBLE"
+        kind = "int16" if self.file.subtype in EXACT else "float64" if wide else "float32"
         data: NDArray[Any] = self.file.read(frames, dtype=kind, always_2d=True)
-        return data
+        return _narrowed(data) if wide else data
 
     def _forward(self, start: int, stop: int) -> NDArray[Any]:
         """Decodes on from the last part, which is kept, so that parts in order of their start
@@ -144,6 +147,31 @@ class Stream:
             self.kept_from = start
 
 
+def _is_cut(source: bytes | Path) -> bool:
+    """Whether a FLAC that cannot be decoded as a whole can be decoded up to its last frame."""
+    with _buffer(source) as data:
+        there, largest = flac.last_frame(data, 0, len(data)), flac.largest_frame(data)
+    file, decoded = _open(source), 0
+    with file, contextlib.suppress(soundfile.SoundFileError):
+        while read := len(file.read(STEP, dtype="int16")):
+            decoded += read
+    return 0 < there <= decoded + STEP + largest
+
+
+def _narrowed(data: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Raises Unusable for finite values that float32 cannot hold; it keeps others as they are."""
+    largest = np.finfo(np.float32).max
+    if (too_large := np.isfinite(data) & (np.abs(data) > largest)).any():
+        peak = float(np.abs(data[too_large]).max())
+        raise out_of_range(peak)
+    return data.astype(np.float32)
+
+
+def out_of_range(peak: float) -> Unusable:
+    reason = f"has float samples up to {peak:.6g}, which fits no full scale"
+    return Unusable("range", f"{reason}; store it with samples from -1 to 1")
+
+
 @dataclass
 class Opened:
     """An audio file."""
@@ -157,15 +185,35 @@ def open_streams(source: bytes | Path, trusted: bool) -> Opened:
     """trusted: without looking for audio that libsndfile would not decode, because it was done when
     the set was made. Raises Unusable; a missing file raises FileNotFoundError."""
     with _buffer(source) as data:
+        start = tags.front(data)
+        repaired = start > 0 and not mpeg.frame_of(data[start : start + 4])
+        if repaired:  # only the decoder of MP3 skips tags
+            source = data = data[start:]
+            if not data:
+                raise Unusable("empty", "holds only tags or zeros")
         extent = extent_of(lambda at, number: data[at : at + number], len(data))
         if extent and extent.patch:
             at, size = extent.patch
             source = data[:at] + size + data[at + len(size) :]
+        notes: list[Note] = []
         try:
             file = _open(source)
-        except Unusable as error:
-            raise _why(data, extent) or error from None
-        found = Opened([Stream(file, source, file.frames)], [], False)
+        except Unusable:
+            if why := _why(data, extent):
+                raise why from None
+            at = -1 if extent else mpeg.first(data)
+            if at < 0:
+                raise
+            source = data = data[at:]
+            file, repaired = _open(source), True
+            if at != start:
+                reason = f"begins with {at} bytes that are no MPEG audio; they are not used"
+                notes.append(Note("length corrected", reason))
+        if extent and extent.first + extent.size < len(data) and file.subtype not in WIDTHS:
+            if file.format in BEHIND:
+                whole = source if isinstance(source, bytes) else data
+                file, source = _open_first(file, whole, extent.first + extent.size)
+        found = Opened([Stream(file, source, file.frames)], notes, repaired)
         try:
             if extent:
                 _limit(found, extent)
@@ -174,6 +222,8 @@ def open_streams(source: bytes | Path, trusted: bool) -> Opened:
                     check(found, data)
             else:
                 _check_log(found)
+            if what := UNCHECKED.get(file.format):
+                raise Unusable("format", f"is {what}, not a recording; store it as WAV")
             _check_alike(found.streams)
         except BaseException:
             close(found.streams)
@@ -219,6 +269,14 @@ def _open(source: bytes | Path) -> _File:
         raise Unusable("format", reason) from None
 
 
+def _open_first(file: _File, data: Buffer, size: int) -> tuple[_File, bytes]:
+    """The first bytes of a file that is open."""
+    source = data[:size]
+    opened = _open(source)
+    file.close()
+    return opened, source
+
+
 def _reason(error: soundfile.SoundFileError) -> str:
     return str(getattr(error, "error_string", error)).removeprefix("Error : ").rstrip(".")
 
@@ -227,15 +285,12 @@ def _why(data: Buffer, extent: Extent | None) -> Unusable | None:
     """A better reason than that of libsndfile, if there is one."""
     if extent and extent.rest:
         return _unexplained(_behind(extent, extent.frame * extent.rate)[0])
-    if data[:4] == b"OggS":
+    if data[:4] == b"OggS" and not foreign.why(data):
         try:
             ogg.streams(data)
         except Unusable as error:
             return error
-    for name, place, first in FOREIGN:
-        if data[place : place + len(first)] == first:
-            return Unusable("format", f"is {name}, which libsndfile does not read; {FFMPEG}")
-    return None
+    return foreign.why(data)
 
 
 def _check_alike(streams: list[Stream]) -> None:
@@ -248,6 +303,8 @@ def _check_alike(streams: list[Stream]) -> None:
                 f"consists of joined files with {kinds[0][0]} Hz, {kinds[0][1]} channels and with "
                 f"{rate} Hz, {channels} channels",
             )
+    if kinds[0][1] > LARGEST_ARRAY:
+        raise Unusable("format", f"states {kinds[0][1]} channels, more than {LARGEST_ARRAY}")
     frames = sum(stream.frames for stream in streams)
     if frames <= 0:
         raise Unusable("empty", "contains no audio")
@@ -265,7 +322,9 @@ def _limit(found: Opened, extent: Extent) -> None:
     frame = WIDTHS.get(file.subtype, 0) * file.channels
     if frame and stream.frames > extent.size // frame:
         stream.frames = extent.size // frame
-    found.repaired = not extent.stated or extent.rest > 0
+    if (file.format, file.subtype) == ("WAV", "GSM610"):  # libsndfile adds a block
+        stream.frames = min(stream.frames, extent.size // GSM_BLOCK[0] * GSM_BLOCK[1])
+    found.repaired = found.repaired or not extent.stated or extent.rest > 0
     if extent.rest:
         # Compressed samples have no fixed size: their average is taken.
         average = extent.size * file.samplerate // max(1, stream.frames)
@@ -273,6 +332,15 @@ def _limit(found: Opened, extent: Extent) -> None:
         if seconds > UNEXPLAINED:
             raise _unexplained(reason)
         found.notes.append(Note("length corrected", f"{reason}; they are not used"))
+    if file.subtype.startswith("ALAC") and extent.frames != stream.frames:
+        raise Unusable(
+            "damaged",
+            f"decodes to {stream.frames} frames, but its packets hold {extent.frames}",
+        )
+    if frame and extent.frames and extent.frames != stream.frames:
+        stated, there = (frames / file.samplerate for frames in (extent.frames, stream.frames))
+        reason = f"states {stated:.2f} s, but has samples for {there:.2f} s, which are used"
+        found.notes.append(Note("length corrected", reason))
 
 
 def _behind(extent: Extent, per_second: int) -> tuple[str, float]:
@@ -298,7 +366,7 @@ def _check_log(found: Opened) -> None:
         stated = int(found_frames[1])
     if found_bytes := re.search(r"(\d+) should be (\d+)", log):
         stated, there = map(int, found_bytes.groups())
-    if stated > there + SDS_BLOCK or "truncated" in log:
+    if stated > there or "truncated" in log:
         raise Unusable("truncated", "is truncated: its header states more samples than are left")
     if stated < there:
         raise Unusable("length", "has more samples than its header states")
@@ -307,6 +375,8 @@ def _check_log(found: Opened) -> None:
 def _check_flac(found: Opened, data: Buffer) -> None:
     starts = flac.joined(data) or [0]
     pieces = list(zip(starts, [*starts[1:], len(data)], strict=True))
+    if len(pieces) == 1 and found.streams[0].frames < UNKNOWN_FRAMES:
+        flac.check_plausible(data, found.streams[0].frames)
     stated = [flac.stated_frames(data, start) for start, _ in pieces]
     there = [flac.last_frame(data, start, stop) for start, stop in pieces]
     if len(pieces) == 1 and stated[0] >= there[0]:
@@ -322,8 +392,11 @@ def _check_flac(found: Opened, data: Buffer) -> None:
 
 
 def _check_ogg(found: Opened, data: Buffer) -> None:
-    pieces = ogg.streams(data)
-    if len(pieces) == 1:
+    pieces, rest = ogg.streams(data)
+    if rest:
+        reason = f"has {rest} bytes behind its last Ogg page; they are not used"
+        found.notes.append(Note("length corrected", reason))
+    if pieces == [(0, len(data))]:
         return
     first = found.streams[0].frames
     close(found.streams)
@@ -333,7 +406,8 @@ def _check_ogg(found: Opened, data: Buffer) -> None:
         file = _open(source)
         found.streams.append(Stream(file, source, file.frames))
     found.repaired = True
-    _corrected(found, first, found.streams, "Ogg")
+    if len(pieces) > 1:
+        _corrected(found, first, found.streams, "Ogg")
 
 
 def _corrected(found: Opened, first: int, streams: list[Stream], name: str) -> None:
@@ -349,8 +423,9 @@ def _check_mp3(found: Opened, data: Buffer) -> None:
     if audio.exact or not audio.frames:  # without frames: the free format, which has no sizes
         return
     stated = sum(audio.stated)
-    if audio.junk > mpeg.JUNK:
-        raise Unusable("damaged", f"{audio.junk} bytes between its frames are not MPEG audio")
+    junk = audio.junk + audio.rest * (not audio.complete)
+    if junk > mpeg.JUNK:
+        raise Unusable("damaged", f"{junk} bytes between its frames are not MPEG audio")
     if stated > audio.frames + (not audio.cut):  # some encoders count their header as a frame
         raise Unusable(
             "truncated",
@@ -364,7 +439,10 @@ def _check_mp3(found: Opened, data: Buffer) -> None:
     before = found.streams[0].frames
     close(found.streams)
     found.streams, found.repaired = [Stream(file, whole, file.frames)], True
-    if not audio.stated and before == file.frames:
+    if before == file.frames and (audio.complete or not audio.stated):
+        if audio.junk:
+            reason = f"has {audio.junk} bytes between its frames that are not MPEG audio"
+            found.notes.append(Note("length corrected", f"{reason}; they are not used"))
         return
     rate = file.samplerate
     what = (

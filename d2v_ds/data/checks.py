@@ -49,6 +49,7 @@ PASSED_OVER = {
 ALTERED = {
     "length corrected": "the header states another length than was decoded",
     "scaled": "samples beyond -1 to 1 were scaled down",
+    "clipped": "at least 1 % of its samples are cut off at full scale; it is used as it is",
     "one channel": "the channels cancel each other; one of them is used",
     "upright": "was rotated or mirrored as its EXIF orientation says",
     "depth": "reduced from more than 8 bits per pixel and channel",

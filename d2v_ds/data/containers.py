@@ -4,7 +4,7 @@
 
 libsndfile silently reads what is left of a truncated file, and stops silently where a header states
 too little. WAV (RIFF, RIFX, RF64 of EBU Tech 3306), W64, AIFF and AIFF-C, 8SVX, AU, CAF, NIST
-SPHERE and VOC. Standard library only: the index of a tar uses it too.
+SPHERE, VOC and SDS. Standard library only: the index of a tar uses it too.
 """
 
 from __future__ import annotations
@@ -38,6 +38,18 @@ METADATA = (
     b"PEAK",
     b"smpl",
 )
+AIFF_METADATA = (b"NAME", b"AUTH", b"(c) ", b"ANNO", b"COMT", b"MARK", b"INST", b"APPL", b"ID3 ")
+FOLLOWING = (b"fmt ", b"data", *METADATA)
+INNER = {b"LIST": (b"INFO", b"adtl"), b"id3 ": (b"ID3",), b"ID3 ": (b"ID3",)}  # first in a chunk
+LONGEST_METADATA = 1 << 24  # bytes at the end of a file that are searched for chunks
+PCM, FLOAT, ALAW, ULAW, EXTENSIBLE = (
+    1,
+    3,
+    6,
+    7,
+    0xFFFE,
+)  # codings of a WAV; the last states it later
+SDS_HEADER = 21  # bytes
 PRINTABLE = frozenset(string.printable.encode())
 W64_NAME = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # the last 12 bytes of its chunk names
 ZEROS = 1 << 16  # bytes that are compared at a time
@@ -61,6 +73,7 @@ class Extent(NamedTuple):
     rest: int = 0  # bytes behind the samples that are neither metadata nor padding
     rate: int = 0  # frames per second and bytes per frame, of WAV
     frame: int = 0
+    frames: int = 0  # that another chunk states, of AIFF and CAF
     stated: bool = True  # whether the header states the size
     patch: tuple[int, bytes] | None = None  # (place, bytes) of the size that the header lacks
 
@@ -74,11 +87,16 @@ def extent_of(peek: Peek, total: int) -> Extent | None:
     if head[:4] == b"riff" and head[4:16].hex().startswith("2e91cf11a5d628db04c10000"):
         return _chunked(peek, total, W64, 40, b"data")
     if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC", b"8SVX", b"16SV"):
-        return _chunked(peek, total, RIFX, 12, b"SSND" if head[8:9] == b"A" else b"BODY")
+        if head[8:9] != b"A":
+            return _chunked(peek, total, RIFX, 12, b"BODY")
+        extent = _chunked(peek, total, RIFX, 12, b"SSND")
+        return extent and extent._replace(frames=_aiff_frames(peek))
     if head[:4] == b"caff":
-        return _chunked(peek, total, CAF, 8, b"data")
+        extent = _chunked(peek, total, CAF, 8, b"data")
+        return extent and extent._replace(frames=_frames_of_packets(peek))
     if head[:4] in (b".snd", b"dns.") and len(head) >= 12:
         first, size = struct.unpack(">II" if head[:1] == b"." else "<II", head[4:12])
+        _within(first, total)
         if _is_placeholder(size):
             left = min(total - first, 0xFFFF_FFFF)
             size_bytes = struct.pack(">I" if head[:1] == b"." else "<I", left)
@@ -90,6 +108,8 @@ def extent_of(peek: Peek, total: int) -> Extent | None:
         return _nist(peek, total)
     if head[:20] == b"Creative Voice File\x1a":
         return _voc(peek, total, int.from_bytes(head[20:22], "little"))
+    if head[:2] == b"\xf0\x7e" and head[3:4] == b"\1":
+        return _sds(peek, total, head)
     return None
 
 
@@ -112,11 +132,14 @@ def _riff(peek: Peek, total: int, head: bytes) -> Extent | None:
     for name, at, size in _chunks(peek, chunks, 12):
         if name == b"data":
             break
+        if size % 2:
+            _check_padded(peek, name, at + size)
         _within(at + size, total)
         if name == b"ds64":
             sizes = at  # of the file, of the samples, of the frames: 64 bits each
-        if name == b"fmt " and len(found := peek(at, 14)) == 14:
-            rate, frame = struct.unpack(chunks.form[0] + "4xI4xH", found)
+        if name == b"fmt " and len(found := peek(at, 16)) >= 14:
+            rate, frame = struct.unpack(chunks.form[0] + "4xI4xH", found[:14])
+            _check_format(found, chunks.form[0])
     else:
         return None
     place, form, known = at - 4, chunks.form[0] + "I", not _is_placeholder(size)
@@ -127,18 +150,58 @@ def _riff(peek: Peek, total: int, head: bytes) -> Extent | None:
         extent = _whole(peek, total, at, size, chunks)._replace(rate=rate, frame=frame)
         if size or not extent.rest:  # a size of 0 is that of an empty file, unless bytes follow
             return extent
-    left = total - at
+    end = _end_of_samples(peek, total, at, chunks)
+    left = end - at
     patch = None  # libsndfile reads an implausible size as "to the end", but not one of 0
     if form == "<QQQ":
         patch = place, struct.pack(form, total - 8, left, 0)
-    elif not size:
+    elif not size or end < total:
         patch = place, struct.pack(form, left)
-    return Extent(at, left, 0, rate, frame, False, patch)
+    return Extent(at, left, 0, rate, frame, stated=False, patch=patch)
+
+
+def wav_coding(peek: Peek) -> tuple[int, int]:
+    """(code of the format, bits of a sample) of a WAV; zeros if it does not say."""
+    head = peek(0, 12)
+    if head[:4] not in (b"RIFF", b"RIFX", b"RF64", b"BW64") or head[8:] != b"WAVE":
+        return 0, 0
+    chunks = RIFX if head[:4] == b"RIFX" else RIFF
+    for name, at, size in _chunks(peek, chunks, 12):
+        if name == b"fmt " and len(found := peek(at, min(size, 26))) >= 16:
+            coding, bits = struct.unpack(chunks.form[0] + "H12xH", found[:16])
+            if coding == EXTENSIBLE and len(found) == 26:
+                [coding] = struct.unpack(chunks.form[0] + "H", found[24:])
+            return coding, bits
+    return 0, 0
 
 
 def _within(end: int, total: int) -> None:
     if end > total:
         raise Unusable("truncated", "is truncated: it ends within its header")
+
+
+def _check_format(found: bytes, order: str) -> None:
+    """Raises Unusable if a damaged chunk fmt contradicts itself, of PCM and floats. Some writers
+    store a wrong number of bytes per frame or per second, but not both."""
+    if len(found) < 16:
+        return
+    coding, channels, rate, second, frame, bits = struct.unpack(order + "HHIIHH", found)
+    width = channels * (1 if coding in (ALAW, ULAW) else -(-bits // 8))
+    if coding in (PCM, FLOAT, ALAW, ULAW, EXTENSIBLE) and frame != width and second != rate * width:
+        raise Unusable(
+            "damaged",
+            f"contradicts itself: {channels} channels of {bits} bits, but {frame} bytes per frame",
+        )
+
+
+def _check_padded(peek: Peek, name: bytes, end: int) -> None:
+    """Raises Unusable if a chunk of odd size lacks the byte that pads it, which readers need."""
+    without, padded = peek(end, 4), peek(end + 1, 4)
+    if without in FOLLOWING and padded not in FOLLOWING:
+        label = name.decode("latin-1").strip()
+        raise Unusable(
+            "format", f"has a chunk {label} of odd size without the byte that pads it; {FFMPEG}"
+        )
 
 
 def _is_placeholder(size: int) -> bool:
@@ -149,12 +212,37 @@ def _chunked(peek: Peek, total: int, chunks: Chunks, at: int, samples: bytes) ->
     for name, first, size in _chunks(peek, chunks, at):
         if name[:4] == samples:
             if size < 0 or (chunks.form[1:] == "4sI" and _is_placeholder(size)):
-                left = total - first
-                patch = (first - 8, struct.pack(">q", left)) if chunks is CAF else None
+                if chunks is CAF:  # nothing may follow samples without a size
+                    left = total - first
+                    patch = first - 8, struct.pack(">q", left)
+                else:
+                    left = _end_of_samples(peek, total, first, chunks) - first
+                    patch = first - 4, struct.pack(">I", left)
                 return Extent(first, left, stated=False, patch=patch)
             return _whole(peek, total, first, size, chunks)
+        if chunks is W64 and name[:4] == b"fmt ":
+            _check_format(peek(first, 16), "<")
         _within(first + size, total)
     return None
+
+
+def _frames_of_packets(peek: Peek) -> int:
+    """Frames of a CAF with packets of different sizes, by the table of them; 0 for others. Raises
+    Unusable if it lacks the table: then libsndfile decodes as many as it finds."""
+    found = {name: at for name, at, _ in _chunks(peek, CAF, 8)}
+    if b"desc" not in found or len(desc := peek(found[b"desc"], 20)) < 20:
+        return 0
+    if desc[16:] != bytes(4) or b"data" not in found:
+        return 0
+    if b"pakt" not in found:
+        raise Unusable("damaged", "lacks the table of its packets, or ends before it")
+    return int.from_bytes(peek(found[b"pakt"] + 8, 8), "big")
+
+
+def _aiff_frames(peek: Peek) -> int:
+    """In the chunk COMM, which may follow the samples; 0 if there is none."""
+    at = next((at for name, at, _ in _chunks(peek, RIFX, 12) if name == b"COMM"), 0)
+    return int.from_bytes(peek(at + 2, 4), "big") if at else 0
 
 
 def _whole(peek: Peek, total: int, first: int, size: int, chunks: Chunks | None = None) -> Extent:
@@ -171,7 +259,9 @@ def _whole(peek: Peek, total: int, first: int, size: int, chunks: Chunks | None 
 def _nist(peek: Peek, total: int) -> Extent | None:
     """SPHERE: lines `name -type value` in a header of a size that its second line states."""
     try:
-        first = int(peek(8, 8))
+        first = int(peek(8, 8)) if peek(8, 8).strip().isdigit() else 0
+        if first % 1024 or b"end_head" not in peek(0, first):
+            raise Unusable("damaged", "has a header that does not end where it states")
         rows = (line.split(maxsplit=2) for line in peek(0, first).decode("latin-1").split("\n"))
         fields = {row[0]: row[2] for row in rows if len(row) == 3}
         if "," in fields.get("sample_coding", ""):  # pcm,embedded-shorten-v2.00
@@ -203,6 +293,14 @@ def _voc(peek: Peek, total: int, at: int) -> Extent | None:
     return found and found._replace(rest=_unexplained(peek, total, end, None))
 
 
+def _sds(peek: Peek, total: int, head: bytes) -> Extent:
+    """MIDI Sample Dump Standard: blocks of 127 bytes, of which 120 hold samples, 7 bits each."""
+    _within(SDS_HEADER, total)
+    width = -(-head[6] // 7) or 1  # bytes of a sample
+    frames = head[10] | head[11] << 7 | head[12] << 14
+    return _whole(peek, total, SDS_HEADER, -(-frames * width // 120) * 127)
+
+
 def _unexplained(peek: Peek, total: int, at: int, chunks: Chunks | None) -> int:
     """The number of bytes from `at` on that are neither chunks of metadata, tags, nor zeros."""
     while at < total:
@@ -226,6 +324,32 @@ def _after_metadata(peek: Peek, total: int, at: int, chunks: Chunks) -> int:
     if chunks is W64 and name[4:] != W64_NAME:
         return -1
     return first + size if first + size <= total or short in METADATA else -1
+
+
+def _end_of_samples(peek: Peek, total: int, first: int, chunks: Chunks) -> int:
+    """Where samples from `first` on end whose size is not stated: at a chunk of metadata that
+    reaches, with those behind it, the end of the file; at the end if there is none."""
+    names = AIFF_METADATA if chunks.form == RIFX.form and peek(0, 4) == b"FORM" else METADATA
+    start = max(first, total - LONGEST_METADATA)
+    tail = peek(start, total - start)
+    places = []
+    for name in names:
+        at = tail.find(name)
+        while at >= 0:
+            places.append(start + at)
+            at = tail.find(name, at + 1)
+    return next((at for at in sorted(places) if _is_chain(peek, total, at, chunks)), total)
+
+
+def _is_chain(peek: Peek, total: int, at: int, chunks: Chunks) -> bool:
+    """Whether `at` begins chunks of metadata up to the end of the file. Four samples may look like
+    a name, so either the size of the first chunk fits too, or its content is known."""
+    head = peek(at, 12)
+    size = struct.unpack(chunks.form, head[:8])[1] if len(head) >= 8 else total
+    known = head[8:].startswith(INNER.get(head[:4], ()))
+    if known and _is_placeholder(size):
+        return True
+    return (known or at + 8 + size <= total) and not _unexplained(peek, total, at, chunks)
 
 
 def _is_zero(peek: Peek, total: int, at: int) -> bool:

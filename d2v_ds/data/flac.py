@@ -5,12 +5,14 @@ libsndfile decodes the number of frames in STREAMINFO, of the first of several j
 
 from __future__ import annotations
 
+from d2v_ds.data.checks import Unusable
 from d2v_ds.data.containers import Buffer
 
 MARKERS = (b"fLaC\0\0\0\x22", b"fLaC\x80\0\0\x22")  # followed by other metadata, or by frames
 SYNCS = (b"\xff\xf8", b"\xff\xf9")  # of frames with a fixed, and with a variable number of samples
 LONGEST_HEADER = 16  # bytes of a frame header
 LONGEST_FRAME = 1 << 20  # bytes that are searched for the last frame header
+SMALLEST_FRAME = 9  # bytes
 SAMPLES = {1: 192, **{i: 144 << i for i in range(2, 6)}, **{i: 1 << i for i in range(8, 16)}}
 """Samples of a frame by their code in its header; 6 and 7: the number follows."""
 
@@ -31,10 +33,23 @@ def stated_frames(data: Buffer, start: int) -> int:
     return int.from_bytes(data[start + 21 : start + 26], "big") & (1 << 36) - 1
 
 
+def check_plausible(data: Buffer, frames: int) -> None:
+    """Raises Unusable if a damaged header states more frames than its bytes can hold: memory for
+    them would be allocated."""
+    largest = int.from_bytes(data[10:12], "big")
+    if data[:4] == b"fLaC" and frames > (len(data) // SMALLEST_FRAME + 1) * largest:
+        raise Unusable("damaged", f"states {frames:,} frames, more than its bytes can hold")
+
+
 def with_frames(data: Buffer, start: int, stop: int, frames: int) -> bytes:
     """The file with this number of frames in its header."""
     fields = int.from_bytes(data[start + 18 : start + 26], "big") >> 36 << 36 | frames
     return data[start : start + 18] + fields.to_bytes(8, "big") + data[start + 26 : stop]
+
+
+def largest_frame(data: Buffer) -> int:
+    """Samples of the largest frame, by the STREAMINFO at the beginning."""
+    return int.from_bytes(data[10:12], "big")
 
 
 def last_frame(data: Buffer, start: int, stop: int) -> int:

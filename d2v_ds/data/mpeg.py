@@ -10,11 +10,13 @@ it stops where the header of the first of several joined files ends. Frame heade
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
+from d2v_ds.data import tags
 from d2v_ds.data.checks import Unusable
 from d2v_ds.data.containers import Buffer
 
@@ -34,6 +36,8 @@ SIDE = {(True, 2): 32, (True, 1): 17, (False, 2): 17, (False, 1): 9}
 """Bytes between the header of a frame and a Xing header, by (MPEG-1?, channels)."""
 VBRI_PLACE = 36  # in a frame, of the header of Fraunhofer's encoder
 JUNK = 4096  # bytes between frames that may be anything, as players allow
+SYNC = re.compile(rb"\xff[\xe2-\xff]")
+CHAIN = 4  # adjacent frames that other bytes do not form by chance
 
 
 class Frame(NamedTuple):
@@ -54,13 +58,20 @@ class MpegAudio:
     spans: list[tuple[int, int]] = field(default_factory=list)  # bytes of adjacent frames
     frames: int = 0
     stated: list[int] = field(default_factory=list)  # numbers of frames in its Xing headers
+    header: tuple[int, int] = (0, 0)  # bytes of the frame with the first Xing header
     cut: bool = False  # ends within a frame
     junk: int = 0  # bytes between frames that are neither tags nor zeros
+    rest: int = 0  # such bytes behind the last frame
+
+    @property
+    def complete(self) -> bool:
+        """Whether one header states the number of frames that are there."""
+        return self.stated == [self.frames]
 
     @property
     def exact(self) -> bool:
-        """Whether libsndfile reads all of it, because one header states the number of frames."""
-        return self.stated == [self.frames] and not self.junk
+        """Whether libsndfile reads all of it: what follows the last frame does not matter."""
+        return self.complete and not self.junk
 
     def seconds(self, frames: int) -> float:
         return frames * self.samples / self.kind[1]
@@ -87,18 +98,34 @@ def frame_of(head: bytes) -> Frame | None:
     return Frame(samples // 8 * bits // hertz + padding, kind, samples, xing)
 
 
+def first(data: Buffer) -> int:
+    """The first byte of the first frames that follow each other; -1 if there are none."""
+    for match in SYNC.finditer(data):
+        at, kind = match.start(), None
+        for _ in range(CHAIN):
+            frame = frame_of(data[at : at + 4])
+            if not frame or (kind and frame.kind != kind):
+                break
+            at, kind = at + frame.size, frame.kind
+        else:
+            return match.start()
+    return -1
+
+
 def scan(data: Buffer) -> MpegAudio:
     """Finds every frame. Raises Unusable if later frames have another sample rate or number of
     channels, as in joined files."""
     found = MpegAudio()
     at = stop = start = frames = 0  # of the next frame, of the last one, of the span
-    kind, size = found.kind, len(data)
+    kind, size = found.kind, tags.end(data)
     while at < size:
         frame = frame_of(data[at : at + 4])
-        if not frame or ((frame.kind != kind or at != stop) and not _is_followed(data, at, frame)):
-            after = _next_frame(data, at)
-            if frames and after < size and not _is_tag(data, at):
-                found.junk += len(data[at:after].strip(b"\0"))
+        if not frame or (
+            (frame.kind != kind or at != stop) and not _is_followed(data, at, frame, size)
+        ):
+            after = min(_next_frame(data, at), size)
+            if frames and not _is_tag(data, at):
+                found.rest += len(data[at:after].strip(b"\0"))
             at = after
             continue
         if frame.kind != kind:
@@ -110,11 +137,13 @@ def scan(data: Buffer) -> MpegAudio:
         if after > size:
             found.cut = True
             break
+        found.junk, found.rest = found.junk + found.rest, 0
         is_header = data[at + frame.xing : at + frame.xing + 4] in XING or (
             not frames and data[at + VBRI_PLACE : at + VBRI_PLACE + 4] == b"VBRI"
         )
         if is_header:
             found.stated.append(_stated(data, at, frame))
+            found.header = found.header if found.header[1] else (at, after)
         if is_header or at != stop:
             if stop > start:
                 found.spans.append((start, stop))
@@ -138,9 +167,12 @@ def _stated(data: Buffer, at: int, frame: Frame) -> int:
 
 
 def rebuilt(data: Buffer, found: MpegAudio) -> bytes:
-    """The audio frames behind a Xing header with their number. A Xing header exists in layer III
-    only; the other layers have a constant bitrate, so their length need not be estimated."""
+    """The audio frames behind a Xing header with their number: the file's own, which also states
+    the padding, if its number is right. A Xing header exists in layer III only; the other layers
+    have a constant bitrate, so their length need not be estimated."""
     frames = [data[first:stop] for first, stop in found.spans]
+    if found.complete:
+        return b"".join([data[slice(*found.header)], *frames])
     if found.kind[0] != 3:
         return b"".join(frames)
     head = bytearray(frames[0][:4])
@@ -160,13 +192,13 @@ def _change(old: tuple[int, int, int], new: tuple[int, int, int]) -> str:
     return f"changes from {was} to {now}"
 
 
-def _is_followed(data: Buffer, at: int, frame: Frame) -> bool:
-    """Whether another frame of its kind, a tag or the end of the file follows."""
+def _is_followed(data: Buffer, at: int, frame: Frame, size: int) -> bool:
+    """Whether another frame of its kind, a tag or the end of the audio follows."""
     after = at + frame.size
     following = frame_of(data[after : after + 4])
     if following:
         return following.kind == frame.kind
-    return after == len(data) or _is_tag(data, after)
+    return after == size or _is_tag(data, after)
 
 
 def _is_tag(data: Buffer, at: int) -> bool:
@@ -175,15 +207,8 @@ def _is_tag(data: Buffer, at: int) -> bool:
 
 def _next_frame(data: Buffer, at: int) -> int:
     """Where the next frame may begin: behind the tag at a byte, or at the next byte of a sync."""
-    if data[at : at + 3] == b"TAG":
-        return at + 128
-    if data[at : at + 3] == b"ID3" and len(size := data[at + 6 : at + 10]) == 4:
-        return (
-            at + 10 + sum(byte << shift for byte, shift in zip(size, (21, 14, 7, 0), strict=True))
-        )
-    if data[at : at + 8] == b"APETAGEX":
-        is_header = data[at + 23] & 0x20 if at + 24 <= len(data) else 0
-        return at + 32 + int.from_bytes(data[at + 12 : at + 16], "little") * bool(is_header)
+    if (after := tags.behind(data, at)) > at:
+        return after
     found = data.find(b"\xff", at + 1)
-    tags = [i for tag in (b"TAG", b"ID3", b"APETAGEX") if (i := data.find(tag, at + 1, found)) >= 0]
-    return min([len(data) if found < 0 else found, *tags])
+    marks = [i for tag in (b"TAG", b"ID3", tags.APE) if (i := data.find(tag, at + 1, found)) >= 0]
+    return min([len(data) if found < 0 else found, *marks])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import zlib
 
+from d2v_ds.data import tags
 from d2v_ds.data.checks import Unusable
 from d2v_ds.data.containers import Buffer
 
@@ -15,14 +16,17 @@ REVERSED = bytes(
 )  # each byte with its bits reversed
 
 
-def streams(data: Buffer) -> list[tuple[int, int]]:
-    """(first byte, end) of each stream. Streams may follow each other; libsndfile decodes the first
-    one only. Raises Unusable unless the checksums of all pages are correct, no page is missing, and
-    each stream ends."""
+def streams(data: Buffer) -> tuple[list[tuple[int, int]], int]:
+    """([(first byte, end) of each stream], number of bytes behind the last one that are neither
+    tags nor zeros). Streams may follow each other; libsndfile decodes the first one only. Raises
+    Unusable unless the checksums of all pages are correct, no page is missing, and each stream
+    ends."""
     found: list[int] = []
     at, page, last = 0, 0, END_OF_STREAM
     while at < len(data):
         head = data[at : at + HEADER]
+        if head[:4] != b"OggS" and found and last & END_OF_STREAM and data.find(b"OggS", at) < 0:
+            break
         if len(head) < HEADER or head[:4] != b"OggS":
             raise Unusable("truncated", f"is truncated or damaged: no Ogg page at byte {at}")
         table = data[at + HEADER : at + HEADER + head[26]]
@@ -47,7 +51,8 @@ def streams(data: Buffer) -> list[tuple[int, int]]:
         page, last, at = page + 1, head[5], at + size
     if not found or not last & END_OF_STREAM:
         raise Unusable("truncated", "is truncated: its last Ogg page does not end the stream")
-    return list(zip(found, [*found[1:], len(data)], strict=True))
+    rest = len(data[at : tags.end(data)].strip(b"\0"))
+    return list(zip(found, [*found[1:], at], strict=True)), rest
 
 
 def _unended(at: int, last: int) -> Unusable:

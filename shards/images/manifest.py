@@ -30,9 +30,7 @@ PATHS = ("path", "file_name")
 
 class Manifest(ImageLayout):
     name = "manifest"
-    help = (
-        ".csv, .tsv, .jsonl or .json with `path` or `file_name`; class = the column of --label-key"
-    )
+    help = ".csv, .tsv, .jsonl or .json with `path` or `file_name`; class = --label-key"
     takes = "file"
     uses = ("label_key",)
 

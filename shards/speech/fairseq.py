@@ -17,6 +17,7 @@ from d2v_ds.errors import UserError
 from shards.family import Input, Sample
 from shards.keys import make_key
 from shards.speech.layout import SpeechLayout
+from shards.speech.rows import Spelling
 from shards.tables import header, lines_of
 from shards.walking import size_of
 
@@ -54,7 +55,7 @@ class Fairseq(SpeechLayout):
             if self.source.with_suffix(f".{kind}").is_file()
         }
         texts = [lines_of(path) for path in labels.values()]
-        empty, listed = True, set[int]()
+        empty, listed, spelling = True, set[int](), Spelling(self.root)
         for row in zip_longest(lines, *texts):
             empty = False
             if None in row:
@@ -69,11 +70,12 @@ class Fairseq(SpeechLayout):
                 where = f"{self.source.name}, line {number}"
                 findings.append(Finding(where, "is not PATH, TAB, FRAMES", "row"))
                 continue
-            if hash(path) in listed:
+            identity = hash(spelling.usual(path))
+            if identity in listed:
                 where = f"{self.source.name}, line {number}"
                 findings.append(Finding(where, f"lists {path} again", "duplicate"))
                 continue
-            listed.add(hash(path))
+            listed.add(identity)
             columns = {}
             for kind, (_, text) in zip(labels, words, strict=True):
                 if kind == "wrd":

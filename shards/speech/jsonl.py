@@ -8,23 +8,38 @@ from __future__ import annotations
 import codecs
 import io
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.errors import UserError
 from shards.family import Sample
 from shards.findings import of_error
+from shards.json_array import values
 from shards.speech.layout import SpeechLayout
 from shards.speech.rows import Rows
 from shards.walking import extension_of
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json")
 LONGEST = 1 << 24  # bytes of a line
-CHUNK = 1 << 20  # characters of an array that are read at a time
-BETWEEN = re.compile(r"[ \t\r\n]*,?[ \t\r\n]*")  # elements of an array
+
+
+class Repeating(dict[str, Any]):
+    """A JSON object that names a key twice. Python would silently keep the last value."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        keys = [key for key, _ in pairs]
+        self.key = next(key for key in keys if keys.count(key) > 1)
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else Repeating(pairs)
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object_of)
 
 
 class JsonLines(SpeechLayout):
@@ -59,6 +74,8 @@ def _object(row: Any) -> dict[str, Any]:
         raise row
     if not isinstance(row, dict):
         raise Unusable("row", "is not a JSON object")
+    if isinstance(row, Repeating):
+        raise Unusable("row", f"names {row.key!r} twice")
     return row
 
 
@@ -72,14 +89,14 @@ def _check_tarred(sample: Sample) -> None:
         )
 
 
-def is_array(file: IO[bytes]) -> bool:
+def is_array(file: io.BufferedReader) -> bool:
     """Whether a file holds one JSON array, by its first character."""
     first = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1]
     file.seek(0)
     return first == b"["
 
 
-def lines(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+def lines(file: io.BufferedReader) -> Iterator[tuple[str, Any]]:
     """(where, value or the ValueError of the line) of each line that is not blank. Takes the memory
     of one line."""
     number = 0
@@ -92,7 +109,7 @@ def lines(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
             yield where, Unusable("size", f"is longer than {LONGEST:,} bytes")
         elif line.strip():
             try:
-                yield where, json.loads((line if number > 1 else without_bom(line)).decode())
+                yield where, DECODER.decode((line if number > 1 else without_bom(line)).decode())
             except (ValueError, RecursionError) as error:
                 yield where, Unusable("row", f"is not JSON ({error})")
 
@@ -101,39 +118,14 @@ def without_bom(line: bytes) -> bytes:
     return line.removeprefix(codecs.BOM_UTF8)
 
 
-def elements(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+def elements(file: io.BufferedReader) -> Iterator[tuple[str, Any]]:
     """(where, value) of each element of an array. Takes the memory of a few elements. Raises
     UserError where the array is damaged, since what follows cannot be read."""
-    text = io.TextIOWrapper(file, "utf-8-sig")
-    decoder = json.JSONDecoder()
     number = 0
     try:
-        buffer = text.read(CHUNK)
-        at = buffer.index("[") + 1
-        while True:
-            start = _after_space(buffer, at)
-            if buffer[start : start + 1] == "]":
-                return
-            try:
-                value, at = decoder.raw_decode(buffer, start)
-            except json.JSONDecodeError as error:
-                more = text.read(CHUNK)
-                if not more or len(buffer) - start > LONGEST:
-                    raise UserError(
-                        f"{file.name}, item {number + 1}: is not JSON ({error.msg}); what follows "
-                        "cannot be read"
-                    ) from None
-                buffer, at = buffer[start:] + more, 0
-                continue
-            number += 1
+        for number, value in enumerate(values(file, LONGEST, DECODER, "strict"), start=1):
             yield f"item {number}", value
-    except (UnicodeDecodeError, RecursionError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{file.name}: is not JSON in UTF-8 ({error})") from None
-    finally:
-        text.detach()
-
-
-def _after_space(buffer: str, at: int) -> int:
-    match = BETWEEN.match(buffer, at)
-    assert match
-    return match.end()
+    except Unusable as error:
+        raise UserError(f"{file.name}, item {number + 1}: {error}") from None

@@ -18,7 +18,16 @@ from d2v_ds.errors import UserError
 from shards.family import Input, Sample
 from shards.keys import make_key
 from shards.speech.layout import AUDIO, SpeechLayout
-from shards.walking import NOT_READ, extension_of, first_folder, folders, size_of
+from shards.walking import (
+    NOT_READ,
+    SPECIAL,
+    check_file,
+    extension_of,
+    first_folder,
+    folders,
+    is_special,
+    size_of,
+)
 
 TRANSCRIPTS = ".trans.txt"
 SPACE = " \t\r"
@@ -47,6 +56,11 @@ class LibriSpeech(SpeechLayout):
         number = 0
         for place, names in folders(self.root, findings):
             folder = Path(place)
+            special = {name for name in names if is_special(folder / name)}
+            names = [name for name in names if name not in special]
+            for name in sorted(special):
+                where = os.path.relpath(folder / name, self.root)
+                findings.append(Finding(where, SPECIAL, "type"))
             texts, reported = _transcripts(folder, names, self.root, findings)
             has_texts = any(name.endswith(TRANSCRIPTS) for name in names)
             for name in names:
@@ -125,6 +139,7 @@ def _columns(folder: Path, stem: str, names: list[str], reasons: list[str]) -> d
 def _description(path: Path, reasons: list[str]) -> dict[str, object]:
     """The JSON of a recording; {} if it cannot be read, with the reason in `reasons`."""
     try:
+        check_file(path)
         about = json.loads(path.read_bytes())
         if isinstance(about, dict):
             return about

@@ -21,6 +21,7 @@ from shards.findings import of_error
 from shards.keys import make_key, part_key
 from shards.speech.layout import SpeechLayout, is_packed, packed_files
 from shards.speech.rows import OTHER_PATHS, PATHS
+from shards.walking import check_file
 
 SCALAR = (str, int, float, bool)
 NAMES = ("audio", *PATHS, *OTHER_PATHS, "wav", "flac", "mp3", "speech", "sound")
@@ -87,10 +88,11 @@ class Parquet(SpeechLayout):
             name = f"{part.path}, row {number}"
             try:
                 content = self._content(row.pop(self.column), folder)
-                columns = _columns(row, classes)
+                columns, reasons = _columns(row, classes)
             except (ValueError, OSError) as error:
                 findings.append(of_error(name, error))
             else:
+                findings += [Finding(name, reason, "no metadata") for reason in reasons]
                 yield Item(part_key(key, number), name, content, columns)
 
     def _content(self, cell: Any, folder: str) -> bytes:
@@ -103,7 +105,9 @@ class Parquet(SpeechLayout):
             return cell
         if not isinstance(path, str) or not path:
             raise Unusable("empty", f"its {self.column!r} holds neither bytes nor a path")
-        return (self.root / folder / path).read_bytes()
+        file = self.root / folder / path
+        check_file(file)
+        return file.read_bytes()
 
 
 def _column_of(schema: Any) -> str:
@@ -114,17 +118,23 @@ def _column_of(schema: Any) -> str:
     return next(iter([*named, *structs]), "")
 
 
-def _columns(row: Mapping[str, Any], classes: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
-    """The text and numbers of a row. Raises Unusable for a class without a name."""
-    columns = {}
+def _columns(
+    row: Mapping[str, Any], classes: Mapping[str, tuple[str, ...]]
+) -> tuple[dict[str, Any], list[str]]:
+    """(the text and numbers of a row, why it has none in a column of classes)."""
+    columns, reasons = {}, []
     for name, value in row.items():
-        if not isinstance(value, SCALAR):
-            continue
-        if name in classes and isinstance(value, int):
-            if value < 0:  # Hugging Face's mark for an unknown class
+        if name in classes and (value is None or isinstance(value, int)):
+            names = classes[name]
+            if value is None or value == -1:  # Hugging Face's mark for an unknown class
+                reasons.append(f"has no {name} ({value}): kept without it")
                 continue
-            if value >= len(classes[name]):
-                raise Unusable("label", f"its {name} is {value}, not one of the named classes")
-            value = classes[name][value]
-        columns[name] = value
-    return columns
+            if not 0 <= value < len(names):
+                reasons.append(
+                    f"its {name} is {value}, not one of the {len(names)} classes: kept without it"
+                )
+                continue
+            value = names[value]
+        if isinstance(value, SCALAR):
+            columns[name] = value
+    return columns, reasons

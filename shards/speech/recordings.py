@@ -21,7 +21,7 @@ from d2v_ds.data.checks import Finding, Note, Unusable
 from shards.family import Item, Sample
 from shards.findings import of_error
 from shards.speech.layout import SpeechLayout
-from shards.walking import require_regular
+from shards.walking import check_file
 
 RATES = (4_000, 384_000)  # Hz of recordings of speech; telephones have 8,000
 ROUNDED = 0.1  # seconds that a segment may end after its file, because manifests round
@@ -60,7 +60,8 @@ class OpenRecording:
             self.notes.append(Note(kind, reason))
 
     def findings(self, name: str) -> tuple[Finding, ...]:
-        notes = (*self.file.notes, *self.file.decoded[:1], *self.notes)
+        decoded = {note.kind: note for note in reversed(self.file.decoded)}  # the first of each
+        notes = (*self.file.notes, *decoded.values(), *self.notes)
         return tuple(Finding(name, note.reason, note.kind) for note in notes)
 
 
@@ -108,12 +109,13 @@ class Recordings:
     def _hold(self, path: Path) -> None:
         if path != self._path:
             self.close()
-            require_regular(path)
-            self._file, self._path = audio.Recording(path), path
+            check_file(path)
+            self._file, self._path = audio.Recording(path, clipping=True), path
 
     def open(self, item: Item[bytes]) -> OpenRecording:
         """Raises Unusable if the recording cannot be used."""
-        file = self._file if self._file and self._by_path else audio.Recording(item.content)
+        file = self._file if self._by_path else None
+        file = file or audio.Recording(item.content, clipping=True)
         file.decoded.clear()
         info, notes = file.info, list[Note]()
         low, high = RATES

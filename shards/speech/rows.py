@@ -17,7 +17,7 @@ from typing import Any
 from d2v_ds.data.checks import Unusable
 from shards.family import Input, Sample
 from shards.keys import make_key
-from shards.walking import require_regular, size_of
+from shards.walking import check_file, size_of
 
 PATHS = ("path", "audio_filepath")
 OTHER_PATHS = ("audio", "file_name")  # of manifests without one of PATHS
@@ -30,11 +30,29 @@ REMEMBERED = 4096  # files whose duration is remembered
 BYTES_PER_SECOND = 32_000  # of a recording whose duration is unknown
 
 
+class Spelling:
+    """Finds different spellings of a path in one folder, such as ./a.wav and /data/a.wav."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = os.path.abspath(root)
+        self._folders = tuple({os.path.join(self._root, ""), os.path.join(root.resolve(), "")})
+
+    def usual(self, path: str) -> str:
+        """The path relative to the folder if it lies in it, without dots; otherwise absolute."""
+        if path[:1] != "/" and "./" not in path and "//" not in path:
+            return path  # most paths, in less time
+        path = os.path.normpath(os.path.join(self._root, path))
+        for folder in self._folders:
+            path = path.removeprefix(folder)
+        return path
+
+
 class Rows:
     """The rows of one manifest. Remembers what was listed and the durations of the last files."""
 
     def __init__(self, root: Path) -> None:
         self._root = os.fspath(root)
+        self._spelling = Spelling(root)
         self._durations: OrderedDict[str, tuple[int, float]] = OrderedDict()
         self._listed: set[int] = set()  # hashes instead of inputs, to save memory
 
@@ -54,7 +72,7 @@ class Rows:
         item = Input(path, None, part, channel, seconds)
         if part is None and channel is None:
             return self._whole(path, row, item)
-        self._check_new(hash(item[:4]), item)
+        self._check_new(hash((self._spelling.usual(path), *item[1:4])), item)
         stem = os.path.splitext(path)[0]
         if part:
             stem += "-" + "-".join(f"{round(seconds * 1000):08d}" for seconds in part)
@@ -65,7 +83,7 @@ class Rows:
 
     def _whole(self, path: str, row: dict[str, Any], item: Input | None = None) -> Sample:
         item = item or Input(path)
-        self._check_new(hash(path), item)
+        self._check_new(hash(self._spelling.usual(path)), item)
         return Sample(make_key(os.path.splitext(path)[0]), (item,), row, self._bytes(path))
 
     def _check_new(self, identity: int, item: Input) -> None:
@@ -114,8 +132,9 @@ class Rows:
 
         duration = 0.0
         try:
-            require_regular(os.path.join(self._root, path))
-            info = audio.info(Path(self._root, path))
+            file = Path(self._root, path)
+            check_file(file)
+            info = audio.info(file)
             duration = info.frames / info.rate
         except (ValueError, OSError):
             pass

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from d2v_ds.data.checks import Finding, Unusable
+from shards import json_array
 from shards.encoding import BOM, HEAD
 from shards.family import Input
 from shards.findings import of_error
-from shards.text import json_array, reading
+from shards.text import reading
 from shards.text.layout import Document, from_row, inner_extension
 from shards.text.lines import LineFormat, Pieces
 

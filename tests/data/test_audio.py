@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +148,7 @@ def test_a_plain_wav_is_not_copied() -> None:
 
 def test_damaged_flac() -> None:
     data = encoded(noise(40_000), "FLAC")
-    with pytest.raises(ValueError, match=r"cannot be decoded|frames before the length"):
+    with pytest.raises(ValueError, match="is truncated"):
         audio.decode(data[: len(data) // 2])
     flipped = bytearray(data)
     flipped[len(data) // 2] ^= 16
@@ -162,6 +163,32 @@ def test_mp3_shorter_than_its_header() -> None:
     with pytest.raises(Unusable, match="is truncated: its header states") as raised:
         audio.decode(data[: len(data) // 2])
     assert raised.value.kind == "truncated"
+
+
+@pytest.mark.parametrize("container", ["WAV", "AIFF", "CAF", "AU"])
+def test_float64_beyond_float32(container: str) -> None:
+    x = np.full(4000, 0.1)
+    for value, kind in ((1e300, "range"), (-1e40, "range"), (np.inf, "not finite")):
+        x[1000] = value
+        with (
+            pytest.raises(Unusable) as raised,
+            audio.Recording(encoded(x, container, "DOUBLE")) as f,
+        ):
+            assert f.scale
+        assert raised.value.kind == kind
+
+
+def test_coding_that_libsndfile_does_not_read() -> None:
+    """Half-precision floats, and AAC in a WAV."""
+    plain = encoded(noise())
+    for coding, bits, message in (
+        (3, 16, "16-bit float samples, which libsndfile does not read; store it with 32-bit"),
+        (0xFF, 16, "samples of coding 0x00ff, which libsndfile does not read; convert it first"),
+    ):
+        data = plain[:20] + struct.pack("<H12xH", coding, bits) + plain[36:]
+        with pytest.raises(Unusable, match=message) as raised:
+            audio.info(data)
+        assert raised.value.kind == "format"
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

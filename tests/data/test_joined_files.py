@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def opened(data: bytes) -> tuple[NDArray[np.float32], list[str]]:
     """(samples, kinds of notes)."""
     with audio.Recording(data) as file:
         x = audio.as_float(file.pcm())
-        assert len(x) == file.info.frames and file.repaired == bool(file.notes)
+        assert len(x) == file.info.frames and (file.repaired or not file.notes)
         return x, [note.kind for note in file.notes]
 
 
@@ -123,6 +124,75 @@ def test_damage_between_mp3_frames() -> None:
     assert len(x) == 48_000 and not notes, "what follows the last frame does not matter"
 
 
+ART = bytes(np.random.default_rng(3).integers(0, 256, 20_000, dtype=np.uint8))
+ITEM = struct.pack("<II", len(ART), 2) + b"Cover Art (Front)\0" + ART
+
+
+def ape(flags: int) -> bytes:
+    """The header or the footer of an APE tag with ITEM."""
+    return b"APETAGEX" + struct.pack("<IIII", 2000, len(ITEM) + 32, 1, flags) + bytes(8)
+
+
+def id3(size: int, content: bytes, flags: int = 0) -> bytes:
+    lengths = bytes(size >> shift & 127 for shift in (21, 14, 7, 0))
+    return b"ID3\x04\0" + bytes([flags]) + lengths + content
+
+
+FOOTER = b"3DI" + id3(len(ART), b"", 0x10)[3:]
+LYRICS = b"LYRICSBEGIN" + b"IND00002" + b"LYR00010" + b"hellohello"
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        ITEM + ape(0),
+        ape(0xA0000000) + ITEM + ape(0x80000000) + TAG,
+        LYRICS + b"000037LYRICS200" + TAG,
+        b"LYRICSBEGIN" + b"words " * 300 + b"LYRICSEND" + TAG,
+        b"TAG+" + bytes(223) + TAG,
+        id3(len(ART), ART, 0x10) + FOOTER,
+        ART[:700],
+        ART,
+    ],
+)
+def test_what_follows_the_last_frame_of_an_mp3(after: bytes) -> None:
+    data = voice(3)
+    expected = opened(data)[0]
+    x, notes = opened(data + after)
+    assert np.array_equal(x, expected) and not notes
+    if after not in (ART, ART[:700]):  # without a header, other bytes may be damaged frames
+        x, notes = opened(headless(data) + after)
+        assert np.array_equal(x, opened(headless(data))[0]) and notes == ["length corrected"]
+    elif after == ART:
+        assert refused(headless(data) + after) == "damaged"
+
+
+@pytest.mark.parametrize(
+    "before, notes",
+    [
+        (bytes(5000), []),
+        (bytes(50) + ID3, []),
+        (ape(0xA0000000) + ITEM + ape(0x80000000), []),
+        (id3(len(ART), ART, 0x10) + FOOTER, []),
+        (id3(len(ART) - 9000, ART), ["length corrected"]),
+        (b"not a tag ", ["length corrected"]),
+    ],
+)
+def test_what_precedes_the_first_frame_of_an_mp3(before: bytes, notes: list[str]) -> None:
+    data = voice(3)
+    x, found = opened(before + data)
+    assert np.array_equal(x, opened(data)[0]) and found == notes
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "opus"])
+@pytest.mark.parametrize("before", [ID3, bytes(100), ID3 + APE])
+def test_what_precedes_other_formats(kind: str, before: bytes) -> None:
+    data = voice(2, 48_000 if kind == "opus" else 16_000, kind=kind)
+    assert np.array_equal(opened(before + data)[0], opened(data)[0])
+    assert refused(before + data[: len(data) // 2]) in ("truncated", "damaged")
+    assert refused(before) == "empty"
+
+
 def test_mp3_whose_header_counts_itself() -> None:
     data = bytearray(voice(2))
     at = data.index(b"Xing") + 8
@@ -138,6 +208,20 @@ def test_mp3_whose_header_counts_itself() -> None:
 
 def stating(data: bytes, frames: int) -> bytes:
     return flac.with_frames(data, 0, len(data), frames)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.5, 0.99])
+def test_truncated_flac(share: float, tmp_path: Path) -> None:
+    data = voice(3, kind="flac")
+    for whole in (data, stating(data, 0), ID3 + data):
+        cut = whole[: int(len(whole) * share)]
+        assert refused(cut) == "truncated"
+        (tmp_path / "a.flac").write_bytes(cut)
+        with pytest.raises(Unusable, match="is truncated"):
+            audio.decode(tmp_path / "a.flac")
+    damaged = bytearray(data)
+    damaged[len(data) // 3] ^= 255
+    assert refused(bytes(damaged)) == "damaged"
 
 
 @pytest.mark.parametrize("seconds", [0.01, 0.3, 1.0, 2.7])

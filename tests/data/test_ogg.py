@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import soundfile
 
+from d2v_ds.data import audio
 from tests.helpers.corpora import ogg_problem, recording
 
 FIRST, LAST = 2, 4  # bits of the header type
@@ -94,11 +96,25 @@ def test_every_flipped_bit_is_found() -> None:
         assert ogg_problem(bytes(flipped)), at
 
 
-def test_something_after_the_last_page() -> None:
-    data = b"".join(stream())
-    expected = f"is truncated or damaged: no Ogg page at byte {len(data)}"
-    assert ogg_problem(data + b"TAG") == ogg_problem(data + bytes(100)) == expected
+NOISE = bytes(range(1, 256)) * 300
+
+
+@pytest.mark.parametrize(
+    "after, noted",
+    [(b"TAG" + bytes(125), False), (bytes(100), False), (bytes(500_000), False), (NOISE, True)],
+)
+@pytest.mark.parametrize("kind", ["ogg", "opus"])
+def test_something_after_the_last_page(kind: str, after: bytes, noted: bool) -> None:
+    data = recording(kind, 1, 48_000)
+    for whole in (data, data + recording(kind, 1, 48_000, seed=1)):
+        with audio.Recording(whole) as expected, audio.Recording(whole + after) as found:
+            assert np.array_equal(found.pcm(), expected.pcm())
+            assert len(found.notes) - len(expected.notes) == noted
+            assert found.repaired
     assert ogg_problem(b"RIFF" + bytes(100)).endswith("no Ogg page at byte 0")
+    pages = b"".join(stream())
+    expected_problem = f"is truncated or damaged: no Ogg page at byte {len(pages)}"
+    assert ogg_problem(pages + NOISE + pages) == expected_problem
 
 
 def test_libsndfile_reports_no_damage() -> None:

@@ -202,6 +202,36 @@ def test_lossy_codecs_overshoot(subtype: str, kind: str, tmp_path: Path) -> None
     assert (pcm_of(made[0]) == y).all()
 
 
+@pytest.mark.parametrize(
+    "kind, subtype",
+    [
+        *(("WAV", "PCM_16"), ("WAV", "PCM_U8"), ("WAV", "ULAW"), ("AIFF", "ALAW")),
+        *(("FLAC", "PCM_24"), ("CAF", "FLOAT"), ("AU", "DOUBLE"), ("W64", "PCM_16")),
+    ],
+)
+def test_clipped_recordings_are_told(kind: str, subtype: str, tmp_path: Path) -> None:
+    """Noise with the amplitudes of speech, at several levels."""
+    speech = np.random.default_rng(0).laplace(0, 0.1, 8 * RATE)
+    speech = np.convolve(speech, np.ones(20) / 5, "same")  # low frequencies, as in vowels
+    speech /= np.abs(speech).max()
+    files = {
+        "loud": (speech, False),
+        "a little": (1.3 * speech, False),
+        "clipped": (4 * speech, True),
+        "quiet": (0.5 * np.clip(4 * speech, -1, 1), False),  # below full scale: not known
+        "one side": (np.stack([0.5 * speech, 4 * speech], 1), True),
+        "upwards": (np.maximum(4 * speech, -0.8), True),
+    }
+    for name, (x, _) in files.items():
+        put(tmp_path / f"{name}.x", encoded(np.clip(x, -1, 1), kind, subtype))
+    _, findings = converted(tmp_path, [Input(f"{name}.x") for name in files])
+    assert [(f.name, f.kind) for f in findings] == [
+        (f"{name}.x", "clipped") for name, (_, told) in files.items() if told
+    ]
+    _, findings = converted(tmp_path, [Input("one side.x", channel=i) for i in (0, 1)])
+    assert [f.name for f in findings] == ["one side.x, channel 1"]
+
+
 # ----------------------------------------------------------------------------------------- channels
 
 
@@ -392,9 +422,9 @@ def test_segments_of_a_file_read_it_once(
     opened: list[object] = []
     original = audio.Recording.__init__
 
-    def counted(self: audio.Recording, source: bytes | Path, trusted: bool = False) -> None:
+    def counted(self: audio.Recording, source: bytes | Path, **options: bool) -> None:
         opened.append(source)
-        original(self, source, trusted)
+        original(self, source, **options)
 
     whole = audio.Recording(data).pcm()
     decoded.clear()

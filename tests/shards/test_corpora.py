@@ -196,9 +196,9 @@ def test_a_dry_run_says_what_would_not_be_used(
     assert run(*words) == 0
     assert lines(capsys)[1:5] == [
         "1 input was not chosen (--only, --except)",
-        "1 inputs would be left out: 1 x has a transcript but no recording (1-2-0009)",
-        "1 files would be passed over (1 .md)",
-        "1 inputs would be altered (1 no metadata)",
+        "1 input would be left out: 1 x has a transcript but no recording (1-2-0009)",
+        "1 file would be passed over (1 .md)",
+        "1 input would be altered (1 no metadata)",
     ]
     assert not (tmp_path / "out").exists()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
 import tracemalloc
 from itertools import groupby
@@ -17,6 +16,7 @@ import soundfile
 from d2v_ds.data import audio
 from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError
+from shards import json_array
 from shards.cli import main
 from shards.family import Input, Sample
 from shards.speech import jsonl
@@ -108,6 +108,39 @@ def test_rows_that_describe_no_sample(write: Any, tmp_path: Path) -> None:
     assert any("its path is not a path but ''" in reason for _, reason in reasons)
 
 
+SAME = ["a.wav", "./a.wav", "x/../a.wav", ".//a.wav", "{folder}/a.wav", "{folder}/x/../a.wav"]
+
+
+@forms
+def test_a_file_spelled_differently_is_the_same(write: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    put(folder / "a.wav", recording(seconds=1))
+    paths = [path.format(folder=folder) for path in SAME]
+    for first in (0, 1, 4):
+        order = [*paths[first:], *paths[:first]]
+        samples, findings = read(write(folder, [{"path": path} for path in order]))
+        assert [sample.inputs[0].path for sample in samples] == order[:1]
+        assert [one.kind for one in findings] == ["duplicate"] * 5
+        parts = [{"path": path, "start": 0.0, "end": 0.5} for path in order]
+        assert len(read(write(folder, parts))[0]) == 1
+
+
+def test_keys_that_are_named_twice(tmp_path: Path) -> None:
+    rows = [
+        '{"path": "a.wav", "text": "one", "text": "two"}',
+        '{"path": "a.wav", "more": {"x": 1, "x": 2}}',
+        '{"path": "b.wav", "path": "c.wav"}',
+    ]
+    for name, text in (("m.jsonl", "\n".join(rows)), ("m.json", f"[{', '.join(rows)}]")):
+        samples, findings = read(put(tmp_path / name, text))
+        assert [sample.inputs[0].path for sample in samples] == ["a.wav"]
+        assert samples[0].columns == {"more": {"x": 2}}, "only keys of the row itself count"
+        assert [(one.kind, one.reason) for one in findings] == [
+            ("row", "names 'text' twice"),
+            ("row", "names 'path' twice"),
+        ]
+
+
 def test_a_tarred_manifest_says_so(tmp_path: Path) -> None:
     rows = [{"audio_filepath": "x.wav", "duration": 1.0, "shard_id": 3}]
     _, [one] = read(as_jsonl(tmp_path, rows))
@@ -129,7 +162,7 @@ def test_other_names_of_the_path(tmp_path: Path) -> None:
 
 
 def test_an_array_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "CHUNK", 7)
+    monkeypatch.setattr(json_array, "CHUNK", 7)
     rows = [{"path": f"{i}.wav", "text": "ä\u2028] }, {" * (i % 3)} for i in range(30)]
     for text in (json.dumps(rows), json.dumps(rows, indent=2, ensure_ascii=False) + "\n"):
         samples, findings = read(put(tmp_path / "m.json", text))
@@ -152,7 +185,7 @@ def test_a_long_array_takes_little_memory(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('[{"path": "a.wav"}, {"path": ', "item 2: is not JSON"),
-        ('[{"path": "a.wav"}', "item 2: is not JSON"),
+        ('[{"path": "a.wav"}', "item 2: ends before the end of its array"),
         ('[{"path": "a.wav"}, oops]', "item 2: is not JSON"),
         (b'[{"path": "\xff.wav"}]', "is not JSON in UTF-8"),
         ("[]", "is empty"),
@@ -252,17 +285,3 @@ def test_damaged_descriptions_of_libri_light(tmp_path: Path) -> None:
     assert speakers == {"0": None, "1": "7", "2": None, "3": "8", "4": None}
     kinds = {name: "no metadata" for name in ("7/book/0.flac", "7/book/2.flac")}
     assert notes(tmp_path / "out") == kinds
-
-
-def test_pipes_and_devices_are_not_read(tmp_path: Path) -> None:
-    """Reading them may never end."""
-    put(tmp_path / "a.wav", recording(seconds=1))
-    os.mkfifo(tmp_path / "pipe.wav")
-    row = {"path": "pipe.wav"}
-    rows = [{"path": "a.wav"}, row, {"path": "/dev/zero"}, {**row, "offset": 0, "duration": 0.5}]
-    source = as_jsonl(tmp_path, rows)
-    out = tmp_path / "out"
-    assert main(["speech", str(source), str(out), "-j1", "--max-bad", "90%"]) == 0
-    reason = ("is a pipe, socket or device", "unreadable")
-    names = ("pipe.wav", "/dev/zero", "pipe.wav, 0 to 0.5")
-    assert found(out, "quarantine.jsonl") == dict.fromkeys(names, reason)

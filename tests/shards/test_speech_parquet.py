@@ -10,7 +10,7 @@ import pytest
 
 from shards.cli import main
 from shards.speech.parquet import Parquet
-from tests.helpers.corpora import contents, found, put, quarantine, recording
+from tests.helpers.corpora import contents, found, put, recording
 from tests.shards.layout_corpora import put_parquet
 
 pa = pytest.importorskip("pyarrow")
@@ -54,6 +54,7 @@ def test_a_folder_with_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "convert only one, choose its files, for example with --only '**/*train*'",
         f"{out}: 6 samples, 0.000 hours, 1 shard",
         f"1 file was passed over (1 .md); the list is in {out / 'notes.jsonl'}",
+        f"1 input was altered (1 no metadata); the list is in {out / 'notes.jsonl'}",
     ]
     rows = {key: row["json"] for key, row in contents(out).items()}
     one, two = "data/train-00000-of-00002", "data/train-00001-of-00002"
@@ -97,25 +98,31 @@ def test_rows_and_files_that_cannot_be_used(
 ) -> None:
     rows = [*cells(0), {"bytes": b"no sound", "path": "b"}, {"bytes": None, "path": None}]
     rows += [None, {"bytes": None, "path": "gone.wav"}, *cells(5)]
-    columns = {"audio": rows, "label": [0, 0, 0, 0, 0, 7]}
+    rows += cells(6)
+    columns = {"audio": rows, "label": [0, 0, 0, 0, 0, 7, None]}
     put_features(tmp_path / "in/a.parquet", columns, {"label": ["x", "y"]})
     put(tmp_path / "in/b.parquet", b"PAR1 damaged")
     put_parquet(tmp_path / "in/c.parquet", {"other": [1]})
     out = tmp_path / "out"
     assert run(tmp_path / "in", out, "--max-bad", "1") == 0
-    assert len(contents(out)) == 1
+    assert len(contents(out)) == 3
     kinds = {name: kind for name, (_, kind) in found(out, "quarantine.jsonl").items()}
     kinds.pop("a.parquet, row 1")  # whatever the decoder says
     assert kinds == {
         "a.parquet, row 2": "empty",
         "a.parquet, row 3": "empty",
         "a.parquet, row 4": "unreadable",
-        "a.parquet, row 5": "label",
         "b.parquet": "damaged",
         "c.parquet, 0 to 1": "row",
     }
-    assert "is 7, not one of the named classes" in quarantine(out)["a.parquet, row 5"]
-    assert json.loads((out / "index.json").read_bytes())["inputs"] == 8
+    assert found(out, "notes.jsonl") == {
+        "a.parquet, row 5": (
+            "its label is 7, not one of the 2 classes: kept without it",
+            "no metadata",
+        ),
+        "a.parquet, row 6": ("has no label (None): kept without it", "no metadata"),
+    }
+    assert json.loads((out / "index.json").read_bytes())["inputs"] == 9
     capsys.readouterr()
     assert run(tmp_path / "in/c.parquet", tmp_path / "no") == 2
     line = capsys.readouterr().err

@@ -225,7 +225,7 @@ def test_json_is_read_in_pieces(
     chunk: int,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    from shards.text import json_array
+    from shards import json_array
 
     dump = json.JSONEncoder(indent=indent, ensure_ascii=ascii_only).encode
     data = dump(rows) if array else "\n".join(map(dump, rows))

@@ -18,10 +18,17 @@ SPACE = " \t\r\n"
 DECODER = json.JSONDecoder()
 
 
-def values(file: io.BufferedReader, longest: int) -> Iterator[Any]:
-    """The elements of arrays, and other values. longest: of a value, in bytes. Raises Unusable,
-    after the values before, if the rest cannot be read."""
-    stream = _Stream(file)
+def values(
+    file: io.BufferedReader,
+    longest: int,
+    decoder: json.JSONDecoder = DECODER,
+    errors: str = "surrogateescape",
+) -> Iterator[Any]:
+    """The elements of arrays, and other values. longest: of a value, in bytes. errors: what becomes
+    of bytes that are not UTF-8, as for bytes.decode; by default half a surrogate pair, so that only
+    the value with it is refused. Raises Unusable, after the values before, if the rest cannot be
+    read; UnicodeDecodeError if `errors` is "strict"."""
+    stream = _Stream(file, decoder, errors)
     inside = False  # an array
     while character := stream.next_character():
         if character == "[" and not inside:
@@ -39,12 +46,14 @@ def values(file: io.BufferedReader, longest: int) -> Iterator[Any]:
 
 
 class _Stream:
-    """The text of a file from `at` on. A byte that is not UTF-8 becomes half a surrogate pair, so
-    that only the document with it is refused."""
+    """The text of a file from `at` on."""
 
-    def __init__(self, file: io.BufferedReader) -> None:
+    def __init__(
+        self, file: io.BufferedReader, json_decoder: json.JSONDecoder, errors: str
+    ) -> None:
         self.file, self.text, self.at, self.ended = file, "", 0, False
-        self.decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+        self.json_decoder = json_decoder
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")(errors)
 
     def next_character(self) -> str:
         """The next character that is not white space; "" at the end."""
@@ -67,14 +76,13 @@ class _Stream:
         """Reads twice as much until the value is complete, so that the time is linear."""
         while True:
             try:
-                value, end = DECODER.raw_decode(self.text, self.at)
+                value, end = self.json_decoder.raw_decode(self.text, self.at)
             except RecursionError as error:
                 raise Unusable("row", f"is not JSON ({error})") from None
             except json.JSONDecodeError as error:
                 if self.ended:
-                    raise Unusable(
-                        "row", f"is not JSON ({error.msg}); the text before is used"
-                    ) from None
+                    reason = f"is not JSON ({error.msg}); what follows cannot be read"
+                    raise Unusable("row", reason) from None
             else:
                 if end < len(self.text) or self.ended:  # a number may go on
                     self.at = end
