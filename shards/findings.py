@@ -144,8 +144,9 @@ def first_reasons(findings: Collection[Finding]) -> str:
 
 
 def masked(reason: str) -> str:
-    """A reason with its numbers replaced by N, to count equal reasons."""
-    return re.sub(r"\d+(\.\d+)?", "N", reason)
+    """A reason with its numbers replaced by N, to count equal reasons. Numbers in names, such as
+    UTF-8 and LATIN1, remain."""
+    return re.sub(r"(?<![A-Za-z])(?<![A-Za-z]-)\b\d+(\.\d+)?", "N", reason)
 
 
 def of_error(name: str, error: ValueError | OSError) -> Finding:

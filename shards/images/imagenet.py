@@ -6,26 +6,37 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from d2v_ds.data.checks import Finding
-from d2v_ds.data.tar_scan import Member
+from d2v_ds.data.headers import SIDE_FIELDS
+from d2v_ds.data.tar_scan import Member, about_unused
 from d2v_ds.errors import UserError
 from shards.family import Input, Sample
 from shards.images.layout import EXTENSIONS, ImageLayout, ImageOptions, pass_over_others
 from shards.images.tars import first_tar, not_empty, tars_of
 from shards.keys import make_key
 from shards.tars import TAR, sound_members
-from shards.walking import NOT_READ
+from shards.walking import NOT_READ, extension_of
 
 
 def is_imagenet(tar: Path) -> bool:
-    """Whether a tar contains tars, or images whose names begin with its own (n01440764.tar)."""
+    """Whether a tar contains tars, or images whose names begin with its own (n01440764.tar). Tars
+    of WebDataset can have such names too (`a.tar` with `a_0.jpg` and `a_0.cls`), so a label or text
+    beside the first image shows that a tar is one of these."""
     with tar.open("rb") as file:
-        first = next(sound_members(file, tar.name, []), None)
-    if first is None:
-        return False
-    return first.name.endswith(".tar") or os.path.basename(first.name).startswith(f"{tar.stem}_")
+        visible = (m for m in sound_members(file, tar.name, []) if not is_hidden(m))
+        names = [os.path.basename(member.name) for member in islice(visible, 2)]
+    if not names or names[0].endswith(TAR):
+        return bool(names)
+    extensions = {extension_of(name)[1:] for name in names}
+    return names[0].startswith(f"{tar.stem}_") and extensions.isdisjoint(SIDE_FIELDS)
+
+
+def is_hidden(member: Member) -> bool:
+    """macOS stores `._a.jpg` next to `a.jpg`."""
+    return os.path.basename(member.name).startswith(".")
 
 
 @dataclass(frozen=True)
@@ -106,6 +117,9 @@ def _class_samples(
     """name: of the tar of a class, in findings."""
     label = Path(name.rpartition(", ")[2]).stem
     for member in members:
+        if is_hidden(member):
+            findings.append(about_unused(member, f"{name}, "))
+            continue
         stem, extension = os.path.splitext(member.name)
         if extension.lower() not in EXTENSIONS:
             findings.append(Finding(f"{name}, {member.name}", NOT_READ, "type"))

@@ -71,6 +71,13 @@ def test_the_most_frequent_reasons_come_first() -> None:
     )
 
 
+def test_numbers_in_names_are_not_masked() -> None:
+    reason = "is not UTF-8 at its byte 12; use iconv -f LATIN1; samples from -1 to 1.5, not 3s"
+    assert findings.masked(reason) == (
+        "is not UTF-8 at its byte N; use iconv -f LATIN1; samples from -N to N, not Ns"
+    )
+
+
 def test_a_kind_that_does_not_exist_is_refused() -> None:
     assert findings.normalised([("a", "why")]) == [Finding("a", "why", "other")]
     with pytest.raises(AssertionError, match="'sad' is not a kind"):

@@ -172,6 +172,26 @@ def test_labels_of_webdataset_tars(tmp_path: Path) -> None:
     assert kinds == {"no metadata": 3, "unused": 2}
 
 
+def test_webdataset_tars_whose_members_begin_with_the_name_of_their_tar(tmp_path: Path) -> None:
+    """As in ImageNet, but the class is in the members cls."""
+    for tar in ("a", "b"):
+        members = [(f"._{tar}_0.jpg", b"x")]
+        for i in range(2):
+            members += [(f"{tar}_{i}.jpg", picture("JPEG", seed=i)), (f"{tar}_{i}.cls", b"%d" % i)]
+        put_tar(tmp_path / f"in/{tar}.tar", members)
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    assert labels(tmp_path / "out") == {"a_0": "0", "a_1": "1", "b_0": "0", "b_1": "1"}
+
+
+def test_hidden_members_of_imagenet_are_passed_over(tmp_path: Path) -> None:
+    members = [("._n1_0.JPEG", b"x"), ("n1_0.JPEG", picture("JPEG"))]
+    put_tar(tmp_path / "in/n1.tar", members)
+    assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
+    assert labels(tmp_path / "out") == {"n1/n1_0": "n1"}
+    kinds = [kind for _, kind in found(tmp_path / "out", "notes.jsonl").values()]
+    assert kinds == ["hidden"]
+
+
 def test_members_of_imagenet_that_are_no_images(tmp_path: Path) -> None:
     inner = put_tar(
         tmp_path / "n1.tar", [("n1_0.JPEG", picture("JPEG")), ("n1_readme.txt", b"x")]
