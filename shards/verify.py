@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from d2v_ds.data.checks import Unusable, kind_of, listed
+from d2v_ds.data.checks import Unusable, kind_of, listed, summary
 from d2v_ds.data.checksum import checksum_of
 from d2v_ds.data.headers import SIDE_FIELDS
 from d2v_ds.data.shard_format import (
@@ -53,11 +53,13 @@ class Checked:
 
 
 def verify(path: Path, processes: int) -> Iterator[str]:
-    """Problems of a set, one line each. Duplicate contents are only notes, because corpora
-    contain duplicates. Raises UserError if there is no set."""
+    """Problems of a set, one line each. What the conversion found is only a note, and so are
+    duplicate contents, because corpora contain duplicates. Raises UserError if there is no set."""
     shards = open_set(path, check_tars=False)
     if (shards.about["samples"], shards.about["length"]) != (shards.samples, shards.length):
         yield f"{INDEX_FILE}: samples and length are not the sums over its shards"
+    if found := summary(shards.about):
+        yield NOTE + found
     checked: dict[str, Checked] = {}
     modality = modality_class(shards.modality) if shards.modality in REGISTRY else None
     if modality is None:

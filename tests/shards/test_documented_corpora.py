@@ -41,13 +41,13 @@ def nemo() -> None:
     put(Path("manifest.json"), "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def hub(folder: str, column: str, content: Callable[[int], bytes]) -> None:
+def hub(folder: Path, column: str, content: Callable[[int], bytes]) -> None:
     """A download of the Hub with three splits."""
     splits = ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001")
     for i, name in enumerate(splits):
         seeds = range(i * ROWS, (i + 1) * ROWS)
         cells = [{"bytes": content(seed), "path": f"{seed}"} for seed in seeds]
-        put_parquet(Path(folder, "data", f"{name}.parquet"), {column: cells, "label": [0, 1] * 2})
+        put_parquet(folder / f"{name}.parquet", {column: cells, "label": [0, 1] * 2})
 
 
 def imagenet() -> None:
@@ -85,8 +85,8 @@ def glue() -> None:
 BUILD: dict[str, Callable[[], object]] = {
     "LibriSpeech": librispeech,
     "manifest.json": nemo,
-    "minds14": lambda: hub("minds14", "audio", lambda seed: recording("wav", 0.1, seed=seed)),
-    "cifar10": lambda: hub("cifar10", "image", lambda seed: picture(seed=seed)),
+    "hub": lambda: hub(Path("hub/data"), "audio", lambda i: recording("wav", 0.1, seed=i)),
+    "cifar10": lambda: hub(Path("cifar10/plain_text"), "img", lambda i: picture(seed=i)),
     "imagenet": imagenet,
     "cv-corpus": common_voice,
     "recordings": mixed,
@@ -100,7 +100,7 @@ EXPECTED: dict[str, tuple[int, int, int]] = {
     "LibriSpeech/train-clean-100 LibriSpeech/train-clean-360 LibriSpeech/train-other-500 "
     "data/librispeech": (12, 0, 0),
     "manifest.json data/train": (20, 0, 0),
-    "minds14 data/minds14": (2 * ROWS, ROWS, 0),
+    "hub data/hub": (2 * ROWS, ROWS, 0),
     "cifar10 data/cifar10": (2 * ROWS, ROWS, 0),
     "imagenet/train data/imagenet/train": (6, 0, 0),
     "imagenet/val data/imagenet/val": (4, 0, 0),
@@ -133,7 +133,7 @@ def test_a_documented_command(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if "minds14" in words or "cifar10" in words:
+    if "hub" in words or "cifar10" in words:
         pytest.importorskip("pyarrow")
     monkeypatch.chdir(tmp_path)
     build: Any = BUILD[words[1].partition("/")[0]]

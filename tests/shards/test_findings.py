@@ -201,6 +201,8 @@ def test_the_lists_and_counts_of_a_set(tmp_path: Path, capsys: pytest.CaptureFix
     loader = Loader(open_set(out), Speech(config), seed=0, size=1, micro_batches=1, rank=0, world=1)
     with closing(loader):
         assert loader.describe().endswith(f"; {found}")
+    assert main(["verify", str(out)]) == 0
+    assert f"note: {found}\n" in capsys.readouterr().out
     assert main(["stats", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "Passed over\n  hidden             1\n  without extension  1\n  .docx" in shown
