@@ -22,7 +22,7 @@ from shards.images.tars import first_tar, not_empty, tars_of
 from shards.keys import make_key
 from shards.tars import grouped
 
-ASIDE = "aside"  # column of a plan: fields of the inputs after the image, "cls", "json" or "txt"
+ASIDE = "aside"  # column of a plan: (field, offset, size) of the members cls, json and txt
 
 
 class WebDataset(ImageLayout):
@@ -51,13 +51,12 @@ class WebDataset(ImageLayout):
 
     def read(self, sample: Sample, findings: list[Finding]) -> Iterator[Item[bytes]]:
         """The image, with the columns that the other members of the sample hold."""
-        image, *aside = sample.inputs
+        image = sample.inputs[0]
         columns: dict[str, Any] = {}
-        kinds = sample.columns.get(ASIDE, "").split()
         reasons = []
         try:
-            for kind, item in zip(kinds, aside, strict=True):
-                data = self.payload(item)
+            for kind, offset, size in sample.columns.get(ASIDE, ()):
+                data = self.payload(Input(image.path, (offset, size)))
                 try:
                     columns |= _columns(kind, data)
                 except ValueError as error:
@@ -76,11 +75,13 @@ class WebDataset(ImageLayout):
 def _samples_of(file: BinaryIO, name: str, findings: list[Finding]) -> Iterator[Sample]:
     fields = [extension[1:] for extension in EXTENSIONS]
     for key, image, group in grouped(file, name, fields, "image", findings, single=True):
-        aside = [kind for kind in ("json", "txt", "cls") if kind in group]
-        found = [group[kind] for kind in (image, *aside)]
-        inputs = tuple(Input(name, (member.offset, member.size)) for member in found)
-        columns = {ASIDE: " ".join(aside)} if aside else {}
-        yield Sample(make_key(key), inputs, columns, sum(member.size for member in found))
+        member = group[image]
+        kinds = [kind for kind in ("json", "txt", "cls") if kind in group]
+        # Columns, because only the image counts as an input of the corpus.
+        aside = [(kind, group[kind].offset, group[kind].size) for kind in kinds]
+        size = member.size + sum(size for _, _, size in aside)
+        inputs = (Input(name, (member.offset, member.size)),)
+        yield Sample(make_key(key), inputs, {ASIDE: aside} if aside else {}, size)
 
 
 def _columns(kind: str, data: bytes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -167,6 +168,8 @@ def test_labels_of_webdataset_tars(tmp_path: Path) -> None:
     assert convert(tmp_path / "in", tmp_path / "out", "-j1") == 0
     expected = {"a": "3", "b": None, "c": None, "d": "cat", "e": None, "f": None}
     assert labels(tmp_path / "out") == expected
+    about = json.loads((tmp_path / "out/index.json").read_bytes())
+    assert about["inputs"] == len(expected)  # labels are no inputs
     assert contents(tmp_path / "out")["e"]["json"]["caption"] == "x"
     kinds = Counter(kind for _, kind in found(tmp_path / "out", "notes.jsonl").values())
     assert kinds == {"no metadata": 3, "unused": 2}
