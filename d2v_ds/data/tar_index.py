@@ -92,7 +92,9 @@ def index_set(
         name, reason, _ = min(left_out)
         raise UserError(
             f"{out}: {len(left_out)} of {inputs} samples cannot be used; the first: {name}: "
-            f"{reason}; all are listed in {out / 'quarantine.jsonl'}"
+            f"{reason}; all are listed in {out / 'quarantine.jsonl'}. Repair or remove them; if "
+            f"more than {MAX_BAD:.0%} cannot be used, convert the tars: {_convert(form)} "
+            "with --max-bad"
         )
     (folder,) = folders
     result = ShardSet(

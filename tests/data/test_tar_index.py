@@ -74,7 +74,8 @@ def test_checksums_detect_later_damage(tars: Path, capsys: pytest.CaptureFixture
     (tars / "part-1.tar").write_bytes(data)
     capsys.readouterr()
     assert main(["verify", str(tars), "-j1"]) == 1
-    line, kinds, _ = capsys.readouterr().out.splitlines()
+    conversion, line, kinds, _ = capsys.readouterr().out.splitlines()
+    assert conversion == "note: conversion: 9 passed over (9 unused)"
     assert line == "part-1: sample 'x/4': the checksum of its .wav differs from the index"
     assert kinds == "note: 1 sample cannot be used (1 damaged)"
 
@@ -127,6 +128,7 @@ def test_samples_without_a_length_are_left_out_or_too_many(
     put_tar(tars / "part-1.tar", [*good, ("b.wav", b"no sound"), ("c.txt", b"alone")])
     line = refused(capsys, tars)
     assert "2 of 158 samples cannot be used; the first: part-1.tar, b: .wav: is not WAV" in line
+    assert "if more than 1% cannot be used, convert the tars: `d2v-shards speech SOURCE OUT" in line
     put_tar(tars / "part-1.tar", [*good, ("c.txt", b"alone")])
     assert main(["index", str(tars), "-j1"]) == 0
     assert "1 of 157 inputs were left out" in capsys.readouterr().out
