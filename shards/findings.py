@@ -43,8 +43,8 @@ def outcome(kind: str) -> str:
 
 
 def unusable(findings: Iterable[Finding]) -> list[Finding]:
-    """The findings that --max-bad limits."""
-    return [found for found in findings if found.kind in LEFT_OUT]
+    """The findings that --max-bad limits: not duplicates, because their content is used."""
+    return [found for found in findings if found.kind in LEFT_OUT and found.kind != "duplicate"]
 
 
 def left_out(findings: Iterable[Finding]) -> list[Finding]:

@@ -26,7 +26,7 @@ from shards.findings import QUARANTINE_FILE, masked
 BINS = 10
 COUNTS = {"inputs": "inputs", "quarantined": "left out"}  # {entry of index.json: title}
 MAX_VALUES = 50  # a column with more distinct values is not listed
-OWN = ("paths", "duration", "start")  # columns that the converter adds
+OWN = ("paths", "path", "duration", "start", "width", "height", "index")  # of the converters
 
 
 @dataclass(frozen=True)

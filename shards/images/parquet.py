@@ -49,7 +49,7 @@ class Parquet(ImageLayout):
         layout = super().open(source, options)
         key = options.image_key
         classes: dict[str, None] = {}  # an ordered set
-        columns: set[str] = set()
+        columns: dict[str, None] = {}
         unread: set[str] = set()
         files = layout._files()
         for file in files:
@@ -60,13 +60,13 @@ class Parquet(ImageLayout):
             except ValueError:
                 continue
             names = table.schema_arrow.names
-            if key not in names and not columns:
-                raise UserError(
-                    f"--image-key: {file} has no column {key!r}{suggestion(key, names)}"
-                )
-            columns |= set(names)
+            columns |= dict.fromkeys(names)
             unread |= set(parquet.binary_columns(table)) - {key}
             classes |= dict.fromkeys(parquet.class_names(table).get(options.label_key, ()))
+        if columns and key not in columns:
+            raise UserError(
+                f"--image-key: {source} has no column {key!r}{suggestion(key, columns)}"
+            )
         if columns:
             check_label_key(source, options, columns)
         remarks = tuple(f"the column {name} is not kept" for name in sorted(unread))

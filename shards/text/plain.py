@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from d2v_ds.errors import UserError
-from shards.family import Sample
+from d2v_ds.data.checks import Finding, Unusable
+from shards.family import Input
 from shards.text import reading
+from shards.text.layout import Document
 from shards.text.lines import LineFormat, Pieces
+from shards.walking import size_of
 
 PIECES: dict[str, Pieces] = {
     "line": reading.lines,
@@ -27,18 +29,30 @@ class PlainText(LineFormat):
     def pieces(self) -> Pieces:
         return PIECES[self.options.document]
 
-    def samples_of(self, file: str) -> Iterator[Sample]:
-        if self.options.label_key:
-            raise UserError(
-                f"--label-key {self.options.label_key}: {file} is plain text and has no labels; "
-                "use .jsonl, .json, .csv, .tsv or .parquet"
+    def parts(self, file: str) -> Iterator[tuple[Input, int]]:
+        if self._unfit():
+            return iter([(Input(file), size_of(self.root / file))])
+        return super().parts(file)
+
+    def documents(self, part: Input, findings: list[Finding]) -> Iterator[Document]:
+        # Not an error before the conversion, because --only may not choose the file.
+        if reason := self._unfit():
+            raise Unusable("label", reason)
+        return super().documents(part, findings)
+
+    def _unfit(self) -> str:
+        """Why no file can be used with these options; "" if they can."""
+        if key := self.options.label_key:
+            return (
+                f"is plain text and has no labels, but --label-key is {key}; use .jsonl, .json, "
+                ".csv, .tsv or .parquet"
             )
-        if self.options.split_key:
-            raise UserError(
-                f"--split-by {self.options.split_key}: {file} is plain text and has no columns; "
-                "omit --split-by to split by document"
+        if key := self.options.split_key:
+            return (
+                f"is plain text and has no columns, but --split-by is {key}; omit --split-by to "
+                "split by document"
             )
-        return super().samples_of(file)
+        return ""
 
     def document(self, text: str) -> tuple[str, dict[str, Any]]:
         return text, {}
