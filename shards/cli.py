@@ -78,7 +78,7 @@ def _about(error: OSError) -> str:
 def _convert(arguments: argparse.Namespace) -> int:
     from shards import core, estimate
     from shards.findings import not_chosen_line
-    from shards.plan import Choice, make_plans
+    from shards.plan import Choice, make_plans, without_out
     from shards.workers import WorkerPool
 
     out: Path = arguments.out
@@ -99,13 +99,14 @@ def _convert(arguments: argparse.Namespace) -> int:
         arguments.split_by,
     )
     if arguments.dry_run:
-        plans = make_plans(corpus, choice)
+        plans = without_out(make_plans(corpus, choice), arguments.source, out)
         for line in estimate.estimate(plans, corpus.converter, arguments.jobs):
             print(line)
         return exit_codes.FINISHED
     with WorkerPool(arguments.jobs) as pool:
         samples = pool.start_in_time(corpus.samples, type(corpus.converter).__module__)
-        plans = make_plans(dataclasses.replace(corpus, samples=samples), choice)
+        corpus = dataclasses.replace(corpus, samples=samples)
+        plans = without_out(make_plans(corpus, choice), arguments.source, out)
         for not_chosen in filter(None, (plan.not_chosen for plan in plans.values())):
             print(not_chosen_line(not_chosen))
         for remark in {plan.remark: None for plan in plans.values() if plan.remark}:

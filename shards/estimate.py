@@ -1,12 +1,15 @@
 """Estimates the inputs, shards, bytes and time of a conversion by converting a few samples.
 
 plan of each set -> a few samples converted, nothing written -> lines
+
+The conversion opens a recording once for all of its segments, so these are converted together here
+too.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from d2v_ds.data.checks import Finding
 from d2v_ds.files import format_size
@@ -14,7 +17,7 @@ from shards.family import Converter, PackedMember, Sample
 from shards.findings import counted, first_reasons, left_out, report_of
 from shards.plan import ConversionPlan
 
-SAMPLES = 32  # to convert, over all sets
+SAMPLES = 32  # to convert, over all sets; the last recording is converted to its end
 SECONDS = 10.0  # approximate time limit
 TAR = 1024  # approximate bytes of header and padding per member
 
@@ -24,12 +27,21 @@ def estimate(plans: Mapping[str, ConversionPlan], converter: Converter, jobs: in
     few = max(1, SAMPLES // len(plans))
     given = made = 0
     bad: list[Finding] = []
-    _convert(converter, next(iter(plans.values())).samples[0])  # warms up imports and caches
+    _convert(converter, [next(iter(plans.values())).samples[0]])  # warms up imports and caches
     start = time.perf_counter()
+
+    def in_time(samples: Iterable[Sample]) -> Iterator[Sample]:
+        nonlocal given
+        for sample in samples:
+            yield sample
+            given += sample.size
+            if time.perf_counter() - start > SECONDS:
+                return
+
     for plan in plans.values():
-        for sample in _spread(plan, few):
-            size, findings = _convert(converter, sample)
-            given, made, bad = given + sample.size, made + size, bad + findings
+        for samples in _spread(plan, few):
+            size, findings = _convert(converter, in_time(samples))
+            made, bad = made + size, bad + findings
             if time.perf_counter() - start > SECONDS:
                 break
     seconds = time.perf_counter() - start
@@ -52,15 +64,37 @@ def estimate(plans: Mapping[str, ConversionPlan], converter: Converter, jobs: in
     )
 
 
-def _spread(plan: ConversionPlan, few: int) -> Iterator[Sample]:
-    number = len(plan.samples)
-    return map(plan.samples.__getitem__, sorted({number * i // few for i in range(few)}))
+def _spread(plan: ConversionPlan, few: int) -> Iterator[list[Sample]]:
+    """About `few` samples of a plan, in groups: the segments of a recording, or one sample."""
+    number = len(plan.order)
+    taken = end = 0
+    for start in sorted({number * i // few for i in range(few)}):
+        if start < end or taken >= few:
+            continue
+        while start and _continues(plan, start):
+            start -= 1
+        end = start + 1
+        while end < number and _continues(plan, end):
+            end += 1
+        taken += end - start
+        yield [plan.samples[int(j)] for j in plan.order[start:end]]
 
 
-def _convert(converter: Converter, sample: Sample) -> tuple[int, list[Finding]]:
+def _continues(plan: ConversionPlan, at: int) -> bool:
+    """Whether a sample is a segment of the recording of the sample before."""
+    before, own = (int(j) for j in plan.order[at - 1 : at + 1])
+    samples = plan.samples
+    return bool(
+        samples.shared[before]
+        and samples.shared[own]
+        and samples[before].inputs[0].path == samples[own].inputs[0].path
+    )
+
+
+def _convert(converter: Converter, samples: Iterable[Sample]) -> tuple[int, list[Finding]]:
     """(bytes of the members, inputs left out)."""
     size, bad = 0, list[Finding]()
-    for made in converter.convert([sample]):
+    for made in converter.convert(samples):
         bad += left_out(made.findings)
         payloads = [made.payload] if isinstance(made, PackedMember) else made.members
         size += sum(len(payload) + TAR for payload in payloads if payload is not None)

@@ -81,9 +81,9 @@ class Converted:
     members: tuple[bytes | None, ...]  # payloads in the order of the converter's fields; (): none
     length: int
     findings: tuple[Finding, ...] = ()
-    found: int = (
-        0  # inputs beyond those in the plan: documents of a file, rows of a table; or fewer
-    )
+    found: int = 0
+    """Inputs beyond those in the plan: documents of a file, rows of a table, parts of a recording;
+    or fewer."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ class Converter(Protocol):
     @property
     def knows_inputs(self) -> bool:
         """Whether the plan has every input, so that too many bad ones can stop the conversion
-        early; False if samples are read as many inputs: documents of a file, rows of a table."""
+        early; False if samples are read as many inputs: documents of a file, rows of a table, parts
+        of a recording."""
 
     def convert(self, samples: Iterable[Sample]) -> Iterator[Converted | PackedMember]:
         """Converts all samples of a shard. Every input is used or reported in `findings`; unusable

@@ -1,6 +1,7 @@
-"""Reads the values of a JSON document one after the other, in bounded memory.
+"""Reads JSON: the values of a document one after the other, in bounded memory, and rows.
 
-The document is an array, or a sequence of values that may each span several lines.
+The document is an array, or a sequence of values that may each span several lines. A row is an
+object that names no key twice.
 """
 
 from __future__ import annotations
@@ -15,20 +16,43 @@ from d2v_ds.data.checks import Unusable
 
 CHUNK = 1 << 16  # bytes that are read at a time
 SPACE = " \t\r\n"
-DECODER = json.JSONDecoder()
 
 
-def values(
-    file: io.BufferedReader,
-    longest: int,
-    decoder: json.JSONDecoder = DECODER,
-    errors: str = "surrogateescape",
-) -> Iterator[Any]:
+class Repeating(dict[str, Any]):
+    """A JSON object that names a key twice. Python would silently keep the last value."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        keys = [key for key, _ in pairs]
+        self.key = next(key for key in keys if keys.count(key) > 1)
+
+    def __str__(self) -> str:
+        return f"names {self.key!r} twice"
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else Repeating(pairs)
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object_of)
+
+
+def row_of(value: Any) -> dict[str, Any]:
+    """A value of DECODER as a row. Raises Unusable if it is none."""
+    if not isinstance(value, dict):
+        raise Unusable("row", "is not a JSON object")
+    if isinstance(value, Repeating):
+        raise Unusable("row", str(value))
+    return value
+
+
+def values(file: io.BufferedReader, longest: int, errors: str = "surrogateescape") -> Iterator[Any]:
     """The elements of arrays, and other values. longest: of a value, in bytes. errors: what becomes
     of bytes that are not UTF-8, as for bytes.decode; by default half a surrogate pair, so that only
     the value with it is refused. Raises Unusable, after the values before, if the rest cannot be
     read; UnicodeDecodeError if `errors` is "strict"."""
-    stream = _Stream(file, decoder, errors)
+    stream = _Stream(file, errors)
     inside = False  # an array
     while character := stream.next_character():
         if character == "[" and not inside:
@@ -48,11 +72,8 @@ def values(
 class _Stream:
     """The text of a file from `at` on."""
 
-    def __init__(
-        self, file: io.BufferedReader, json_decoder: json.JSONDecoder, errors: str
-    ) -> None:
+    def __init__(self, file: io.BufferedReader, errors: str) -> None:
         self.file, self.text, self.at, self.ended = file, "", 0, False
-        self.json_decoder = json_decoder
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")(errors)
 
     def next_character(self) -> str:
@@ -76,7 +97,7 @@ class _Stream:
         """Reads twice as much until the value is complete, so that the time is linear."""
         while True:
             try:
-                value, end = self.json_decoder.raw_decode(self.text, self.at)
+                value, end = DECODER.raw_decode(self.text, self.at)
             except RecursionError as error:
                 raise Unusable("row", f"is not JSON ({error})") from None
             except json.JSONDecodeError as error:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -192,6 +194,27 @@ def make_plans(corpus: Corpus, choice: Choice) -> dict[str, ConversionPlan]:
         plans[largest], findings=tuple(findings), not_chosen=chooser.not_chosen
     )
     return plans
+
+
+def without_out(
+    plans: Mapping[str, ConversionPlan], sources: Sequence[Path], out: Path
+) -> dict[str, ConversionPlan]:
+    """The plans without findings about OUT, which lies below a SOURCE only when a conversion
+    resumes."""
+    above = [path.parent if len(sources) > 1 or path.is_file() else path for path in sources]
+    root = Path(os.path.commonpath(list(map(os.path.abspath, above))))
+    own = out.resolve()
+
+    def is_own(found: Finding) -> bool:
+        if found.kind != "shard set":
+            return False
+        place = (root / found.name).resolve()
+        return place == own or own in place.parents
+
+    return {
+        name: replace(plan, findings=tuple(f for f in plan.findings if not is_own(f)))
+        for name, plan in plans.items()
+    }
 
 
 def _assigned(sample: Sample, corpus: Corpus, choice: Choice) -> Iterator[tuple[str, Sample]]:

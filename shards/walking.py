@@ -26,11 +26,13 @@ class FoundFile(NamedTuple):
     place: tuple[int, int] | None = None  # the same for all links to a file; None if unknown
 
 
-def folders(root: Path, findings: list[Finding] | None = None) -> Iterator[tuple[str, list[str]]]:
+def folders(
+    root: Path, findings: list[Finding] | None = None, pruned: Collection[str] = ()
+) -> Iterator[tuple[str, list[str]]]:
     """(folder, names of its files), sorted. Links are followed and each folder is visited once.
     Hidden files and folders, and links to folders that were visited, are skipped and added to
-    `findings`. Raises UserError for a folder that cannot be read, since its files would be
-    missing."""
+    `findings`. pruned: names of folders in `root` to leave to the caller. Raises UserError for a
+    folder that cannot be read, since its files would be missing."""
     visited: dict[tuple[int, int], str] = {}
     skipped = [] if findings is None else findings
 
@@ -51,6 +53,8 @@ def folders(root: Path, findings: list[Finding] | None = None) -> Iterator[tuple
             names.clear()
             continue
         names[:] = sorted(name for name in names if not name.startswith("."))
+        if folder == os.fspath(root):
+            names[:] = [name for name in names if name not in pruned]
         yield folder, sorted(name for name in files if not name.startswith("."))
 
 

@@ -77,7 +77,8 @@ def index_set(
     for indexed in run(index_tar, [(tar, form, checksum) for tar in tars]):
         entry = indexed.entry
         rates.setdefault(indexed.sample_rate, entry.name)
-        for findings, found in ((left_out, indexed.left_out), (notes, indexed.notes)):
+        unusable = map(_of_member, indexed.left_out)
+        for findings, found in ((left_out, unusable), (notes, indexed.notes)):
             findings += [one._replace(name=f"{entry.name}.tar, {one.name}") for one in found]
         entries.append(entry)
         write_atomically(out / f"{entry.name}.idx", indexed.idx)
@@ -193,6 +194,15 @@ def index_tar(job: tuple[Path, SampleFormat, str], one_rate: bool = True) -> Ind
     digest = sha256(idx).hexdigest()  # of the index, since the tar was not read
     entry = ShardEntry(tar.stem, len(keys), size, sum(lengths), digest)
     return IndexedTar(entry, idx, rate, tuple(left_out), tuple(notes))
+
+
+def _of_member(found: Finding) -> Finding:
+    """The finding about a sample under the name that a conversion of the tar gives it: KEY.flac if
+    the reason is that of a member, which readers put before it."""
+    member, colon, reason = found.reason.partition(": ")
+    if colon and member.startswith(".") and " " not in member:
+        return Finding(found.name + member, reason, found.kind)
+    return found
 
 
 def _notes(key: str, group: dict[str, Member], known: Collection[str]) -> Iterator[Finding]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -19,6 +18,7 @@ from shards.encoding import not_utf8
 from shards.family import Input, Sample
 from shards.images.labels import label_of, labelled
 from shards.images.layout import ImageLayout, ImageOptions, check_label_key
+from shards.json_array import DECODER, Repeating
 from shards.keys import make_key
 from shards.tables import check_columns, check_encoding, rows
 from shards.walking import extension_of, size_of
@@ -46,19 +46,20 @@ class Manifest(ImageLayout):
             raise UserError(f"{source}: a manifest is a {', '.join(EXTENSIONS)} file")
         labels: set[str] = set()
         columns: set[str] = set()
-        for row in _rows(source):
+        repeating: list[Finding] = []
+        for row in _rows(source, repeating):
             columns |= row.keys()
             label, _ = label_of(row.get(options.label_key))
             labels.add(label)
         if not columns:
-            raise UserError(f"{source}: lists no images")
+            raise UserError(f"{source}: lists no images{_but(repeating)}")
         check_label_key(source, options, columns)
         remarks = ("a column without a name is not kept",) if "" in columns else ()
         return replace(layout, classes=tuple(sorted(labels - {""})), remarks=remarks)
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         listed: set[str] = set()
-        for row in _rows(self.source):
+        for row in _rows(self.source, findings):
             path = row.pop("path")
             row.pop("", None)
             place = os.path.normpath(self.root / path)
@@ -71,17 +72,24 @@ class Manifest(ImageLayout):
             yield Sample(make_key(os.path.splitext(path)[0]), (Input(path),), columns, size)
 
 
-def _rows(source: Path) -> Iterator[dict[str, Any]]:
-    """The rows, with `path`. Raises UserError if the manifest is damaged or a row has no path."""
+def _but(findings: list[Finding]) -> str:
+    return f" that can be used; {findings[0].name} {findings[0].reason}" if findings else ""
+
+
+def _rows(source: Path, findings: list[Finding]) -> Iterator[dict[str, Any]]:
+    """The rows, with `path`. JSON objects that name a key twice are added to `findings`. Raises
+    UserError if the manifest is damaged or a row has no path."""
     extension = extension_of(source.name)
     if extension == ".tsv":
         yield from _with_path(source, rows(source, *PATHS))
         return
     check_encoding(source)
-    read = _csv_rows if extension == ".csv" else _json_rows
     try:
         with source.open(encoding="utf-8-sig", newline="") as file:
-            yield from _with_path(source, read(file, source))
+            if extension == ".csv":
+                yield from _with_path(source, _csv_rows(file, source))
+            else:
+                yield from _with_path(source, _json_rows(file, source, findings))
     except UnicodeDecodeError:
         raise UserError(f"{source}: {_not_utf8(source.read_bytes())}") from None
 
@@ -127,31 +135,41 @@ def _csv_rows(file: io.TextIOWrapper, source: Path) -> Iterator[tuple[int, dict[
         raise UserError(f"{source}, line {table.line_num}: {error}") from None
 
 
-def _json_rows(file: io.TextIOWrapper, source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_rows(
+    file: io.TextIOWrapper, source: Path, findings: list[Finding]
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row); of an array, its elements are counted."""
     if extension_of(source.name) == ".json" and file.read(1 << 12).lstrip().startswith("["):
         file.seek(0)
-        yield from _elements(file.read().removeprefix("\ufeff"), source)
+        yield from _elements(file.read().removeprefix("\ufeff"), source, findings)
         return
     file.seek(0)
     for number, line in enumerate(file, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.removeprefix("\ufeff"))
+            row = DECODER.decode(line.removeprefix("\ufeff"))
         except (ValueError, RecursionError) as error:
             raise UserError(f"{source}, line {number}: is not JSON ({error})") from None
         if not isinstance(row, dict):
             raise UserError(f"{source}, line {number}: is not a JSON object")
-        yield number, row
+        if isinstance(row, Repeating):
+            findings.append(Finding(f"{source.name}, line {number}", str(row), "row"))
+        else:
+            yield number, row
 
 
-def _elements(text: str, source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _elements(
+    text: str, source: Path, findings: list[Finding]
+) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        found = json.loads(text)
+        found = DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{source}: is not JSON ({error})") from None
     for number, row in enumerate(found, start=1):
         if not isinstance(row, dict):
             raise UserError(f"{source}, element {number}: is not a JSON object")
-        yield number, row
+        if isinstance(row, Repeating):
+            findings.append(Finding(f"{source.name}, item {number}", str(row), "row"))
+        else:
+            yield number, row

@@ -17,7 +17,7 @@ from shards.family import Input, Sample
 from shards.keys import make_key
 from shards.speech.layout import AUDIO, SpeechLayout
 from shards.tables import header, rows
-from shards.walking import size_of
+from shards.walking import NOT_READ, extension_of, folders, size_of
 
 DEFAULT = "validated.tsv"
 CLIPS = "clips"
@@ -30,7 +30,8 @@ class CommonVoice(SpeechLayout):
     help = f"Common Voice: the folder of one language (uses {DEFAULT}) or a TSV in it"
 
     whole: bool = False
-    """Whether SOURCE is the folder, so that clips that its table lacks are passed over."""
+    """Whether SOURCE is the folder, so that clips that its table lacks and other tables are passed
+    over."""
 
     @classmethod
     def recognises(cls, source: Path) -> bool:
@@ -69,7 +70,17 @@ class CommonVoice(SpeechLayout):
             findings += self._unlisted(listed)
 
     def _unlisted(self, listed: set[int]) -> Iterator[Finding]:
+        """The clips that the table lacks, and what lies beside the clips."""
         reason = f"{self.source.name} does not list this clip"
         for name in sorted(os.listdir(self.root / CLIPS)):
             if hash(name) not in listed:
                 yield Finding(f"{CLIPS}/{name}", reason, "unused")
+        beside = list[Finding]()
+        for folder, names in folders(self.root, beside, pruned=(CLIPS,)):
+            below = os.path.relpath(folder, self.root)
+            for path in (os.path.normpath(os.path.join(below, name)) for name in names):
+                if extension_of(path) != ".tsv":
+                    yield Finding(path, NOT_READ, "type")
+                elif path != self.source.name:
+                    yield Finding(path, f"is not read, only {self.source.name} is", "unused")
+        yield from beside

@@ -63,7 +63,7 @@ class SpeechConverter:
 
     @property
     def knows_inputs(self) -> bool:
-        return self.layout.knows_inputs
+        return self.layout.knows_inputs and not self.max_seconds
 
     def convert(self, samples: Iterable[Sample]) -> Iterator[Converted]:
         """Unusable recordings are left out and reported; a joined sample keeps the others."""
@@ -145,16 +145,16 @@ class SpeechConverter:
                 if error.kind != "silent":
                     raise
                 end = round(stop / self.sample_rate, 4)
-                silent.append(Finding(f"{item.name}, {columns['start']:g} to {end:g}", *error.args))
+                name = f"{item.name}, {columns['start']:g} to {end:g}"
+                silent.append(of_error(name, error))
                 continue
             about = self._about(columns, [item.name], stop - start)
             members = self._members(audio.encode_flac(x, self.sample_rate), about)
             yield Converted(part_key(item.key, i), members, stop - start)
         if len(silent) == parts:
             raise Unusable("silent", "is silent")
-        if silent:  # each counts as an input, because the recording itself is used
-            found = tuple(finding._replace(kind="silent") for finding in silent)
-            yield Converted("", (), 0, found, len(found))
+        # Each part counts as an input; the plan counts the recording as one.
+        yield Converted("", (), 0, tuple(silent), parts - 1)
 
     def _about(self, columns: Mapping[str, Any], paths: list[str], length: int) -> bytes:
         about = {**columns, "paths": paths, "duration": round(length / self.sample_rate, 4)}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import codecs
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,30 +15,13 @@ from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.errors import UserError
 from shards.family import Sample
 from shards.findings import of_error
-from shards.json_array import values
+from shards.json_array import DECODER, row_of, values
 from shards.speech.layout import SpeechLayout
 from shards.speech.rows import Rows
 from shards.walking import extension_of
 
 EXTENSIONS = (".jsonl", ".ndjson", ".json")
 LONGEST = 1 << 24  # bytes of a line
-
-
-class Repeating(dict[str, Any]):
-    """A JSON object that names a key twice. Python would silently keep the last value."""
-
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        super().__init__(pairs)
-        keys = [key for key, _ in pairs]
-        self.key = next(key for key in keys if keys.count(key) > 1)
-
-
-def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    return found if len(found) == len(pairs) else Repeating(pairs)
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_object_of)
 
 
 class JsonLines(SpeechLayout):
@@ -72,11 +54,7 @@ def _object(row: Any) -> dict[str, Any]:
     """Raises Unusable, also if the row is an error."""
     if isinstance(row, ValueError):
         raise row
-    if not isinstance(row, dict):
-        raise Unusable("row", "is not a JSON object")
-    if isinstance(row, Repeating):
-        raise Unusable("row", f"names {row.key!r} twice")
-    return row
+    return row_of(row)
 
 
 def _check_tarred(sample: Sample) -> None:
@@ -123,7 +101,7 @@ def elements(file: io.BufferedReader) -> Iterator[tuple[str, Any]]:
     UserError where the array is damaged, since what follows cannot be read."""
     number = 0
     try:
-        for number, value in enumerate(values(file, LONGEST, DECODER, "strict"), start=1):
+        for number, value in enumerate(values(file, LONGEST, "strict"), start=1):
             yield f"item {number}", value
     except UnicodeDecodeError as error:
         raise UserError(f"{file.name}: is not JSON in UTF-8 ({error})") from None

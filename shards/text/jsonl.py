@@ -31,15 +31,13 @@ class JsonLines(LineFormat):
 
     def document(self, text: str) -> tuple[str, dict[str, Any]]:
         try:
-            row = json.loads(text)
+            row = json_array.DECODER.decode(text)
         except (json.JSONDecodeError, RecursionError) as error:
             raise Unusable("row", f"is not JSON ({error})") from None
         return self.from_value(row)
 
     def from_value(self, row: Any) -> tuple[str, dict[str, Any]]:
-        if not isinstance(row, dict):
-            raise Unusable("row", "is not a JSON object")
-        return from_row(row, self.options)
+        return from_row(json_array.row_of(row), self.options)
 
     def divisible(self, file: io.BufferedReader, path: str) -> bool:
         """Whether each object is one line, judged by the first line."""

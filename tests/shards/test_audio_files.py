@@ -342,7 +342,7 @@ def test_silent_parts_are_named(tmp_path: Path) -> None:
         ("a.wav, 2 to 4", "a.wav, 4 to 6", "b.wav"), "silent"
     )
     about = json.loads((tmp_path / "out/index.json").read_text())
-    assert about["inputs"] == 4, "a used recording, and what is left out"
+    assert about["inputs"] == 5, "the parts of the one, and the other"
     assert main(["verify", str(tmp_path / "out"), "-j1"]) == 0
 
 

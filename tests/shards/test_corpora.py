@@ -38,16 +38,22 @@ def test_common_voice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         put(corpus / f"{table}.tsv", header + "".join(row[name] for name in listed))
     for i, name in enumerate(names):
         put(corpus / "clips" / name, recording("mp3", 0.2, seed=i))
+    more = {"clip_durations.tsv": "unused", "more/reported.tsv": "unused", "README": "type"}
+    for name in (*more, ".cache/x"):
+        put(corpus / name, "clip\n")
     out = tmp_path / "out"
     assert run("speech", corpus, out, "--max-bad", "20%") == 0
     assert lines(capsys) == [
         f"{corpus}: layout commonvoice",
         f"{out}: 6 samples, 0.000 hours, 1 shard",
         f"1 of 7 inputs were left out (1 duplicate); the reasons are in {out / 'quarantine.jsonl'}",
-        f"2 files were passed over (2 unused); the list is in {out / 'notes.jsonl'}",
+        "11 files were passed over (9 unused, 1 without extension, 1 hidden); the list is in "
+        f"{out / 'notes.jsonl'}",
     ]
     assert quarantine(out) == {"validated.tsv, line 8": f"lists {names[0]} again"}
-    assert notes(out) == {f"clips/{name}": "unused" for name in names[6:]}
+    unused = [*(f"clips/{name}" for name in names[6:]), *(f"{name}.tsv" for name in tables)]
+    unused.remove("validated.tsv")
+    assert notes(out) == {**dict.fromkeys(unused, "unused"), **more, ".cache": "hidden"}
     tsvs = [corpus / f"{name}.tsv" for name in ("train", "dev")]
     assert run("speech", *tsvs, tmp_path / "two") == 0
     assert lines(capsys) == [

@@ -176,6 +176,7 @@ def test_a_conversion_within_its_source_resumes(
     assert [file.name for file in (tmp_path / "out").glob("*.tar")] == [f"{family}-000000.tar"]
     assert main(words) == 0
     assert not quarantine(tmp_path / "out")
+    assert not notes(tmp_path / "out"), "as without the interruption"
 
 
 def test_the_lists_and_counts_of_a_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

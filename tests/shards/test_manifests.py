@@ -16,13 +16,14 @@ import soundfile
 from d2v_ds.data import audio
 from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError
-from shards import json_array
+from shards import json_array, samples
 from shards.cli import main
 from shards.family import Input, Sample
 from shards.speech import jsonl
 from shards.speech.jsonl import JsonLines
 from shards.speech.manifest import Manifest
 from tests.helpers.corpora import contents, found, notes, put, recording
+from tests.shards.pictures import picture
 
 Row = dict[str, Any]
 
@@ -139,6 +140,38 @@ def test_keys_that_are_named_twice(tmp_path: Path) -> None:
             ("row", "names 'text' twice"),
             ("row", "names 'path' twice"),
         ]
+
+
+@pytest.mark.parametrize("form", ["lines", "array"])
+@pytest.mark.parametrize("family", ["speech", "images", "text"])
+def test_every_family_leaves_out_rows_that_name_a_key_twice(
+    family: str, form: str, tmp_path: Path
+) -> None:
+    """Python would keep the last value. A key of an object within the row may repeat."""
+    put(tmp_path / "a", picture() if family == "images" else recording())
+    row = '{"path": "a", "text": "one text", "label": "x", "more": {"y": 1, "y": 2}}'
+    rows = [row, row.replace("label", "text"), row.replace('"a"', '"b"').replace("text", "path")]
+    rows = rows if family == "text" else rows[:2]
+    content = "\n".join(rows) if form == "lines" else f"[{', '.join(rows)}]"
+    source = put(tmp_path / ("m.jsonl" if form == "lines" else "m.json"), content)
+    more = (
+        [] if family != "text" else ["--tokenizer", str(samples.path("text") / "tokenizer.model")]
+    )
+    out = tmp_path / "out"
+    assert main([family, str(source), str(out), "--max-bad", "70%", "-j1", *more]) == 0
+    reasons = [f"names {key!r} twice" for key in ("text", "path")][: len(rows) - 1]
+    assert list(found(out, "quarantine.jsonl").values()) == [(one, "row") for one in reasons]
+    about = json.loads((out / "index.json").read_text())
+    assert about["inputs"] == len(rows)
+
+
+def test_a_manifest_of_images_with_only_such_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put(tmp_path / "m.jsonl", '{"path": "a", "path": "b"}')
+    assert main(["images", str(tmp_path / "m.jsonl"), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "lists no images that can be used; m.jsonl, line 1 names 'path' twice" in said
 
 
 def test_a_tarred_manifest_says_so(tmp_path: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 from d2v_ds.data.shard_format import open_set
 from shards import samples
@@ -44,6 +48,23 @@ def test_what_the_plan_finds_is_listed_in_the_largest_split(manifest: Path, tmp_
     """The row is more than 1 % of the inputs of the first split."""
     assert run("speech", manifest, tmp_path, "--split", "valid=5,train=95", "-j1") == 0
     assert len(quarantine(tmp_path / "train")) == 1 and not quarantine(tmp_path / "valid")
+
+
+def test_the_parts_of_a_divided_recording_count(tmp_path: Path) -> None:
+    """1 of the 20 parts of two recordings is silent: 5 % of all inputs, whatever shard it is in,
+    but 10 % of those of its own recording."""
+    part, silence = recording(seconds=1), np.zeros(16_000, np.int16)
+    noise = soundfile.read(io.BytesIO(part), dtype="int16")[0]
+    for name, parts in (("a", [silence, *[noise] * 9]), ("b", [noise] * 10)):
+        file = io.BytesIO()
+        soundfile.write(file, np.concatenate(parts), 16_000, format="WAV")
+        put(tmp_path / f"in/{name}.wav", file.getvalue())
+    words = ["--max-seconds", "1", "--shard-size", "10KB", "-j1", "--max-bad"]
+    assert run("speech", tmp_path / "in", tmp_path / "out", *words, "5%") == 0
+    about = json.loads((tmp_path / "out/index.json").read_text())
+    assert (about["inputs"], about["quarantined"]) == (20, 1) and len(about["shards"]) == 2
+    assert open_set(tmp_path / "out").samples == 19
+    assert run("speech", tmp_path / "in", tmp_path / "few", *words, "4%") == 2
 
 
 def test_the_documents_of_later_shards_count_too(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from d2v_ds.data import audio
 from d2v_ds.data.checks import Finding
 from d2v_ds.data.shard_format import INDEX_FILE
 from d2v_ds.errors import UserError
@@ -348,6 +349,27 @@ def test_dry_run_reports_each_split(
     assert convert(corpus, tmp_path / "out", "--dry-run", "--split", "a=50,b=50") == 0
     lines = capsys.readouterr().out.splitlines()[1:]
     assert lines[0].startswith("a: ") and lines[1].startswith("b: ")
+
+
+def test_dry_run_opens_a_recording_once_for_its_segments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ["path\tstart\tend"]
+    for name in ("a", "b", "c"):
+        put(tmp_path / f"{name}.wav", recording(seconds=4))
+        rows += [f"{name}.wav\t{i / 10}\t{(i + 1) / 10}" for i in range(40)]
+    manifest = put(tmp_path / "list.tsv", "\n".join(rows) + "\n")
+    opened: list[object] = []
+    original = audio.Recording.__init__
+
+    def counted(self: audio.Recording, source: bytes | Path, **options: bool) -> None:
+        if options.get("clipping"):  # only the conversion looks for it
+            opened.append(source)
+        original(self, source, **options)
+
+    monkeypatch.setattr(audio.Recording, "__init__", counted)
+    assert convert(manifest, tmp_path / "out", "--dry-run") == 0
+    assert len(opened) == 2, "one before the time is taken"
 
 
 SLURM = {
