@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from d2v_ds.data.checks import Finding, Unusable
+from d2v_ds.data.checks import Finding
+from d2v_ds.errors import UserError
 from shards.family import Input
 from shards.text import reading
 from shards.text.layout import Document
 from shards.text.lines import LineFormat, Pieces
-from shards.walking import size_of
 
 PIECES: dict[str, Pieces] = {
     "line": reading.lines,
@@ -29,30 +29,19 @@ class PlainText(LineFormat):
     def pieces(self) -> Pieces:
         return PIECES[self.options.document]
 
-    def parts(self, file: str) -> Iterator[tuple[Input, int]]:
-        if self._unfit():
-            return iter([(Input(file), size_of(self.root / file))])
-        return super().parts(file)
-
     def documents(self, part: Input, findings: list[Finding]) -> Iterator[Document]:
-        # Not an error before the conversion, because --only may not choose the file.
-        if reason := self._unfit():
-            raise Unusable("label", reason)
-        return super().documents(part, findings)
-
-    def _unfit(self) -> str:
-        """Why no file can be used with these options; "" if they can."""
+        # Not before the conversion, because --only may not choose the file.
         if key := self.options.label_key:
-            return (
-                f"is plain text and has no labels, but --label-key is {key}; use .jsonl, .json, "
-                ".csv, .tsv or .parquet"
+            raise UserError(
+                f"--label-key {key}: {part.path} is plain text and has no labels; use .jsonl, "
+                ".json, .csv, .tsv or .parquet"
             )
         if key := self.options.split_key:
-            return (
-                f"is plain text and has no columns, but --split-by is {key}; omit --split-by to "
-                "split by document"
+            raise UserError(
+                f"--split-by {key}: {part.path} is plain text and has no columns; omit --split-by "
+                "to split by document"
             )
-        return ""
+        return super().documents(part, findings)
 
     def document(self, text: str) -> tuple[str, dict[str, Any]]:
         return text, {}

@@ -288,12 +288,9 @@ def test_text_files_have_no_labels(tmp_path: Path, capsys: pytest.CaptureFixture
     put(tmp_path / "in/b.jsonl", '{"text": "one", "kind": 1}\n')
     words = ("--label-key", "kind")
     assert convert(tmp_path / "in", tmp_path / "out", *words) == 2
-    message = "1 x is plain text and has no labels, but --label-key is kind; use .jsonl"
+    message = "--label-key kind: a.txt is plain text and has no labels; use .jsonl"
     assert message in capsys.readouterr().err
     assert convert(tmp_path / "in", tmp_path / "chosen", *words, "--only", "*.jsonl") == 0
-    words = ("--split", "a=1,b=1", "--split-by", "kind")
-    assert convert(tmp_path / "in", tmp_path / "out2", *words) == 2
-    assert "has no columns, but --split-by is kind; omit" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------- damaged inputs
