@@ -9,7 +9,8 @@ from __future__ import annotations
 import codecs
 import io
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from d2v_ds.data.checks import Unusable
@@ -23,11 +24,14 @@ class Repeating(dict[str, Any]):
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
-        keys = [key for key, _ in pairs]
-        self.key = next(key for key in keys if keys.count(key) > 1)
+        self.repeated = [key for key, n in Counter(key for key, _ in pairs).items() if n > 1]
 
     def __str__(self) -> str:
-        return f"names {self.key!r} twice"
+        return _twice(self.repeated[0])
+
+
+def _twice(key: str) -> str:
+    return f"names {key!r} twice"
 
 
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -38,12 +42,15 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 DECODER = json.JSONDecoder(object_pairs_hook=_object_of)
 
 
-def row_of(value: Any) -> dict[str, Any]:
-    """A value of DECODER as a row. Raises Unusable if it is none."""
+def row_of(value: Any, read: Collection[str] | None = None) -> dict[str, Any]:
+    """A value of DECODER as a row. read: the keys that matter; None: all. Raises Unusable if it is
+    none."""
     if not isinstance(value, dict):
         raise Unusable("row", "is not a JSON object")
     if isinstance(value, Repeating):
-        raise Unusable("row", str(value))
+        for key in value.repeated:
+            if read is None or key in read:
+                raise Unusable("row", _twice(key))
     return value
 
 

@@ -150,8 +150,9 @@ def test_every_family_leaves_out_rows_that_name_a_key_twice(
     """Python would keep the last value. A key of an object within the row may repeat."""
     put(tmp_path / "a", picture() if family == "images" else recording())
     row = '{"path": "a", "text": "one text", "label": "x", "more": {"y": 1, "y": 2}}'
-    rows = [row, row.replace("label", "text"), row.replace('"a"', '"b"').replace("text", "path")]
-    rows = rows if family == "text" else rows[:2]
+    rows = [row, row.replace("label", "text")]
+    if family == "text":  # only the keys that are read matter
+        rows.append(row.replace("label", "path"))
     content = "\n".join(rows) if form == "lines" else f"[{', '.join(rows)}]"
     source = put(tmp_path / ("m.jsonl" if form == "lines" else "m.json"), content)
     more = (
@@ -159,8 +160,7 @@ def test_every_family_leaves_out_rows_that_name_a_key_twice(
     )
     out = tmp_path / "out"
     assert main([family, str(source), str(out), "--max-bad", "70%", "-j1", *more]) == 0
-    reasons = [f"names {key!r} twice" for key in ("text", "path")][: len(rows) - 1]
-    assert list(found(out, "quarantine.jsonl").values()) == [(one, "row") for one in reasons]
+    assert list(found(out, "quarantine.jsonl").values()) == [("names 'text' twice", "row")]
     about = json.loads((out / "index.json").read_text())
     assert about["inputs"] == len(rows)
 
