@@ -58,6 +58,8 @@ class Sample:
     inputs: tuple[Input, ...]
     columns: dict[str, Any]  # metadata from the corpus
     size: int  # of the inputs, in bytes
+    place: tuple[int, int] | None = None
+    """Of its file, the same for all links to it; None if unknown. Only for planning."""
 
 
 @dataclass(slots=True)  # not frozen, which would slow down reading short documents

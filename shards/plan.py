@@ -25,6 +25,7 @@ from shards import choosing
 from shards.family import SPLIT, Corpus, Input, Sample
 from shards.findings import first_reasons, left_out, normalised, unusable
 from shards.keys import make_key
+from shards.links import once
 from shards.splits import StatedSplits
 
 CONVERTER = 4  # increase it if the same inputs and options give different bytes than before
@@ -172,7 +173,7 @@ def make_plans(corpus: Corpus, choice: Choice) -> dict[str, ConversionPlan]:
     names = list(choice.splits) if choice.splits else [""]
     sets = {name: Samples() for name in names}
     stated = StatedSplits()
-    for sample in chooser.chosen(corpus.samples):
+    for sample in once(chooser.chosen(corpus.samples), corpus.findings):
         stated.add(sample)
         for name, assigned in _assigned(sample, corpus, choice):
             sets[name].append(assigned)

@@ -16,6 +16,7 @@ from shards.encoding import check_text
 from shards.family import Sample
 from shards.findings import of_error, report_of
 from shards.layout import AUTO
+from shards.links import once
 from shards.several import open_sources
 from shards.text import LAYOUTS, add_text_key
 from shards.text.layout import TextLayout, TextOptions
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
     layout = open_sources(LAYOUTS, AUTO, arguments.source, options, report=False)
     findings: list[Finding] = []
     chooser = Chooser(arguments.only, arguments.leave_out)
-    samples = chooser.chosen(layout.samples(findings))
+    samples = once(chooser.chosen(layout.samples(findings)), findings)
     try:
         model = train(
             texts(layout, samples, findings),

@@ -19,7 +19,7 @@ from shards.family import Input, Sample
 from shards.images.labels import NO_LABEL
 from shards.images.layout import EXTENSIONS, USUAL, ImageLayout, ImageOptions
 from shards.keys import make_key
-from shards.links import once
+from shards.links import unbroken
 from shards.splits import stated_split
 from shards.walking import FoundFile, extension_of, walk, wanted
 
@@ -73,11 +73,11 @@ class Folder(ImageLayout):
         found = walk(self.root, findings)
         files = (FoundFile(path, path, size, place) for path, _, size, place in found)
         own = wanted(self.root, files, lambda path: is_image(self.root, path), USUAL, findings)
-        for file in once(self.root, own, findings):
+        for file in unbroken(self.root, own, findings):
             path = file.path
             stem, extension = os.path.splitext(path)
             key = make_key(stem if extension.lower() in READ else path)
-            yield Sample(key, (Input(path),), self._columns(path), file.size)
+            yield Sample(key, (Input(path),), self._columns(path), file.size, file.place)
 
     def _columns(self, path: str) -> dict[str, str]:
         columns = {}

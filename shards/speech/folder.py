@@ -10,6 +10,7 @@ from d2v_ds.data.checks import Finding
 from d2v_ds.errors import UserError
 from shards.family import Input, Sample
 from shards.keys import make_key
+from shards.links import unbroken
 from shards.speech.layout import AUDIO, USUAL, SpeechLayout, advised
 from shards.walking import NOT_READ, extension_of, walk, wanted
 
@@ -34,8 +35,9 @@ class Folder(SpeechLayout):
             others,
         )
         try:
-            for path, _, size, _ in files:
-                yield Sample(make_key(os.path.splitext(path)[0]), (Input(path),), {}, size)
+            for file in unbroken(self.root, files, findings):
+                key = make_key(os.path.splitext(file.path)[0])
+                yield Sample(key, (Input(file.path),), {}, file.size, file.place)
         except UserError as error:  # there is no recording
             reasons = {found.reason for found in advised(others)} - {NOT_READ}
             raise UserError("; ".join([str(error), *reasons])) from None

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from d2v_ds.data.checks import Finding
 from shards.family import Item, Sample
-from shards.links import once
+from shards.links import unbroken
 from shards.text.layout import TextFormat, TextLayout, TextOptions
 from shards.walking import walk, wanted
 
@@ -49,10 +49,11 @@ class Folder(TextLayout):
             kinds,
             findings,
         )
-        for file in once(self.root, files, findings):
+        for file in unbroken(self.root, files, findings):
             found = self._format(file.name)
             assert found
-            yield from found.samples_of(file.path)
+            for sample in found.samples_of(file.path):
+                yield replace(sample, place=file.place)
 
     def read(self, sample: Sample, findings: list[Finding]) -> Iterator[Item[str]]:
         found = self._format(sample.inputs[0].path)

@@ -14,7 +14,7 @@ import math
 import os
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -25,7 +25,7 @@ from shards.family import Input, Item, Sample
 from shards.findings import of_error
 from shards.keys import make_key, part_key
 from shards.layout import Layout
-from shards.links import once
+from shards.links import unbroken
 from shards.text.compressed import COMPRESSED
 from shards.walking import extension_of, size_of, walk, wanted
 
@@ -94,8 +94,9 @@ class TextFormat(TextLayout, abstract=True):
             yield from self.samples_of(self.source.name)
             return
         files = wanted(self.root, walk(self.root, findings), self.has_name, self.kinds(), findings)
-        for file in once(self.root, files, findings):
-            yield from self.samples_of(file.path)
+        for file in unbroken(self.root, files, findings):
+            for sample in self.samples_of(file.path):
+                yield replace(sample, place=file.place)
 
     def samples_of(self, file: str) -> Iterator[Sample]:
         """One sample per part of a file, whose path is relative to the root."""

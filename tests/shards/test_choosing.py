@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -374,3 +376,24 @@ def test_splits_that_names_state_are_told_for_every_family(
 )
 def test_splits_that_paths_state(path: str, split: str) -> None:
     assert split_of_path(path) == split
+
+
+@pytest.mark.parametrize("family", ["speech", "images", "text"])
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_link_is_used_if_the_file_it_leads_to_is_not_chosen(
+    family: str, link: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    """Subsets are often folders of links."""
+    name = {"speech": "0.wav", "images": "0.png", "text": "0.txt"}[family]
+    content = {"speech": recording(), "images": picture(), "text": "some text\n"}[family]
+    put(tmp_path / "in/all" / name, content)
+    (tmp_path / "in/subset").mkdir()
+    link(tmp_path / "in/all" / name, tmp_path / "in/subset" / name)
+    more = ["--tokenizer", TOKENIZER] if family == "text" else []
+    assert run(family, tmp_path / "in", tmp_path / "out", *more) == 0
+    assert notes(tmp_path / "out") == {f"subset/{name}": "linked twice"}
+    assert run(family, tmp_path / "in", tmp_path / "part", *more, "--only", "subset/**") == 0
+    assert json.loads((tmp_path / "part/index.json").read_bytes())["inputs"] == 1
+    sources = [tmp_path / "in" / folder for folder in ("subset", "all")]
+    assert run(family, *sources, tmp_path / "both", *more) == 0
+    assert notes(tmp_path / "both") == {f"all/{name}": "linked twice"}

@@ -231,9 +231,10 @@ def test_decompression_equals_the_input(
     [
         (b"a line\n" * 400, "its content is not compressed; rename it without this extension"),
         ("Ü".encode(), "its content is not compressed; rename it without this extension"),
-        (gzip.compress(b"a line\n"), "its content is compressed as .gz; rename it"),
+        (gzip.compress(b"a line\n", mtime=0), "its content is compressed as .gz; rename it"),
         (bz2.compress(b"a line\n"), "its content is compressed as .bz2; rename it"),
     ],
+    ids=["text", "short", "gz", "bz2"],
 )
 @pytest.mark.parametrize("extension", [".gz", ".bz2", ".xz", ".zst", ".lzma"])
 def test_files_that_are_not_compressed_as_their_name_says(
