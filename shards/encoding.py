@@ -88,7 +88,8 @@ def check_unicode(text: str) -> None:
 
 def check_text(text: str) -> None:
     """As `check_unicode`; also raises Unusable for a document with NUL characters."""
-    check_unicode(text)
+    if not text.isascii():  # which Python knows without looking
+        check_unicode(text)
     if "\0" in text:
         raise Unusable("encoding", "has NUL characters, which text does not have; remove them")
 

@@ -30,9 +30,10 @@ class JsonLines(LineFormat):
         return reading.rows
 
     def document(self, text: str) -> tuple[str, dict[str, Any]]:
-        # Only where a key that is read may occur twice, because looking at the pairs of every row
-        # takes several percent of a conversion.
-        repeated = any(text.count(f'"{key}"') > 1 for key in self.options.keys)
+        # Looking at the pairs of every row would take several percent of a conversion.
+        repeated = False  # whether a key that is read may occur twice
+        for key in self.options.quoted_keys:
+            repeated = repeated or text.count(key) > 1
         try:
             row = json_array.DECODER.decode(text) if repeated else json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:

@@ -10,6 +10,7 @@ ends of lines, which become newlines.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from abc import abstractmethod
@@ -49,6 +50,11 @@ class TextOptions:
         """The keys that every row must have."""
         keys = (self.text_key, self.pair_key, self.label_key, self.split_key)
         return [key for key in dict.fromkeys(keys) if key]
+
+    @cached_property
+    def quoted_keys(self) -> list[str]:
+        """The same, as JSON has them."""
+        return [json.dumps(key, ensure_ascii=False) for key in self.keys]
 
 
 class TextLayout(Layout[TextOptions, str], abstract=True):
