@@ -77,6 +77,8 @@ def not_utf8(data: bytes, start: int) -> Unusable:
 def check_unicode(text: str) -> None:
     """Raises Unusable for a document with halves of surrogate pairs, such as bytes that were not
     UTF-8 have become."""
+    if text.isascii():  # which Python knows without looking
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -88,8 +90,7 @@ def check_unicode(text: str) -> None:
 
 def check_text(text: str) -> None:
     """As `check_unicode`; also raises Unusable for a document with NUL characters."""
-    if not text.isascii():  # which Python knows without looking
-        check_unicode(text)
+    check_unicode(text)
     if "\0" in text:
         raise Unusable("encoding", "has NUL characters, which text does not have; remove them")
 

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from d2v_ds.data.checks import Finding
 from d2v_ds.data.tokenizer_json import SENTENCEPIECE_FILE
+from shards.encoding import check_text
 from shards.family import SPLIT, Converted, Item, PackedMember, Sample
 from shards.findings import left_out, of_error
 from shards.keys import part_key
@@ -98,6 +99,7 @@ class _TextConverter:
                     if not self.is_in(sample, str(value)):
                         continue
                 try:
+                    check_text(item.content)
                     ids = self.ids_of(item, tokenizer)
                 except ValueError as error:
                     findings.append(of_error(item.name, error))
@@ -180,6 +182,7 @@ class LabelledText(_TextConverter):
         first = tokenizer.encode(item.content)
         if not self.pair_key:
             return first
+        check_text(item.columns[self.pair_key])
         second = tokenizer.encode(item.columns[self.pair_key])
         return [*first, tokenizer.eos_id, tokenizer.eos_id, *second] if first and second else []
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 from d2v_ds.data.tokenizer_json import SENTENCEPIECE_FILE, is_json
 from d2v_ds.errors import UserError
-from shards.encoding import check_text
+from shards.encoding import check_unicode
 
 SPACE = "▁"  # the character that sentencepiece uses for a space
 SPACE_BYTES = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
@@ -94,9 +94,9 @@ class Tokenizer:
         }
 
     def encode(self, text: str) -> list[int]:
-        """Ids, without eos. Raises Unusable for what no text has: half a surrogate pair, or a NUL
-        character."""
-        check_text(text)
+        """Ids, without eos. Raises Unusable for text that is not valid Unicode (half a surrogate
+        pair)."""
+        check_unicode(text)
         if len(text) <= ENCODED_AT_ONCE:
             return self._model.encode(text)
         ids: list[int] = []
