@@ -72,9 +72,10 @@ class StatedSplits:
 def _pattern(path: str) -> str:
     """A pattern for the files of the same split."""
     folder, _, name = path.rpartition("/")
-    found = WORD.search(name.lower())
-    if found:
+    if found := WORD.search(name.lower()):
         return f"**/*{name[found.start() : found.end()]}*"
-    while not stated_split(folder.rpartition("/")[2]):
+    while not (found := WORD.search(folder.rpartition("/")[2].lower())):
         folder = folder.rpartition("/")[0]
-    return f"{folder}/**"
+    above, slash, name = folder.rpartition("/")
+    word = name[found.start() : found.end()]
+    return f"{above}{slash}{name if name == word else f'*{word}*'}/**"

@@ -59,7 +59,7 @@ def test_common_voice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert lines(capsys) == [
         *(f"{tsv}: layout commonvoice" for tsv in tsvs),
         "the inputs belong to several splits (3 train, 1 validation), which are not kept apart; to "
-        "convert only one, choose its files, for example with --only 'train.tsv/**'",
+        "convert only one, choose its files, for example with --only '*train*/**'",
         f"{tmp_path / 'two'}: 4 samples, 0.000 hours, 1 shard",
     ]
     found = contents(tmp_path / "two")

@@ -22,7 +22,7 @@ from shards.encoding import check_head, check_text
 from shards.findings import of_error
 from shards.text import reading
 from shards.text.compressed import Decompressed, open_compressed
-from tests.helpers.corpora import put
+from tests.helpers.corpora import found, put
 from tests.shards.layout_corpora import put_parquet
 from tests.shards.text_sets import about, convert, documents, found_in, open_text, read
 
@@ -400,3 +400,16 @@ def test_a_decompressor_is_closed_with_its_file(tmp_path: Path) -> None:
     assert isinstance(raw, Decompressed)
     file.close()
     assert raw._file.closed
+
+
+def test_tables_in_folders_of_unlabelled_text_are_told_how_to_be_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless labels are asked for, tables in a folder are taken for metadata."""
+    put(tmp_path / "in/b.csv", "text,kind\none,1\n")
+    advice = "a table is read with --label-key, or if it is SOURCE"
+    assert convert(tmp_path / "in", tmp_path / "out") == 2
+    assert f"(found: 1 .csv); {advice}" in capsys.readouterr().err
+    put(tmp_path / "in/a.txt", "some text\n")
+    assert convert(tmp_path / "in", tmp_path / "out") == 0
+    assert found(tmp_path / "out", "notes.jsonl") == {"b.csv": (advice, "type")}
