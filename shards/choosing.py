@@ -14,7 +14,7 @@ from pathlib import Path
 from d2v_ds.data.checks import Finding, listed
 from d2v_ds.errors import UserError
 from d2v_ds.files import sha256
-from shards.family import Input, Sample
+from shards.family import Sample
 from shards.findings import outcome
 
 MOST_PLACES = 1000  # first parts of paths that are counted for a message
@@ -48,7 +48,7 @@ class Chooser:
             if self.takes(names):
                 yield sample
             else:
-                self.not_chosen += sum(map(_rows_of, sample.inputs))
+                self.not_chosen += sum(item.rows for item in sample.inputs)
 
     def findings(self, findings: Sequence[Finding]) -> list[Finding]:
         """Those about chosen files. Raises UserError if a name or pattern matches nothing; call it
@@ -115,13 +115,6 @@ class _Option:
                 f"{self.name} {pattern}: is neither a file nor a pattern that matches a path below "
                 f"SOURCE. It contains{there}"
             )
-
-
-def _rows_of(item: Input) -> int:
-    """The number of inputs that an input of a plan stands for: rows of a table, or 1."""
-    if item.part and isinstance(item.part[0], int):
-        return int(item.part[1]) - item.part[0]
-    return 1
 
 
 def _as_regex(pattern: str) -> str:

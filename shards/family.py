@@ -38,6 +38,13 @@ class Input(NamedTuple):
         """Whether it is a segment or a channel of a recording, which others may share."""
         return isinstance(self.part and self.part[0], float) or self.channel is not None
 
+    @property
+    def rows(self) -> int:
+        """The number of inputs of the corpus that it stands for: rows of a table, or 1."""
+        if self.part and isinstance(self.part[0], int):
+            return int(self.part[1]) - self.part[0]
+        return 1
+
     def __str__(self) -> str:
         """Its name in quarantine.jsonl."""
         name = self.path

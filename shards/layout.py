@@ -112,8 +112,8 @@ class Layout(ABC, Generic[Options, Content]):
 
     @property
     def knows_inputs(self) -> bool:
-        """Whether `read` yields one item per input. A layout with a `read` of its own that does
-        so overrides this, so that too many bad inputs stop its conversion early."""
+        """Whether the plan has every input, so that too many bad ones stop the conversion early.
+        A layout overrides this if it has its own `read` and yields one item per input."""
         return type(self).read is Layout.read
 
     def file_of(self, item: Input) -> Path | None:

@@ -85,7 +85,7 @@ class Part(NamedTuple):
         return path == self.prefix or path.startswith(f"{self.prefix}/")
 
     def identity(self, item: Input) -> int:
-        """A hash, to save memory, of the file that an input lies in and of its part."""
+        """A hash of the file of an input and of its part. A hash saves memory."""
         path = os.path.abspath(os.path.join(self.layout.root, item.path))
         return hash((path, item.bytes, item.part, item.channel))
 

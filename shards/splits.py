@@ -47,11 +47,10 @@ class StatedSplits:
 
     def add(self, sample: Sample) -> None:
         """Counts a row of a table as an input, as index.json does."""
-        for path, _, part, *_ in sample.inputs:
-            split = split_of_path(path)
-            rows = part is not None and isinstance(part[0], int)
-            self.inputs[split] += int(part[1] - part[0]) if rows and part else 1
-            self.examples.setdefault(split, path)
+        for item in sample.inputs:
+            split = split_of_path(item.path)
+            self.inputs[split] += item.rows
+            self.examples.setdefault(split, item.path)
 
     @property
     def remark(self) -> str:

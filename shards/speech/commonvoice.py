@@ -70,7 +70,7 @@ class CommonVoice(SpeechLayout):
             findings += self._unlisted(listed)
 
     def _unlisted(self, listed: set[int]) -> Iterator[Finding]:
-        """The clips that the table lacks, and what lies beside the clips."""
+        """The clips that the table does not list, and all files outside of the folder of clips."""
         reason = f"{self.source.name} does not list this clip"
         for name in sorted(os.listdir(self.root / CLIPS)):
             if hash(name) not in listed:

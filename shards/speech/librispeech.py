@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 from d2v_ds.data.checks import Finding
@@ -18,16 +19,7 @@ from d2v_ds.errors import UserError
 from shards.family import Input, Sample
 from shards.keys import make_key
 from shards.speech.layout import AUDIO, SpeechLayout
-from shards.walking import (
-    NOT_READ,
-    SPECIAL,
-    check_file,
-    extension_of,
-    first_folder,
-    folders,
-    is_special,
-    size_of,
-)
+from shards.walking import NOT_READ, check_file, extension_of, first_folder, walk
 
 TRANSCRIPTS = ".trans.txt"
 SPACE = " \t\r"
@@ -54,24 +46,18 @@ class LibriSpeech(SpeechLayout):
 
     def samples(self, findings: list[Finding]) -> Iterator[Sample]:
         number = 0
-        for place, names in folders(self.root, findings):
-            folder = Path(place)
-            special = {name for name in names if is_special(folder / name)}
-            names = [name for name in names if name not in special]
-            for name in sorted(special):
-                where = os.path.relpath(folder / name, self.root)
-                findings.append(Finding(where, SPECIAL, "type"))
+        for below, group in groupby(walk(self.root, findings), lambda f: os.path.dirname(f.path)):
+            folder, files = self.root / below, list(group)
+            names = [file.name for file in files]
             texts, reported = _transcripts(folder, names, self.root, findings)
             has_texts = any(name.endswith(TRANSCRIPTS) for name in names)
-            for name in names:
+            for path, name, size, _ in files:
                 stem = os.path.splitext(name)[0]
                 if extension_of(name) not in AUDIO:
                     if not _is_metadata(name, names):
-                        where = os.path.relpath(folder / name, self.root)
-                        findings.append(Finding(where, NOT_READ, "type"))
+                        findings.append(Finding(path, NOT_READ, "type"))
                     continue
                 number += 1
-                path = os.path.relpath(folder / name, self.root)
                 reasons: list[str] = []
                 columns = _columns(folder, stem, names, reasons)
                 if stem in texts:
@@ -80,9 +66,9 @@ class LibriSpeech(SpeechLayout):
                     reasons.append("has no line in the transcripts of its folder; it gets no text")
                 findings += (Finding(path, reason, "no metadata") for reason in reasons)
                 key = make_key(os.path.splitext(path)[0])
-                yield Sample(key, (Input(path),), columns, size_of(folder / name))
+                yield Sample(key, (Input(path),), columns, size)
             for stem in texts:
-                where = os.path.relpath(folder / stem, self.root)
+                where = os.path.join(below, stem)
                 findings.append(Finding(where, "has a transcript but no recording", "unreadable"))
         if not number:
             raise UserError(f"{self.root}: contains no {', '.join(AUDIO)} file")

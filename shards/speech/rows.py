@@ -38,7 +38,7 @@ class Spelling:
         self._folders = tuple({os.path.join(self._root, ""), os.path.join(root.resolve(), "")})
 
     def usual(self, path: str) -> str:
-        """The path relative to the folder if it lies in it, without dots; otherwise absolute."""
+        """The normalised path: relative if the file is in the folder, otherwise absolute."""
         if path[:1] != "/" and "./" not in path and "//" not in path:
             return path  # most paths, in less time
         path = os.path.normpath(os.path.join(self._root, path))

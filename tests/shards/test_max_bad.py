@@ -51,8 +51,8 @@ def test_what_the_plan_finds_is_listed_in_the_largest_split(manifest: Path, tmp_
 
 
 def test_the_parts_of_a_divided_recording_count(tmp_path: Path) -> None:
-    """1 of the 20 parts of two recordings is silent: 5 % of all inputs, whatever shard it is in,
-    but 10 % of those of its own recording."""
+    """One of the 20 parts of two recordings is silent: 5 % of all inputs, but 10 % of the parts of
+    that recording."""
     part, silence = recording(seconds=1), np.zeros(16_000, np.int16)
     noise = soundfile.read(io.BytesIO(part), dtype="int16")[0]
     for name, parts in (("a", [silence, *[noise] * 9]), ("b", [noise] * 10)):

@@ -16,6 +16,7 @@ import webdataset as wds
 from d2v_ds.data.checks import Unusable
 from d2v_ds.data.shard_format import (
     INDEX_FILE,
+    ShardSet,
     index_bytes,
     open_set,
     read_index,
@@ -96,6 +97,17 @@ DAMAGE: list[tuple[Callable[[Path, int], None], list[str]]] = [
 ]
 
 
+def damaged_copy(
+    sound: Path, out: Path, damage: Callable[[Path, int], None]
+) -> tuple[ShardSet, str]:
+    """(a set whose second shard is damaged at the middle sample, the key of this sample)."""
+    shards = open_set(shutil.copytree(sound, out))
+    index = read_index(shards.index(shards.shards[1]))
+    row = index.count // 2
+    damage(shards.tar(shards.shards[1]), index.offsets[2 * row])
+    return shards, index.key(row)
+
+
 @pytest.mark.parametrize("damage, expected", DAMAGE, ids=[d.__name__ for d, _ in DAMAGE])
 def test_damage_is_detected(
     damage: Callable[[Path, int], None],
@@ -104,16 +116,13 @@ def test_damage_is_detected(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shards = open_set(shutil.copytree(sound, tmp_path / "set"))
-    index = read_index(shards.index(shards.shards[1]))
-    row = index.count // 2
-    damage(shards.tar(shards.shards[1]), index.offsets[2 * row])
+    _, key = damaged_copy(sound, tmp_path / "set", damage)
     assert main(["verify", str(tmp_path / "set"), "-j1"]) == 1
     *lines, last = capsys.readouterr().out.splitlines()
     lines = [line for line in lines if not line.startswith(NOTE)]
     assert all(line.startswith("speech-000001: ") for line in lines), lines
     for text in expected:
-        text = text.replace("KEY", index.key(row))
+        text = text.replace("KEY", key)
         assert any(text in line for line in lines), (text, lines)
     assert last.endswith(f"{len(lines)} problem{'s' if len(lines) > 1 else ''}")
 
@@ -125,9 +134,7 @@ def test_training_counts_the_same_samples_by_the_same_kinds(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    shards = open_set(shutil.copytree(sound, tmp_path / "set"))
-    index = read_index(shards.index(shards.shards[1]))
-    damage(shards.tar(shards.shards[1]), index.offsets[2 * (index.count // 2)])
+    shards, _ = damaged_copy(sound, tmp_path / "set", damage)
     reader = Reader(shards, shards.fields)
     bad = {}
     for sample_id in range(shards.samples):
