@@ -5,6 +5,7 @@
 #   make test       lint, and the tests that continuous integration runs
 #   make test-all   also full matrices, long-running fault tests and fuzzing
 #   make test-gpu   tests that need a CUDA device
+#   make fuzz       damaged and hostile inputs for every parser; INPUTS=100000 for each
 #   make setup      only the virtual environment; TORCH=system uses your site's torch
 #   make clean      removes .venv and the run folders of the demos
 
@@ -18,12 +19,13 @@ DEMO := runs/demo$(if $(filter-out speech,$(MODALITY)),-$(MODALITY))
 # Two ranks, on GPUs or on the CPU; one rank if there is only one GPU.
 RANKS := $(shell [ "$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')" = 1 ] && echo 1 || echo 2)
 SEED ?= 0
+INPUTS ?= 100000
 # Two test processes: tests with several ranks occupy two cores by themselves.
 PARALLEL := -n 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo test test-all test-gpu lint clean
+.PHONY: setup demo test test-all test-gpu fuzz lint clean
 
 setup: $(READY)
 
@@ -60,6 +62,9 @@ test-all: setup lint
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
+
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --inputs $(INPUTS) --seed $(SEED)
 
 clean:
 	rm -rf $(VENV) runs/demo runs/demo-*

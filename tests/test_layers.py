@@ -19,7 +19,7 @@ LAYERS = [
     ["errors", "exit_codes", "files", "arguments"],
     ["config", "recipes", "schedules"],
     ["seeding", "distributed"],
-    ["data"],
+    ["data", "shard_format"],
     ["scores", "ctc"],
     ["batch", "masking", "loss", "transformer", "student"],
     ["modalities"],

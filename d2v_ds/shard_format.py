@@ -1,0 +1,23 @@
+"""The earlier name of `d2v_ds.data.shard_format`, for programs that import it."""
+
+from d2v_ds.data.shard_format import (
+    ShardEntry,
+    ShardIndex,
+    ShardSet,
+    fingerprint,
+    index_bytes,
+    open_set,
+    read_index,
+    set_json,
+)
+
+__all__ = [
+    "ShardEntry",
+    "ShardIndex",
+    "ShardSet",
+    "fingerprint",
+    "index_bytes",
+    "open_set",
+    "read_index",
+    "set_json",
+]

@@ -1,0 +1,11 @@
+"""The targets, by name. Each module has those of one kind of input."""
+
+from __future__ import annotations
+
+from tests.fuzz.harness import Target
+from tests.fuzz.targets import sets
+
+MODULES = (sets,)
+TARGETS: dict[str, Target] = {
+    target.name: target for module in MODULES for target in module.TARGETS
+}
