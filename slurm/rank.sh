@@ -15,10 +15,15 @@ touch "$run/heartbeat/$own.ended" # otherwise the rank would count as silent
 ((code)) || exit 0
 set -o noclobber
 { echo "$code $SLURM_PROCID $SLURMD_NODENAME" >"$logs/failed"; } 2>/dev/null
-# When this task exits, Slurm kills the others, so wait for ranks that are saving.
+# When this task exits, Slurm kills the others, so wait for ranks that are saving: until their
+# heartbeats do not change for 30 s. Time stamps are only compared with each other.
+last='' same=0
 for _ in {1..300}; do
-  find "$run/heartbeat" -name 'rank*.json' ! -name "$own.json" -newermt '-30 seconds' \
-    -exec grep -q '"phase": "saving"' {} \; -print 2>/dev/null | grep -q . || break
+  saving=$(find "$run/heartbeat" -name 'rank*.json' ! -name "$own.json" \
+    -exec grep -q '"phase": "saving"' {} \; -printf '%f %T@\n' 2>/dev/null)
+  [[ $saving ]] || break
+  if [[ $saving == "$last" ]]; then same=$((same + 1)); else same=0 last=$saving; fi
+  ((same < 30)) || break
   sleep 1
 done
 exit "$code"

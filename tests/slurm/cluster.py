@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 HERE = Path(__file__).parent
 SCRIPTS = HERE.parent.parent / "slurm"
 VSLURM = HERE / "vslurm.sh"
@@ -103,6 +105,16 @@ class Job:
 
     def reaches(self, state: str, seconds: float = 60) -> Job:
         return self.until(lambda: self.state == state, state, seconds)
+
+    def script(self) -> psutil.Process:
+        """The batch script."""
+        found = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if any(word.endswith("/slurm_script") for word in process.info["cmdline"] or ())
+            and process.environ().get("SLURM_JOB_ID") == self.number
+        ]
+        return min(found, key=lambda process: process.create_time())  # not one of its subshells
 
     def signal(self) -> None:
         """Sends the signal that Slurm sends some minutes before the time limit."""

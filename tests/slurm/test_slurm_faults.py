@@ -1,10 +1,15 @@
-"""Faults that affect the whole cluster, with the stand-in: a lost node, preemption."""
+"""Faults that affect the whole cluster, with the stand-in: a lost node, preemption, an outage of
+the controller."""
 
 from __future__ import annotations
 
+import re
+import signal
+import time
+
 import pytest
 
-from tests.slurm.cluster import Cluster, Workplace
+from tests.slurm.cluster import Cluster, Job, Workplace
 from tests.slurm.test_slurm_jobs import FIRST_TWO, NODES, reaches_step, starts
 
 pytestmark = pytest.mark.usefixtures("whole_cluster")
@@ -42,3 +47,91 @@ def test_a_job_whose_ranks_got_sigterm_resumes(standin: Workplace, cluster: Clus
     cluster.command("scancel", "--signal=TERM", f"{job.number}.1")
     job.ends()
     assert set(starts(standin)) == {0, 1} and len(starts(standin)) == 40
+
+
+def loses_its_controller(job: Job, place: Workplace, cluster: Cluster) -> None:
+    """Kills the controller when it has saved that the job runs, which it does every 5 s."""
+    saved = cluster.folder / "state/job_state"
+    reaches_step(job, place, 5)
+    began = time.time()
+    job.until(lambda: saved.stat().st_mtime > began + 1, "a saved state")
+    cluster("killctl")
+
+
+def says_offline(job: Job, place: Workplace, text: str) -> None:
+    log = place.folder / f"d2v-pretrain-{job.number}.out"
+    deadline = time.monotonic() + 120
+    while text not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_stopped_job_is_requeued_when_the_controller_is_back(
+    standin: Workplace, cluster: Cluster
+) -> None:
+    words = ("run.dir=run", "run.steps=200")
+    job = standin.submit("pretrain.sbatch", *words, options=(*NODES, *FIRST_TWO))
+    after = standin.submit("run.sbatch", "touch", "next", options=(f"-dafterok:{job.number}",))
+    loses_its_controller(job, standin, cluster)
+    job.script().send_signal(signal.SIGUSR2)
+    says_offline(job, standin, "the controller of Slurm is away")
+    cluster("bootctl")
+    job.ends(seconds=120)
+    assert job.field("Restarts") == "1" and len(starts(standin)) == 200
+    assert "the controller of Slurm is back" in job.log()
+    after.ends()
+    assert (standin.folder / "run/DONE").stat().st_mtime < (standin.folder / "next").stat().st_mtime
+
+
+@pytest.mark.slow
+def test_a_hanging_job_is_requeued_when_the_controller_is_back(
+    standin: Workplace, cluster: Cluster
+) -> None:
+    standin.settings.write_text(standin.settings.read_text() + "export D2V_HANG_SECONDS=20\n")
+    words = ("run.dir=run", "run.steps=200", "hang=1:5")
+    job = standin.submit("pretrain.sbatch", *words, options=(*NODES, *FIRST_TWO))
+    loses_its_controller(job, standin, cluster)
+    says_offline(job, standin, "the controller of Slurm is away")
+    cluster("bootctl")
+    job.ends(seconds=120)
+    assert job.field("Restarts") == "1" and (standin.folder / "run/DONE").exists()
+
+
+@pytest.mark.slow
+def test_a_job_fails_if_the_controller_stays_away(standin: Workplace, cluster: Cluster) -> None:
+    """Its exit code is not 0: stages that wait for the job must not start."""
+    standin.settings.write_text(standin.settings.read_text() + "export D2V_CONTROLLER_SECONDS=1\n")
+    words = ("run.dir=run", "run.steps=600")
+    job = standin.submit("pretrain.sbatch", *words, options=(*NODES, *FIRST_TWO))
+    loses_its_controller(job, standin, cluster)
+    job.script().send_signal(signal.SIGUSR2)
+    says_offline(job, standin, "the run is not finished, and the job cannot requeue itself")
+    cluster("bootctl")
+    job.ends("FAILED", seconds=120)
+    assert job.code == 1
+
+
+def test_a_clock_that_is_set_is_not_a_hang(standin: Workplace, cluster: Cluster) -> None:
+    """As seen from the node of the batch script, every heartbeat is an hour old."""
+    standin.settings.write_text(standin.settings.read_text() + "export D2V_HANG_SECONDS=3\n")
+    words = ("run.dir=run", "run.steps=80", "clock=-3600")
+    job = standin.submit("pretrain.sbatch", *words, options=(*NODES, *FIRST_TWO))
+    job.ends()
+    assert job.field("Restarts") == "0"
+
+
+def test_a_missing_cluster_env_is_named(standin: Workplace, cluster: Cluster) -> None:
+    standin.settings.unlink()
+    job = standin.submit("pretrain.sbatch", "run.dir=run", options=NODES).ends("FAILED")
+    assert job.code == 2
+    assert f"D2V_CLUSTER_ENV names {standin.settings}, which does not exist" in job.log()
+    standin.settings.write_text("export PATH=/usr/bin:/bin\n")
+    job = standin.submit("pretrain.sbatch", "run.dir=run", options=NODES).ends("FAILED")
+    assert job.code == 2
+    assert re.search(
+        rf"d2v-ds: not found on vn\d; the environment that {standin.settings}", job.log()
+    )
+    standin.settings.write_text("export PATH=(\n")
+    job = standin.submit("pretrain.sbatch", "run.dir=run", options=NODES).ends("FAILED")
+    assert job.code == 2 and f"{standin.settings}: cannot be read as bash" in job.log()

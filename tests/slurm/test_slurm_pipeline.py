@@ -112,18 +112,23 @@ def test_tensorboard_prints_its_address_and_answers(cluster: Cluster, tmp_path: 
     where = place(cluster, tmp_path / "home")
     (where.folder / "runs").mkdir()
     job = where.submit("tensorboard.sbatch", "runs", options=("--cpus-per-task=1",))
-    job.says(r"ssh -N -L 6006:vn\d:\d+ \w+@")
+    job.says(r"ssh -N -L 6006:localhost:\d+ -J \w+@\S+ \w+@vn\d\n")
     job.says("Press CTRL", 90)
-    found = re.search(r"6006:(vn\d):(\d+) ", job.log())
+    found = re.search(r"6006:localhost:(\d+) .*@(vn\d)", job.log())
     assert found
-    if cluster.namespaces:
-        url = f"http://{found[1]}:{found[2]}/data/logdir"
+    port, node = found[1], found[2]
+
+    def answer(host: str) -> str:
+        url = f"http://{host}:{port}/data/logdir"
+        if not cluster.namespaces:
+            return urllib.request.urlopen(url, timeout=20).read().decode()
         code = f"import urllib.request as r; print(r.urlopen('{url}', timeout=20).read().decode())"
-        answer = cluster("exec", found[1], sys.executable, "-c", code)
-    else:
-        url = f"http://localhost:{found[2]}/data/logdir"
-        answer = urllib.request.urlopen(url, timeout=20).read().decode()
-    assert json.loads(answer)["logdir"] == "runs"
+        return cluster("exec", node, sys.executable, "-c", code)
+
+    assert json.loads(answer("localhost"))["logdir"] == "runs"
+    if cluster.namespaces:  # it must not listen on the address of the node
+        with pytest.raises(AssertionError, match="Connection refused"):
+            answer(node)
     cluster.command("scancel", job.number)
     wrong = where.submit("tensorboard.sbatch", "nowhere").ends("FAILED")
     assert "nowhere: no such folder" in wrong.log()
