@@ -222,7 +222,7 @@ leave_out() { # nodes: requeues without them, if enough other nodes exist
   requeue "without $*" "$*"
 }
 
-requeue() { # reason, nodes to exclude. Call it only after the ranks have ended: it kills the job
+requeue() { # reason, nodes to exclude. It ends the job and all its ranks
   local without=${2:-} excluded state
   state=$(job_field JobState)
   [[ $state == RUNNING ]] || end 1 "not requeued ($1): the job is ${state:-unknown to Slurm}"
@@ -237,6 +237,5 @@ requeue() { # reason, nodes to exclude. Call it only after the ranks have ended:
       sleep 0.2
     done
   fi
-  sleep 60 # until Slurm ends this script
-  exit 1
+  exit 1 # a requeued job ignores it
 }

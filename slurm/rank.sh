@@ -12,7 +12,18 @@ if ((SLURM_PROCID)); then exec >>"$logs/$own.txt" 2>&1; fi
 "$@"
 code=$?
 touch "$run/heartbeat/$own.ended" # otherwise the rank would count as silent
-((code)) || exit 0
+leave() { # ends this task when Slurm's controller can take note of it
+  # Otherwise Slurm tells the controller a minute later, and the job cannot be requeued until then.
+  trap 'exit "$code"' TERM
+  if ((SLURM_LOCALID == 0)) && command -v scontrol >/dev/null; then
+    for ((waited = 0; waited < ${D2V_CONTROLLER_SECONDS:-900}; waited += 3)); do
+      timeout 2 scontrol ping 2>/dev/null | grep -q 'is UP' && break
+      sleep 1
+    done
+  fi
+  exit "$code"
+}
+((code)) || leave
 set -o noclobber
 { echo "$code $SLURM_PROCID $SLURMD_NODENAME" >"$logs/failed"; } 2>/dev/null
 # When this task exits, Slurm kills the others, so wait for ranks that are saving: until their
@@ -26,4 +37,4 @@ for _ in {1..300}; do
   ((same < 30)) || break
   sleep 1
 done
-exit "$code"
+leave
