@@ -28,20 +28,19 @@ class NotValid(ValueError):
     """A document that cannot be used; says what and where."""
 
 
-def read_document(path: Path, kind: str) -> str:
-    """The text of a small file. kind: what it is, for messages. Raises UserError."""
+def read_document(path: Path, kind: str, most: int = MAX_BYTES) -> str:
+    """The text of a file. kind: what it is, for messages; most: bytes. Raises UserError."""
     try:
         with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(most + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{path}: cannot be read ({reason})") from None
-    if len(data) > MAX_BYTES:
+    if len(data) > most:
         raise UserError(
-            f"{path}: has more than {MAX_BYTES // 1_000_000} MB, so it is not {kind}; name another "
-            "file"
+            f"{path}: has more than {most // 1_000_000} MB, so it is not {kind}; name another file"
         )
     try:
         return data.decode("utf-8-sig")
@@ -173,9 +172,10 @@ def _mapping(node: yaml.MappingNode, loader: yaml.SafeLoader) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------- JSON
 
 
-def load_json(path: Path, kind: str = "a file in JSON") -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError that names the file."""
-    text = read_document(path, kind)
+def load_json(path: Path, kind: str, most: int = MAX_BYTES) -> dict[str, Any]:
+    """The object in a JSON file. kind, most: as for `read_document`. Raises UserError that names
+    the file."""
+    text = read_document(path, kind, most)
     try:
         raw = json.loads(text, object_pairs_hook=_unique)
     except NotValid as error:

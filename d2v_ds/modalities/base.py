@@ -316,12 +316,14 @@ def require_decoder(path: str, decoder: DecoderConfig, model: TransformerConfig)
     require_groups(f"{path}.groups", decoder.groups, widths)
 
 
-def require_some_masked(masked: int, T: int, what: str) -> None:
-    """Raises ValueError if a view of T tokens has no masked or no visible one."""
-    if not 0 < masked < T:
-        raise ValueError(
-            f"masks {masked} of the {T} tokens of {what}; at least one must be masked and one "
-            "visible"
+def require_some_masked(modality: Modality, masked: int | None, T: int) -> None:
+    """Raises UserError if the views of the largest sample, of T tokens, have no masked or no
+    visible token. masked: those of all views; None: their number is random."""
+    if masked is not None and not 0 < masked < modality.views * T:
+        raise UserError(
+            f"modality.{modality.name}.mask.prob: {modality.config.mask.prob} masks "
+            f"{masked // modality.views} of the {T} tokens of the largest sample; at least one "
+            "must be masked and one visible"
         )
 
 

@@ -138,10 +138,6 @@ class SpeechConfig(ModalityConfig):
             raise ValueError(
                 f"crop_seconds={self.crop_seconds} is below min_seconds={self.min_seconds}"
             )
-        if self.mask.kind == "blocks":
-            T = token_count(round(self.crop_seconds * self.sample_rate), self.convs)
-            masked = block_count(T, prob=self.mask.prob, inverse=self.mask.inverse)
-            require_some_masked(masked, T, f"crop_seconds={self.crop_seconds}")
 
 
 def token_count(samples: int, convs: Sequence[tuple[int, int, int]]) -> int:
@@ -419,6 +415,9 @@ class Speech(Modality):
         if positions.depth:
             path = f"modality.{self.name}.positions.groups"
             require_groups(path, positions.groups, {"model.dim": model.dim})
+        if predicts:
+            crop = token_count(self.max_samples, self.config.convs)
+            require_some_masked(self, self.masked_tokens(self.max_samples), crop)
         if predicts and self.config.masked == "removed":
             require_decoder(f"modality.{self.name}.decoder", self.config.decoder, model)
 

@@ -127,9 +127,6 @@ class TextConfig(ModalityConfig):
                 )
         if self.specials >= self.vocab_size:
             raise ValueError(f"specials={self.specials} must be in [0, {self.vocab_size})")
-        if self.mask.kind == "uniform":
-            masked = uniform_count(self.max_tokens, prob=self.mask.prob)
-            require_some_masked(masked, self.max_tokens, f"max_tokens={self.max_tokens}")
         if self.masked == "replaced" and self.views > 1 and self.text_teacher == "masked":
             raise ValueError(f"text_teacher=masked requires views=1, got {self.views}")
         if self.text_teacher == "masked" and self.cls_weight > 0:
@@ -351,6 +348,9 @@ class Text(Modality):
         return (counts / len(example)).astype(np.float32)
 
     def check_model(self, model: TransformerConfig, *, predicts: bool = True) -> None:
+        if predicts:
+            longest = self.config.max_tokens
+            require_some_masked(self, self.masked_tokens(longest), longest)
         if predicts and self.config.masked == "removed":
             require_decoder(f"modality.{self.name}.decoder", self.config.decoder, model)
 

@@ -110,9 +110,6 @@ class VisionConfig(ModalityConfig):
             raise ValueError(
                 f"mask.patches={self.mask.patches} must be below {T}, the number of patches"
             )
-        if self.mask.kind == "blocks":
-            masked = block_count(T, prob=self.mask.prob, inverse=self.mask.inverse)
-            require_some_masked(masked, T, f"image_size={self.image_size}")
         if self.positions == "relative" and self.extra_tokens != 1:
             raise ValueError(f"positions=relative requires extra_tokens=1, got {self.extra_tokens}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
@@ -304,6 +301,9 @@ class Vision(Modality):
                 f"model.dim: must be a multiple of 4 for modality.{self.name}.positions=sincos, "
                 f"got {model.dim}"
             )
+        if predicts:
+            h, w = self.config.grid
+            require_some_masked(self, self.masked_tokens(0), h * w)
         if predicts and self.config.masked == "removed":
             require_decoder(f"modality.{self.name}.decoder", self.config.decoder, model)
 
