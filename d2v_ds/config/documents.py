@@ -9,6 +9,7 @@ make a short text large. Every error is one UserError that names the file and th
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from d2v_ds.errors import UserError
 MAX_BYTES = 10_000_000  # of a file; a configuration with 20,000 labels has 400 kB
 MAX_VALUES = 200_000  # in a document, with its aliases written out
 MAX_DEPTH = 50
+OPENERS = re.compile(rf"(?:[\[{{]\s*){{{MAX_DEPTH + 1}}}")
 MERGE = "tag:yaml.org,2002:merge"
 TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null")}
 
@@ -67,6 +69,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 def parse_yaml(text: str) -> Any:
     """The value of a YAML document. Raises NotValid."""
+    if OPENERS.search(text):  # the library takes seconds for thousands of them
+        raise NotValid(f"nested more than {MAX_DEPTH} levels deep")
     loader = None
     try:
         loader = yaml.SafeLoader(text)
@@ -79,7 +83,7 @@ def parse_yaml(text: str) -> Any:
         raise NotValid(_problem(error)) from None
     except yaml.YAMLError as error:  # characters that YAML excludes
         raise NotValid(str(error).splitlines()[0]) from None
-    except RecursionError:  # libyaml's nesting is that of Python's calls
+    except RecursionError:  # each level of nesting is a call
         raise NotValid(f"nested more than {MAX_DEPTH} levels deep") from None
     finally:
         if loader is not None:

@@ -65,7 +65,7 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(override: str, messa
         ("modality.speech.shared=[conv]", "modality.speech: shared: no part 'conv'"),
         ("modality.smell={}", "modality.smell: no such modality (allowed: speech, text, vision)"),
         ("target.top_k=9", "target.top_k: 9 exceeds model.depth=4; lower it"),
-        ("modality.speech.mask.prob=1e-4", "modality.speech.mask.prob: 0.0001 masks 0 of the 199"),
+        ("modality.speech.mask.prob=1e-4", "modality.speech.mask.prob: 0.0001 masks 0 of the 100"),
         ("modality.speech.decoder.groups=3", "modality.speech.decoder.groups: 3 does not divide"),
         ("modality.speech.positions.groups=3", "modality.speech.positions.groups: 3 does not div"),
     ],
