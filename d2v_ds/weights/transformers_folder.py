@@ -19,7 +19,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from d2v_ds.config.decoding import decode
 from d2v_ds.config.documents import load_json, shown
 from d2v_ds.errors import UserError
 from d2v_ds.key_maps import (
@@ -30,8 +29,7 @@ from d2v_ds.key_maps import (
     named_error,
     to_ours,
 )
-from d2v_ds.transformer import TransformerConfig
-from d2v_ds.weights.assemble import Foreign, add_last_norm, assemble, exact
+from d2v_ds.weights.assemble import Foreign, add_last_norm, assemble, exact, trunk_of
 from d2v_ds.weights.model import Settings, Weights
 from d2v_ds.weights.tables import Table, take
 from d2v_ds.weights.unpickle import Refused, load_pickled
@@ -213,7 +211,7 @@ def exported(path: Path, config: Settings, own: Settings, state: dict[str, Tenso
     )
     # transformers may have trained the model and saved it again, without our other files.
     fold_token_types(found, state)
-    add_last_norm(found, decode(TransformerConfig, settings["model"], "model"))
+    add_last_norm(found, trunk_of(found, settings))
     if head and finetune:
         relabel(found, config)
     elif head:
