@@ -77,6 +77,8 @@ class TransformerConfig:
     costs time."""
 
     def __post_init__(self) -> None:
+        if int(self.dim * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} gives the FFN no width at dim={self.dim}")
         if self.dim % self.heads:
             raise ValueError(f"dim={self.dim} is not divisible by heads={self.heads}")
 
