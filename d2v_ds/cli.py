@@ -18,6 +18,7 @@ from d2v_ds.arguments import positive, size
 from d2v_ds.cli_evaluate import add_evaluate, add_features, evaluate_run, features_run
 from d2v_ds.errors import UserError
 from d2v_ds.export import arguments as exporting
+from d2v_ds.secrets import mask
 
 DESCRIPTION = """\
 Pre-trains data2vec 1.0 and 2.0 on speech, images and text with DeepSpeed ZeRO.
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = arguments.command(arguments)
         return code
     except UserError as error:
-        print(f"d2v-ds: {error}", file=sys.stderr)
+        message = " ".join(mask(str(error)).splitlines())
+        print(f"d2v-ds: {message}", file=sys.stderr)
         return exit_codes.BAD_INPUT
     except BrokenPipeError:  # the reader has closed the pipe, as in `... | head`
         return exit_codes.FINISHED

@@ -28,10 +28,13 @@ def temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}{TEMPORARY}")
 
 
-def write_atomically(path: Path, data: str | bytes) -> None:
+def write_atomically(path: Path, data: str | bytes, *, mode: int | None = None) -> None:
     """Replaces a file. If the process ends at any moment, `path` has the old or the new content,
-    never a part of it. Once this returns, the new content survives a power failure."""
+    never a part of it. Once this returns, the new content survives a power failure. mode: the
+    permissions of the file, which it has before its content; None: the usual ones."""
     aside = temporary(path)
+    if mode is not None:
+        aside.touch(mode=mode)
     write_durably(aside, data)
     os.replace(aside, path)
     sync(path.parent)

@@ -122,13 +122,11 @@ class Pretrain(Task):
     def resolve(config: Config) -> Config:
         """The configuration with every default of model.* and modality.* written out. Raises
         UserError."""
+        model, modalities = parts_of(config)
         return dataclasses.replace(
             config,
-            model=to_dict(model_of(config)),
-            modality={
-                name: to_dict(modality.config)
-                for name, modality in create_modalities(config.modality).items()
-            },
+            model=to_dict(model),
+            modality={name: to_dict(modality.config) for name, modality in modalities.items()},
         )
 
     @classmethod
@@ -136,10 +134,17 @@ class Pretrain(Task):
         """Raises UserError for invalid settings in model.* or modality.*."""
         if config.init_from == "nothing":
             raise UserError("init_from: nothing is for fine-tuning; omit init for random weights")
-        model = model_of(config)
-        modalities = create_modalities(config.modality)
+        model, modalities = parts_of(config)
         require_one_each(config)
         return cls(model, modalities, config.target)
+
+
+def parts_of(config: Config) -> tuple[TransformerConfig, dict[str, Modality]]:
+    """The trunk's settings and the modalities. Raises UserError if they do not fit together."""
+    model, modalities = model_of(config), create_modalities(config.modality)
+    for modality in modalities.values():
+        modality.check_model(model)
+    return model, modalities
 
 
 def model_of(config: Config) -> TransformerConfig:

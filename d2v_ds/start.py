@@ -26,7 +26,7 @@ from d2v_ds import checkpoint
 from d2v_ds.batch import StepBatch
 from d2v_ds.best import Judge
 from d2v_ds.config import Config, modality_of
-from d2v_ds.config.decoding import decode, dump_yaml, to_dict
+from d2v_ds.config.decoding import decode, dump_yaml, to_dict, to_stored, without_secrets
 from d2v_ds.config.resume import refuse_changes
 from d2v_ds.data.cache.stage import stage
 from d2v_ds.data.shard_format import ShardSet, open_set
@@ -47,6 +47,7 @@ from d2v_ds.run import environment
 from d2v_ds.run.rank_check import warn_of_too_few_cores
 from d2v_ds.run.run_folder import Generation, RunFolder, claim_generation
 from d2v_ds.run.watchdog import PATIENT, Watchdog
+from d2v_ds.secrets import MaskingFormatter, mask_values
 from d2v_ds.step import create_engine_and_ema
 from d2v_ds.task import Task
 from d2v_ds.teacher import Ema
@@ -112,7 +113,7 @@ class Training:
             partitions=self.engine.partitions(),
             ema=self.ema.pieces if self.ema else {},
             shapes=self.shapes,
-            state={"train": dataclasses.asdict(self.state), "config": to_dict(self.config)},
+            state={"train": dataclasses.asdict(self.state), "config": to_stored(self.config)},
         )
         self.watchdog.mark("training", self.state.step)
 
@@ -251,7 +252,7 @@ def start_from_weights(
         log.info("%s", line)
     if "encoder.front_ends.text.features.tokens.weight" in done.copied:
         refuse_other(weights.path, weights.files, texts)
-    report = json.dumps(done.as_json(), indent=1) + "\n"
+    report = json.dumps(mask_values(done.as_json()), indent=1) + "\n"
     on_rank_0(lambda: write_atomically(run.init, report))
 
 
@@ -277,9 +278,8 @@ def check_resume(
             f"{run.root} holds checkpoints up to step {found.step}, and --new was given; choose "
             "another run.dir, or omit --new to resume"
         )
-    allowed = refuse_changes(
-        with_defaults(task_class, found.state["config"]), to_dict(config), allow
-    )
+    stored = with_defaults(task_class, found.state["config"])
+    allowed = refuse_changes(without_secrets(stored), to_stored(config), allow)
     if allowed:
         log.warning("resuming with changed settings, as allowed: %s", ", ".join(allowed))
 
@@ -356,7 +356,9 @@ def local_copy(shards: ShardSet, watchdog: Watchdog) -> ShardSet:
 
 def describe_run(config: Config, run: RunFolder, nodes: list[str]) -> None:
     write_atomically(run.config, dump_yaml(config))
-    write_atomically(run.environment, json.dumps(environment.describe(nodes), indent=1) + "\n")
+    # What is in the environment is not known, so only its owner may read what masking leaves of it.
+    described = json.dumps(environment.describe(nodes), indent=1) + "\n"
+    write_atomically(run.environment, described, mode=0o600)
     environment.keep_code(run.code)
     if config.finetune.tokenizer and not run.labels.exists():
         shutil.copyfile(config.finetune.tokenizer, run.labels)
@@ -368,9 +370,11 @@ def log_to(path: Path) -> None:
     """Sends the log to this rank's file, and on rank 0 to the console as well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(message)s"))
     log.handlers = [handler]
     if own_rank() == 0:
-        log.addHandler(logging.StreamHandler(sys.stdout))
+        console = logging.StreamHandler(sys.stdout)
+        console.setFormatter(MaskingFormatter())
+        log.addHandler(console)
     log.setLevel(logging.INFO)
     log.propagate = False

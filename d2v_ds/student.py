@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2v_ds.batch import Batch
+from d2v_ds.config.bounds import Amount, Dropout, Layers, Width
 from d2v_ds.transformer import TransformerConfig, Trunk
 
 Encoded = tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]
@@ -240,28 +241,28 @@ class DecoderConfig:
     """The convolutional predictor of data2vec 2.0 (fairseq
     examples/data2vec/models/modalities/modules.py, D2vDecoderConfig)."""
 
-    dim: int = 384
+    dim: Width = 384
     """Width of the convolutions."""
 
-    depth: int = 4
+    depth: Layers = 4
     """The number of convolutions."""
 
-    kernel: int = 7
+    kernel: Width = 7
     """Kernel size of the convolutions, in tokens; for images, along both axes."""
 
-    groups: int = 16
+    groups: Width = 16
     """Groups of the convolutions, which must divide dim and model.dim."""
 
-    dropout: float = 0.1
+    dropout: Dropout = 0.1
     """Dropout of the encoder's output, before the masked slots are filled."""
 
     residual: bool = True
     """Add a convolution's input to its output if both have the same width."""
 
-    projection: int = 1
+    projection: Layers = 1
     """The number of linear layers after the convolutions."""
 
-    noise: float = 0.01
+    noise: Amount = 0.01
     """Standard deviation of the noise that fills the masked slots."""
 
     zero_last: bool = False

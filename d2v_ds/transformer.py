@@ -13,57 +13,59 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from d2v_ds.config.bounds import Bounds, Dropout, Factor, Layers, OffAmount, Width
+
 
 @dataclass(frozen=True)
 class TransformerConfig:
     """The trunk that all modalities share."""
 
-    dim: int = 768
+    dim: Width = 768
     """Width of a token. heads must divide it."""
 
-    depth: int = 12
+    depth: Layers = 12
     """The number of blocks."""
 
-    heads: int = 12
+    heads: Width = 12
     """Attention heads per block."""
 
-    mlp_ratio: float = 4.0
+    mlp_ratio: Annotated[float, Bounds(0, 1000, open_low=True)] = 4.0
     """Hidden width of the feed-forward network (FFN), as a multiple of dim."""
 
     norm: Literal["post", "pre"] = "post"
     """post: LayerNorm after each residual sum; pre: before each branch, and once after the last
     block."""
 
-    norm_eps: float = 1e-5
+    norm_eps: Factor = 1e-5
     """Epsilon of LayerNorm in the blocks and directly before them."""
 
     qkv_bias: Literal["all", "qv"] = "all"
     """all: queries, keys and values have a bias; qv: keys have none, as in BEiT."""
 
-    layer_scale: float = 0.0
+    layer_scale: OffAmount = 0.0
     """Initial value of a learned factor per channel and branch (LayerScale); 0: no such factor."""
 
-    dropout: float = 0.1
+    dropout: Dropout = 0.1
     """Dropout of the outputs of attention and FFN."""
 
-    attention_dropout: float = 0.1
+    attention_dropout: Dropout = 0.1
     """Dropout of the attention weights."""
 
-    activation_dropout: float = 0.0
+    activation_dropout: Dropout = 0.0
     """Dropout inside the FFN, after its activation."""
 
-    drop_path: float = 0.0
+    drop_path: Dropout = 0.0
     """Probability that a row skips a branch (stochastic depth) in the last block; it rises linearly
     from 0 in the first block."""
 
-    layer_drop: float = 0.0
+    layer_drop: Dropout = 0.0
     """Probability that a micro-batch skips a block (LayerDrop)."""
 
     init: Literal["bert", "beit"] = "bert"
@@ -75,19 +77,10 @@ class TransformerConfig:
     costs time."""
 
     def __post_init__(self) -> None:
-        if self.heads < 1 or self.dim % self.heads:
+        if int(self.dim * self.mlp_ratio) < 1:
+            raise ValueError(f"mlp_ratio={self.mlp_ratio} gives the FFN no width at dim={self.dim}")
+        if self.dim % self.heads:
             raise ValueError(f"dim={self.dim} is not divisible by heads={self.heads}")
-        for name in (
-            "dropout",
-            "attention_dropout",
-            "activation_dropout",
-            "drop_path",
-            "layer_drop",
-        ):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
-        if self.layer_scale < 0:
-            raise ValueError(f"layer_scale={self.layer_scale} must be 0 (off) or more")
 
 
 class Attention(nn.Module):

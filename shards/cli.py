@@ -29,6 +29,7 @@ from d2v_ds import exit_codes
 from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE
 from d2v_ds.errors import UserError
 from d2v_ds.modalities import REGISTRY
+from d2v_ds.secrets import mask
 from shards import arguments as options
 from shards import layout
 
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments))
     except UserError as error:
-        print(f"d2v-shards: {error}", file=sys.stderr)
+        print(f"d2v-shards: {mask(str(error))}", file=sys.stderr)
         return exit_codes.BAD_INPUT
     except BrokenPipeError:  # the reader has closed the pipe; verify may have found more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -201,7 +201,7 @@ def test_show_reports_parameters_memory_and_batches_by_modality() -> None:
             ["data.shards={speech/a: /a, speech/b: /b, vision: /c, text: /d}"],
             "data.weights.speech: no such source in this run (it has: speech/a, speech/b, vision",
         ),
-        (["modality.text.loss_weight=0"], "modality.text: loss_weight=0.0 must be above 0"),
+        (["modality.text.loss_weight=0"], "modality.text.loss_weight: must be above 0, got 0.0"),
     ],
 )
 def test_a_wrong_setting_of_a_joint_run_is_named(settings: list[str], message: str) -> None:

@@ -107,7 +107,7 @@ def test_position_std_sets_only_the_initial_positions_of_text() -> None:
     assert published.std().item() == pytest.approx(0.02, rel=0.01)
     torch.testing.assert_close(smaller, published / 4)
     assert all(value.equal(weights[1][name]) for name, value in weights[0].items())
-    with pytest.raises(UserError, match=r"modality.text: position_std=-1.0 must be 0 or more"):
+    with pytest.raises(UserError, match=r"modality.text.position_std: must be 0 or more, got -1"):
         Pretrain.create(recipes.load("text_tiny", ["modality.text.position_std=-1"]))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from d2v_ds.config.decoding import value_at
+
 # The settings with which the original code runs. This project corrects their defaults.
 FAIRSEQ: dict[str, Any] = {
     "optim.decay_all": True,
@@ -22,14 +24,14 @@ def apply_compat(raw: dict[str, Any], *, over: bool) -> None:
         return
     for path, value in FAIRSEQ.items():
         *sections, key = path.split(".")
-        if sections[0] == "modality" and sections[1] not in raw.get("modality", {}):
+        if sections[0] == "modality" and not isinstance(value_at(raw, ".".join(sections)), dict):
             continue
         if path.endswith("text_teacher") and masked_of(raw, "text") != "replaced":
             continue  # a setting of data2vec 1.0
         section = raw
         for name in sections:
-            section = section.setdefault(name, {})
-        if over or key not in section:
+            section = section.setdefault(name, {}) if isinstance(section, dict) else section
+        if isinstance(section, dict) and (over or key not in section):  # else decoding refuses it
             section[key] = value
 
 

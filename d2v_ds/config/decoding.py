@@ -2,7 +2,8 @@
 
     YAML file or mapping --apply_overrides--> mapping --decode(dataclass)--> instance --dump_yaml-->
 
-Independent of the meaning of the settings. Every error is a UserError that begins with the path of
+documents.py reads YAML, bounds.py has the values that numbers may have. Independent of the meaning
+of the settings. Every error is a UserError that begins with the path of
 the setting.
 """
 
@@ -10,15 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from functools import lru_cache
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 import yaml
 
+from d2v_ds.config.bounds import LARGEST, Bounds
+from d2v_ds.config.documents import NotValid, parse_yaml, shown
 from d2v_ds.errors import UserError, suggestion
+from d2v_ds.secrets import mask_values
 
 T = TypeVar("T")
 
@@ -36,17 +41,19 @@ def _decode(kind: Any, raw: Any, path: str) -> Any:
         return _decode_dataclass(typing.cast(type, kind), raw, path)
     if origin in (Union, types.UnionType):
         return _decode_union(arguments, raw, path)
+    if origin is Annotated:
+        return _within(_decode(arguments[0], raw, path), arguments[1], path)
     if origin is Literal:
-        if raw not in arguments:
+        if not isinstance(raw, str) or raw not in arguments:
             raise UserError(
-                f"{path}: expected one of {', '.join(map(str, arguments))}, got {raw!r}"
+                f"{path}: expected one of {', '.join(map(str, arguments))}, got {shown(raw)}"
             )
         return raw
     if origin is tuple:
         return _decode_tuple(arguments, raw, path)
     if origin is dict:
         if not isinstance(raw, Mapping):
-            raise UserError(f"{path}: expected a mapping, got {raw!r}")
+            raise UserError(f"{path}: expected a mapping, got {shown(raw)}")
         return {
             str(k): _decode(arguments[1], v, f"{path}.{k}" if path else str(k))
             for k, v in raw.items()
@@ -54,12 +61,26 @@ def _decode(kind: Any, raw: Any, path: str) -> Any:
     return _decode_scalar(kind, raw, path)
 
 
+@lru_cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, with their bounds."""
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def _within(value: Any, bounds: Bounds, path: str) -> Any:
+    if not bounds.allow(value):
+        raise UserError(f"{path}: must be {bounds.describe(value)}, got {shown(value)}")
+    return value
+
+
 def _decode_dataclass(kind: type, raw: Any, path: str) -> Any:
     if isinstance(raw, kind):
         return raw
     if not isinstance(raw, Mapping):
-        raise UserError(f"{path or 'configuration'}: expected a mapping of settings, got {raw!r}")
-    hints = typing.get_type_hints(kind)
+        raise UserError(
+            f"{path or 'configuration'}: expected a mapping of settings, got {shown(raw)}"
+        )
+    hints = _hints(kind)
     known = [f.name for f in dataclasses.fields(kind)]
     values = {}
     for key, value in raw.items():
@@ -102,7 +123,7 @@ def _decode_union(options: tuple[Any, ...], raw: Any, path: str) -> Any:
 
 def _decode_tuple(arguments: tuple[Any, ...], raw: Any, path: str) -> Any:
     if not isinstance(raw, list | tuple):
-        raise UserError(f"{path}: expected a list, got {raw!r}")
+        raise UserError(f"{path}: expected a list, got {shown(raw)}")
     if len(arguments) == 2 and arguments[1] is Ellipsis:
         return tuple(_decode(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(raw))
     if len(raw) != len(arguments):
@@ -112,6 +133,8 @@ def _decode_tuple(arguments: tuple[Any, ...], raw: Any, path: str) -> Any:
     )
 
 
+MAX_FLOAT = 10**308
+MAX_INTEGER = 2**63
 NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 
 
@@ -123,12 +146,18 @@ def _decode_scalar(kind: Any, raw: Any, path: str) -> Any:
             raw = float(raw)
         except ValueError:
             pass
-    if kind is float and isinstance(raw, int) and not isinstance(raw, bool):
-        return float(raw)
+    if kind is float and type(raw) is int:
+        raw = float(raw) if abs(raw) < MAX_FLOAT else math.inf
     if kind is int and isinstance(raw, float) and raw.is_integer():
-        return int(raw)
+        raw = int(raw)
     if type(raw) is not kind:
-        raise UserError(f"{path}: expected {NAMES.get(kind, kind.__name__)}, got {raw!r}")
+        raise UserError(f"{path}: expected {NAMES.get(kind, kind.__name__)}, got {shown(raw)}")
+    if kind is float and not math.isfinite(raw):
+        raise UserError(f"{path}: must be a finite number, got {raw}")
+    if kind is int and not abs(raw) <= MAX_INTEGER:
+        raise UserError(f"{path}: must be at most {LARGEST:,}, got {shown(raw)}")
+    if kind is str and "\0" in raw:
+        raise UserError(f"{path}: must not contain a NUL character, got {shown(raw)}")
     return raw
 
 
@@ -140,9 +169,9 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]
         if not separator or not key:
             raise UserError(f"{override!r}: expected key.path=value, for example optim.lr=1e-3")
         try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError:
-            raise UserError(f"{key}: {text!r} is not valid YAML") from None
+            value = parse_yaml(text) if text else ""
+        except NotValid as error:
+            raise UserError(f"{key}: {shown(text)} is not valid YAML ({error})") from None
         *parents, last = key.split(".")
         section = raw
         for i, name in enumerate(parents):
@@ -165,28 +194,33 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises UserError that names the file."""
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a mapping of settings at the top")
-    return raw
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """A configuration as plain mappings and lists, for YAML and JSON."""
     result: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
     return result
 
 
+def to_stored(config: Any) -> dict[str, Any]:
+    """A configuration as plain mappings and lists, with *** in place of secrets: what is stored and
+    printed."""
+    return without_secrets(to_dict(config))
+
+
+def without_secrets(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a run with *** in place of secrets. Labels stay, which are no secrets."""
+    stored: dict[str, Any] = mask_values(raw)
+    for section, key in PLAIN:
+        if isinstance(given := raw.get(section), Mapping) and key in given:
+            stored[section][key] = given[key]
+    return stored
+
+
+PLAIN = (("finetune", "labels"),)
+
+
 def dump_yaml(config: Any) -> str:
-    """A configuration as YAML, in the order of its fields."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, width=100)
+    """A configuration as YAML, in the order of its fields, without secrets."""
+    return yaml.safe_dump(to_stored(config), sort_keys=False, width=100)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

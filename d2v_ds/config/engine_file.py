@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
+from d2v_ds.config.documents import load_json
 from d2v_ds.errors import UserError
 from d2v_ds.files import resource
 
@@ -19,7 +19,7 @@ def engine_config_file(name: str) -> Path | None:
     folder = resource("ds_configs")
     known = sorted(p.stem for p in folder.glob("*.json"))
     path = folder / f"{name}.json" if name in known else Path(name)
-    if not path.is_file():
+    if not is_file(path):
         near = difflib.get_close_matches(name, ["local", *known], n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise UserError(
@@ -27,6 +27,14 @@ def engine_config_file(name: str) -> Path | None:
             f"{', '.join(known)}{hint}"
         )
     return path
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file. A name that is too long for a file is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 # DeepSpeed keys that the run determines, and the settings that they follow from.
@@ -49,12 +57,7 @@ def load_engine_config(name: str) -> dict[str, Any]:
     path = engine_config_file(name)
     if path is None:
         return {}
-    try:
-        raw = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a JSON object")
+    raw = load_json(path, "a file of DeepSpeed settings in JSON")
     for key, owner in OWNED_BY_RUN.items():
         if key in raw:
             raise UserError(

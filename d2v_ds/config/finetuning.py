@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from d2v_ds.config.bounds import Amount, Count, Dropout, Factor, Positive, PositiveShare, Share
+
 Metric = Literal[
     "accuracy",
     "f1",
@@ -40,24 +42,24 @@ class FineTuning:
     """The metric that decides which checkpoint is best. auto: wer for ctc, accuracy for
     classification, pearson_spearman for regression."""
 
-    patience: int = 0
+    patience: Count = 0
     """Validations without a better value after which the run ends; 0: no early stopping."""
 
-    max_seconds: float = 0.0
+    max_seconds: Amount = 0.0
     """ctc: longer recordings are left out, and counted in the log; 0: none."""
 
     freeze: Literal["nothing", "convolutions", "features", "front_end", "encoder"] = "nothing"
     """What is never trained. convolutions: those of the speech front end; features: the front end
     without its positions and context; front_end: all of it; encoder: everything but the head."""
 
-    freeze_blocks: int = 0
+    freeze_blocks: Count = 0
     """The number of blocks, counted from the input, that are never trained; needs
     freeze=front_end."""
 
-    freeze_steps: int = 0
+    freeze_steps: Count = 0
     """Steps at the beginning in which only the head is trained."""
 
-    layer_decay: float = 1.0
+    layer_decay: PositiveShare = 1.0
     """The learning rate of block n of L, n from 1, is multiplied by layer_decay ** (L + 1 - n)
     (Clark et al. 2020); 1: all the same."""
 
@@ -65,39 +67,39 @@ class FineTuning:
     """Multiply the learning rate of the front end by layer_decay ** (L + 1), as BEiT does; false:
     leave it, as fairseq does."""
 
-    head_lr: float = 1.0
+    head_lr: Factor = 1.0
     """Factor of the learning rate of the head."""
 
-    head_std: float | None = None
+    head_std: Amount | None = None
     """Standard deviation of the initial weights of the head's last layer; null: Xavier-uniform
     weights for ctc, 0.02 otherwise."""
 
-    head_dropout: float = 0.0
+    head_dropout: Dropout = 0.0
     """Dropout of the encoder's output, before the head."""
 
     pool: Literal["auto", "mean", "first"] = "auto"
     """Which tokens the head of a classification or regression reads: their mean, or the first one.
     auto: first for text, as RoBERTa does; mean otherwise."""
 
-    bos_id: int | None = 0
+    bos_id: Count | None = 0
     """Text: the id that is prepended to each text that does not begin with it; null: none."""
 
-    label_smoothing: float = 0.0
+    label_smoothing: Share = 0.0
     """classification: the probability that is spread over all classes."""
 
-    mixup: float = 0.0
+    mixup: Amount = 0.0
     """Images: alpha of mixup (Zhang et al. 2018); 0: none."""
 
-    cutmix: float = 0.0
+    cutmix: Amount = 0.0
     """Images: alpha of CutMix (Yun et al. 2019); 0: none."""
 
-    mix_prob: float = 1.0
+    mix_prob: Share = 1.0
     """The probability that the images of a micro-batch are mixed."""
 
-    mix_switch: float = 0.5
+    mix_switch: Share = 0.5
     """The probability of CutMix if both mixup and cutmix are set."""
 
-    erase: float = 0.0
+    erase: Share = 0.0
     """Images: the probability that a rectangle is replaced by noise (random erasing, Zhong et al.
     2020)."""
 
@@ -105,42 +107,24 @@ class FineTuning:
     """Images: rand: two random operations of RandAugment (Cubuk et al. 2020) at magnitude 9 with
     standard deviation 0.5."""
 
-    time_mask: float = 0.0
+    time_mask: Dropout = 0.0
     """Speech: the fraction of tokens that spans of time_mask_length are drawn for, in training."""
 
-    time_mask_length: int = 10
+    time_mask_length: Positive = 10
     """Length of a masked span of tokens."""
 
     time_mask_with: Literal["token", "zero", "noise"] = "token"
     """What replaces masked tokens. token: the mask token of data2vec 1.0; noise: N(0, 0.01), as
     fairseq for 2.0; zero."""
 
-    channel_mask: float = 0.0
+    channel_mask: Dropout = 0.0
     """Speech: the fraction of channels that spans of channel_mask_length are drawn for; they are
     set to zero."""
 
-    channel_mask_length: int = 64
+    channel_mask_length: Positive = 64
     """Length of a masked span of channels."""
 
     def __post_init__(self) -> None:
-        for name in ("mix_prob", "mix_switch", "erase", "label_smoothing"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1]")
-        for name in ("head_dropout", "time_mask", "channel_mask"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be in [0, 1)")
-        for name in ("patience", "max_seconds", "freeze_blocks", "freeze_steps", "mixup", "cutmix"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
-        for name in ("time_mask_length", "channel_mask_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 < self.layer_decay <= 1:
-            raise ValueError(f"layer_decay={self.layer_decay} must be in (0, 1]")
-        if self.head_lr <= 0:
-            raise ValueError(f"head_lr={self.head_lr} must be above 0")
-        if self.head_std is not None and self.head_std < 0:
-            raise ValueError(f"head_std={self.head_std} must be 0 or more")
         if self.freeze_blocks and self.freeze not in ("front_end", "encoder"):
             raise ValueError(
                 f"freeze_blocks={self.freeze_blocks} needs freeze=front_end, got {self.freeze}"

@@ -291,7 +291,8 @@ resolved configuration as YAML, and the run folder stores it in `config.yaml`.
   overrides that contain characters special to the shell.
 - The setting determines the type: `run.steps=7e2` is 700, and `run.steps=1.5` is an error. An
   unknown setting, a wrong type or a value out of range is reported in one line that begins with the
-  path of the setting, with exit code 2.
+  path of the setting, with exit code 2. So is a key that a YAML file gives twice. Numbers must be
+  finite.
 - Later overrides take precedence. `section={{...}}` replaces the whole section, and settings that
   the mapping omits have their defaults.
 - `modality.NAME=null` removes a modality from a joint recipe, together with its entries in

@@ -6,7 +6,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
+
+from d2v_ds.config.bounds import (
+    Amount,
+    Bounds,
+    Count,
+    Dropout,
+    Factor,
+    MicroBatches,
+    OffAmount,
+    OffCount,
+    Positive,
+    PositiveShare,
+    Processes,
+    Seed,
+    Share,
+    Threads,
+)
 
 Normalisation = Literal["instance", "layer", "none"]
 
@@ -21,13 +38,13 @@ class Run:
     name: str = ""
     """The name of the run; empty: the recipe's name."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seeds the weights, the order of the data, crops, masks, dropout and noise."""
 
-    steps: int = 1000
+    steps: Positive = 1000
     """Optimizer steps, also the length of the learning-rate schedule."""
 
-    threads: int = 0
+    threads: Threads = 0
     """torch threads per rank; 0: one per core of the rank."""
 
 
@@ -45,14 +62,14 @@ class Data:
     valid: str | dict[str, str] = ""
     """Held-out shard sets, in the same form; empty: no validation."""
 
-    weights: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, Factor] = field(default_factory=dict)
     """{source: relative share of the steps}; need not sum to 1. Empty: equal shares."""
 
-    workers: int = 2
+    workers: Processes = 2
     """Loader processes per rank, divided among the sources with at least one for each; 0: decode in
     the training process."""
 
-    max_bad: float = 0.001
+    max_bad: Share = 0.001
     """The fraction of bad samples above which the run ends with an error."""
 
 
@@ -60,11 +77,11 @@ class Data:
 class BatchSize:
     """The batch of one optimizer step. It does not depend on the number of ranks."""
 
-    size: float | dict[str, float] = 60.0
+    size: Factor | dict[str, Factor] = 60.0
     """The size of a whole optimizer step in the modality's unit: seconds of audio, images or
     tokens; texts in fine-tuning. With several modalities, {modality: size}."""
 
-    micro_batches: int = 1
+    micro_batches: MicroBatches = 1
     """The number of micro-batches per step. The number of ranks must divide it."""
 
 
@@ -73,7 +90,7 @@ class Target:
     """The regression target, an average over the teacher's top blocks (Baevski et al. 2022, section
     3.3)."""
 
-    top_k: int = 8
+    top_k: Positive = 8
     """The number of top blocks that are averaged."""
 
     layer_norm: Normalisation = "instance"
@@ -91,13 +108,13 @@ class Target:
 class TeacherSettings:
     """The exponential moving average (EMA) of the student's weights."""
 
-    decay: float = 0.999
+    decay: Share = 0.999
     """EMA decay at the start."""
 
-    decay_end: float = 0.9999
+    decay_end: Share = 0.9999
     """EMA decay after anneal_steps."""
 
-    anneal_steps: int = 30_000
+    anneal_steps: Count = 30_000
     """Steps over which the decay rises linearly from decay to decay_end."""
 
 
@@ -105,22 +122,22 @@ class TeacherSettings:
 class Optim:
     """AdamW and the learning rate."""
 
-    lr: float = 5e-4
+    lr: Factor = 5e-4
     """The peak learning rate."""
 
-    betas: tuple[float, float] = (0.9, 0.98)
+    betas: tuple[Dropout, Dropout] = (0.9, 0.98)
     """Decay rates of Adam's two moments."""
 
-    eps: float = 1e-6
+    eps: Factor = 1e-6
     """Added to the denominator of Adam's update."""
 
-    weight_decay: float = 0.01
+    weight_decay: Amount = 0.01
     """Decoupled weight decay. Biases, norms and scales are exempt unless decay_all is set."""
 
-    clip: float = 0.0
+    clip: OffAmount = 0.0
     """The gradient norm above which gradients are scaled down; 0: no clipping."""
 
-    warmup_steps: int = 1000
+    warmup_steps: Count = 1000
     """Steps of linear warm-up."""
 
     schedule: Literal["cosine", "tri_stage", "constant", "linear", "cosine_beit"] = "cosine"
@@ -128,16 +145,16 @@ class Optim:
     from lr to lr_end; tri_stage: lr for hold_steps, then exponential decay over decay_steps;
     constant: lr; cosine_beit: cosine, with a warm-up that is one step shorter, as in BEiT."""
 
-    lr_end: float = 0.0
+    lr_end: Amount = 0.0
     """The final learning rate of the cosine and linear schedules."""
 
-    hold_steps: int | None = None
+    hold_steps: Count | None = None
     """tri_stage: steps at the peak; null: those between the warm-up and the decay."""
 
-    decay_steps: int | None = None
+    decay_steps: Count | None = None
     """tri_stage: steps of the decay; null: 7 % of the steps."""
 
-    decay_to: float = 0.01
+    decay_to: PositiveShare = 0.01
     """tri_stage: the final learning rate, as a fraction of lr."""
 
     decay_all: bool = False
@@ -155,10 +172,10 @@ class Valid:
     runs can be compared.
     """
 
-    every: int = 1000
+    every: Positive = 1000
     """Steps between validations; the last step is always validated."""
 
-    samples: int = 0
+    samples: Annotated[int, Bounds(0, zero="all")] = 0
     """The number of samples of each set that are used, evenly spaced; 0: all."""
 
 
@@ -179,10 +196,10 @@ class Probe:
     label: str = "label"
     """The key of the label in a sample's .json."""
 
-    layer: int = 0
+    layer: Count = 0
     """The block that is probed, counted from 1; 0: the middle block."""
 
-    threads: int = 1
+    threads: Annotated[int, Bounds(1, 4096)] = 1
     """CPU threads of the process, which has the lowest priority."""
 
 
@@ -202,10 +219,10 @@ class EngineSettings:
 class Log:
     """Metrics and pictures."""
 
-    every: int = 10
+    every: Positive = 10
     """Steps between rows of metrics."""
 
-    pictures_every: int = 500
+    pictures_every: Positive = 500
     """Steps between pictures in TensorBoard."""
 
     progress: bool = True
@@ -216,13 +233,13 @@ class Log:
 class Save:
     """Checkpoints."""
 
-    every: int = 1000
+    every: Positive = 1000
     """Steps between checkpoints."""
 
-    keep: int = 3
+    keep: Positive = 3
     """The number of newest checkpoints to keep."""
 
-    keep_best: int = 0
+    keep_best: OffCount = 0
     """The number of best checkpoints to keep in addition, by save.best; 0: none. Without data.valid
     it has no effect. Only steps with a validation are compared, so save.every must be a multiple of
     valid.every."""
@@ -231,6 +248,6 @@ class Save:
     """The scalar of a validation that decides which checkpoint is best: valid/loss, or a metric of
     fine-tuning. Empty: the metric of fine-tuning, else valid/loss."""
 
-    keep_every: int = 0
+    keep_every: OffCount = 0
     """Checkpoints at multiples of this step are kept permanently; 0: none. Must be a multiple of
     save.every."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from d2v_ds.run.run_folder import RunFolder
 from d2v_ds.run.status import training
+from d2v_ds.secrets import mask_values
 from d2v_ds.telemetry.metrics import append_row, write_evaluation
 
 log = logging.getLogger("d2v_ds")
@@ -44,7 +45,7 @@ def record(source: Path, summary: Mapping[str, Any], arguments: Mapping[str, Any
     if run is None:
         return []
     given = {name: str(x) if isinstance(x, Path) else x for name, x in arguments.items()}
-    line = {"time": round(time.time(), 3), "arguments": given, **summary}
+    line = {"time": round(time.time(), 3), "arguments": mask_values(given), **summary}
     values = curves(summary)
     written = []
     try:

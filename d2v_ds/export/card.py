@@ -17,6 +17,7 @@ from d2v_ds.errors import UserError
 from d2v_ds.export.heads import classes_of
 from d2v_ds.export.model import Exported
 from d2v_ds.run.run_folder import RunFolder
+from d2v_ds.secrets import mask
 from d2v_ds.weights import Weights
 
 Settings = dict[str, Any]
@@ -82,13 +83,15 @@ def origin(found: Weights) -> Settings:
 
 
 def data_sets(sources: Mapping[str, str]) -> Iterator[tuple[str, Settings]]:
-    """{source: name of its set, and its size if the set is a local folder}."""
+    """{source: name of its set, and its size if the set is a local folder}. A checkpoint may come
+    from somebody else, so nothing else that it names is opened: `pipe:` would run a command."""
     for source, where in sources.items():
-        entry: Settings = {"set": where.rstrip("/").rpartition("/")[2]}
+        entry: Settings = {"set": mask(where).rstrip("/").rpartition("/")[2]}
         with contextlib.suppress(UserError, OSError):
-            shards = open_set(where, check_tars=False)
-            entry |= {"samples": shards.samples, "length": shards.length}
-            entry["unit"] = shards.length_unit
+            if Path(where).is_dir():
+                shards = open_set(where, check_tars=False)
+                entry |= {"samples": shards.samples, "length": shards.length}
+                entry["unit"] = shards.length_unit
         yield source, entry
 
 

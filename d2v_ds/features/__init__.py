@@ -41,6 +41,7 @@ from d2v_ds.files import locked, remove_stale, write_atomically
 from d2v_ds.loader.find_set import find_set
 from d2v_ds.loader.reading import BadSample, Reader
 from d2v_ds.modalities.base import metadata
+from d2v_ds.secrets import mask
 from d2v_ds.weights import Which
 
 SETTINGS = "_features.json"  # readers of Parquet folders skip names that begin with _
@@ -96,7 +97,7 @@ def open_request(request: Request) -> Opened:
         "model": digest(encoder),
         "set": fingerprint(shards),
     }
-    names = {"source": str(request.source), "shards": request.shards, "step": encoder.step}
+    names = {"source": str(request.source), "shards": mask(request.shards), "step": encoder.step}
     try:
         request.out.mkdir(parents=True, exist_ok=True)
         with locked(request.out / ".lock"):

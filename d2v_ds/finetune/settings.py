@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from d2v_ds.config import Config
-from d2v_ds.config.decoding import decode, load_yaml, merge, to_dict
+from d2v_ds.config.decoding import decode, merge, to_dict
+from d2v_ds.config.documents import load_yaml
 from d2v_ds.config.finetuning import FineTuning, Metric
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.distributed.collectives import on_rank_0
@@ -72,7 +73,9 @@ def resolve(config: Config) -> Config:
             "init_from=nothing; name a run, a checkpoint or an exported folder"
         )
     model = to_dict(decode(TransformerConfig, model, "model"))
-    modality = to_dict(create_modalities({name: modality})[name].config)
+    created = create_modalities({name: modality})[name]
+    created.check_model(decode(TransformerConfig, model, "model"), predicts=False)
+    modality = to_dict(created.config)
     config = dataclasses.replace(config, model=model, modality={name: modality})
     found = stored.finetune.labels if stored else on_rank_0(lambda: labels_of(config))
     metric = METRICS[settings.task] if settings.metric == "auto" else settings.metric

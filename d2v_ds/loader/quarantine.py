@@ -13,6 +13,7 @@ from pathlib import Path
 
 from d2v_ds.errors import UserError
 from d2v_ds.loader.reading import REMEDY, BadSample
+from d2v_ds.secrets import mask_values
 
 log = logging.getLogger("d2v_ds")
 
@@ -57,4 +58,6 @@ class Quarantine:
         if self.file:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(dataclasses.asdict(bad), ensure_ascii=False) + "\n")
+                lines.write(
+                    json.dumps(mask_values(dataclasses.asdict(bad)), ensure_ascii=False) + "\n"
+                )

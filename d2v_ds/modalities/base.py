@@ -10,7 +10,6 @@ B samples, M masked views per sample, T tokens, K visible tokens, N masked token
 from __future__ import annotations
 
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +20,10 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from d2v_ds.batch import Batch
+from d2v_ds.config.bounds import Amount, Dropout, Factor, Layers, MoreLayers, Positive, Views
 from d2v_ds.data.checks import Unusable
 from d2v_ds.data.headers import HeaderReader
+from d2v_ds.errors import UserError
 from d2v_ds.student import DecoderConfig, ExtraTokens, FrontEnd
 from d2v_ds.transformer import TransformerConfig
 
@@ -33,7 +34,7 @@ SHAREABLE = ("features", "positions", "context")
 class HeadConfig:
     """The predictor of data2vec 1.0."""
 
-    layers: int = 1
+    layers: Layers = 1
     """The number of linear layers."""
 
     zero_last: bool = False
@@ -45,7 +46,7 @@ class HeadConfig:
 class ModalityConfig:
     """Settings that every modality has."""
 
-    views: int = 8
+    views: Views = 8
     """Masked views per sample. The teacher runs once for all of them."""
 
     masked: Literal["removed", "replaced"] = "removed"
@@ -56,40 +57,40 @@ class ModalityConfig:
     """Parts of the front end that the teacher shares with the student instead of averaging them:
     features, positions, context."""
 
-    extra_tokens: int = 0
+    extra_tokens: MoreLayers = 0
     """Learned tokens prepended to the sequence, without positions. The last is the class token."""
 
-    cls_weight: float = 0.0
+    cls_weight: Amount = 0.0
     """Weight of the class loss relative to the loss of one view's masked tokens. In the class loss
     the output of the class token regresses the mean of its sample's targets (data2vec 2.0 for
     vision; the utterance-level loss of EAT for audio, Chen et al. 2024). It needs
     target.final_norm=layer, as in both: the mean of targets that are normalised over tokens last is
     zero. 0: no class loss."""
 
-    cls_views: int | None = 1
+    cls_views: Positive | None = 1
     """Factor of the class loss, a number of views. fairseq multiplies by the views of a GPU's
     micro-batch; the recipes use the number of the published run. null: the views of the
     micro-batch, as in fairseq, so that the micro-batch changes the objective."""
 
-    prenet_depth: int = 0
+    prenet_depth: MoreLayers = 0
     """The number of modality-specific blocks before the shared trunk (the prenet)."""
 
-    prenet_dropout: float = 0.0
+    prenet_dropout: Dropout = 0.0
     """Dropout before the prenet, after the norm."""
 
-    prenet_layer_drop: float = 0.0
+    prenet_layer_drop: Dropout = 0.0
     """LayerDrop of the prenet."""
 
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
 
-    loss_beta: float = 0.0
+    loss_beta: Amount = 0.0
     """0: squared error; above 0: smooth L1 loss with this beta."""
 
-    loss_scale: float | None = None
+    loss_scale: Factor | None = None
     """Factor of the error, which is summed over channels; null: 1 / sqrt(model.dim)."""
 
-    loss_weight: float = 1.0
+    loss_weight: Factor = 1.0
     """Weight of this modality's gradients relative to other modalities. Losses are reported without
     it."""
 
@@ -98,17 +99,9 @@ class ModalityConfig:
     it."""
 
     def __post_init__(self) -> None:
-        if self.views < 1:
-            raise ValueError(f"views={self.views} must be at least 1")
-        if self.loss_beta < 0:
-            raise ValueError(f"loss_beta={self.loss_beta} must be 0 or more")
-        if not 0 < self.loss_weight < math.inf:
-            raise ValueError(f"loss_weight={self.loss_weight} must be above 0")
         for name in self.shared:
             if name not in SHAREABLE:
                 raise ValueError(f"shared: no part {name!r} (allowed: {', '.join(SHAREABLE)})")
-        if self.extra_tokens < 0:
-            raise ValueError(f"extra_tokens={self.extra_tokens} must be 0 or more")
         if self.cls_weight > 0 and not self.extra_tokens:
             raise ValueError(f"cls_weight={self.cls_weight} needs extra_tokens of at least 1")
 
@@ -174,6 +167,11 @@ class Modality(ABC):
         """M."""
         views: int = self.config.views
         return views
+
+    def check_model(self, model: TransformerConfig, *, predicts: bool = True) -> None:
+        """Raises UserError if the settings do not fit the trunk's. predicts: the model has a
+        predictor, as in pre-training."""
+        return None
 
     # ------------------------------------------------------------------------------- shard sets
 
@@ -303,6 +301,30 @@ def described(value: Any) -> str:
         kind = "a torch tensor, " * isinstance(value, Tensor)  # where numpy is expected
         return f"{kind}{str(value.dtype).removeprefix('torch.')} of shape {list(value.shape)}"
     return f"of type {type(value).__name__}"
+
+
+def require_groups(path: str, groups: int, widths: Mapping[str, int]) -> None:
+    """Raises UserError if the groups of convolutions do not divide a width. widths: by setting."""
+    for name, width in widths.items():
+        if width % groups:
+            raise UserError(f"{path}: {groups} does not divide {name}={width}; change one of them")
+
+
+def require_decoder(path: str, decoder: DecoderConfig, model: TransformerConfig) -> None:
+    """Raises UserError if the settings of a ConvDecoder, at `path`, do not fit the trunk's."""
+    widths = {"model.dim": model.dim, f"{path}.dim": decoder.dim}
+    require_groups(f"{path}.groups", decoder.groups, widths)
+
+
+def require_some_masked(modality: Modality, masked: int | None, T: int) -> None:
+    """Raises UserError if the views of the largest sample, of T tokens, have no masked or no
+    visible token. masked: those of all views; None: their number is random."""
+    if masked is not None and not 0 < masked < modality.views * T:
+        raise UserError(
+            f"modality.{modality.name}.mask.prob: {modality.config.mask.prob} masks "
+            f"{masked // modality.views} of the {T} tokens of the largest sample; at least one "
+            "must be masked and one visible"
+        )
 
 
 def extra_tokens(

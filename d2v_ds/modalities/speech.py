@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2v_ds.batch import Batch, mask_indices
+from d2v_ds.config.bounds import (
+    Bounds,
+    Dropout,
+    InnerShare,
+    MoreLayers,
+    Positive,
+    Seconds,
+    Share,
+    Views,
+    Width,
+)
 from d2v_ds.data import audio, headers
 from d2v_ds.data.checks import Unusable
 from d2v_ds.data.headers import HeaderReader
@@ -32,6 +43,9 @@ from d2v_ds.modalities.base import (
     described,
     extra_tokens,
     metadata,
+    require_decoder,
+    require_groups,
+    require_some_masked,
 )
 from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head, MaskToken
 from d2v_ds.transformer import Alibi, TransformerConfig
@@ -51,13 +65,13 @@ PUBLISHED_CONVS = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
 class PositionsConfig:
     """Convolutional relative positions (fairseq conv_pos_*, pos_conv_depth)."""
 
-    depth: int = 5
+    depth: MoreLayers = 5
     """The number of convolutions."""
 
-    kernel: int = 19
+    kernel: Width = 19
     """Kernel size of each convolution, in tokens."""
 
-    groups: int = 16
+    groups: Width = 16
     """Groups of each convolution, which must divide model.dim."""
 
 
@@ -70,44 +84,38 @@ class MaskConfig:
     spans (1.0): spans from random starts, whose number of tokens varies; adjust and inverse are
     not used."""
 
-    prob: float = 0.5
+    prob: InnerShare = 0.5
     """The fraction of tokens to mask, between 0 and 1."""
 
-    length: int = 5
+    length: Positive = 5
     """Length of a block or span in tokens; for images, the side of a square in patches."""
 
-    adjust: float = 0.05
+    adjust: Share = 0.05
     """Added to prob when blocks are drawn, because blocks overlap. Does not change the number of
     masked tokens."""
 
     inverse: bool = False
     """Draw the visible tokens in blocks instead of the masked ones."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.prob < 1:
-            raise ValueError(f"prob={self.prob} must be between 0 and 1")
-        if self.length < 1:
-            raise ValueError(f"length={self.length} must be at least 1")
-
 
 @dataclass(frozen=True)
 class SpeechConfig(ModalityConfig):
     """Speech: waveforms to frames of 20 ms."""
 
-    views: int = 8
+    views: Views = 8
     shared: tuple[str, ...] = ("features",)
-    prenet_dropout: float = 0.1
+    prenet_dropout: Dropout = 0.1
 
-    sample_rate: int = 16_000
+    sample_rate: Annotated[int, Bounds(1, 1_000_000)] = 16_000
     """Sample rate in Hz. Recordings with a different rate are bad samples."""
 
-    crop_seconds: float = 20.0
+    crop_seconds: Seconds = 20.0
     """Longer recordings are cropped to this length at a random position."""
 
-    min_seconds: float = 2.0
+    min_seconds: Seconds = 2.0
     """Shorter recordings are left out."""
 
-    convs: tuple[tuple[int, int, int], ...] = PUBLISHED_CONVS
+    convs: tuple[tuple[Width, Width, Width], ...] = PUBLISHED_CONVS
     """Convolutions of the feature extractor, as (channels, kernel, stride). The default yields 50
     tokens per second."""
 
@@ -401,6 +409,17 @@ class Speech(Modality):
         mel = np.asarray(audio.log_mel(example, self.config.sample_rate), dtype=np.float32)
         mean: npt.NDArray[np.float32] = (mel - mel.mean()).mean(0)
         return mean
+
+    def check_model(self, model: TransformerConfig, *, predicts: bool = True) -> None:
+        positions = self.config.positions
+        if positions.depth:
+            path = f"modality.{self.name}.positions.groups"
+            require_groups(path, positions.groups, {"model.dim": model.dim})
+        if predicts:
+            crop = token_count(self.max_samples, self.config.convs)
+            require_some_masked(self, self.masked_tokens(self.max_samples), crop)
+        if predicts and self.config.masked == "removed":
+            require_decoder(f"modality.{self.name}.decoder", self.config.decoder, model)
 
     def front_end(self, model: TransformerConfig) -> FrontEnd:
         config = self.config

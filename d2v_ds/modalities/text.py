@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_ds.batch import Batch, mask_indices
+from d2v_ds.config.bounds import Amount, Bounds, Count, Dropout, InnerShare, Positive, Share, Views
 from d2v_ds.data import headers
 from d2v_ds.data.checks import Unusable
 from d2v_ds.data.headers import HeaderReader
@@ -41,6 +42,8 @@ from d2v_ds.modalities.base import (
     described,
     extra_tokens,
     metadata,
+    require_decoder,
+    require_some_masked,
 )
 from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head
 from d2v_ds.transformer import TransformerConfig, bert_init
@@ -58,25 +61,21 @@ class MaskConfig:
     """uniform (2.0): single tokens, exactly the fraction prob of them; length is not used. spans
     (1.0): spans from random starts, whose number of tokens varies."""
 
-    prob: float = 0.48
+    prob: InnerShare = 0.48
     """The fraction of tokens to mask, between 0 and 1."""
 
-    length: int = 1
+    length: Positive = 1
     """Length of a block or span in tokens; for images, the side of a square in patches."""
 
-    random_prob: float = 0.0
+    random_prob: Share = 0.0
     """With masked=replaced, the fraction of masked tokens that become a random token in the
     student's input."""
 
-    keep_prob: float = 0.0
+    keep_prob: Share = 0.0
     """With masked=replaced, the fraction of masked tokens that the student reads unchanged."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.prob < 1:
-            raise ValueError(f"prob={self.prob} must be between 0 and 1")
-        if self.length < 1:
-            raise ValueError(f"length={self.length} must be at least 1")
-        if min(self.random_prob, self.keep_prob) < 0 or self.random_prob + self.keep_prob > 1:
+        if self.random_prob + self.keep_prob > 1:
             raise ValueError(
                 f"random_prob={self.random_prob} and keep_prob={self.keep_prob} must be 0 or more, "
                 "and their sum at most 1"
@@ -87,30 +86,30 @@ class MaskConfig:
 class TextConfig(ModalityConfig):
     """Text: blocks of token ids."""
 
-    views: int = 8
+    views: Views = 8
     shared: tuple[str, ...] = ("features",)
 
-    vocab_size: int = 50_265
+    vocab_size: Annotated[int, Bounds(2, 2**27)] = 50_265
     """The number of token ids, including special ones."""
 
-    pad_id: int = 1
+    pad_id: Count = 1
     """The id of padding."""
 
-    mask_id: int = 50_264
+    mask_id: Count = 50_264
     """The id of the mask token."""
 
-    specials: int = 4
+    specials: Count = 4
     """Ids below this are special and are never drawn as random tokens."""
 
-    max_tokens: int = 512
+    max_tokens: Annotated[int, Bounds(2, 2**24)] = 512
     """Longer blocks are cropped to this number of tokens at a random position."""
 
-    position_std: float = BERT_STD
+    position_std: Amount = BERT_STD
     """Initial standard deviation of the learned positions. The default is the published value, the
     same as for tokens. Positions are easy to predict, and short runs that learn them first learn
     little else; a smaller value avoids this."""
 
-    dropout: float = 0.1
+    dropout: Dropout = 0.1
     """Dropout of the student's embeddings."""
 
     mask: MaskConfig = field(default_factory=MaskConfig)
@@ -122,16 +121,12 @@ class TextConfig(ModalityConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("pad_id", "mask_id"):
-            if not 0 <= getattr(self, name) < self.vocab_size:
+            if getattr(self, name) >= self.vocab_size:
                 raise ValueError(
                     f"{name}={getattr(self, name)} must be in [0, vocab_size={self.vocab_size})"
                 )
-        if not 0 <= self.specials < self.vocab_size:
+        if self.specials >= self.vocab_size:
             raise ValueError(f"specials={self.specials} must be in [0, {self.vocab_size})")
-        if self.position_std < 0:
-            raise ValueError(f"position_std={self.position_std} must be 0 or more")
-        if self.max_tokens < 2:
-            raise ValueError(f"max_tokens={self.max_tokens} must be at least 2")
         if self.masked == "replaced" and self.views > 1 and self.text_teacher == "masked":
             raise ValueError(f"text_teacher=masked requires views=1, got {self.views}")
         if self.text_teacher == "masked" and self.cls_weight > 0:
@@ -351,6 +346,13 @@ class Text(Modality):
         """The relative frequency of each id in the block, [V]."""
         counts = np.bincount(example, minlength=self.config.vocab_size)
         return (counts / len(example)).astype(np.float32)
+
+    def check_model(self, model: TransformerConfig, *, predicts: bool = True) -> None:
+        if predicts:
+            longest = self.config.max_tokens
+            require_some_masked(self, self.masked_tokens(longest), longest)
+        if predicts and self.config.masked == "removed":
+            require_decoder(f"modality.{self.name}.decoder", self.config.decoder, model)
 
     def front_end(self, model: TransformerConfig) -> FrontEnd:
         config = self.config

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from d2v_ds.batch import Batch, mask_indices
+from d2v_ds.config.bounds import Bounds, InnerShare, MoreLayers, Positive, Share, Views
 from d2v_ds.data import headers, image_files, images
 from d2v_ds.data.checks import Unusable
 from d2v_ds.data.headers import HeaderReader
 from d2v_ds.data.images import Pixels
+from d2v_ds.errors import UserError
 from d2v_ds.masking import Mask, beit_mask, block_count, block_mask_2d
 from d2v_ds.modalities.base import (
     Modality,
@@ -31,6 +33,8 @@ from d2v_ds.modalities.base import (
     described,
     extra_tokens,
     metadata,
+    require_decoder,
+    require_some_masked,
 )
 from d2v_ds.student import Context, ConvDecoder, FrontEnd, Head, MaskToken
 from d2v_ds.transformer import RelativeBias, TransformerConfig, beit_init, beit_normal
@@ -47,47 +51,40 @@ class MaskConfig:
     beit (1.0): BEiT's rectangles, which cover at most mask.patches; prob, length, adjust and
     inverse are not used."""
 
-    prob: float = 0.8
+    prob: InnerShare = 0.8
     """The fraction of tokens to mask, between 0 and 1."""
 
-    length: int = 3
+    length: Positive = 3
     """Length of a block or span in tokens; for images, the side of a square in patches."""
 
-    adjust: float = 0.07
+    adjust: Share = 0.07
     """Added to prob when blocks are drawn, because blocks overlap. Does not change the number of
     masked tokens."""
 
     inverse: bool = True
     """Draw the visible tokens in blocks instead of the masked ones."""
 
-    patches: int = 120
+    patches: Positive = 120
     """beit: the maximum number of patches to mask."""
 
-    min_patches: int = 16
+    min_patches: Positive = 16
     """beit: the smallest area of a rectangle, in patches."""
 
-    max_patches: int | None = None
+    max_patches: Positive | None = None
     """beit: the largest area of a rectangle, in patches; null: the number still to mask."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.prob < 1:
-            raise ValueError(f"prob={self.prob} must be between 0 and 1")
-        for name in ("length", "patches", "min_patches"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True)
 class VisionConfig(ModalityConfig):
     """Vision: images to square patches."""
 
-    views: int = 16
-    extra_tokens: int = 1
+    views: Views = 16
+    extra_tokens: MoreLayers = 1
 
-    image_size: int = 224
+    image_size: Annotated[int, Bounds(1, 16_384)] = 224
     """Side of a crop in pixels, a multiple of patch_size."""
 
-    patch_size: int = 16
+    patch_size: Annotated[int, Bounds(1, 16_384)] = 16
     """Side of a patch in pixels."""
 
     positions: Literal["sincos", "relative"] = "sincos"
@@ -97,7 +94,7 @@ class VisionConfig(ModalityConfig):
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Range of the fraction of an image's area that a training crop covers."""
 
-    jitter: float = 0.0
+    jitter: Share = 0.0
     """Strength of random changes of brightness, contrast and saturation, in [0, 1]; 0: none."""
 
     mask: MaskConfig = field(default_factory=MaskConfig)
@@ -117,8 +114,6 @@ class VisionConfig(ModalityConfig):
             raise ValueError(f"positions=relative requires extra_tokens=1, got {self.extra_tokens}")
         if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"crop_scale={self.crop_scale} must be [min, max] within (0, 1]")
-        if not 0 <= self.jitter <= 1:
-            raise ValueError(f"jitter={self.jitter} must be in [0, 1]")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -299,6 +294,18 @@ class Vision(Modality):
     def baseline(self, example: Pixels) -> npt.NDArray[np.float32]:
         """All pixels as one vector."""
         return example.reshape(-1).astype(np.float32)
+
+    def check_model(self, model: TransformerConfig, *, predicts: bool = True) -> None:
+        if self.config.positions == "sincos" and model.dim % 4:
+            raise UserError(
+                f"model.dim: must be a multiple of 4 for modality.{self.name}.positions=sincos, "
+                f"got {model.dim}"
+            )
+        if predicts:
+            h, w = self.config.grid
+            require_some_masked(self, self.masked_tokens(0), h * w)
+        if predicts and self.config.masked == "removed":
+            require_decoder(f"modality.{self.name}.decoder", self.config.decoder, model)
 
     def front_end(self, model: TransformerConfig) -> FrontEnd:
         config = self.config

@@ -13,7 +13,8 @@ from typing import Any
 
 from d2v_ds.config import Config, modality_of
 from d2v_ds.config.compat import apply_compat
-from d2v_ds.config.decoding import apply_overrides, decode, load_yaml
+from d2v_ds.config.decoding import apply_overrides, decode, value_at
+from d2v_ds.config.documents import load_yaml
 from d2v_ds.errors import UserError, suggestion
 from d2v_ds.recipes import (
     finetuning,
@@ -94,7 +95,7 @@ def without_dropped(raw: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(modalities, dict):
         return raw  # decoding reports the error
     dropped = [name for name, settings in modalities.items() if settings is None]
-    sections = (modalities, *(raw.get(a, {}).get(b) for a, b in BY_MODALITY))
+    sections = (modalities, *(value_at(raw, path) for path in BY_MODALITY))
     for section in sections:
         for name in list(section) if isinstance(section, dict) else ():
             if modality_of(name) in dropped:
@@ -103,7 +104,7 @@ def without_dropped(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 # Settings whose keys are modalities or sources.
-BY_MODALITY = (("data", "shards"), ("data", "weights"), ("batch", "size"))
+BY_MODALITY = ("data.shards", "data.weights", "batch.size")
 
 
 def summary(name: str) -> str:

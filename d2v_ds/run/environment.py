@@ -15,19 +15,21 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from d2v_ds.secrets import mask_arguments, mask_environment
+
 PACKAGE = Path(__file__).parent.parent  # d2v_ds
 PACKAGES = ("d2v-ds", "torch", "deepspeed", "numpy", "webdataset", "soundfile", "torchaudio")
+# What may explain how a run behaved. Other variables are left out, whatever they hold.
 KEPT = re.compile(
     r"^(SLURM_|CUDA_|NCCL_|GLOO_|TORCH|OMP_|MASTER_|WORLD_SIZE|RANK|LOCAL_RANK|DS_|D2V_|PATH$|"
     r"LD_LIBRARY_PATH$|PYTHON|VIRTUAL_ENV$|CONDA_|HF_|WANDB_|AWS_)"
 )
-SECRET = re.compile(r"(TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH)", re.IGNORECASE)
 
 
 def describe(nodes: Sequence[str] = ()) -> dict[str, Any]:
     """The content of environment.json; what cannot be determined is None. nodes: by rank."""
     return {
-        "command": sys.argv,
+        "command": mask_arguments(sys.argv),
         "nodes": list(nodes),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -36,11 +38,9 @@ def describe(nodes: Sequence[str] = ()) -> dict[str, Any]:
         "versions": {name: version(name) for name in PACKAGES},
         "git": git_revision(PACKAGE),
         "code": code_hash(),
-        "environment": {
-            key: "***" if SECRET.search(key) else value
-            for key, value in sorted(os.environ.items())
-            if KEPT.match(key)
-        },
+        "environment": mask_environment(
+            {key: value for key, value in sorted(os.environ.items()) if KEPT.match(key)}
+        ),
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,12 +24,14 @@ from d2v_ds.errors import UserError
 from d2v_ds.loader.find_set import find_set, require_tars, stream_tars
 from d2v_ds.run.environment import code_hash, node_name
 from d2v_ds.run.run_folder import RunFolder
+from d2v_ds.secrets import MASK
 
 MIN_FREE = 200e6  # bytes on the run's disk, for logs and metrics; checkpoints check for themselves
 
 
 def check(config: Config, ranks: int) -> None:
     """Raises UserError if settings, shard sets, ranks and run folder are not consistent."""
+    require_secrets(config)
     require_divisible(config.batch.micro_batches, ranks)
     load_engine_config(config.engine.config)
     if config.engine.config == "local" and ranks > 1:
@@ -41,22 +44,69 @@ def check(config: Config, ranks: int) -> None:
     for name in config.modality:
         require_shards(config, name, ranks)
     run = RunFolder(config.run_dir)
+    require_writable(run.root)
     if config.init and not run.steps():
         require_init(config.init)
     if run.stop.exists():
         raise UserError(f"{run.stop}: this file stops the run; remove it to resume")
-    if run.root.exists() and not run.root.is_dir():
-        raise UserError(f"run.dir: {run.root} is a file, not a folder")
+
+
+def require_secrets(config: Config) -> None:
+    """Raises UserError if a setting that is used has *** in place of a secret, as config.yaml has
+    it."""
+    data, probe = config.data, config.probe
+    for name, given in (
+        ("data.shards", data.shards),
+        ("data.valid", data.valid),
+        ("probe.train", probe.train),
+        ("probe.test", probe.test),
+        ("init", config.init),
+    ):
+        values = given if isinstance(given, dict) else {"": given}
+        for source, value in values.items():
+            if MASK in value:
+                key = f"{name}.{source}" if source else name
+                raise UserError(
+                    f"{key}: {value!r} has {MASK} in place of a secret, because secrets are not "
+                    f"stored; give the value again: {key}=..., best as a `pipe:` command that "
+                    "reads it from an environment variable, such as $TOKEN"
+                )
+
+
+def require_writable(folder: Path) -> None:
+    """Raises UserError unless files can be created in the run folder or, if there is none yet, in
+    the nearest folder above it that exists."""
+    try:
+        for near in (folder, *folder.absolute().parents):
+            if near.is_dir():
+                with tempfile.TemporaryFile(dir=near):
+                    return
+            if near.exists() or near.is_symlink():
+                what = "is a link to nothing" if near.is_symlink() else "is a file, not a folder"
+                raise UserError(f"run.dir: {near} {what}; choose another folder")
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
+def unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(
+        f"run.dir: {folder} cannot be written ({error.strerror or error}); choose another folder, "
+        "or change its permissions"
+    )
 
 
 def require_init(init: str) -> None:
     """Raises UserError unless there is something to start from. A run that resumes does not read
     it again."""
-    if not Path(init).exists():
+    try:
+        Path(init).stat()
+    except OSError as error:
+        absent = isinstance(error, FileNotFoundError | NotADirectoryError)
+        reason = "no such file or folder" if absent else error.strerror
         raise UserError(
-            f"init: {init}: no such file or folder; name a run folder, a checkpoint, an exported "
+            f"init: {init}: {reason}; name a run folder, a checkpoint, an exported "
             "folder, a Hugging Face folder, or a .pt or .pth file"
-        )
+        ) from None
 
 
 def require_shards(config: Config, modality: str, ranks: int) -> None:
@@ -101,10 +151,14 @@ class Finding:
 
 
 def leave_token(run: RunFolder) -> Path:
-    """Creates a file in the run folder that every rank must see; rank 0 removes it afterwards."""
-    run.root.mkdir(parents=True, exist_ok=True)
+    """Creates a file in the run folder that every rank must see; rank 0 removes it afterwards.
+    Raises UserError if the folder cannot be written."""
     token = run.root / f".preflight.{node_name()}.{os.getpid()}"
-    token.touch()
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        token.touch()
+    except OSError as error:
+        raise unwritable(run.root, error) from None
     return token
 
 

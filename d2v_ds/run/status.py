@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from d2v_ds.config.decoding import load_yaml
+from d2v_ds.config.documents import load_yaml
 from d2v_ds.errors import UserError
 from d2v_ds.files import write_atomically
 from d2v_ds.run.heartbeat import Heartbeat, duration, heartbeats

@@ -10,6 +10,7 @@ comes from the recipe is listed in about["assumed"].
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,14 +82,30 @@ def assemble(found: Foreign) -> Weights:
         settings = settings_of(found)
     except shapes.Missing as error:
         raise UserError(f"{found.path}: {error}") from None
-    complete(found, decode(TransformerConfig, settings["model"], "model"))
+    complete(found, trunk_of(found, settings))
     return exact(found, settings)
+
+
+def trunk_of(found: Foreign, settings: Settings) -> TransformerConfig:
+    """The settings of the trunk. Raises UserError that names the source."""
+    with naming(found.path):
+        return decode(TransformerConfig, settings["model"], "model")
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of settings that come from this file or folder begin with its name."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: its settings are not possible: {error}") from None
 
 
 def exact(found: Foreign, settings: Settings) -> Weights:
     """As `assemble`, for complete settings and complete tensors."""
-    model = decode(TransformerConfig, settings["model"], "model")
-    modalities = create_modalities(settings["modality"])
+    model = trunk_of(found, settings)
+    with naming(found.path):
+        modalities = create_modalities(settings["modality"])
     check(found, blueprint(found, model, modalities))
     parts = {"student": found.student, "teacher": found.teacher, "head": found.head}
 

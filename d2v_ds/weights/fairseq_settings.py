@@ -11,6 +11,7 @@ import ast
 from typing import Any
 
 from d2v_ds.config.decoding import value_at
+from d2v_ds.config.documents import shown
 from d2v_ds.errors import UserError
 from d2v_ds.weights.tables import Settings, Table, given, take
 
@@ -18,7 +19,8 @@ RATE = 16_000  # Hz, of all published speech models
 
 
 def seconds(samples: float) -> float:
-    return samples / RATE
+    """As a setting has it: fairseq writes the largest integer for "no limit"."""
+    return min(samples / RATE, 1e5)
 
 
 def convolutions(text: Any) -> list[list[int]]:
@@ -34,22 +36,24 @@ def convolutions(text: Any) -> list[list[int]]:
             return read(node.left) + read(node.right)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
             items, times = read(node.left), read(node.right)
-            if isinstance(items, list) and isinstance(times, int) and 0 < times <= MOST:
-                return items * times
-        raise ValueError(f"{text!r} is no list of convolutions")
+            if isinstance(items, list) and isinstance(times, int):
+                if 0 < times and len(items) * times <= MOST:
+                    return items * times
+        raise ValueError("neither a number nor a list")
 
     try:
-        found = read(ast.parse(str(text), mode="eval").body)
-    except (SyntaxError, TypeError, RecursionError):
-        raise ValueError(f"{text!r} is no list of convolutions") from None
+        found = read(ast.parse(str(text)[:LONGEST], mode="eval").body)
+    except (SyntaxError, TypeError, ValueError, RecursionError, MemoryError):  # of a deep nesting
+        raise ValueError(f"{shown(text)} is no list of convolutions") from None
     if not isinstance(found, list) or not all(
         isinstance(item, list) and len(item) == 3 for item in found
     ):
-        raise ValueError(f"{text!r} is no list of convolutions")
+        raise ValueError(f"{shown(text)} is no list of convolutions")
     return found
 
 
 MOST = 100  # convolutions
+LONGEST = 10_000  # characters
 
 SPEECH_DATA: Table = {
     "modality.speech.sample_rate": "task.sample_rate",

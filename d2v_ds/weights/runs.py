@@ -14,6 +14,7 @@ from d2v_ds.config.decoding import decode, to_dict
 from d2v_ds.errors import UserError
 from d2v_ds.pretrain import Pretrain
 from d2v_ds.run.run_folder import RunFolder
+from d2v_ds.weights.assemble import naming
 from d2v_ds.weights.model import Part, Weights
 
 # (prefix that is removed, beginning of the names) of a task's parameters, in pre-training and in
@@ -43,10 +44,11 @@ def open_run(path: Path) -> Weights:
     """The weights of the newest valid checkpoint in a run folder, or of a checkpoint. Raises
     UserError."""
     found = open_newest(path)
-    config = decode(Config, found.state["config"])
-    finetuned = config.finetune.task != "none"
-    if not finetuned:
-        config = Pretrain.resolve(config)
+    with naming(found.path):
+        config = decode(Config, found.state["config"])
+        finetuned = config.finetune.task != "none"
+        if not finetuned:
+            config = Pretrain.resolve(config)
     run = RunFolder(found.path.resolve().parent.parent)
 
     def tensors(part: Part) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ holds, with our names, what the classes of transformers lack.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from d2v_ds.config.decoding import decode
+from d2v_ds.config.documents import load_json, shown
 from d2v_ds.errors import UserError
 from d2v_ds.key_maps import (
     HUGGING_FACE,
@@ -30,8 +29,7 @@ from d2v_ds.key_maps import (
     named_error,
     to_ours,
 )
-from d2v_ds.transformer import TransformerConfig
-from d2v_ds.weights.assemble import Foreign, add_last_norm, assemble, exact
+from d2v_ds.weights.assemble import Foreign, add_last_norm, assemble, exact, trunk_of
 from d2v_ds.weights.model import Settings, Weights
 from d2v_ds.weights.tables import Table, take
 from d2v_ds.weights.unpickle import Refused, load_pickled
@@ -43,6 +41,7 @@ VERSION = 1  # of that entry
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 VOCABULARY = ("vocab.json", "added_tokens.json")
 EXTRA = "predictors.safetensors"
+MAX_JSON = 200_000_000  # bytes; a tokenizer.json with 250,000 tokens has 20 MB
 
 SPEECH: Table = {
     "model.heads": "num_attention_heads",
@@ -123,13 +122,7 @@ def open_folder(path: Path) -> Weights:
 
 def read_json(path: Path) -> Settings:
     """Raises UserError."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: is not a JSON object")
-    return found
+    return load_json(path, "a file of a model in JSON", most=MAX_JSON)
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -218,7 +211,7 @@ def exported(path: Path, config: Settings, own: Settings, state: dict[str, Tenso
     )
     # transformers may have trained the model and saved it again, without our other files.
     fold_token_types(found, state)
-    add_last_norm(found, decode(TransformerConfig, settings["model"], "model"))
+    add_last_norm(found, trunk_of(found, settings))
     if head and finetune:
         relabel(found, config)
     elif head:
@@ -246,7 +239,7 @@ def of_type(key: str, value: Any, kind: type) -> Any:
     """An entry of config.json. Raises Refused if it has another type."""
     if isinstance(value, kind) and not isinstance(value, bool):
         return value
-    raise Refused(f"config.json has {key}={value!r}, expected {TYPE_NAMES[kind]}")
+    raise Refused(f"config.json has {key}={shown(value)}, expected {TYPE_NAMES[kind]}")
 
 
 def stock(path: Path, modality: str, config: Settings, state: dict[str, Tensor]) -> Foreign:

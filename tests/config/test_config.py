@@ -24,7 +24,7 @@ from tests.config.helpers import load
         ("optim.lr=-1", "optim.lr: must be above 0, got -1.0"),
         ("optim.lr_end=1", "optim.lr_end: must be in [0, optim.lr=0.001], got 1.0"),
         ("optim.clip=-1", "optim.clip: must be 0 (off) or more, got -1.0"),
-        ("optim.betas=[0.9, 1]", "optim.betas: both must be in [0, 1), got [0.9, 1.0]"),
+        ("optim.betas=[0.9, 1]", "optim.betas[1]: must be in [0, 1), got 1.0"),
         ("optim.warmup_steps=401", "optim.warmup_steps: must be in [0, run.steps=400], got 401"),
         ("teacher.decay=1.5", "teacher.decay: must be in [0, 1], got 1.5"),
         ("teacher.decay_end=-1", "teacher.decay_end: must be in [0, 1], got -1.0"),
@@ -58,13 +58,16 @@ def test_a_value_out_of_range_is_named_with_what_is_allowed(override: str, messa
     [
         ("model.deep=3", "model.deep: no such setting; did you mean 'depth'?"),
         ("model.heads=3", "model: dim=128 is not divisible by heads=3"),
-        ("model.dropout=1", "model: dropout=1.0 must be in [0, 1)"),
+        ("model.dropout=1", "model.dropout: must be in [0, 1), got 1.0"),
         ("modality.speech.mask.pr=1", "modality.speech.mask.pr: no such setting"),
-        ("modality.speech.mask.prob=1", "modality.speech.mask: prob=1.0 must be between 0 and 1"),
+        ("modality.speech.mask.prob=1", "modality.speech.mask.prob: must be in (0, 1), got 1.0"),
         ("modality.speech.convs=[[1, 2]]", "modality.speech.convs[0]: expected 3 values, got 2"),
         ("modality.speech.shared=[conv]", "modality.speech: shared: no part 'conv'"),
         ("modality.smell={}", "modality.smell: no such modality (allowed: speech, text, vision)"),
         ("target.top_k=9", "target.top_k: 9 exceeds model.depth=4; lower it"),
+        ("modality.speech.mask.prob=1e-4", "modality.speech.mask.prob: 0.0001 masks 0 of the 100"),
+        ("modality.speech.decoder.groups=3", "modality.speech.decoder.groups: 3 does not divide"),
+        ("modality.speech.positions.groups=3", "modality.speech.positions.groups: 3 does not div"),
     ],
 )
 def test_a_wrong_model_setting_is_named(override: str, message: str) -> None:

@@ -15,10 +15,10 @@ from d2v_ds.config.decoding import (
     decode,
     differences,
     dump_yaml,
-    load_yaml,
     to_dict,
     value_at,
 )
+from d2v_ds.config.documents import load_yaml
 from d2v_ds.errors import UserError
 from tests.config.helpers import load
 

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from d2v_ds.config.decoding import decode
+from d2v_ds.errors import UserError
 from d2v_ds.modalities.base import REQUIRED, Modality, ModalityConfig
 from d2v_ds.modalities.text import Text
 from tests.helpers.sensor import Sensor
@@ -80,13 +82,15 @@ def test_a_subclass_of_a_modality_inherits_what_it_needs() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"views": 0}, "views=0 must be at least 1"),
-        ({"loss_beta": -1.0}, "loss_beta=-1.0 must be 0 or more"),
-        ({"loss_weight": 0.0}, "loss_weight=0.0 must be above 0"),
-        ({"shared": ("conv",)}, "shared: no part 'conv' (allowed: features, positions, context)"),
+        ({"views": 0}, "m.views: must be at least 1, got 0"),
+        ({"loss_beta": -1.0}, "m.loss_beta: must be 0 or more, got -1.0"),
+        ({"loss_weight": 0.0}, "m.loss_weight: must be above 0, got 0.0"),
+        ({"loss_scale": float("nan")}, "m.loss_scale: must be a finite number, got nan"),
+        ({"cls_weight": float("inf")}, "m.cls_weight: must be a finite number, got inf"),
+        ({"shared": ["conv"]}, "m: shared: no part 'conv' (allowed: features, positions, context)"),
     ],
 )
 def test_settings_that_every_modality_checks(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError) as caught:
-        ModalityConfig(**settings)
+    with pytest.raises(UserError) as caught:
+        decode(ModalityConfig, settings, "m")
     assert str(caught.value) == message

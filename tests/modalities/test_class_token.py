@@ -235,14 +235,17 @@ def test_the_weight_of_the_class_loss() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"cls_weight": 1.0, "extra_tokens": 0}, "cls_weight=1.0 needs extra_tokens of at least 1"),
-        ({"extra_tokens": -1}, "extra_tokens=-1 must be 0 or more"),
+        (
+            {"cls_weight": 1.0, "extra_tokens": 0},
+            ": cls_weight=1.0 needs extra_tokens of at least 1",
+        ),
+        ({"extra_tokens": -1}, ".extra_tokens: must be 0 or more, got -1"),
     ],
 )
 def test_settings_that_do_not_fit(name: str, settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError) as caught:
         create_modalities({name: settings})
-    assert str(caught.value) == f"modality.{name}: {message}"
+    assert str(caught.value) == f"modality.{name}{message}"
 
 
 def test_a_teacher_of_masked_text_has_no_class_loss() -> None:

@@ -51,8 +51,11 @@ def test_a_batch_of_waveforms() -> None:
         ({"convs": []}, "convs: needs at least one (channels, kernel, stride)"),
         ({"min_seconds": 0.02}, "min_seconds=0.02 is shorter than two frames"),
         ({"crop_seconds": 1.0}, "crop_seconds=1.0 is below min_seconds=2.0"),
-        ({"mask": {"prob": 0.0}}, "mask: prob=0.0 must be between 0 and 1"),
-        ({"mask": {"length": 0}}, "mask: length=0 must be at least 1"),
+        ({"mask": {"prob": 0.0}}, "mask.prob: must be in (0, 1), got 0.0"),
+        ({"mask": {"length": 0}}, "mask.length: must be at least 1, got 0"),
+        ({"crop_seconds": float("nan")}, "crop_seconds: must be a finite number, got nan"),
+        ({"min_seconds": float("inf")}, "min_seconds: must be a finite number, got inf"),
+        ({"convs": [[512, 10, 0]]}, "convs[0][2]: must be at least 1, got 0"),
         ({"mask": {"kind": "beit"}}, "mask.kind: expected one of blocks, spans, got 'beit'"),
     ],
 )

@@ -111,12 +111,12 @@ def test_the_picture_of_text_has_a_column_per_token() -> None:
     ("settings", "message"),
     [
         ({"vocab_size": 100}, "mask_id=50264 must be in [0, vocab_size=100)"),
-        ({"max_tokens": 1}, "max_tokens=1 must be at least 2"),
+        ({"max_tokens": 1}, "max_tokens: must be at least 2, got 1"),
         (
             {"mask": {"random_prob": 0.6, "keep_prob": 0.5}},
             "must be 0 or more, and their sum at most 1",
         ),
-        ({"mask": {"length": 0}}, "length=0 must be at least 1"),
+        ({"mask": {"length": 0}}, "length: must be at least 1, got 0"),
         ({"masked": "replaced", "text_teacher": "masked"}, "requires views=1, got 8"),
         ({"specials": 50_265}, "specials=50265 must be in [0, 50265)"),
     ],

@@ -93,10 +93,11 @@ def test_fixed_positions() -> None:
         ),
         ({"cls_weight": 1.0, "extra_tokens": 0}, "cls_weight=1.0 needs extra_tokens"),
         ({"crop_scale": [0.5, 0.2]}, "crop_scale=(0.5, 0.2) must be [min, max]"),
-        ({"jitter": 2.0}, "jitter=2.0 must be in [0, 1]"),
-        ({"mask": {"prob": 1.0}}, "prob=1.0 must be between 0 and 1"),
+        ({"jitter": 2.0}, "jitter: must be in [0, 1], got 2.0"),
+        ({"mask": {"prob": 1.0}}, "prob: must be in (0, 1), got 1.0"),
+        ({"patch_size": 0}, "patch_size: must be at least 1, got 0"),
         ({"masked": "dropped"}, "expected one of removed, replaced"),
-        ({"views": 0}, "views=0 must be at least 1"),
+        ({"views": 0}, "views: must be at least 1, got 0"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:

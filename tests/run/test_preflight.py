@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from d2v_ds import recipes
 from d2v_ds.cli import main
 from d2v_ds.config import Config
 from d2v_ds.errors import UserError
-from d2v_ds.run.preflight import check
+from d2v_ds.run.preflight import check, leave_token
+from d2v_ds.run.run_folder import RunFolder
 from tests.helpers import joint_sets
 
 
@@ -58,12 +60,51 @@ def test_a_set_of_another_modality(shards: Path, tmp_path: Path) -> None:
 
 def test_run_folders_that_cannot_be_used(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"run\.dir: .*file is a file, not a folder"):
-        check(config(shards, tmp_path / "file"), 1)
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for folder, message in {
+        tmp_path / "file": r"file is a file, not a folder",
+        tmp_path / "file/below/run": r"file is a file, not a folder",
+        tmp_path / "link": r"link is a link to nothing",
+        tmp_path / ("x" * 300): r"cannot be written \(File name too long\); choose another folder",
+        Path("/proc/d2v/run"): r"/proc/d2v/run cannot be written \(.*\); choose another folder",
+    }.items():
+        with pytest.raises(UserError, match=rf"^run\.dir: .*{message}") as caught:
+            check(config(shards, folder), 1)
+        assert "\n" not in str(caught.value)
+        if "link" not in folder.name:
+            with pytest.raises(UserError, match=r"^run\.dir: .* cannot be written"):
+                leave_token(RunFolder(folder))
     (tmp_path / "run").mkdir()
     (tmp_path / "run/STOP").touch()
     with pytest.raises(UserError, match=r"STOP: this file stops the run; remove it to resume"):
         check(config(shards, tmp_path / "run"), 1)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_run_folder_without_permission(shards: Path, tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(UserError, match=r"run\.dir: .* \(Permission denied\)"):
+            check(config(shards, tmp_path / "run"), 1)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        (["data.shards='pipe:curl -H \"Authorization: ***\" https://h/{}'"], "data.shards"),
+        (["data.shards={vision: 'https://***@h/set'}"], "data.shards.vision"),
+        (["data.valid=https://h/x?sig=***"], "data.valid"),
+        (["init=https://***@h"], "init"),
+    ],
+)
+def test_a_masked_secret_must_be_given_again(
+    shards: Path, tmp_path: Path, settings: list[str], name: str
+) -> None:
+    with pytest.raises(UserError, match=r"has \*\*\* in place of a secret") as caught:
+        check(config(shards, tmp_path / "run", *settings), 1)
+    assert str(caught.value).startswith(f"{name}: ") and f"again: {name}=" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +113,8 @@ def test_run_folders_that_cannot_be_used(shards: Path, tmp_path: Path) -> None:
         ("model.nosuch=1", "model.nosuch: "),
         ("model.heads=7", "model: "),
         ("modality.vision.nosuch=1", "modality.vision.nosuch: "),
+        ("modality.vision.mask.prob=1.5", "modality.vision.mask.prob: must be in (0, 1), got 1.5"),
+        ("modality.vision.decoder.groups=7", "modality.vision.decoder.groups: 7 does not divide"),
         ("target.top_k=99", "target.top_k: 99 exceeds model.depth"),
     ],
 )

@@ -189,7 +189,7 @@ def stock_settings(modality: str) -> dict[str, Any]:
         ({"about": [1]}, r"d2v_ds\.about=\[1\], expected an object"),
         ({"finetune": "x"}, r"d2v_ds\.finetune='x', expected an object"),
         ({"finetune": {"x": 1}}, r"d2v_ds\.finetune in config\.json has no task"),
-        ({"model": {"dim": 12 * 10**11}}, "its settings describe no model"),
+        ({"model": {"dim": 12 * 10**11}}, r"model\.dim: must be at most 131072"),
     ],
 )
 def test_bad_exports(change: dict[str, Any], message: str, tmp_path: Path) -> None:

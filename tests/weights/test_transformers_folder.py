@@ -231,8 +231,8 @@ QUERY = "encoder.layers.0.attention.q_proj.weight"
 BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     "type": (lambda f: edit_config(f, model_type="bert"), "has model_type 'bert'; supported are"),
     "no type": (lambda f: (f / "config.json").write_text("{}"), "has model_type None"),
-    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: cannot be read"),
-    "a list": (lambda f: (f / "config.json").write_text("[]"), "is not a JSON object"),
+    "no JSON": (lambda f: (f / "config.json").write_text("{"), "config.json: not valid JSON"),
+    "a list": (lambda f: (f / "config.json").write_text("[]"), "expected a JSON object"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "has no weights"),
     "damaged": (damage, "model.safetensors is damaged"),
     "activation": (lambda f: edit_config(f, hidden_act="relu"), "hidden_act='relu' is not"),
@@ -254,7 +254,10 @@ BAD: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "type of strides": (lambda f: edit_config(f, conv_stride=2), "conv_stride=2, expected a list"),
     "type of padding": (lambda f: edit_config(f, pad_token_id="x"), "pad_token_id='x', expected"),
-    "no heads": (lambda f: edit_config(f, num_attention_heads=0), "not divisible by heads=0"),
+    "no heads": (
+        lambda f: edit_config(f, num_attention_heads=0),
+        "its settings are not possible: model.heads: must be",
+    ),
     "shapes": (
         lambda f: edit_state(f, lambda t: t.update({QUERY: torch.zeros(3, 5)})),
         r"attention\.qkv\.weight: \[3, 5\], \[32, 32\], \[32, 32\] do not fit",
