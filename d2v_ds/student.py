@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from d2v_ds.batch import Batch
-from d2v_ds.config.bounds import Amount, Dropout, Layers, Width
+from d2v_ds.config.bounds import Amount, BelowOne, Layers, Width
 from d2v_ds.transformer import TransformerConfig, Trunk
 
 Encoded = tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]]]
@@ -253,8 +253,8 @@ class DecoderConfig:
     groups: Width = 16
     """Groups of the convolutions, which must divide dim and model.dim."""
 
-    dropout: Dropout = 0.1
-    """Dropout of the encoder's output, before the masked slots are filled."""
+    dropout: BelowOne = 0.1
+    """BelowOne of the encoder's output, before the masked slots are filled."""
 
     residual: bool = True
     """Add a convolution's input to its output if both have the same width."""

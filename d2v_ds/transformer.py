@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from d2v_ds.config.bounds import Bounds, Dropout, Factor, Layers, OffAmount, Width
+from d2v_ds.config.bounds import BelowOne, Bounds, Factor, Layers, OffAmount, Width
 
 
 @dataclass(frozen=True)
@@ -52,20 +52,20 @@ class TransformerConfig:
     layer_scale: OffAmount = 0.0
     """Initial value of a learned factor per channel and branch (LayerScale); 0: no such factor."""
 
-    dropout: Dropout = 0.1
-    """Dropout of the outputs of attention and FFN."""
+    dropout: BelowOne = 0.1
+    """BelowOne of the outputs of attention and FFN."""
 
-    attention_dropout: Dropout = 0.1
-    """Dropout of the attention weights."""
+    attention_dropout: BelowOne = 0.1
+    """BelowOne of the attention weights."""
 
-    activation_dropout: Dropout = 0.0
-    """Dropout inside the FFN, after its activation."""
+    activation_dropout: BelowOne = 0.0
+    """BelowOne inside the FFN, after its activation."""
 
-    drop_path: Dropout = 0.0
+    drop_path: BelowOne = 0.0
     """Probability that a row skips a branch (stochastic depth) in the last block; it rises linearly
     from 0 in the first block."""
 
-    layer_drop: Dropout = 0.0
+    layer_drop: BelowOne = 0.0
     """Probability that a micro-batch skips a block (LayerDrop)."""
 
     init: Literal["bert", "beit"] = "bert"
@@ -126,7 +126,7 @@ class FeedForward(nn.Module):
 
 
 class Branch(nn.Module):
-    """Dropout, LayerScale (Touvron et al. 2021) and drop path (stochastic depth by row, Huang et
+    """BelowOne, LayerScale (Touvron et al. 2021) and drop path (stochastic depth by row, Huang et
     al. 2016) of a branch's output, before it is added to the residual."""
 
     def __init__(self, config: TransformerConfig, drop_path: float) -> None:

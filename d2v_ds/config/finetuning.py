@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from d2v_ds.config.bounds import Amount, Count, Dropout, Factor, Positive, PositiveShare, Share
+from d2v_ds.config.bounds import Amount, BelowOne, Count, Factor, Positive, PositiveShare, Share
 
 Metric = Literal[
     "accuracy",
@@ -74,8 +74,8 @@ class FineTuning:
     """Standard deviation of the initial weights of the head's last layer; null: Xavier-uniform
     weights for ctc, 0.02 otherwise."""
 
-    head_dropout: Dropout = 0.0
-    """Dropout of the encoder's output, before the head."""
+    head_dropout: BelowOne = 0.0
+    """BelowOne of the encoder's output, before the head."""
 
     pool: Literal["auto", "mean", "first"] = "auto"
     """Which tokens the head of a classification or regression reads: their mean, or the first one.
@@ -107,7 +107,7 @@ class FineTuning:
     """Images: rand: two random operations of RandAugment (Cubuk et al. 2020) at magnitude 9 with
     standard deviation 0.5."""
 
-    time_mask: Dropout = 0.0
+    time_mask: BelowOne = 0.0
     """Speech: the fraction of tokens that spans of time_mask_length are drawn for, in training."""
 
     time_mask_length: Positive = 10
@@ -117,7 +117,7 @@ class FineTuning:
     """What replaces masked tokens. token: the mask token of data2vec 1.0; noise: N(0, 0.01), as
     fairseq for 2.0; zero."""
 
-    channel_mask: Dropout = 0.0
+    channel_mask: BelowOne = 0.0
     """Speech: the fraction of channels that spans of channel_mask_length are drawn for; they are
     set to zero."""
 

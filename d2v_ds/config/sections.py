@@ -10,9 +10,9 @@ from typing import Annotated, Literal
 
 from d2v_ds.config.bounds import (
     Amount,
+    BelowOne,
     Bounds,
     Count,
-    Dropout,
     Factor,
     MicroBatches,
     OffAmount,
@@ -125,7 +125,7 @@ class Optim:
     lr: Factor = 5e-4
     """The peak learning rate."""
 
-    betas: tuple[Dropout, Dropout] = (0.9, 0.98)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.98)
     """Decay rates of Adam's two moments."""
 
     eps: Factor = 1e-6

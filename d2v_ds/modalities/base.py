@@ -20,7 +20,7 @@ import numpy.typing as npt
 from torch import Tensor, nn
 
 from d2v_ds.batch import Batch
-from d2v_ds.config.bounds import Amount, Dropout, Factor, Layers, MoreLayers, Positive, Views
+from d2v_ds.config.bounds import Amount, BelowOne, Factor, Layers, MoreLayers, Positive, Views
 from d2v_ds.data.checks import Unusable
 from d2v_ds.data.headers import HeaderReader
 from d2v_ds.errors import UserError
@@ -75,10 +75,10 @@ class ModalityConfig:
     prenet_depth: MoreLayers = 0
     """The number of modality-specific blocks before the shared trunk (the prenet)."""
 
-    prenet_dropout: Dropout = 0.0
-    """Dropout before the prenet, after the norm."""
+    prenet_dropout: BelowOne = 0.0
+    """BelowOne before the prenet, after the norm."""
 
-    prenet_layer_drop: Dropout = 0.0
+    prenet_layer_drop: BelowOne = 0.0
     """LayerDrop of the prenet."""
 
     decoder: DecoderConfig = field(default_factory=DecoderConfig)

@@ -23,8 +23,8 @@ from torch.nn import functional as F
 
 from d2v_ds.batch import Batch, mask_indices
 from d2v_ds.config.bounds import (
+    BelowOne,
     Bounds,
-    Dropout,
     InnerShare,
     MoreLayers,
     Positive,
@@ -104,7 +104,7 @@ class SpeechConfig(ModalityConfig):
 
     views: Views = 8
     shared: tuple[str, ...] = ("features",)
-    prenet_dropout: Dropout = 0.1
+    prenet_dropout: BelowOne = 0.1
 
     sample_rate: Annotated[int, Bounds(1, 1_000_000)] = 16_000
     """Sample rate in Hz. Recordings with a different rate are bad samples."""

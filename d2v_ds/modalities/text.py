@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_ds.batch import Batch, mask_indices
-from d2v_ds.config.bounds import Amount, Bounds, Count, Dropout, InnerShare, Positive, Share, Views
+from d2v_ds.config.bounds import Amount, BelowOne, Bounds, Count, InnerShare, Positive, Share, Views
 from d2v_ds.data import headers
 from d2v_ds.data.checks import Unusable
 from d2v_ds.data.headers import HeaderReader
@@ -109,8 +109,8 @@ class TextConfig(ModalityConfig):
     same as for tokens. Positions are easy to predict, and short runs that learn them first learn
     little else; a smaller value avoids this."""
 
-    dropout: Dropout = 0.1
-    """Dropout of the student's embeddings."""
+    dropout: BelowOne = 0.1
+    """BelowOne of the student's embeddings."""
 
     mask: MaskConfig = field(default_factory=MaskConfig)
 
