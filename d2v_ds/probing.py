@@ -125,7 +125,12 @@ class Probing:
             reason = lines[-1] if lines else f"exit code {ended.process.returncode}"
             log.warning("the probe of checkpoint %d failed: %s", ended.step, reason)
             return
-        [accuracy] = json.loads(lines[-1])["accuracy"]["trained student"].values()
+        try:
+            [accuracy] = json.loads(lines[-1])["accuracy"]["trained student"].values()
+        except (ValueError, LookupError, TypeError, AttributeError):
+            reason = lines[-1] if lines else "no output"
+            log.warning("the probe of checkpoint %d gave no result: %s", ended.step, reason)
+            return
         log.info(
             "checkpoint %d: %s accuracy of %s %.1f %%",
             ended.step,

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from d2v_ds import checkpoint
-from d2v_ds.checkpoint import Saver, write
-from d2v_ds.distributed.collectives import RankFailed
+from d2v_ds.checkpoint import CannotSave, Saver, write
 from d2v_ds.errors import Superseded
 from d2v_ds.run.run_folder import Generation, RunFolder, claim_generation
 from tests.helpers import checkpoint_pieces as pieces
@@ -113,7 +112,7 @@ def test_a_failing_write_is_raised_at_the_next_boundary(
 
     monkeypatch.setattr(write, "save_file", full)
     pieces.begin(saver, 6, pieces.whole(2))
-    with pytest.raises(RankFailed, match=r"rank 0: OSError: .*No space left"):
+    with pytest.raises(CannotSave, match=r"rank 0 cannot write checkpoint \d: .*No space left"):
         poll_until(saver, run, [6])
     assert [path.name for path in run.checkpoints.iterdir()] == ["00000005"]
     assert values_at(run, 5) == pieces.values_of(pieces.whole(1))
