@@ -100,7 +100,7 @@ def _settings(run: RunFolder) -> tuple[int, list[str], list[str]]:
         steps, modalities = config["run"]["steps"], list(config["modality"])
         if is_step(steps) and all(isinstance(name, str) for name in modalities):
             return steps, modalities, []
-    except (UserError, OSError, KeyError, TypeError):
+    except (ValueError, OSError, KeyError, TypeError, RecursionError):  # UserError is a ValueError
         pass  # told below
     return 0, [], [f"{run.config.name} is damaged; the next start writes it again"]
 
@@ -129,12 +129,13 @@ def training(run: RunFolder) -> bool:
             found = read_object(marker) or {}
         except FileNotFoundError:
             continue
-        ended = number(found, "time") or 0.0  # the marker of an older version has no generation
-        if "generation" in found:
-            last = number(found, "generation") or 0.0
-            beats = [b for b in beats if b.generation > last]
-        else:
-            beats = [b for b in beats if b.since > ended]
+        ended, last = number(found, "time") or 0.0, number(found, "generation")
+        beats = [
+            b
+            for b in beats
+            # older versions write no generation
+            if (b.generation > last if last and b.generation else b.since > ended)
+        ]
     return bool(beats) and len(silent(run, beats, OBSERVED)) < len(beats)
 
 
