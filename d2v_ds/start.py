@@ -103,8 +103,14 @@ class Training:
         self.watchdog.mark("saving", self.state.step)
         self._tolerate(self.saver.finish)
         if self.saver.saved != self.state.step:
-            self._begin_saving(counts)
-            self.saver.finish()
+            try:
+                self._begin_saving(counts)
+                self.saver.finish()
+            except checkpoint.CannotSave as error:
+                raise checkpoint.CannotSave(
+                    f"{error}. The run ends at step {self.state.step}, but only step "
+                    f"{self.saver.saved} is saved; the same command continues from there"
+                ) from None
         self.watchdog.mark("training", self.state.step)
 
     def _begin_saving(self, counts: Counts) -> None:

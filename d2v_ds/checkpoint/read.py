@@ -128,9 +128,10 @@ class Checkpoint:
                         raise DamagedCheckpoint(f"{self.path / file}: {kind} of {name} is cut")
                     into[low - offset : high - offset].copy_(values)
                     filled += high - low
-                assert filled == into.numel(), (
-                    f"{name}: {filled} of elements {offset} to {end} are in {self.path}"
-                )
+                if filled != into.numel():
+                    raise DamagedCheckpoint(
+                        f"{self.path}: has {filled} of the elements {offset} to {end} of {name}"
+                    )
 
             yield read
 

@@ -146,7 +146,7 @@ class MetricsWriter:
             newest = _cut_back(run.metrics, step)
         except OSError as error:
             self.losses.failed(error, 0)
-        self._clock = Clock(newest)
+        self._clock = Clock(newest + 0.001)  # rows have milliseconds
         purge = step + 1 if step else 0
         self._events = EventFile(run.tensorboard, self._clock, purge)
 
