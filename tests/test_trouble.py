@@ -15,6 +15,7 @@ import pytest
 
 from d2v_ds import cli
 from d2v_ds.checkpoint import CannotSave
+from d2v_ds.config import Optim
 from d2v_ds.distributed import signals
 from d2v_ds.distributed.stop import StopFlag
 from d2v_ds.errors import Superseded, UserError
@@ -39,13 +40,22 @@ def test_a_signal_while_a_run_starts_stops_it_without_an_error(
     settings = ["run.steps=500", "data.workers=0", "engine.config=zero1"]
     run = speech_run(tmp_path / "run", shards, *settings)
     process = run.start(nproc=nproc)
-    time.sleep(0.7)  # while it imports
+    while not catches(process.pid, signal.SIGTERM):
+        assert process.poll() is None
+        time.sleep(0.01)  # less than the imports take
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert json.loads(run.folder.stopped.read_text())["reason"] == "SIGTERM"
     assert "Traceback" not in output
+
+
+def catches(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    [caught] = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")]
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def test_a_signal_before_training_stops_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +116,7 @@ def training(run: RunFolder, disk: Disk, watchdog: Watchdog, step: int = 30) -> 
     parts |= {
         "engine": SimpleNamespace(partitions=dict),
         "shapes": {},
-        "config": RunFolder(run.root),
+        "config": Optim(),
     }
     return Training(**parts)
 

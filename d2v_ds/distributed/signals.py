@@ -25,6 +25,8 @@ _holds = False
 def hold() -> None:
     """From now on, a stop signal is only remembered. A second Ctrl-C ends the process as usual."""
     global _holds
+    if _holds:
+        return
     _holds = True
     for number in STOP_SIGNALS:
         signal.signal(number, _remember)
