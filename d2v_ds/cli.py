@@ -41,6 +41,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Superseded as error:
         logs.say(f"d2v-ds: {error}")
         return exit_codes.FAILURE
+    except KeyboardInterrupt:
+        if not trains:
+            raise
+        logs.say("d2v-ds: interrupted before the first step; the run folder is as it was")
+        return exit_codes.INTERRUPTED
     except BrokenPipeError:  # the reader has closed the pipe, as in `... | head`
         if trains:
             raise

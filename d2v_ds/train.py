@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from d2v_ds.batch import StepBatch
+from d2v_ds.checkpoint import Saver
 from d2v_ds.config import Config
 from d2v_ds.distributed import process_group, signals
 from d2v_ds.distributed.collectives import on_rank_0, own_rank
@@ -62,12 +63,17 @@ def train(
     process_group.init(world, device)
     try:
         config = task_class.resolve(config)
-        with StopFlag(config.run_dir) as stop, Watchdog(world.rank, world.size) as watchdog:
+        with (
+            StopFlag(config.run_dir) as stop,
+            Watchdog(world.rank, world.size) as watchdog,
+            ends_are_told(watchdog) as saving,
+        ):
             nodes = check_ranks(config, device)
             training = start(
                 task_class, config, world, device, nodes, watchdog, new=new, allow=allow
             )
-            with contextlib.closing(training), ends_are_told(training):
+            saving.append(training.saver)
+            with contextlib.closing(training):
                 code = run_steps(training, stop)
                 signals.ignore()
                 return code
@@ -78,11 +84,12 @@ def train(
 
 
 @contextlib.contextmanager
-def ends_are_told(t: Training) -> Iterator[None]:
-    """An error that ends this rank is in its log and in its heartbeat, which `d2v-ds status` shows;
-    a checkpoint that was being written is published."""
+def ends_are_told(watchdog: Watchdog) -> Iterator[list[Saver]]:
+    """An error that ends this rank is in its log and in its heartbeat, which `d2v-ds status` shows.
+    Yields a list for a saver, whose checkpoint that was being written is published."""
+    saving: list[Saver] = []
     try:
-        yield
+        yield saving
     except Exception as error:
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         to_file_only(logging.ERROR, f"the run ends: {text}")
@@ -90,9 +97,10 @@ def ends_are_told(t: Training) -> Iterator[None]:
             raise
         if not isinstance(error, UserError):
             to_file_only(logging.ERROR, traceback.format_exc())
-        t.watchdog.mark("saving", t.state.step)  # for which the batch script waits
-        t.saver.rescue(RESCUE)
-        t.watchdog.ended(text)
+        for saver in saving:
+            watchdog.mark("saving", saver.saved or 0)  # for which the batch script waits
+            saver.rescue(RESCUE)
+        watchdog.ended(text)
         raise
 
 

@@ -8,6 +8,7 @@ sums of a micro-batch --Accumulator.add--> fp64 sums on the device
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
@@ -64,6 +65,7 @@ class Accumulator:
     def __init__(self) -> None:
         self._layout: list[tuple[str, torch.Size]] = []
         self._total: Tensor | None = None  # fp64: everything in one vector
+        self._memory: Tensor | None = None  # for the next total
         self._steps: Tensor | int = 0  # steps that `take` added, on the device
         self.covered = 0.0  # steps in the last result of `reduce`, as a mean over the ranks
 
@@ -72,7 +74,9 @@ class Accumulator:
         layout = [(name, sums[name].shape) for name in sorted(sums)]
         packed = torch.cat([sums[name].detach().reshape(-1) for name, _ in layout])
         if self._total is None:
-            self._layout, self._total = layout, packed.double()
+            if self._memory is None or self._memory.shape != packed.shape:
+                self._memory = packed.double()
+            self._layout, self._total = layout, self._memory.copy_(packed)
             return
         assert layout == self._layout, f"the task reported {layout}, previously {self._layout}"
         self._total += packed
@@ -83,10 +87,12 @@ class Accumulator:
         if step._total is None:
             return
         finite = torch.isfinite(step._total.sum())
-        # In place: for large models the vector has millions of elements.
-        step._total.masked_fill_(~finite, 0.0)
+        if step._total.is_cuda:  # without waiting for the device
+            step._total.masked_fill_(~finite, 0.0)
+        elif not finite:
+            step._total.zero_()
         if self._total is None:
-            self._layout, self._total = step._layout, step._total
+            self._layout, self._total = step._layout, step._total.clone()
         else:
             assert step._layout == self._layout, f"the task reported {step._layout}"
             self._total += step._total
@@ -94,7 +100,9 @@ class Accumulator:
         step.drop()
 
     def drop(self) -> None:
-        """Forgets everything since the last call of `reduce`."""
+        """Forgets everything since the last call of `reduce`; keeps the memory."""
+        if self._total is not None:
+            self._memory = self._total
         self._total, self._steps = None, 0
 
     def reduce(self) -> dict[str, npt.NDArray[np.float64]]:
@@ -196,10 +204,12 @@ class MetricsWriter:
 def write_evaluation(run: RunFolder, weights: str, step: int, values: Mapping[str, float]) -> Path:
     """Scalars of an evaluation at the step of its checkpoint; returns the folder. It is one of its
     own below tb/: training purges and replaces only the event files in tb/ itself, and TensorBoard
-    shows student and teacher as two curves."""
+    shows student and teacher as two curves. Raises OSError."""
     folder = run.tensorboard / "eval" / weights
     with EventFile(folder, Clock()) as events:
         events.scalars(values, step)
+        if events.losses.total:
+            raise OSError(errno.EIO, f"{folder} cannot be written")
     return folder
 
 
