@@ -28,8 +28,9 @@ from d2v_ds.distributed import process_group
 from d2v_ds.distributed.world import World
 from d2v_ds.pretrain import Pretrain
 from d2v_ds.run.watchdog import Watchdog
-from d2v_ds.start import TrainState, create_mixture
+from d2v_ds.start import create_mixture
 from d2v_ds.step import StepSettings, create_engine_and_ema, train_step
+from d2v_ds.train_state import TrainState
 from shards import samples
 from shards.cli import main as shards_main
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -16,9 +15,10 @@ from pathlib import Path
 from d2v_ds import __version__, exit_codes, recipes
 from d2v_ds.arguments import positive, size
 from d2v_ds.cli_evaluate import add_evaluate, add_features, evaluate_run, features_run
-from d2v_ds.errors import UserError
+from d2v_ds.distributed import signals
+from d2v_ds.errors import Superseded, UserError
 from d2v_ds.export import arguments as exporting
-from d2v_ds.secrets import mask
+from d2v_ds.run import logs
 
 DESCRIPTION = """\
 Pre-trains data2vec 1.0 and 2.0 on speech, images and text with DeepSpeed ZeRO.
@@ -27,16 +27,31 @@ Settings are given as key.path=value; `d2v-ds settings` describes all of them.""
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    logs.open_standard_streams()
     arguments = parse(argv)
+    trains = arguments.command in (train_run, finetune_run)
+    if trains and argv is None and not arguments.check:  # not in a program that calls this
+        signals.hold()
     try:
         code: int = arguments.command(arguments)
         return code
     except UserError as error:
-        message = " ".join(mask(str(error)).splitlines())
-        print(f"d2v-ds: {message}", file=sys.stderr)
+        logs.say(f"d2v-ds: {error}")
         return exit_codes.BAD_INPUT
+    except Superseded as error:
+        logs.say(f"d2v-ds: {error}")
+        return exit_codes.FAILURE
+    except KeyboardInterrupt:
+        if not trains:
+            raise
+        logs.say("d2v-ds: interrupted before the first step; the run folder is as it was")
+        return exit_codes.INTERRUPTED
     except BrokenPipeError:  # the reader has closed the pipe, as in `... | head`
+        if trains:
+            raise
         return exit_codes.FINISHED
+    finally:
+        logs.close_standard_streams()
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -278,7 +293,9 @@ def run_task(command: str, task: str, arguments: argparse.Namespace) -> int:
     if launched_ranks() is None and ranks > 1:
         from d2v_ds.distributed.launcher import launch
 
-        return launch(ranks, train_arguments(command, arguments))
+        code = launch(ranks, train_arguments(command, arguments))
+        signals.ignore()
+        return code
 
     from d2v_ds.distributed.world import World
     from d2v_ds.train import train

@@ -120,7 +120,7 @@ class PretrainReport(Report):
         ),
     }
 
-    def summarize(self, sums: Sums, steps: int = 1) -> dict[str, float]:
+    def summarize(self, sums: Sums, steps: float = 1) -> dict[str, float]:
         """Scalars from the sums (`measure`) of `steps` optimizer steps; NaN if there is no data.
 
         Spreads are fairseq's `target_var` and `pred_var`: mean_d sqrt(var_d + 1e-6), unbiased. The

@@ -71,7 +71,11 @@ class Probing:
                 log.info("not probed, because another probe was running: checkpoints %s", skipped)
             self.newest = published[-1]
             self.waiting.extend(self.config.probes)
-        self._start(self.newest, self.waiting.popleft())
+        modality = self.waiting.popleft()
+        try:
+            self._start(self.newest, modality)
+        except OSError as error:  # a full disk, no memory
+            log.warning("the probe of checkpoint %d cannot start: %s", self.newest, error)
 
     def finish(self, watchdog: Watchdog) -> None:
         """Waits until the last checkpoint is probed, at most LONGEST seconds."""
@@ -101,7 +105,7 @@ class Probing:
         words = ["evaluate", probe.kind, str(self.run.checkpoint(step)), "--modality", modality]
         words += ["--train", train, "--test", test, "--label", probe.label]
         words += ["--layer", str(probe.layer)] if probe.layer else []
-        output = (self.logs / f"probe-{step:08d}-{modality}.txt").open("w+")
+        output = (self.logs / f"probe-{step:08d}-{modality}.txt").open("w+", errors="replace")
         threads = str(probe.threads)
         process = subprocess.Popen(
             ["nice", "-n", "19", sys.executable, "-m", "d2v_ds", *words],
@@ -125,7 +129,12 @@ class Probing:
             reason = lines[-1] if lines else f"exit code {ended.process.returncode}"
             log.warning("the probe of checkpoint %d failed: %s", ended.step, reason)
             return
-        [accuracy] = json.loads(lines[-1])["accuracy"]["trained student"].values()
+        try:
+            [accuracy] = json.loads(lines[-1])["accuracy"]["trained student"].values()
+        except (ValueError, LookupError, TypeError, AttributeError):
+            reason = lines[-1] if lines else "no output"
+            log.warning("the probe of checkpoint %d gave no result: %s", ended.step, reason)
+            return
         log.info(
             "checkpoint %d: %s accuracy of %s %.1f %%",
             ended.step,

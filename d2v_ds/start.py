@@ -13,9 +13,9 @@ import json
 import logging
 import os
 import shutil
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import ChainMap, Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,13 @@ from typing import Any
 import torch
 
 from d2v_ds import checkpoint
-from d2v_ds.batch import StepBatch
 from d2v_ds.best import Judge
 from d2v_ds.config import Config, modality_of
 from d2v_ds.config.decoding import decode, dump_yaml, to_dict, to_stored, without_secrets
 from d2v_ds.config.resume import refuse_changes
 from d2v_ds.data.cache.stage import stage
 from d2v_ds.data.shard_format import ShardSet, open_set
-from d2v_ds.distributed.collectives import on_all_ranks, on_rank_0, own_rank
+from d2v_ds.distributed.collectives import all_gather, on_all_ranks, on_rank_0
 from d2v_ds.distributed.world import World
 from d2v_ds.engine import Engine
 from d2v_ds.errors import UserError
@@ -38,51 +37,26 @@ from d2v_ds.files import write_atomically
 from d2v_ds.loader.find_set import find_set, stream_tars
 from d2v_ds.loader.loader import Loader
 from d2v_ds.loader.mixture import Mixture, divide_workers, shares_of
-from d2v_ds.loader.quarantine import Quarantine
+from d2v_ds.loader.quarantine import Past, Quarantine, count_lines, names_of
 from d2v_ds.loader.stream import StreamLoader
 from d2v_ds.loader.tokenizer_file import keep_tokenizer, refuse_mixed, refuse_other
 from d2v_ds.modalities.base import Modality
 from d2v_ds.probing import Probing
 from d2v_ds.run import environment
+from d2v_ds.run.logs import log_to
 from d2v_ds.run.rank_check import warn_of_too_few_cores
-from d2v_ds.run.run_folder import Generation, RunFolder, claim_generation
+from d2v_ds.run.run_folder import Generation, RunFolder, claim_generation, remove
 from d2v_ds.run.watchdog import PATIENT, Watchdog
-from d2v_ds.secrets import MaskingFormatter, mask_values
+from d2v_ds.secrets import mask_values
 from d2v_ds.step import create_engine_and_ema
 from d2v_ds.task import Task
 from d2v_ds.teacher import Ema
+from d2v_ds.telemetry import Counts
+from d2v_ds.train_state import TrainState
 from d2v_ds.validation import Validation
 from d2v_ds.weights import initialise, open_weights
 
 log = logging.getLogger("d2v_ds")
-
-
-@dataclass
-class TrainState:
-    """The state that a resumed run needs besides weights; stored in the checkpoint's manifest."""
-
-    step: int = 0  # optimizer steps taken
-    samples: int = 0  # seen, over all ranks
-    units: Mapping[str, float] = field(default_factory=dict)  # {modality: seconds, images, tokens}
-    cursor: Mapping[str, Any] = field(default_factory=dict)  # {source: state of its loader}
-    score: float | None = None  # of the validation at this step; lower is better (best.py)
-    best: Mapping[str, Any] = field(default_factory=dict)  # the best validation so far (best.py)
-
-    @staticmethod
-    def from_manifest(raw: Mapping[str, Any]) -> TrainState:
-        """Also reads older checkpoints, which call the cursor `position`."""
-        raw = dict(raw)
-        if "position" in raw:
-            raw["cursor"] = raw.pop("position")
-        return TrainState(**raw)
-
-    def advance(self, batch: StepBatch) -> None:
-        self.step += 1
-        self.samples += batch.samples
-        seen = self.units.get(batch.modality, 0.0) + batch.units
-        self.units = {**self.units, batch.modality: seen}
-        self.cursor = batch.cursor
-        self.score = None
 
 
 @dataclass
@@ -98,6 +72,8 @@ class Training:
     ema: Ema | None  # None: the task has no teacher
     shapes: dict[str, tuple[int, ...]]  # of every parameter, by name
     mixture: Mixture
+    quarantines: Mapping[str, Quarantine]  # {source: its bad samples}
+    found: Mapping[str, int]  # {source: bad samples that earlier starts found}
     validation: Validation | None  # None: no held-out sets
     judge: Judge
     state: TrainState
@@ -105,9 +81,41 @@ class Training:
     probing: Probing | None  # rank 0, if the run has a probe
     watchdog: Watchdog
 
-    def save(self) -> None:
-        """Begins a checkpoint of everything. Collective: all ranks must call it."""
+    def save(self, counts: Counts) -> None:
+        """Begins a checkpoint of everything. counts: of this rank. If a checkpoint cannot be
+        written, the log tells it and training goes on. Collective: all ranks must call it."""
         self.watchdog.mark("saving", self.state.step)
+        self._tolerate(self.saver.finish)
+        self._tolerate(lambda: self._begin_saving(counts))
+        self.watchdog.mark("training", self.state.step)
+
+    def poll(self) -> None:
+        """Publishes a checkpoint that all ranks have written. Collective."""
+        self._tolerate(self.saver.poll)
+
+    def finish_saving(self) -> None:
+        """Waits until a checkpoint that is being written is published. Collective."""
+        self.watchdog.mark("saving", self.state.step)
+        self._tolerate(self.saver.finish)
+        self.watchdog.mark("training", self.state.step)
+
+    def save_last(self, counts: Counts) -> None:
+        """Waits until a checkpoint of this step is published. Collective. Raises CannotSave."""
+        self.watchdog.mark("saving", self.state.step)
+        self._tolerate(self.saver.finish)
+        if self.saver.saved != self.state.step:
+            try:
+                self._begin_saving(counts)
+                self.saver.finish()
+            except checkpoint.CannotSave as error:
+                raise checkpoint.CannotSave(
+                    f"{error}. The run ends at step {self.state.step}, but only step "
+                    f"{self.saver.saved} is saved; the same command continues from there"
+                ) from None
+        self.watchdog.mark("training", self.state.step)
+
+    def _begin_saving(self, counts: Counts) -> None:
+        self._count(counts)
         self.saver.start(
             self.state.step,
             partitions=self.engine.partitions(),
@@ -115,7 +123,32 @@ class Training:
             shapes=self.shapes,
             state={"train": dataclasses.asdict(self.state), "config": to_stored(self.config)},
         )
-        self.watchdog.mark("training", self.state.step)
+
+    def _tolerate(self, action: Callable[[], None]) -> None:
+        """A save that fails ends no run: the next one may find space."""
+        try:
+            action()
+        except checkpoint.CannotSave as error:
+            saved = self.saver.saved
+            log.error(
+                "%s; training continues %s and tries again at the next save",
+                error,
+                "without a checkpoint" if saved is None else f"with checkpoint {saved}",
+            )
+
+    def _count(self, counts: Counts) -> None:
+        """Sums what each rank has counted, for the checkpoint. Collective."""
+        lists = self.run.bad_samples(self.world.rank)
+        new = {source: q.new for source, q in self.quarantines.items() if q.new}
+        own = (counts, new, {lists.name: count_lines(lists)} if lists.is_file() else {})
+        ranks = all_gather(own)
+        state = self.state
+        state.skipped = sum(each.skipped for each, _, _ in ranks)
+        state.not_finite = sum(each.not_finite for each, _, _ in ranks)
+        state.replaced = dict(sum((Counter(each.bad) for each, _, _ in ranks), Counter()))
+        found = sum((Counter(bad) for _, bad, _ in ranks), Counter(self.found))
+        state.bad = dict(found)
+        state.listed = {**state.listed, **dict(ChainMap(*(listed for _, _, listed in ranks)))}
 
     def validate(self) -> dict[str, float]:
         """The scalars of a validation, if one is due after this step. Collective: all ranks must
@@ -137,12 +170,6 @@ class Training:
         if self.probing:
             self.probing.close()
 
-    def finish_saving(self) -> None:
-        """Waits until the last checkpoint is published. Collective: all ranks must call it."""
-        self.watchdog.mark("saving", self.state.step)
-        self.saver.finish()
-        self.watchdog.mark("training", self.state.step)
-
 
 def start(
     task_class: type[Task],
@@ -162,13 +189,16 @@ def start(
     if found:
         check_resume(task_class, config, run, found, new=new, allow=allow)
     generation = on_rank_0(lambda: claim(run))  # from here on, no older start can write checkpoints
-    log_to(run.log(generation, world.rank))
+    log_to(run.log(generation, world.rank), console=world.rank == 0)
     watchdog.start(run, generation)
     warn_of_too_few_cores(config.data.workers)
-    on_rank_0(lambda: checkpoint.clean(run))
+    newest = found.step if found else -1
+    on_rank_0(lambda: checkpoint.clean(run, newest))
     if on_rank_0(run.steps)[-1:] != ([found.step] if found else []):
         found = checkpoint.newest_verified(run)  # one was published or restored in the meantime
-    state = TrainState.from_manifest(found.state["train"]) if found else TrainState()
+        if found and found.step != newest:
+            check_resume(task_class, config, run, found, new=new, allow=allow)
+    state = TrainState.from_manifest(found.state.get("train")) if found else TrainState()
 
     texts = text_sets(config)
     refuse_mixed(texts)
@@ -177,7 +207,8 @@ def start(
     if config.init and not found:
         start_from_weights(task, config, run, texts)
     averages = task.averages()
-    mixture = create_mixture(config, task.modalities, world, state, watchdog)
+    quarantines = create_quarantines(config, run, world, state)
+    mixture = create_mixture(config, task.modalities, world, state, watchdog, quarantines)
     shapes = {name: tuple(p.shape) for name, p in task.named_parameters()}  # ZeRO 3 hides them
     lost = [n for n, p in task.named_parameters() if not p.requires_grad and n not in averages]
     assert not lost, f"neither trained nor averaged, so not in checkpoints: {lost}"
@@ -203,6 +234,7 @@ def start(
         keep_every=config.save.keep_every,
         replicated=engine.replicated,
     )
+    saver.saved = state.step
     return Training(
         config=config,
         world=world,
@@ -213,6 +245,8 @@ def start(
         ema=ema,
         shapes=shapes,
         mixture=mixture,
+        quarantines=quarantines,
+        found=state.bad,
         validation=create_validation(config, task, engine, world, watchdog),
         judge=Judge.of(config, task.metric),
         state=state,
@@ -298,9 +332,11 @@ def create_mixture(
     world: World,
     state: TrainState,
     watchdog: Watchdog,
+    quarantines: Mapping[str, Quarantine] | None = None,
 ) -> Mixture:
     """The loaders of all sources, each at its cursor in `state`. Collective: all ranks must call
     it. Raises UserError."""
+    quarantines = quarantines or {}
     shares, loaders = shares_of(config), dict[str, Loader | StreamLoader]()
     for (source, path), workers in zip(
         config.sources.items(), divide_workers(config.data.workers, shares), strict=True
@@ -314,9 +350,7 @@ def create_mixture(
             "world": world.size,
             "workers": workers,
             "cursor": state.cursor.get(source),
-            "quarantine": Quarantine(
-                RunFolder(config.run_dir).bad_samples(world.rank), config.data.max_bad
-            ),
+            "quarantine": quarantines.get(source),
         }
         if tars := stream_tars(path):
             loaders[source] = StreamLoader(tars, modality, **settings)
@@ -326,6 +360,26 @@ def create_mixture(
             on_rank_0(partial(keep_tokenizer, shards, RunFolder(config.run_dir).tokenizer))
             loaders[source] = Loader(local_copy(shards, watchdog), modality, **settings)
     return Mixture(loaders, shares, config.run.seed)
+
+
+def create_quarantines(
+    config: Config, run: RunFolder, world: World, state: TrainState
+) -> dict[str, Quarantine]:
+    """The bad samples of each source, after those that earlier starts found up to `state`."""
+    counted, reported = names_of(run.bad_samples(0).parent, state.listed)
+    return {
+        source: Quarantine(
+            run.bad_samples(world.rank),
+            config.data.max_bad,
+            Past(
+                state.read.get(source, 0) / world.size,
+                state.bad.get(source, 0) / world.size,
+                counted,
+                reported,
+            ),
+        )
+        for source in config.sources
+    }
 
 
 def text_sets(config: Config) -> list[ShardSet]:
@@ -363,18 +417,4 @@ def describe_run(config: Config, run: RunFolder, nodes: list[str]) -> None:
     if config.finetune.tokenizer and not run.labels.exists():
         shutil.copyfile(config.finetune.tokenizer, run.labels)
     for marker in (run.stopped, run.done):  # of the previous start
-        marker.unlink(missing_ok=True)
-
-
-def log_to(path: Path) -> None:
-    """Sends the log to this rank's file, and on rank 0 to the console as well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(MaskingFormatter("%(asctime)s %(levelname)s %(message)s"))
-    log.handlers = [handler]
-    if own_rank() == 0:
-        console = logging.StreamHandler(sys.stdout)
-        console.setFormatter(MaskingFormatter())
-        log.addHandler(console)
-    log.setLevel(logging.INFO)
-    log.propagate = False
+        remove(marker)

@@ -32,8 +32,9 @@ class Report(ABC):
     a validation, also of Task.score, becomes valid_X, with the tag valid/X."""
 
     @abstractmethod
-    def summarize(self, sums: Sums, steps: int) -> dict[str, float]:
-        """Scalars from the sums of `steps` steps over all micro-batches and ranks."""
+    def summarize(self, sums: Sums, steps: float) -> dict[str, float]:
+        """Scalars from the sums of `steps` steps over all micro-batches and ranks. Not a whole
+        number if the sums of some ranks were not finite and are left out."""
 
     @abstractmethod
     def line(self, row: Mapping[str, float]) -> str:

@@ -12,29 +12,34 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Sequence
+import traceback
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from d2v_ds.batch import StepBatch
+from d2v_ds.checkpoint import Saver
 from d2v_ds.config import Config
-from d2v_ds.distributed import process_group
+from d2v_ds.distributed import process_group, signals
 from d2v_ds.distributed.collectives import on_rank_0, own_rank
 from d2v_ds.distributed.stop import StopFlag
 from d2v_ds.distributed.world import World, cores_of_rank
+from d2v_ds.errors import Superseded, UserError
 from d2v_ds.exit_codes import FINISHED, UNHEALTHY
 from d2v_ds.run import status
+from d2v_ds.run.logs import to_file_only
 from d2v_ds.run.preflight import UnfitNodes
 from d2v_ds.run.rank_check import check_ranks, report_unfit
 from d2v_ds.run.watchdog import Watchdog
 from d2v_ds.start import Training, start
 from d2v_ds.step import StepSettings, train_step
 from d2v_ds.task import Task
-from d2v_ds.telemetry import Telemetry
+from d2v_ds.telemetry import Counts, Telemetry
 
 log = logging.getLogger("d2v_ds")
 
 MAX_SKIPPED = 20  # consecutive steps with a non-finite gradient after which the run ends
+RESCUE = 20.0  # seconds, after an error, to publish a checkpoint that was being written
 
 
 def train(
@@ -58,17 +63,45 @@ def train(
     process_group.init(world, device)
     try:
         config = task_class.resolve(config)
-        with StopFlag(config.run_dir) as stop, Watchdog(world.rank, world.size) as watchdog:
+        with (
+            StopFlag(config.run_dir) as stop,
+            Watchdog(world.rank, world.size) as watchdog,
+            ends_are_told(watchdog) as saving,
+        ):
             nodes = check_ranks(config, device)
             training = start(
                 task_class, config, world, device, nodes, watchdog, new=new, allow=allow
             )
+            saving.append(training.saver)
             with contextlib.closing(training):
-                return run_steps(training, stop)
+                code = run_steps(training, stop)
+                signals.ignore()
+                return code
     except UnfitNodes as error:
         return report_unfit(error)
     finally:
         process_group.shutdown()
+
+
+@contextlib.contextmanager
+def ends_are_told(watchdog: Watchdog) -> Iterator[list[Saver]]:
+    """An error that ends this rank is in its log and in its heartbeat, which `d2v-ds status` shows.
+    Yields a list for a saver, whose checkpoint that was being written is published."""
+    saving: list[Saver] = []
+    try:
+        yield saving
+    except Exception as error:
+        text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        to_file_only(logging.ERROR, f"the run ends: {text}")
+        if isinstance(error, Superseded):
+            raise
+        if not isinstance(error, UserError):
+            to_file_only(logging.ERROR, traceback.format_exc())
+        for saver in saving:
+            watchdog.mark("saving", saver.saved or 0)  # for which the batch script waits
+            saver.rescue(RESCUE)
+        watchdog.ended(text)
+        raise
 
 
 def run_steps(t: Training, stop: StopFlag) -> int:
@@ -77,12 +110,14 @@ def run_steps(t: Training, stop: StopFlag) -> int:
     described = epochs(t) if own_rank() == 0 else []
     if described:
         report(t, described)
-    saved, skipped = state.step, 0
-    with Telemetry(config, t.run, t.task, state.step, t.watchdog) as telemetry:
+    skipped = 0
+    counts = Counts(state.skipped, state.not_finite, dict(state.replaced))
+    with Telemetry(config, t.run, t.task, state.step, t.watchdog, counts) as telemetry:
+        counts = telemetry.counts
         if telemetry.writer:
             telemetry.writer.text("data", "\n".join(described), state.step)
         while not finished(t) and not stop.agreed():
-            t.saver.poll()
+            t.poll()
             if t.probing:
                 t.probing.poll()
             step_batch = next_batch(t, telemetry)
@@ -98,7 +133,7 @@ def run_steps(t: Training, stop: StopFlag) -> int:
                 observer=telemetry,
             ):
                 skipped += 1
-                telemetry.step_skipped()
+                telemetry.step_skipped(step_batch)
                 number = state.step + 1  # as in the metrics
                 log.warning("step %d is skipped: its gradient is not finite", number)
                 if skipped < MAX_SKIPPED:
@@ -113,11 +148,8 @@ def run_steps(t: Training, stop: StopFlag) -> int:
                 step_batch, settings, state.step, state.samples, t.engine.grad_norm(), scores
             )
             if state.step % config.save.every == 0:
-                t.save()
-                saved = state.step
-    if state.step != saved:
-        t.save()
-    t.finish_saving()
+                t.save(counts)
+    t.save_last(counts)
     done = finished(t)
     reason = done or stop.reason or "another rank was asked to stop"
     on_rank_0(
@@ -148,12 +180,14 @@ def next_batch(t: Training, telemetry: Telemetry) -> StepBatch:
 
 
 def give_up(t: Training, step_batch: StepBatch, skipped: int) -> None:
+    reason = f"{skipped} consecutive steps had no finite gradient"
     log.error(
-        "%d consecutive steps had no finite gradient: lower optim.lr, or inspect the samples %s",
-        skipped,
+        "%s: lower optim.lr, or inspect the samples %s",
+        reason,
         [batch.keys for batch in step_batch.micro_batches],
     )
     t.finish_saving()
+    t.watchdog.ended(reason)
 
 
 def epochs(t: Training) -> list[str]:

@@ -16,7 +16,7 @@ from tests import ROOT
 
 # From the lowest up, as in docs/architecture.md: modules and packages of d2v_ds.
 LAYERS = [
-    ["errors", "exit_codes", "files", "arguments", "secrets"],
+    ["errors", "exit_codes", "files", "arguments", "records", "secrets"],
     ["config", "recipes", "schedules"],
     ["seeding", "distributed"],
     ["data", "shard_format"],
@@ -25,7 +25,7 @@ LAYERS = [
     ["modalities"],
     ["engine", "key_maps"],
     ["loader"],
-    ["task", "teacher", "step"],
+    ["task", "teacher", "step", "train_state"],
     ["run"],
     ["pretrain_report", "pretrain"],
     ["checkpoint"],
@@ -37,19 +37,13 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 WITHOUT_TORCH = [
-    "errors",
-    "exit_codes",
-    "files",
-    "arguments",
-    "secrets",
-    "config",
-    "recipes",
-    "schedules",
+    *("errors", "exit_codes", "files", "arguments", "records", "secrets"),
+    *("config", "recipes", "schedules"),
 ]
 SHARDS_MAY_IMPORT = ["errors", "exit_codes", "files", "arguments", "secrets", "data", "modalities"]
 PLACES = {
     "deepspeed": ["d2v_ds/engine/zero.py"],
-    "tensorboard": ["d2v_ds/telemetry/metrics.py"],
+    "tensorboard": ["d2v_ds/telemetry/events.py"],
     "safetensors": ["d2v_ds/checkpoint", "d2v_ds/export", "d2v_ds/weights"],
     "transformers": ["d2v_ds/export"],
     "tokenizers": ["shards/text/tokenizer_json.py", "d2v_ds/export"],

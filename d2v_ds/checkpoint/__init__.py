@@ -14,15 +14,18 @@ and reading needs neither DeepSpeed nor the model. Files are safetensors and JSO
 ever unpickled.
 
 A checkpoint is written to checkpoints/.STEP.GENERATION.tmp and renamed once the files of all ranks
-are on disk, so a crash at any time leaves the earlier checkpoints intact.
+are on disk, so a crash at any time leaves the earlier checkpoints intact. If the run ends by an
+error before the renaming, the complete checkpoint is published then, or by the next start.
 """
 
-from d2v_ds.checkpoint.format import DamagedCheckpoint, Shapes, StateKind
+from d2v_ds.checkpoint.format import CannotSave, DamagedCheckpoint, Shapes, StateKind
 from d2v_ds.checkpoint.read import Checkpoint, newest_verified, open_checkpoint, open_verified
+from d2v_ds.checkpoint.recover import clean
 from d2v_ds.checkpoint.saver import Saver
-from d2v_ds.checkpoint.write import clean, publish
+from d2v_ds.checkpoint.write import publish
 
 __all__ = [
+    "CannotSave",
     "Checkpoint",
     "DamagedCheckpoint",
     "Saver",

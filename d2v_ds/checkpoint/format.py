@@ -26,6 +26,11 @@ class DamagedCheckpoint(UserError):
     """A checkpoint that is incomplete or differs from what was written."""
 
 
+class CannotSave(UserError):
+    """A checkpoint that cannot be written, for example because the disk is full. Raised on all
+    ranks; the run folder is unchanged, and a later save may succeed."""
+
+
 def by_kind(partitions: Mapping[str, Partition], ema: EmaPieces) -> dict[StateKind, Pieces]:
     """The pieces that one rank owns, of every kind."""
     assert set(ema) in (set(EMA_KINDS), set()), f"an EMA has {EMA_KINDS}, got {list(ema)}"

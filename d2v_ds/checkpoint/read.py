@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from d2v_ds.checkpoint.format import (
     FORMAT,
+    KINDS,
     DamagedCheckpoint,
     EmaPieces,
     Files,
@@ -27,10 +30,11 @@ from d2v_ds.checkpoint.format import (
     by_kind,
     piece_table,
 )
-from d2v_ds.distributed.collectives import all_gather, on_all_ranks, own_rank, rank_count
+from d2v_ds.distributed.collectives import on_all_ranks, on_rank_0, own_rank, rank_count
 from d2v_ds.engine import Partition
 from d2v_ds.errors import UserError
 from d2v_ds.files import sha256
+from d2v_ds.records import is_step
 from d2v_ds.run.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -113,14 +117,21 @@ class Checkpoint:
                     low, high = max(offset, start), min(end, start + length)
                     if low >= high:
                         continue
-                    if file not in opened:
-                        opened[file] = stack.enter_context(safe_open(self.path / file, "pt"))
-                    stored = opened[file].get_slice(f"{kind}/{name}")
-                    into[low - offset : high - offset].copy_(stored[low - start : high - start])
+                    try:
+                        if file not in opened:
+                            opened[file] = stack.enter_context(safe_open(self.path / file, "pt"))
+                        stored = opened[file].get_slice(f"{kind}/{name}")
+                        values = stored[low - start : high - start]
+                    except (SafetensorError, OSError) as error:
+                        raise DamagedCheckpoint(f"{self.path / file}: {error}") from None
+                    if values.shape != (high - low,):
+                        raise DamagedCheckpoint(f"{self.path / file}: {kind} of {name} is cut")
+                    into[low - offset : high - offset].copy_(values)
                     filled += high - low
-                assert filled == into.numel(), (
-                    f"{name}: {filled} of elements {offset} to {end} are in {self.path}"
-                )
+                if filled != into.numel():
+                    raise DamagedCheckpoint(
+                        f"{self.path}: has {filled} of the elements {offset} to {end} of {name}"
+                    )
 
             yield read
 
@@ -157,12 +168,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise DamagedCheckpoint(
             f"{path / 'manifest.json'}: its SHA-256 differs from that in COMPLETE"
         )
-    manifest = json.loads(text)
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError):
+        raise DamagedCheckpoint(f"{path / 'manifest.json'}: not JSON") from None
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise DamagedCheckpoint(f"{path / 'manifest.json'}: not a manifest")
     if manifest["format"] != FORMAT:
+        versions = manifest.get("versions")
+        wrote = versions.get("d2v-ds", "unknown") if isinstance(versions, dict) else "unknown"
         raise UserError(
-            f"{path}: has checkpoint format {manifest['format']}, but this d2v_ds reads {FORMAT}; "
-            f"use the d2v_ds that wrote it ({manifest['versions'].get('d2v-ds', 'unknown')})"
+            f"{path}: has checkpoint format {manifest['format']!r}, but this d2v_ds reads "
+            f"{FORMAT}; use the d2v_ds that wrote it ({wrote})"
         )
+    if problem := _problem(manifest):
+        raise DamagedCheckpoint(f"{path / 'manifest.json'}: {problem}")
     return Checkpoint(
         path=path,
         step=manifest["step"],
@@ -173,6 +193,39 @@ def open_checkpoint(path: Path) -> Checkpoint:
         files=manifest["files"],
         pieces=piece_table(manifest["files"]),
     )
+
+
+FILE = re.compile(r"rank[0-9]{5,}\.safetensors")
+
+
+def _problem(manifest: Mapping[str, Any]) -> str:
+    """What is wrong with the structure of a manifest; empty if nothing is."""
+    for name in ("state", "versions", "shapes", "adam_steps", "files"):
+        if not isinstance(manifest.get(name), dict):
+            return f"{name} is not a mapping"
+    if not is_step(manifest.get("step")):
+        return "step is not a number of steps"
+    shapes, steps = manifest["shapes"], manifest["adam_steps"]
+    if not all(isinstance(s, list) and all(map(is_step, s)) for s in shapes.values()):
+        return "a shape is not a list of sizes"
+    if not all(map(is_step, steps.values())):
+        return "a step of Adam is not a number"
+    for file, entry in manifest["files"].items():
+        if not FILE.fullmatch(file) or not isinstance(entry, dict):
+            return f"{file!r} is not a file of a checkpoint"
+        pieces = entry.get("pieces")
+        if not is_step(entry.get("bytes")) or not isinstance(entry.get("sha256"), str):
+            return f"{file} has no size or SHA-256"
+        if not isinstance(pieces, dict) or not pieces.keys() <= set(KINDS):
+            return f"{file} has no table of pieces"
+        for kind, by_name in pieces.items():
+            if not isinstance(by_name, dict):
+                return f"{file}: the pieces of {kind} are not a mapping"
+            for name, piece in by_name.items():
+                sound = isinstance(piece, list) and len(piece) == 2 and all(map(is_step, piece))
+                if not sound or sum(piece) > math.prod(shapes.get(name, [0])):
+                    return f"{file}: {kind} of {name!r} is not a piece of the parameter"
+    return ""
 
 
 def score_of(path: Path) -> float | None:
@@ -196,7 +249,9 @@ def newest_verified(run: RunFolder, remedy: str = FROM_SCRATCH) -> Checkpoint | 
     checkpoints but none is valid, because starting from scratch must be an explicit decision.
     remedy: the end of that message.
     """
-    steps = all_gather(run.steps())[0]
+    if run.checkpoints.exists() and not run.checkpoints.is_dir():
+        raise UserError(f"{run.checkpoints}: is a file, not a folder; rename it")
+    steps = on_rank_0(lambda: _not_empty(run))
     for step in reversed(steps):
         damage = [text for text in on_all_ranks(partial(_damage, run.checkpoint(step))) if text]
         if not damage:
@@ -208,6 +263,17 @@ def newest_verified(run: RunFolder, remedy: str = FROM_SCRATCH) -> Checkpoint | 
             f"{run.checkpoints}: none of the {len(steps)} checkpoints is valid; {remedy}"
         )
     return None
+
+
+def _not_empty(run: RunFolder) -> list[int]:
+    """Steps of checkpoints; an empty folder is none."""
+    steps = []
+    for step in run.steps():
+        if any(run.checkpoint(step).iterdir()):
+            steps.append(step)
+        else:
+            log.warning("%s: is an empty folder, not a checkpoint", run.checkpoint(step))
+    return steps
 
 
 def open_verified(path: Path) -> Checkpoint:

@@ -14,25 +14,34 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from d2v_ds.checkpoint import write
-from d2v_ds.checkpoint.format import EmaPieces, Files, Shapes, StateKind, by_kind
+from d2v_ds.checkpoint import recover, write
+from d2v_ds.checkpoint.format import CannotSave, EmaPieces, Files, Shapes, StateKind, by_kind
 from d2v_ds.checkpoint.read import score_of
-from d2v_ds.distributed.collectives import all_gather, all_true, on_all_ranks, own_rank
+from d2v_ds.distributed.collectives import (
+    all_gather,
+    all_true,
+    on_all_ranks,
+    own_rank,
+    rank_count,
+)
 from d2v_ds.engine import Partition, Pieces
-from d2v_ds.errors import UserError
+from d2v_ds.errors import Superseded
 from d2v_ds.files import sync
-from d2v_ds.run.run_folder import Generation, RunFolder, refuse_superseded
+from d2v_ds.run.run_folder import Generation, RunFolder, refuse_superseded, remove
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,9 +62,12 @@ class Saver:
     keep: the number of newest checkpoints to keep; keep_best: of those with the lowest score, in
     addition (read.score_of); keep_every: checkpoints at multiples of this step are kept permanently
     (0: none). replicated: every rank holds everything, so only rank 0 writes. A failure is raised
-    on all ranks by the next method called: UserError if the disk is too full, Superseded if a newer
-    start owns the run folder, RankFailed otherwise. The run folder is then unchanged. Host memory
-    for one copy of the state is kept between saves.
+    on all ranks by the next method called: CannotSave if files cannot be written, Superseded if a
+    newer start owns the run folder; the run folder is then unchanged. Anything else ends the run.
+    Host memory for one copy of the state is kept between saves.
+
+    saved: the step of the newest checkpoint that this start published; the caller may set it to the
+    step that the run resumes from.
     """
 
     def __init__(
@@ -75,6 +87,7 @@ class Saver:
         self._host: dict[tuple[StateKind, str], Tensor] = {}
         self._pending: _Pending | None = None
         self._scores: dict[int, float | None] = {}  # by step, as far as they were read
+        self.saved: int | None = None
 
     def start(
         self,
@@ -99,19 +112,30 @@ class Saver:
             else {}
         )
         size = sum(values.nbytes for pieces in kinds.values() for _, values in pieces.values())
-        needed = sum(all_gather(size))
+        sizes, owns = zip(*all_gather((size, self._owns)), strict=True)
+        needed = sum(sizes)
         rank = own_rank()
         aside = self.run.checkpoints / f".{step:08d}.{self.generation.number}.tmp"
         try:
-            on_all_ranks(lambda: self._prepare(aside, needed) if rank == 0 else None)
+            on_all_ranks(lambda: self._prepare(aside, step, needed) if rank == 0 else None)
             adam_steps = _merge_steps(all_gather(steps))
             copies: dict[StateKind, Pieces] = {}
             on_all_ranks(lambda: copies.update(self._copy(kinds)))
         except BaseException:
             self._discard(aside)
             raise
-        written = self._thread.submit(write.write_pieces, aside, rank, copies)
+        plan = {"step": step, "state": state, "shapes": shapes, "adam_steps": adam_steps}
+        plan["owners"] = rank_count() if all(owns) else 1
+        written = self._thread.submit(self._write, aside, copies, plan)
         self._pending = _Pending(step, aside, state, shapes, adam_steps, written)
+
+    def _write(
+        self, aside: Path, copies: Mapping[StateKind, Pieces], plan: Mapping[str, Any]
+    ) -> Files:
+        """In the background thread."""
+        if not self._owns:
+            return {}
+        return write.write_pieces(aside, own_rank(), copies, plan if own_rank() == 0 else None)
 
     def poll(self) -> None:
         """Publishes the pending checkpoint if every rank has written its part."""
@@ -123,32 +147,69 @@ class Saver:
         are no longer to be kept."""
         if self._pending is None:
             return
-        pending, self._pending = self._pending, None
+        pending = self._pending
         try:
             files = on_all_ranks(lambda: self._written(pending))
             manifest = write.build_manifest(
                 pending.step, pending.state, pending.shapes, pending.adam_steps, files
             )
-            on_all_ranks(lambda: self._publish(pending.aside, manifest))
-        except BaseException:
+            on_all_ranks(lambda: self._publish(pending, manifest))
+        except (CannotSave, Superseded, AssertionError):
+            self._pending = None
             self._discard(pending.aside)
             raise
+        # After any other error, ranks are lost: `rescue` or the next start publishes the files.
+        self._pending, self.saved = None, pending.step
         if own_rank() == 0:
             self._retain(pending.step)
 
-    def _prepare(self, aside: Path, needed: int) -> None:
+    def rescue(self, seconds: float) -> None:
+        """After an error that ends the run: publishes the pending checkpoint if the files of all
+        ranks are complete within `seconds`; otherwise the next start does. Not collective, and
+        raises nothing."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        end = time.monotonic() + seconds
+        try:
+            pending.written.result(seconds)
+            if own_rank() != 0:
+                return
+            while (manifest := recover.assemble(pending.aside)) is None:
+                if time.monotonic() > end:
+                    raise TimeoutError("other ranks did not finish writing it")
+                time.sleep(0.05)
+            self._publish(pending, manifest)
+            log.warning("checkpoint %d, which was being written, is published", pending.step)
+        except Exception as error:  # whatever it is, the error that ends the run is the one to show
+            log.warning("checkpoint %d is not published: %s", pending.step, error)
+
+    def _prepare(self, aside: Path, step: int, needed: int) -> None:
         """Creates the folder to write into, if there is space and this start still owns the run."""
         refuse_superseded(self.run, self.generation)
-        self.run.checkpoints.mkdir(exist_ok=True)
-        free = shutil.disk_usage(self.run.checkpoints).free
-        if free < needed * 1.01 + 2**20:  # plus file headers and the manifest
-            raise UserError(
-                f"{self.run.checkpoints}: a checkpoint needs {needed / 1e9:.3g} GB, "
-                f"but only {free / 1e9:.3g} GB are free; free some space or lower save.keep (one "
-                "more checkpoint is on disk while saving)"
-            )
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
+
+        def create() -> None:
+            self.run.checkpoints.mkdir(exist_ok=True)
+            free = shutil.disk_usage(self.run.checkpoints).free
+            if free < needed * 1.01 + 2**20:  # plus file headers and the manifest
+                raise CannotSave(
+                    f"{self.run.checkpoints}: a checkpoint needs {needed / 1e9:.3g} GB, "
+                    f"but only {free / 1e9:.3g} GB are free; free some space or lower save.keep "
+                    "(one more checkpoint is on disk while saving)"
+                )
+            remove(aside)
+            aside.mkdir()
+
+        self._on_disk(step, create)
+
+    def _on_disk(self, step: int, action: Callable[[], T]) -> T:
+        """Errors of the disk, which a later save may not meet, become CannotSave."""
+        try:
+            return action()
+        except (OSError, SafetensorError) as error:
+            raise CannotSave(
+                f"{self.run.checkpoints}: rank {own_rank()} cannot write checkpoint {step}: {error}"
+            ) from None
 
     def _copy(self, kinds: Mapping[StateKind, Pieces]) -> dict[StateKind, Pieces]:
         """The pieces in host memory, which is reused by the next save."""
@@ -170,14 +231,17 @@ class Saver:
         """The files that this rank wrote. A newer start deletes the files that an older one is
         writing; this is reported as Superseded, not as missing files."""
         try:
-            return pending.written.result()
+            return self._on_disk(pending.step, pending.written.result)
         except Exception:
             refuse_superseded(self.run, self.generation)
             raise
 
-    def _publish(self, aside: Path, manifest: Mapping[str, Any]) -> None:
+    def _publish(self, pending: _Pending, manifest: Mapping[str, Any]) -> None:
         if own_rank() == 0:
-            write.publish(self.run, self.generation, aside, manifest)
+            self._on_disk(
+                pending.step,
+                lambda: write.publish(self.run, self.generation, pending.aside, manifest),
+            )
 
     def _discard(self, aside: Path) -> None:
         if own_rank() == 0:
@@ -204,7 +268,7 @@ class Saver:
             try:
                 os.rename(self.run.checkpoint(old), removed)
                 sync(self.run.checkpoints)  # a power failure must not leave an empty folder
-                shutil.rmtree(removed)
+                remove(removed)
             except OSError as error:  # an extra checkpoint is no reason to end a run
                 log.warning("cannot remove %s: %s", self.run.checkpoint(old), error)
         if kept & set(best):

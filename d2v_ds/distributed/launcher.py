@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -14,14 +15,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
-from d2v_ds.distributed.stop import STOP_SIGNALS
+from d2v_ds.distributed import signals
+from d2v_ds.distributed.signals import STOP_SIGNALS
+
+RANK = (sys.executable, "-m", "d2v_ds")  # holds signals itself, as soon as it can
 
 
 def launch(
     ranks: int,
     arguments: Sequence[str],
     *,
-    command: Sequence[str] = (sys.executable, "-m", "d2v_ds"),
+    command: Sequence[str] = RANK,
     failing_grace: float = 3.0,
     stopping_grace: float = 30.0,
 ) -> int:
@@ -36,7 +40,8 @@ def launch(
     """
     port = free_port()
     processes: list[subprocess.Popen[bytes]] = []
-    stopping: list[int] = []
+    stopping: list[int] = list(signals.received)
+    starting = signals.blocked if tuple(command) == RANK else contextlib.nullcontext
 
     def forward(number: int, frame: FrameType | None) -> None:
         stopping.append(number)
@@ -49,9 +54,10 @@ def launch(
         errors = [None, *(Path(folder, f"rank{rank}") for rank in range(1, ranks))]
         try:
             for rank in range(ranks):
-                processes.append(
-                    start_rank(rank, ranks, port, [*command, *arguments], errors[rank])
-                )
+                words = [*command, *arguments]
+                with starting():
+                    process = start_rank(rank, ranks, port, words, errors[rank])
+                processes.append(process)
                 if stopping:  # it arrived before this rank was started
                     processes[-1].send_signal(stopping[-1])
             failed = wait_for(processes, lambda: stopping_grace if stopping else failing_grace)

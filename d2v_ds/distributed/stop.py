@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+from d2v_ds.distributed import signals
+from d2v_ds.distributed.signals import STOP_SIGNALS
 
 
 class StopFlag:
@@ -30,6 +31,8 @@ class StopFlag:
     def __enter__(self) -> StopFlag:
         if dist.is_initialized() and dist.get_world_size() > 1:
             self._group = dist.new_group(backend="gloo")  # never waits for a GPU
+        if signals.received:  # while this process was starting
+            self.reason = signals.received[0].name
         self._before = {number: signal.signal(number, self._set) for number in STOP_SIGNALS}
         return self
 

@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from d2v_ds.records import append_line
 from d2v_ds.run.run_folder import RunFolder
 from d2v_ds.run.status import training
 from d2v_ds.secrets import mask_values
-from d2v_ds.telemetry.metrics import append_row, write_evaluation
+from d2v_ds.telemetry.metrics import write_evaluation
 
 log = logging.getLogger("d2v_ds")
 
@@ -49,13 +50,13 @@ def record(source: Path, summary: Mapping[str, Any], arguments: Mapping[str, Any
     values = curves(summary)
     written = []
     try:
-        append_row(run.evaluations, line)
+        append_line(run.evaluations, line)
         written.append(run.evaluations.name)
         for weights, scalars in values.items():
             folder = write_evaluation(run, weights, summary["step"], scalars)
             written.append(str(folder.relative_to(run.root)))
-        if not training(run, time.time()):
-            append_row(run.metrics, metrics_row(line, values))
+        if not training(run):
+            append_line(run.metrics, metrics_row(line, values))
             written.append(run.metrics.name)
     except OSError as error:
         log.warning(

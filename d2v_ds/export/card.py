@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from d2v_ds.data.shard_format import open_set
 from d2v_ds.errors import UserError
 from d2v_ds.export.heads import classes_of
 from d2v_ds.export.model import Exported
+from d2v_ds.records import metrics_rows
 from d2v_ds.run.run_folder import RunFolder
 from d2v_ds.secrets import mask
 from d2v_ds.weights import Weights
@@ -101,12 +101,16 @@ def last_metrics(path: Path, step: int) -> Settings:
     for root in (path, path.parent.parent):
         file = RunFolder(root).metrics
         if file.is_file():
-            rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+            rows = metrics_rows(file)
             found: Settings = {}
             # An evaluation of an older checkpoint is written after the rows of later steps.
             for row in sorted(rows, key=lambda row: int(row["step"])):
                 if row["step"] <= step:
-                    found |= {key: value for key, value in row.items() if RESULTS.match(key)}
+                    found |= {
+                        key: value
+                        for key, value in row.items()
+                        if RESULTS.match(key) and isinstance(value, int | float)
+                    }
             return found
     return {}
 

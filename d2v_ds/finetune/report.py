@@ -17,7 +17,7 @@ class FinetuneReport(Report):
 
     tags: ClassVar[dict[str, str]] = {"loss": "loss/total", "impossible": "data/impossible"}
 
-    def summarize(self, sums: Sums, steps: int) -> dict[str, float]:
+    def summarize(self, sums: Sums, steps: float) -> dict[str, float]:
         """impossible: transcripts that are too long for their recordings, per step."""
         found = {"loss": float(sums["loss"]) / steps}
         if "impossible" in sums:

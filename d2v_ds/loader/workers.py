@@ -38,7 +38,7 @@ import numpy.typing as npt
 import torch
 
 from d2v_ds.distributed.launcher import die_with_parent
-from d2v_ds.distributed.stop import STOP_SIGNALS
+from d2v_ds.distributed.signals import STOP_SIGNALS
 from d2v_ds.errors import UserError
 
 PREFETCH = 2  # lots that each worker has at a time

@@ -23,19 +23,27 @@ quickly.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import re
 import shutil
 import socket
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from d2v_ds.data.tokenizer_json import JSON_FILE, SENTENCEPIECE_FILE
 from d2v_ds.errors import Superseded
 from d2v_ds.files import write_atomically
+from d2v_ds.records import read_object
 
-STEP_FOLDER = re.compile(r"\d{8,}")
+log = logging.getLogger("d2v_ds")
+
+STEP_FOLDER = re.compile(r"[0-9]{8,18}")
+PARTIAL = re.compile(r"\.[0-9]{8,18}\.([0-9]{1,18})\.tmp")  # a checkpoint that is being written
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,14 @@ class Generation:
     job: str  # the Slurm job, or `local`
     restart: int  # the number of times that this job was requeued
     process: str  # HOST:PID of rank 0: distinguishes two starts that claimed simultaneously
+
+    @staticmethod
+    def decode(found: Mapping[str, Any] | None) -> Generation | None:
+        """From GENERATION; None if it is damaged."""
+        kinds = {"number": int, "job": str, "restart": int, "process": str}
+        if found is None or {name: type(value) for name, value in found.items()} != kinds:
+            return None
+        return Generation(**found)
 
     def __str__(self) -> str:
         return f"generation {self.number} (job {self.job}, restart {self.restart}, {self.process})"
@@ -135,11 +151,13 @@ class RunFolder:
         return self.checkpoints / f"{step:08d}"
 
     def steps(self) -> list[int]:
-        """Steps of the published checkpoints, ascending, valid or not."""
+        """Steps of the published checkpoints, ascending, valid or not. Files and folders with other
+        names are none."""
         if not self.checkpoints.is_dir():
             return []
-        names = (path.name for path in self.checkpoints.iterdir())
-        return sorted(int(name) for name in names if STEP_FOLDER.fullmatch(name))
+        with os.scandir(self.checkpoints) as entries:
+            names = [e.name for e in entries if STEP_FOLDER.fullmatch(e.name) and e.is_dir()]
+        return sorted(step for name in names if self.checkpoint(step := int(name)).name == name)
 
 
 def claim_generation(run: RunFolder, job: str, restart: int | None = None) -> Generation:
@@ -149,6 +167,8 @@ def claim_generation(run: RunFolder, job: str, restart: int | None = None) -> Ge
     Superseded if a later restart of the same job has already claimed the folder.
     """
     last = read_generation(run)
+    if last is None and run.generation.exists():
+        log.warning("%s: is damaged; it is written again", run.generation)
     last_restart = last.restart if last and last.job == job else -1
     if restart is None:
         restart = last_restart + 1
@@ -157,33 +177,80 @@ def claim_generation(run: RunFolder, job: str, restart: int | None = None) -> Ge
             f"{run.root} is owned by {last}: restart {restart} is older than the owner"
         )
     process = f"{socket.gethostname()}:{os.getpid()}"
-    generation = Generation(last.number + 1 if last else 1, job, restart, process)
+    number = 1 + (last.number if last else _last_number(run))
+    generation = Generation(number, job, restart, process)
     run.root.mkdir(parents=True, exist_ok=True)
+    if run.generation.is_dir():
+        run.generation.rename(run.generation.with_name(f"GENERATION.{os.getpid()}.damaged"))
     write_atomically(run.generation, json.dumps(asdict(generation)) + "\n")
     _take_over(run)
+    _set_marks_aside(run, generation)
     return generation
+
+
+def _last_number(run: RunFolder) -> int:
+    """The highest generation of which the run folder has traces, if GENERATION is damaged."""
+    numbers = [0]
+    for path in run.heartbeat.glob("rank*.json"):
+        with contextlib.suppress(FileNotFoundError):
+            number = (read_object(path) or {}).get("generation")
+            numbers += [number] if type(number) is int else []
+    for path in run.checkpoints.glob(".*.tmp"):
+        if found := PARTIAL.fullmatch(path.name):
+            numbers.append(int(found[1]))
+    return max(numbers)
 
 
 def _take_over(run: RunFolder) -> None:
     """Replaces metrics and event files by copies: an older start may still hold the originals open,
     and its later writes are lost with them."""
     for path in (run.metrics, *run.tensorboard.glob("events.*")):
-        if path.exists():
-            aside = path.with_name(f".{os.getpid()}.tmp")
-            shutil.copy2(path, aside)
-            os.replace(aside, path)
+        aside = path.with_name(f".{os.getpid()}.tmp")
+        try:
+            if path.is_file():
+                shutil.copy2(path, aside)
+                os.replace(aside, path)
+        except OSError as error:
+            log.warning("%s: an older start may still write to it (%s)", path, error.strerror)
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+
+
+def _set_marks_aside(run: RunFolder, generation: Generation) -> None:
+    """Removes the heartbeats of earlier starts, which may have had more ranks, and renames the mark
+    of a hang that an earlier start with the same folder of logs has left."""
+    for path in run.heartbeat.glob("rank*.json"):
+        remove(path)
+    hung = run.logs(generation) / "hung"
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(hung, hung.with_name(f"hung.before.{generation.number}"))
+
+
+def remove(path: Path) -> None:
+    """Removes a file, link or folder, if it exists. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def read_generation(run: RunFolder) -> Generation | None:
-    """The owner of the run folder; None before the first start."""
+    """The owner of the run folder; None before the first start, or if GENERATION is damaged."""
     try:
-        return Generation(**json.loads(run.generation.read_text()))
+        return Generation.decode(read_object(run.generation))
     except FileNotFoundError:
         return None
 
 
 def refuse_superseded(run: RunFolder, generation: Generation) -> None:
-    """Raises Superseded unless `generation` still owns the run folder."""
+    """Raises Superseded unless `generation` still owns the run folder. If GENERATION is damaged,
+    nobody else has claimed the folder: a claim replaces it as a whole."""
     owner = read_generation(run)
-    if owner != generation:
-        raise Superseded(f"{run.root} is owned by {owner}; {generation} may not write into it")
+    if owner == generation or (owner is None and run.generation.exists()):
+        return
+    if owner is None:
+        raise Superseded(
+            f"{run.generation} is missing: the run folder was moved or removed while {generation} "
+            "was running"
+        )
+    raise Superseded(f"{run.root} is owned by {owner}; {generation} may not write into it")

@@ -8,7 +8,9 @@ with several modalities, batch metrics are reported per modality, over that moda
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -16,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,7 +30,7 @@ from d2v_ds.data.checks import LEFT_OUT
 from d2v_ds.run.run_folder import RunFolder
 from d2v_ds.run.watchdog import Watchdog
 from d2v_ds.step import Observer, StepSettings
-from d2v_ds.task import Task
+from d2v_ds.task import Sums, Task
 from d2v_ds.telemetry.metrics import VALID, Accumulator, MetricsWriter
 from d2v_ds.telemetry.pictures import masked_picture
 
@@ -37,19 +40,36 @@ log = logging.getLogger("d2v_ds")
 
 
 @dataclass
+class Counts:
+    """What is counted since the beginning of the run; a checkpoint has the sum over the ranks."""
+
+    skipped: int = 0  # attempts without a finite gradient; rank 0 counts for all
+    not_finite: float = 0.0  # applied steps whose sums were not finite; rank 0 counts for all
+    bad: dict[str, int] = field(default_factory=dict)  # {kind: replaced samples of this rank}
+
+
+@dataclass
 class Window:
     """The steps of one modality since they were last reported."""
 
     accumulator: Accumulator = field(default_factory=Accumulator)
+    attempt: Accumulator = field(default_factory=Accumulator)  # of the step that is being taken
     steps: int = 0
     grad_norm: float | Tensor = 0.0  # of the last step
 
 
 class Telemetry(Observer):
-    """Times and sums of the steps since the last report. A context manager."""
+    """Times and sums of the steps since the last report. A context manager. counts: at `step`,
+    where the run resumes."""
 
     def __init__(
-        self, config: Config, run: RunFolder, task: Task, step: int, watchdog: Watchdog
+        self,
+        config: Config,
+        run: RunFolder,
+        task: Task,
+        step: int,
+        watchdog: Watchdog,
+        counts: Counts | None = None,
     ) -> None:
         self.config, self.watchdog = config, watchdog
         self.modalities, self.report = task.modalities, task.report
@@ -59,14 +79,15 @@ class Telemetry(Observer):
         self.pictures_due: set[str] = set()  # modalities
         self.writer = MetricsWriter(run, task.report.tags, step) if self.rank == 0 else None
         self.bar: Any = None
-        if self.rank == 0 and config.log.progress and sys.stderr.isatty():
+        if self.rank == 0 and config.log.progress and is_terminal():
             from tqdm import tqdm
 
             self.bar = tqdm(total=config.run.steps, initial=step, unit="step", dynamic_ncols=True)
         if self.writer and step == 0:
             self.writer.text("configuration", dump_yaml(config), 0)
-        self.skipped = 0  # steps, since this start
-        self.bad = dict.fromkeys(LEFT_OUT, 0)  # replaced samples of this rank, since this start
+        self.counts = counts or Counts()
+        if self.rank:
+            self.counts = Counts()  # rank 0 has what was counted before
         self._reset()
 
     def __enter__(self) -> Telemetry:
@@ -74,7 +95,8 @@ class Telemetry(Observer):
 
     def __exit__(self, *exception: object) -> None:
         if self.bar is not None:
-            self.bar.close()
+            with contextlib.suppress(OSError):  # a closed terminal
+                self.bar.close()
         if self.writer:
             self.writer.close()
 
@@ -91,10 +113,17 @@ class Telemetry(Observer):
         self.seconds[part] = self.seconds.get(part, 0.0) + time.perf_counter() - start
 
     def add(self, modality: str, sums: Mapping[str, Tensor]) -> None:
-        self.windows[modality].accumulator.add(sums)
+        self.windows[modality].attempt.add(sums)
 
-    def step_skipped(self) -> None:
-        self.skipped += 1
+    def step_skipped(self, batch: StepBatch) -> None:
+        """Call it after every attempt that was not applied: its sums are in no row."""
+        self.windows[batch.modality].attempt.drop()
+        self.counts.skipped += self.rank == 0
+        self._count(batch)
+
+    def _count(self, batch: StepBatch) -> None:
+        for kind, number in batch.bad.items():
+            self.counts.bad[kind] = self.counts.bad.get(kind, 0) + number
 
     @contextmanager
     def not_counted(self) -> Iterator[None]:
@@ -117,14 +146,13 @@ class Telemetry(Observer):
         scalars of a validation after this step, which always has a row."""
         self.steps += 1
         self.samples += batch.samples
-        for kind, number in batch.bad.items():
-            self.bad[kind] += number
+        self._count(batch)
         if self.modalities[batch.modality].batch_unit == "s":
             self.audio_seconds += batch.units
         window = self.windows[batch.modality]
         window.steps, window.grad_norm = window.steps + 1, grad_norm
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
+        window.accumulator.take(window.attempt)
+        self._advance(step)
         if step % self.config.log.every == 0 or step == self.config.run.steps or scores:
             self._report(batch, settings, step, samples, scores or {})
         if step % self.config.log.pictures_every == 0:
@@ -147,7 +175,8 @@ class Telemetry(Observer):
         passed = time.perf_counter() - self.since
         waited = self.seconds.get("data", 0.0)
         busy = waited + self.seconds.get("forward", 0.0)  # in which no rank waits for another
-        longest_wait, bad = torch.tensor(waited), torch.tensor(list(self.bad.values()))
+        longest_wait = torch.tensor(waited)
+        bad = torch.tensor([self.counts.bad.get(kind, 0) for kind in LEFT_OUT])
         if dist.is_initialized():
             dist.all_reduce(longest_wait, op=dist.ReduceOp.MAX)  # all ranks wait for the slowest
             dist.all_reduce(bad)
@@ -159,7 +188,8 @@ class Telemetry(Observer):
                 "lr": settings.lr,
                 "weight_decay": settings.weight_decay,
                 "decay": settings.ema_decay,
-                "skipped": float(self.skipped),
+                "skipped": float(self.counts.skipped),
+                "not_finite": self.counts.not_finite,
                 "step_s": passed / self.steps,
                 "samples_s": self.samples / passed,
                 "wait_share": float(longest_wait) / passed,
@@ -171,6 +201,7 @@ class Telemetry(Observer):
             if self.audio_seconds:
                 row["audio_h_per_h"] = self.audio_seconds / passed
             self.writer.scalars(step, samples, row)
+            self.watchdog.lost(self.writer.losses.total)
             self._print(step, rows, row["step_s"])
             if scores:
                 shown = ", ".join(
@@ -187,25 +218,52 @@ class Telemetry(Observer):
             if window.steps == 0:
                 continue
             sums = window.accumulator.reduce()
+            covered = window.accumulator.covered
             if self.writer:
-                rows[name] = {
-                    **self.report.summarize(sums, window.steps),
-                    "grad_norm": float(window.grad_norm),
-                }
+                rows[name] = {**self._summary(sums, covered), "steps": covered}
+                rows[name]["grad_norm"] = float(window.grad_norm)
+                if left_out := window.steps - covered:
+                    self.counts.not_finite += left_out
+                    log.warning(
+                        "%s: the metrics of %g of %d steps are not finite; the row leaves them out",
+                        name,
+                        left_out,
+                        window.steps,
+                    )
             self.windows[name] = Window()
         return rows
+
+    def _summary(self, sums: Sums, covered: float) -> dict[str, float]:
+        """The scalars of the steps whose sums were finite; NaN if there were none."""
+        if covered:
+            return self.report.summarize(sums, covered)
+        return self.report.summarize({n: np.full_like(x, math.nan) for n, x in sums.items()}, 1)
+
+    def _advance(self, step: int) -> None:
+        """Moves the progress bar; without it if its terminal was closed."""
+        if self.bar is None:
+            return
+        try:
+            self.bar.update(step - self.bar.n)
+        except (OSError, ValueError):
+            self.bar = None
 
     def _print(self, step: int, rows: Mapping[str, Mapping[str, float]], seconds: float) -> None:
         label = {name: f"{name}: " if self.several else "" for name in rows}
         lines = [f"{label[name]}{self.report.line(row)}" for name, row in rows.items()]
         line = "; ".join([*lines, f"{seconds:.2f} s per step"])
         if self.bar is not None:
-            self.bar.set_postfix_str(line)
+            self.bar.set_postfix_str(line, refresh=False)  # the next update shows it
         else:
             log.info("step %d of %d: %s", step, self.config.run.steps, line)
         for name, row in rows.items():
             for warning in self.report.warnings(row):
                 log.warning("step %d: %s%s", step, label[name], warning)
+
+
+def is_terminal() -> bool:
+    """Whether the standard error output is shown on a terminal; services may have closed it."""
+    return sys.stderr is not None and not sys.stderr.closed and sys.stderr.isatty()
 
 
 def named(values: Mapping[str, Mapping[str, float]], several: bool) -> dict[str, float]:

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from d2v_ds import checkpoint
 from d2v_ds.checkpoint import write
 from d2v_ds.checkpoint.format import EMA_KINDS, FORMAT
-from d2v_ds.distributed.collectives import RankFailed
 from d2v_ds.engine import Partition
 from d2v_ds.errors import Superseded, UserError
 from d2v_ds.run.run_folder import Generation, RunFolder, claim_generation
@@ -219,7 +218,9 @@ def test_a_failing_write_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("d2v_ds.checkpoint.write.save_file", full)
-    with pytest.raises(RankFailed, match=r"rank 0: OSError: .*No space left"):
+    with pytest.raises(
+        checkpoint.CannotSave, match=r"rank 0 cannot write checkpoint \d: .*No space left"
+    ):
         save(run, generation, 7, pieces.whole(0))
     after = pieces.tree(run.root)
     after.pop("checkpoints")

@@ -257,15 +257,25 @@ def test_a_run_resumes_after_an_evaluation(
     assert events(copied.run.folder.tensorboard / "eval/student")
 
 
-def test_whether_a_run_trains(tmp_path: Path) -> None:
-    run = RunFolder(tmp_path)
-    assert not training(run, 1000.0)
-    beat(run, Heartbeat(0, "node", 2, "data", since=990.0, time=995.0))
-    assert training(run, 1000.0) and not training(run, 1100.0)
-    run.done.write_text(json.dumps({"step": 2, "reason": "", "time": 993.0}))
-    assert not training(run, 1000.0)
-    beat(run, Heartbeat(0, "node", 2, "starting", since=998.0, time=999.0))
-    assert training(run, 1000.0), "a new start has not removed DONE yet"
+def test_whether_a_run_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("d2v_ds.run.status.OBSERVED", 0.05)
+    run, now = RunFolder(tmp_path), time.time()
+    assert not training(run)
+    beat(run, Heartbeat(0, "node", 2, "data", since=now - 105, time=now - 100))
+    assert not training(run)
+    beat(run, Heartbeat(0, "node", 2, "data", since=now - 10, time=now - 5))
+    assert training(run)
+    run.done.write_text(json.dumps({"step": 2, "reason": "", "time": now - 7}))
+    assert not training(run)
+    beat(run, Heartbeat(0, "node", 2, "starting", since=now - 2, time=now - 1))
+    assert training(run), "a new start has not removed DONE yet"
+    run.done.write_text(json.dumps({"step": 2, "reason": "", "time": now - 7, "generation": 3}))
+    for number, trains in ((3, False), (4, True)):  # whatever the clocks say
+        fields = {"since": now - 50, "time": now, "generation": number}
+        beat(run, Heartbeat(0, "node", 2, "training", **fields))
+        assert training(run) == trains
+    run.done.write_text("\0\0")
+    assert training(run)
 
 
 def test_weights_outside_a_run_are_not_recorded(

@@ -22,7 +22,8 @@ FEW = 250
 def test_no_faults(name: str) -> None:
     result = run(TARGETS[name], FEW)
     assert not result.findings
-    assert result.inputs == FEW and result.outcomes[harness.REFUSED] > 0
+    refuses = bool(TARGETS[name].documented)  # damage of a log is no error
+    assert result.inputs == FEW and (result.outcomes[harness.REFUSED] > 0) == refuses
 
 
 def test_every_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

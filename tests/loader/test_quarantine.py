@@ -19,6 +19,8 @@ from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
 from d2v_ds.loader import plan as plan_module
 from d2v_ds.loader.loader import Loader
+from d2v_ds.loader.quarantine import Past, Quarantine, names_of
+from d2v_ds.loader.reading import BadSample
 from tests.helpers.sensor import STRIDE
 from tests.helpers.series import modality as series_modality
 from tests.helpers.series import series, write_set
@@ -191,3 +193,46 @@ def test_a_sample_whose_length_differs_from_the_index(tmp_path: Path) -> None:
         "its length differs from that in the index"
     ]
     assert sum(sum(step.bad.values()) for step in steps) == 1
+
+
+def samples(*numbers: int) -> list[BadSample]:
+    return [BadSample(n, "/set/a.tar", f"k{n}", "is damaged") for n in numbers]
+
+
+def test_a_resumed_run_reports_each_sample_once_and_keeps_the_share(tmp_path: Path) -> None:
+    file = tmp_path / "bad_samples" / "rank00000.jsonl"
+    first = Quarantine(file, 0.002)
+    first.add(5_000, samples(1, 2, 3))
+    first.add(100, samples(4))  # after the checkpoint that the run resumes from
+    counted, reported = names_of(file.parent, {file.name: 3})
+    assert {key for _, key in counted} == {"k1", "k2", "k3"}
+    again = Quarantine(file, 0.002, Past(5_000, 3, counted, reported))
+    again.add(100, samples(4))  # the same step once more
+    assert again.new == 1 and len(file.read_text().splitlines()) == 4, "is reported twice"
+    again.add(100, samples(1, 2, 3))
+    again.add(100, samples(*range(5, 11)))
+    assert again.new == 7
+    with pytest.raises(UserError, match="11 of the first 5400 samples cannot be used"):
+        again.add(100, samples(11))
+
+
+def test_damaged_lists_of_bad_samples(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("d2v_ds"), "propagate", True)
+    file = tmp_path / "rank00000.jsonl"
+    Quarantine(file).add(10, samples(1))
+    with file.open("ab") as lines:
+        lines.write(b"\0\0\n[]\n{}\n" + b'{"tar": 1, "key": []}\n{"tar": "/set/a.tar", "ke')
+    _, reported = names_of(tmp_path, {})
+    assert reported == {("/set/a.tar", "k1")}
+    assert "5 damaged lines are left out" in caplog.text
+    Quarantine(file).add(10, samples(2))  # not glued to the line that was cut
+    assert names_of(tmp_path, {})[1] == {("/set/a.tar", "k1"), ("/set/a.tar", "k2")}
+
+
+def test_a_list_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
+    (tmp_path / "bad_samples").write_text("a file instead of a folder")
+    quarantine = Quarantine(tmp_path / "bad_samples" / "rank00000.jsonl")
+    quarantine.add(10, samples(1))
+    assert quarantine.losses is not None and quarantine.losses.total == 1

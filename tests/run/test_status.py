@@ -10,9 +10,16 @@ from typing import Any
 import pytest
 
 from d2v_ds.errors import Superseded, UserError
+from d2v_ds.records import last_row
 from d2v_ds.run.heartbeat import Heartbeat, beat, duration, heartbeats
-from d2v_ds.run.run_folder import Generation, RunFolder, claim_generation
-from d2v_ds.run.status import describe, finish, last_row
+from d2v_ds.run.run_folder import (
+    Generation,
+    RunFolder,
+    claim_generation,
+    refuse_superseded,
+)
+from d2v_ds.run.status import describe, finish
+from d2v_ds.run.watchdog import Watchdog
 
 
 @pytest.fixture
@@ -118,3 +125,97 @@ def test_durations() -> None:
         *("0:00:00", "0:00:59"),
         *("1:01:01", "25:00:00"),
     ]
+
+
+DAMAGE = (
+    b"",
+    b"\0" * 5000,
+    b"\xff\xfe",
+    b"[]",
+    b"{}",
+    b"null",
+    b'{"step": "x", "reason": []}',
+    b"[" * 9999,
+)
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files_are_shown_as_far_as_possible(run: RunFolder, damage: bytes) -> None:
+    claim_generation(run, "7", 0)
+    write_rows(run, {"step": 20, "step_s": 9.0})
+    write_beat(run, 0, step=31)
+    (run.heartbeat / "rank00001.json").write_bytes(damage)
+    with run.metrics.open("ab") as file:
+        file.write(damage + b"\n")
+    assert shown(run)["step"] == "31 of 50" and shown(run)["state"].startswith("running")
+    run.generation.write_bytes(damage)
+    assert "GENERATION is damaged" in shown(run)["trouble"]
+    run.config.write_bytes(damage)
+    assert shown(run)["step"] == "31 of an unknown number"
+    assert "config.yaml is damaged" in describe(run.root)
+    run.done.write_bytes(damage)
+    assert shown(run)["state"].startswith("finished: ")
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_generation_is_written_again(run: RunFolder, damage: bytes) -> None:
+    first = claim_generation(run, "local")
+    run.generation.write_bytes(damage)
+    refuse_superseded(run, first)  # nobody has taken over
+    write_beat(run, 0, generation=4)
+    second = claim_generation(run, "local")
+    assert second.number == 5, "it must be higher than that of every earlier start"
+    with pytest.raises(Superseded, match="is owned by generation 5"):
+        refuse_superseded(run, first)
+
+
+def test_stray_entries_among_the_checkpoints(run: RunFolder) -> None:
+    run.checkpoint(10).mkdir(parents=True)
+    run.checkpoint(20).write_text("a file")
+    run.checkpoint(30).symlink_to("nowhere")
+    for name in ("000000040", "notes of today", "٠٠٠٠٠٠٥٠", ".00000060.1.tmp", "9" * 40):
+        (run.checkpoints / name).mkdir()
+    assert run.steps() == [10]
+
+
+def test_ranks_of_earlier_starts_are_not_silent(run: RunFolder) -> None:
+    """A run that resumed on fewer ranks."""
+    claim_generation(run, "7", 0)
+    for rank in range(4):
+        write_beat(run, rank, age=500.0, generation=1)
+    claim_generation(run, "7", 1)
+    write_beat(run, 0, generation=2)
+    assert shown(run)["state"].startswith("running: training")
+    write_beat(run, 3, age=500.0, generation=1)  # written by a process that was cut off
+    assert shown(run)["state"].startswith("running: training")
+
+
+def test_an_error_that_ended_the_run_is_shown(run: RunFolder) -> None:
+    generation = claim_generation(run, "7", 0)
+    with Watchdog(0, 1) as watchdog:
+        watchdog.start(run, generation)
+        watchdog.mark("data", 31)
+        watchdog.ended("3 of the first 100 samples cannot be used")
+    found = shown(run)
+    assert found["state"].startswith("ended with an error: rank 0 on ")
+    assert found["state"].endswith(": 3 of the first 100 samples cannot be used")
+
+
+def test_a_full_disk_and_lost_rows_are_shown(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_beat(run, 0, lost=12)
+    monkeypatch.setattr("d2v_ds.run.status.MIN_FREE", 1e18)
+    text = describe(run.root)
+    assert "12 rows of metrics could not be written" in text and "MB free, so rows" in text
+
+
+def test_a_marker_that_cannot_be_written(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    generation = claim_generation(run, "local")
+
+    def full(path: Path, data: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("d2v_ds.run.status.write_atomically", full)
+    with pytest.raises(UserError, match=r"DONE: cannot be written .* saved at step 50; free some"):
+        finish(run, generation, 50, done=True, reason="all steps")

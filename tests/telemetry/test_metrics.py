@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +20,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import (
 )
 
 from d2v_ds.pretrain_report import PretrainReport
+from d2v_ds.records import last_row, metrics_rows
 from d2v_ds.run.run_folder import RunFolder
 from d2v_ds.telemetry.metrics import TAGS, Accumulator, MetricsWriter, tag_of
 
@@ -35,6 +40,30 @@ def test_reports_must_keep_their_layout() -> None:
     accumulator.add({"a": torch.ones(3)})
     with pytest.raises(AssertionError, match="the task reported"):
         accumulator.add({"b": torch.ones(3)})
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted() -> None:
+    accumulator, step = Accumulator(), Accumulator()
+    for value in (1.0, math.nan, 3.0, math.inf):
+        for part in (value, 1.0):  # two micro-batches
+            step.add({"a": torch.tensor([part, 2.0])})
+        accumulator.take(step)
+    accumulator.take(step)  # has nothing
+    assert accumulator.reduce()["a"].tolist() == [1 + 1 + 3 + 1, 8]
+    assert accumulator.covered == 2 and accumulator.reduce() == {}
+
+
+def take_on_rank() -> tuple[float, float]:
+    rank = torch.distributed.get_rank()
+    accumulator, step = Accumulator(), Accumulator()
+    for number in range(4):
+        step.add({"a": torch.tensor(math.nan if number == rank else 1.0)})
+        accumulator.take(step)
+    return float(accumulator.reduce()["a"]), accumulator.covered
+
+
+def test_what_is_left_out_is_a_mean_over_the_ranks(run_ranks: Callable[..., list[Any]]) -> None:
+    assert run_ranks(2, take_on_rank) == [(6.0, 3.0)] * 2
 
 
 def reduce_on_rank(same: bool) -> float:
@@ -151,3 +180,93 @@ def test_names_without_a_tag_are_refused(run: RunFolder) -> None:
         pytest.raises(AssertionError, match="'los' has no TensorBoard tag"),
     ):
         writer.scalars(10, 80, {"los": 1.0})
+
+
+# ---------------------------------------------------------------------------- damage and trouble
+
+ROW = b'{"step": 10, "loss": 1.0}'
+DAMAGED = (
+    *(b"", b"\0" * 70_000, b"\xff\xfe{", b"[1, 2]", b'{"loss": 1}', b'{"step": "3"}'),
+    *(b'{"step": true}', b'{"step": -1}', b'{"step": 1e3}', b"[" * 9999, b'{"step": 5, "lo'),
+)
+
+
+@pytest.mark.parametrize("damaged", DAMAGED)
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_damaged_row_blocks_nothing_and_is_kept(
+    damaged: bytes, place: int, run: RunFolder, caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(logging.getLogger("d2v_ds"), "propagate", True)
+    lines = [ROW, b'{"step": 30}']
+    lines.insert(place, damaged)
+    run.root.mkdir()
+    run.metrics.write_bytes(b"\n".join(lines) + b"\n")
+    with MetricsWriter(run, PretrainReport.tags, step=20) as writer:
+        writer.scalars(30, 240, {"loss": 2.0})
+    assert [row["step"] for row in rows(run)] == [10, 30] and rows(run)[0]["loss"] == 1.0
+    assert (run.root / "metrics.jsonl.damaged").read_bytes() == damaged + b"\n"
+    assert "1 damaged lines were moved to metrics.jsonl.damaged" in caplog.text
+    assert last_row(run.metrics) == rows(run)[-1] and metrics_rows(run.metrics) == rows(run)
+
+
+def test_rows_after_a_later_step_are_kept(run: RunFolder) -> None:
+    """An evaluation of an earlier checkpoint is recorded after the rows of later steps."""
+    run.root.mkdir()
+    run.metrics.write_text('{"step": 10}\n{"step": 30}\n{"step": 10, "evaluation": "knn"}')
+    MetricsWriter(run, PretrainReport.tags, step=20).close()
+    assert run.metrics.read_text() == '{"step": 10}\n{"step": 10, "evaluation": "knn"}\n'
+
+
+def test_the_last_row_is_found_behind_much_damage(run: RunFolder) -> None:
+    run.root.mkdir()
+    run.metrics.write_bytes(ROW + b"\n" + b"\0" * 300_000 + b"\n")
+    assert last_row(run.metrics) == {"step": 10, "loss": 1.0}
+
+
+def test_a_full_disk_costs_rows_and_is_told_twice(
+    run: RunFolder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit of the size of a file stands for a disk without space."""
+    monkeypatch.setattr(logging.getLogger("d2v_ds"), "propagate", True)
+    writer = MetricsWriter(run, PretrainReport.tags)
+    writer.scalars(10, 80, {"loss": 1.0})
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        size = run.metrics.stat().st_size + 20  # a part of the next row
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limit[1]))
+        for step in (20, 30):
+            writer.scalars(step, 8 * step, {"loss": 1.0})
+        assert len(rows(run)) == 1, "a part of a row stays"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    writer.scalars(40, 320, {"loss": 1.0})
+    writer.close()
+    assert [row["step"] for row in rows(run)] == [10, 40]
+    assert [e.step for e in events(run).Scalars("loss/total")] == [10, 40]
+    assert writer.losses.total == 2
+    told = [line for line in caplog.messages if str(run.metrics) in line]
+    assert len(told) == 2 and "training continues without these rows" in told[0]
+    assert "can be written again; 2 rows were lost" in told[1]
+
+
+def test_curves_of_a_clock_that_was_set_back(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard reads files in the order of their names, which begin with a time."""
+    for now, first in ((2e9, 0), (1e9, 2)):
+        monkeypatch.setattr("d2v_ds.telemetry.events.time.time", lambda now=now: now)
+        with MetricsWriter(run, PretrainReport.tags, step=first) as writer:
+            for step in range(first + 1, 5):
+                writer.scalars(step, step, {"loss": first + step})
+    times = [row["time"] for row in rows(run)]
+    assert times == sorted(times) and times[0] == 2e9
+    served = ServedEvents(str(run.tensorboard))
+    served.Reload()
+    shown = served.Tensors("loss/total")
+    assert [event.step for event in shown] == [1, 2, 3, 4]
+    assert [event.wall_time for event in shown] == sorted(event.wall_time for event in shown)
+    last = events(run).Scalars("loss/total")[-1]
+    assert (last.step, last.value) == (4, 6.0)

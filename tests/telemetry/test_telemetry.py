@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from d2v_ds.pretrain import Pretrain
 from d2v_ds.run.run_folder import RunFolder
 from d2v_ds.run.watchdog import Watchdog
 from d2v_ds.step import StepSettings
-from d2v_ds.telemetry import Telemetry
+from d2v_ds.telemetry import Counts, Telemetry
 from tests.engine.test_joint import batches_of
 from tests.helpers import joint_sets
 
@@ -143,3 +146,64 @@ def test_bad_samples_are_summed_over_ranks(
     [row] = rows(tmp_path)
     assert (row["bad"], row["bad/silent"], row["bad/too_short"]) == (4, 2, 2)
     assert "bad/damaged" not in row
+
+
+def test_a_skipped_attempt_is_in_no_sum(tmp_path: Path) -> None:
+    """The attempt is repeated with another batch; its metrics may be NaN."""
+    config, task = build()
+    found = []
+    for folder, attempts in (("a", 0), ("b", 3)):
+        with Telemetry(config, RunFolder(tmp_path / folder), task, 0, Watchdog(0, 1)) as telemetry:
+            for step in range(1, EVERY + 1):
+                for _ in range(attempts * (step == 2)):
+                    batches = batches_of(task, "vision", 77)
+                    _, sums = task(batches[0], 1)
+                    telemetry.add("vision", {name: x * math.nan for name, x in sums.items()})
+                    skipped = StepBatch("vision", batches, 1, 8, 2.0, CURSOR, bad={"silent": 1})
+                    telemetry.step_skipped(skipped)
+                steps(telemetry, task, ["vision"], first=step)
+        found += rows(tmp_path / folder)
+    for name, value in found[0].items():
+        if name.endswith("/vision"):
+            assert found[1][name] == value, name
+    assert [row["skipped"] for row in found] == [0, 3]
+    assert [row["bad"] for row in found] == [2, 5]
+    assert [row["steps/vision"] for row in found] == [EVERY, EVERY]
+
+
+def test_a_step_whose_metrics_are_not_finite_does_not_blank_the_row(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(logging.getLogger("d2v_ds"), "propagate", True)
+    config, task = build()
+    with Telemetry(config, RunFolder(tmp_path), task, 0, Watchdog(0, 1)) as telemetry:
+        for step in range(1, 2 * EVERY + 1):
+            if step == 2 or step > EVERY:
+                _, sums = task(batches_of(task, "vision", 1)[0], 1)
+                telemetry.add("vision", {name: x * math.nan for name, x in sums.items()})
+            steps(telemetry, task, ["vision"], first=step)
+    first, second = rows(tmp_path)
+    assert first["steps/vision"] == EVERY - 1 and first["not_finite"] == 1
+    assert first["loss/vision"] > 0 and first["target_rank/vision"] > 1
+    assert second["steps/vision"] == 0 and second["not_finite"] == 1 + EVERY
+    assert second["loss/vision"] is None
+    assert "vision: the metrics of 1 of 4 steps are not finite" in caplog.text
+
+
+def test_counts_continue_where_a_checkpoint_has_them(tmp_path: Path) -> None:
+    config, task = build()
+    counts = Counts(skipped=2, not_finite=1.0, bad={"silent": 5, "damaged": 1})
+    run = RunFolder(tmp_path)
+    with Telemetry(config, run, task, 0, Watchdog(0, 1), counts) as telemetry:
+        steps(telemetry, task, ["vision"] * EVERY)
+    [row] = rows(tmp_path)
+    assert (row["skipped"], row["not_finite"], row["bad"]) == (2, 1, 8)
+    assert (row["bad/silent"], row["bad/damaged"]) == (7, 1)
+
+
+@pytest.mark.parametrize("stream", [None, io.StringIO()])
+def test_without_a_terminal_there_is_no_bar(stream: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    config, task = build()
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Telemetry(config, RunFolder(tmp_path), task, 0, Watchdog(0, 1)) as telemetry:
+        assert telemetry.bar is None
