@@ -254,7 +254,7 @@ class DecoderConfig:
     """Groups of the convolutions, which must divide dim and model.dim."""
 
     dropout: BelowOne = 0.1
-    """BelowOne of the encoder's output, before the masked slots are filled."""
+    """Dropout of the encoder's output, before the masked slots are filled."""
 
     residual: bool = True
     """Add a convolution's input to its output if both have the same width."""

@@ -53,13 +53,13 @@ class TransformerConfig:
     """Initial value of a learned factor per channel and branch (LayerScale); 0: no such factor."""
 
     dropout: BelowOne = 0.1
-    """BelowOne of the outputs of attention and FFN."""
+    """Dropout of the outputs of attention and FFN."""
 
     attention_dropout: BelowOne = 0.1
-    """BelowOne of the attention weights."""
+    """Dropout of the attention weights."""
 
     activation_dropout: BelowOne = 0.0
-    """BelowOne inside the FFN, after its activation."""
+    """Dropout inside the FFN, after its activation."""
 
     drop_path: BelowOne = 0.0
     """Probability that a row skips a branch (stochastic depth) in the last block; it rises linearly
@@ -126,7 +126,7 @@ class FeedForward(nn.Module):
 
 
 class Branch(nn.Module):
-    """BelowOne, LayerScale (Touvron et al. 2021) and drop path (stochastic depth by row, Huang et
+    """Dropout, LayerScale (Touvron et al. 2021) and drop path (stochastic depth by row, Huang et
     al. 2016) of a branch's output, before it is added to the residual."""
 
     def __init__(self, config: TransformerConfig, drop_path: float) -> None:

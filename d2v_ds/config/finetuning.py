@@ -75,7 +75,7 @@ class FineTuning:
     weights for ctc, 0.02 otherwise."""
 
     head_dropout: BelowOne = 0.0
-    """BelowOne of the encoder's output, before the head."""
+    """Dropout of the encoder's output, before the head."""
 
     pool: Literal["auto", "mean", "first"] = "auto"
     """Which tokens the head of a classification or regression reads: their mean, or the first one.

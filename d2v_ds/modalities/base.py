@@ -76,7 +76,7 @@ class ModalityConfig:
     """The number of modality-specific blocks before the shared trunk (the prenet)."""
 
     prenet_dropout: BelowOne = 0.0
-    """BelowOne before the prenet, after the norm."""
+    """Dropout before the prenet, after the norm."""
 
     prenet_layer_drop: BelowOne = 0.0
     """LayerDrop of the prenet."""

@@ -110,7 +110,7 @@ class TextConfig(ModalityConfig):
     little else; a smaller value avoids this."""
 
     dropout: BelowOne = 0.1
-    """BelowOne of the student's embeddings."""
+    """Dropout of the student's embeddings."""
 
     mask: MaskConfig = field(default_factory=MaskConfig)
 
