@@ -106,7 +106,7 @@ class _Decode:
         try:
             if not members.keys() & set(wanted):
                 raise ValueError(f"has only {', '.join(members)}, none of {', '.join(wanted)}")
-            return {**item, "example": self.modality.decode(members, None)}
+            return {**item, "example": self.modality.decoded(members, None)}
         except ValueError as error:
             raise UserError(f"{item['__url__']}, sample {item['__key__']!r}: {error}") from None
 

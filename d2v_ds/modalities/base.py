@@ -217,6 +217,17 @@ class Modality(ABC):
         """One example from a sample's members: decoded, cropped and augmented. Without a generator,
         the whole example without augmentation. Raises ValueError if it cannot be decoded."""
 
+    def decoded(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Any:
+        """As `decode`, for members that may be damaged or hostile: everything that decodes a sample
+        calls this. Raises ValueError, whatever `decode` raises."""
+        try:
+            return self.decode(sample, rng)
+        except (ValueError, MemoryError):
+            raise
+        except Exception as error:  # libraries raise many types for damage they do not expect
+            reason = f"cannot be decoded ({type(error).__name__}: {error})"
+            raise Unusable("damaged", reason) from error
+
     @abstractmethod
     def fit(self, example: Any, length: int) -> Any:
         """The example, cut or repeated to the size that `decode` gives for a sample of this length;
