@@ -43,7 +43,8 @@ from shards.findings import (
     write_lists,
 )
 from shards.plan import CONVERTER, ConversionPlan, Samples
-from shards.workers import WorkerPool
+from shards.reading import inputs_of, marked
+from shards.workers import WorkerDied, WorkerPool
 from shards.writer import ShardWriter
 
 
@@ -101,14 +102,17 @@ def convert(
     bar = tqdm(total=total, unit=" files", disable=None, desc=str(out))
     bar.update(sum(plan.inputs_of(i) for i in reports))
     with bar:
-        for report in pool.run(convert_shard, work, len(pending)):
-            i = int(report.entry.name.rpartition("-")[2])
-            reports[i] = report
-            bar.update(plan.inputs_of(i))
-            bad += report.bad
-            inputs += report.found
-            if converter.knows_inputs and bad > max_bad * inputs:
-                break
+        try:
+            for report in pool.run(convert_shard, work, len(pending)):
+                i = int(report.entry.name.rpartition("-")[2])
+                reports[i] = report
+                bar.update(plan.inputs_of(i))
+                bad += report.bad
+                inputs += report.found
+                if converter.knows_inputs and bad > max_bad * inputs:
+                    break
+        except WorkerDied as error:
+            raise WorkerDied(error.processes, inputs_of(out, error.processes)) from None
     ordered = [reports[i] for i in sorted(reports)]
     if every == 1:
         return _finish(out, about, ordered, max_bad)
@@ -161,7 +165,7 @@ def convert_shard(job: tuple[Converter, Path, str, Samples]) -> ShardReport:
     findings: list[Finding] = []
     found = 0
     with ShardWriter(out, name, converter.fields) as writer:
-        for made in converter.convert(samples):
+        for made in converter.convert(marked(samples, out, name)):
             findings.extend(normalised(made.findings))
             found += made.found
             if isinstance(made, PackedMember):

@@ -64,7 +64,9 @@ def last_frame(data: Buffer, start: int, stop: int) -> int:
     """
     largest = int.from_bytes(data[start + 10 : start + 12], "big")  # samples per frame
     stated = stated_frames(data, start)
-    limit = min(int.from_bytes(data[start + 15 : start + 18], "big") or LONGEST_FRAME, LONGEST_FRAME)
+    limit = min(
+        int.from_bytes(data[start + 15 : start + 18], "big") or LONGEST_FRAME, LONGEST_FRAME
+    )
     first = max(start + 42, stop - 2 * limit)
     tail = data[first:stop]
     last = 0

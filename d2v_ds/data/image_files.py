@@ -59,6 +59,7 @@ TURNS = {
 TAGGED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type APP1")
 """Entries of Pillow's `info` that can hold the tag."""
 
+
 @contextmanager
 def pillow() -> Iterator[None]:
     """Turns Pillow's errors into Unusable."""

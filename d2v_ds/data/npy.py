@@ -64,8 +64,15 @@ def header(peek: Callable[[int, int], bytes], total: int, dimensions: int = 1) -
         reason = f"{UNREADABLE} (it is truncated: it has {total} of {needed} bytes)"
         raise Unusable("truncated", reason)
     if needed < total:
-        raise Unusable("length", f"has {total - needed} bytes behind the ids that its header states")
+        raise Unusable(
+            "length", f"has {total - needed} bytes behind the ids that its header states"
+        )
     return Header(kind, shape, first + size)
+
+
+def header_of(data: bytes, dimensions: int = 1) -> Header:
+    """As `header`, of the bytes of a file."""
+    return header(lambda at, number: data[at : at + number], len(data), dimensions)
 
 
 def _unreadable(reason: str) -> Unusable:

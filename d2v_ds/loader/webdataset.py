@@ -225,7 +225,7 @@ def _rows(item: Item, packed: Mapping[str, str]) -> Iterator[Item]:
     for extension in set(packed.values()) & item.keys():
         data = item[extension]
         try:
-            found = npy.header(lambda at, number: data[at : at + number], len(data), dimensions=2)
+            found = npy.header_of(data, dimensions=2)
         except ValueError:  # not packed, or damaged: then decoding it says why
             continue
         n, block = found.shape

@@ -395,7 +395,7 @@ def read_ids(sample: Mapping[str, bytes]) -> npt.NDArray[Any]:
     if "npy" not in sample:
         raise Unusable("row", f"has no token ids (members: {', '.join(sample)})")
     data = sample["npy"]
-    found = npy.header(lambda at, number: data[at : at + number], len(data))
+    found = npy.header_of(data)
     return np.frombuffer(data, np.dtype(found.kind), offset=found.start)
 
 
