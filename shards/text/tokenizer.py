@@ -125,7 +125,7 @@ class SentencePiece:
         self._pieces = SentencePieceProcessor()
         try:
             self._pieces.LoadFromSerializedProto(model)
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):  # the second one by its message about the model
             raise UserError(
                 f"{name}: is not a sentencepiece model, nor a tokenizer.json; train a model with "
                 "`d2v-shards tokenizer`"
