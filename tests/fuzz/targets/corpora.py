@@ -10,6 +10,7 @@ import json
 import lzma
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -22,7 +23,7 @@ from shards.findings import left_out
 from shards.plan import Choice, make_plans
 from shards.text.tokenizer import train
 from tests.fuzz.harness import Target
-from tests.fuzz.mutations import Mutate, any_bytes, head_bytes, text_lines
+from tests.fuzz.mutations import Mutate, any_bytes, head_bytes, json_values, text_lines
 from tests.helpers.corpora import put, recording
 from tests.shards.pictures import picture
 
@@ -118,7 +119,9 @@ def _speech() -> Corpora:
             "libri/1-2.trans.txt": ([b"1-2-0001 HELLO YOU\n1-2-0002 GO\n"], ()),
         },
         lambda: {
-            **dict.fromkeys(("a.wav", "b.wav", "clips/a.wav", "clips/b.wav"), recording(seconds=0.02)),
+            **dict.fromkeys(
+                ("a.wav", "b.wav", "clips/a.wav", "clips/b.wav"), recording(seconds=0.02)
+            ),
             **{f"libri/1-2-000{i}.flac": recording("flac", seconds=0.02) for i in (1, 2)},
         },
     )
@@ -200,6 +203,21 @@ def _damaged_model(data: bytes, rng: Random) -> bytes:
     return data[:-300] + any_bytes(data[-300:], rng)
 
 
+def _json_models(folder: Path) -> Sequence[bytes]:
+    """Byte-level BPE, as GPT-2's, of a few letters."""
+    letters = {letter: 2 + i for i, letter in enumerate("abcdefghijklmnopqrstuvwxyz\u0120")}
+    added = [
+        {"id": i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}
+        for i, name in enumerate(("</s>", "<pad>"))
+    ]  # fmt: skip
+    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": {**letters, "th": 30, "the": 31}, "merges": ["t h", "th e"]}
+    whole = {"version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": step,
+             "post_processor": None, "decoder": step, "model": model}  # fmt: skip
+    return [json.dumps(whole).encode()]
+
+
 def _target(name: str, corpora: Corpora) -> Target:
     return Target(
         name, corpora.seeds, corpora.parse, _content(text_lines), (UserError,), protected=False
@@ -212,3 +230,7 @@ TARGETS = [
     _target("text files", _text()),
     Target("tokenizer.model", _models, _use_model, _damaged_model, (UserError,), protected=False),
 ]
+if find_spec("tokenizers"):
+    TARGETS.append(
+        Target("tokenizer.json", _json_models, _use_model, json_values, (UserError,), False)
+    )
