@@ -128,7 +128,7 @@ def merge(out: Path, max_bad: float) -> ShardSet:
     conversion.
     """
     try:
-        about = json.loads((out / PLAN_FILE).read_bytes())
+        about = _object_in(out / PLAN_FILE)
     except FileNotFoundError:
         if (out / INDEX_FILE).exists():
             return open_set(out)
@@ -150,7 +150,7 @@ def check_splits(out: Path, folders: Sequence[Path]) -> None:
     """Raises UserError if a set of --split is not among the folders of those in `out`."""
     for folder in folders:
         file = PLAN_FILE if (folder / PLAN_FILE).exists() else INDEX_FILE
-        split = json.loads((folder / file).read_bytes()).get("options", {}).get("split", {})
+        split = _object_in(folder / file).get("options", {}).get("split", {})
         for name in split.get(folder.name, {}):
             if out / name not in folders:
                 raise UserError(
@@ -195,6 +195,17 @@ def _name(modality: str, i: int) -> str:
     return f"{modality}-{i:06d}"
 
 
+def _object_in(file: Path) -> dict[str, Any]:
+    """Raises UserError if the file is damaged."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: is damaged; delete {file.parent} and convert again")
+    return found
+
+
 def _report_file(out: Path, name: str) -> Path:
     return out / f"{name}.json"
 
@@ -210,6 +221,8 @@ def _read_report(out: Path, name: str) -> ShardReport | None:
             (out / f"{name}.tar").stat().st_size == entry.bytes and (out / f"{name}.idx").exists()
         )
     except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError):  # damaged: the shard is written again
         return None
     return report if whole else None
 
@@ -242,10 +255,7 @@ def _enter(out: Path, about: dict[str, Any]) -> ShardSet | None:
     for file in (INDEX_FILE, PLAN_FILE):
         if not (out / file).exists():
             continue
-        try:
-            held = json.loads((out / file).read_bytes())
-        except ValueError:
-            held = {}
+        held = _object_in(out / file)
         if held.get("plan") != about["plan"]:
             raise UserError(_other_plan(out, file, held, about["options"]))
         if file == INDEX_FILE:

@@ -20,7 +20,7 @@ MAGIC = b"\x93NUMPY"
 LONGEST = 1 << 12  # bytes of the text; numpy writes 118 for one or two dimensions
 WIDTHS = {"<u2": 2, "<u4": 4}  # bytes of an id, by numpy's name of the type
 ENTRY = r"""\s*(?:'|")(descr|fortran_order|shape)(?:'|")\s*:\s*('[^']*'|"[^"]*"|\w+|\([\d\s,]*\))"""
-HEADER = re.compile(rf"\s*\{{{ENTRY},{ENTRY},{ENTRY}\s*,?\s*\}}\s*")
+HEADER = re.compile(rf"\s*\{{{ENTRY}\s*,{ENTRY}\s*,{ENTRY}\s*,?\s*\}}\s*")
 UNREADABLE = "cannot be read as a .npy array"
 DIGITS = 15  # of the length of a dimension
 

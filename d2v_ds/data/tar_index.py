@@ -101,7 +101,8 @@ def _written(
     entries, left_out, notes, rates = [], list[Finding](), list[Finding](), dict[int, str]()
     for indexed in found:
         entry = indexed.entry
-        rates.setdefault(indexed.sample_rate, entry.name)
+        if entry.samples:
+            rates.setdefault(indexed.sample_rate, entry.name)
         unusable = map(_of_member, indexed.left_out)
         for findings, those in ((left_out, unusable), (notes, indexed.notes)):
             findings += [one._replace(name=f"{entry.name}.tar, {one.name}") for one in those]
@@ -127,7 +128,7 @@ def _written(
         out,
         form.modality,
         form.length_unit,
-        next(iter(rates)),
+        next(iter(rates), 0),
         form.fields,
         tuple(entry for entry in entries if entry.samples),
         elsewhere,

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -225,7 +227,9 @@ class Modality(ABC):
         except (ValueError, MemoryError):
             raise
         except Exception as error:  # libraries raise many types for damage they do not expect
-            reason = f"cannot be decoded ({type(error).__name__}: {error})"
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{place.name} in {os.path.basename(place.filename)}:{place.lineno}"
+            reason = f"cannot be decoded ({type(error).__name__}: {error}; {where})"
             raise Unusable("damaged", reason) from error
 
     @abstractmethod

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tests.fuzz.harness import Target
-from tests.fuzz.targets import corpora, samples, sets, tars
+from tests.fuzz.targets import corpora, parquet, samples, sets, tars
 
-MODULES = (sets, samples, tars, corpora)
+MODULES = (sets, samples, tars, corpora, parquet)
 TARGETS: dict[str, Target] = {
     target.name: target for module in MODULES for target in module.TARGETS
 }

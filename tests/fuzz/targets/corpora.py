@@ -18,7 +18,7 @@ from typing import Any
 from d2v_ds.data.checks import KINDS
 from d2v_ds.errors import UserError
 from shards.cli import parser
-from shards.family import Converted
+from shards.family import Converted, PackedMember
 from shards.findings import left_out
 from shards.plan import Choice, make_plans
 from shards.text.tokenizer import train
@@ -45,6 +45,8 @@ def _convert(family: str, source: Path, *options: str) -> Any:
     assert KINDS.keys() >= set(kinds)
     if family != "text":  # whose samples are blocks of many documents
         assert len(keys) + len(left_out(findings)) == inputs, (keys, findings, inputs)
+    if not any(isinstance(one, PackedMember) or one.members for one in made):
+        raise UserError("none of the inputs can be used")  # as the command says at the end
     lengths = [one.length for one in made if isinstance(one, Converted)]
     return sorted(keys), inputs, lengths, kinds
 
