@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -41,6 +42,8 @@ FAMILIES = {"speech": "recordings", "images": "images", "text": "text"}
 # {command: purpose}: modules with DESCRIPTION, add_arguments(parser) and run(arguments) -> code.
 COMMANDS = {"tokenizer": "train a sentencepiece model"}
 HELP_WIDTH = 80
+FULL = (errno.ENOSPC, errno.EDQUOT)
+UNWRITABLE = (errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,8 +62,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PermissionError as error:
         print(f"d2v-shards: {_about(error)}; correct the permissions", file=sys.stderr)
         return exit_codes.BAD_INPUT
-    except OSError as error:  # such as a full disk
-        print(f"d2v-shards: {_about(error)}", file=sys.stderr)
+    except OSError as error:
+        full = error.errno in FULL
+        more = "; free space, then run the same command to resume" if full else ""
+        print(f"d2v-shards: {_about(error)}{more}", file=sys.stderr)
+        return exit_codes.BAD_INPUT if full or error.errno in UNWRITABLE else exit_codes.FAILURE
+    except MemoryError:
+        print("d2v-shards: there is not enough memory; use fewer --jobs", file=sys.stderr)
         return exit_codes.FAILURE
     except KeyboardInterrupt:
         print("d2v-shards: interrupted; run the same command to resume", file=sys.stderr)
@@ -101,7 +109,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     )
     if arguments.dry_run:
         plans = without_out(make_plans(corpus, choice), arguments.source, out)
-        for line in estimate.estimate(plans, corpus.converter, arguments.jobs):
+        for line in estimate.estimate(plans, corpus.converter, arguments.jobs, arguments.max_bad):
             print(line)
         return exit_codes.FINISHED
     with WorkerPool(arguments.jobs) as pool:

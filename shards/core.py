@@ -43,7 +43,8 @@ from shards.findings import (
     write_lists,
 )
 from shards.plan import CONVERTER, ConversionPlan, Samples
-from shards.workers import WorkerPool
+from shards.reading import inputs_of, marked
+from shards.workers import WorkerDied, WorkerPool
 from shards.writer import ShardWriter
 
 
@@ -101,14 +102,17 @@ def convert(
     bar = tqdm(total=total, unit=" files", disable=None, desc=str(out))
     bar.update(sum(plan.inputs_of(i) for i in reports))
     with bar:
-        for report in pool.run(convert_shard, work, len(pending)):
-            i = int(report.entry.name.rpartition("-")[2])
-            reports[i] = report
-            bar.update(plan.inputs_of(i))
-            bad += report.bad
-            inputs += report.found
-            if converter.knows_inputs and bad > max_bad * inputs:
-                break
+        try:
+            for report in pool.run(convert_shard, work, len(pending)):
+                i = int(report.entry.name.rpartition("-")[2])
+                reports[i] = report
+                bar.update(plan.inputs_of(i))
+                bad += report.bad
+                inputs += report.found
+                if converter.knows_inputs and bad > max_bad * inputs:
+                    break
+        except WorkerDied as error:
+            raise WorkerDied(error.processes, inputs_of(out, error.processes)) from None
     ordered = [reports[i] for i in sorted(reports)]
     if every == 1:
         return _finish(out, about, ordered, max_bad)
@@ -124,7 +128,7 @@ def merge(out: Path, max_bad: float) -> ShardSet:
     conversion.
     """
     try:
-        about = json.loads((out / PLAN_FILE).read_bytes())
+        about = _object_in(out / PLAN_FILE)
     except FileNotFoundError:
         if (out / INDEX_FILE).exists():
             return open_set(out)
@@ -146,7 +150,7 @@ def check_splits(out: Path, folders: Sequence[Path]) -> None:
     """Raises UserError if a set of --split is not among the folders of those in `out`."""
     for folder in folders:
         file = PLAN_FILE if (folder / PLAN_FILE).exists() else INDEX_FILE
-        split = json.loads((folder / file).read_bytes()).get("options", {}).get("split", {})
+        split = _object_in(folder / file).get("options", {}).get("split", {})
         for name in split.get(folder.name, {}):
             if out / name not in folders:
                 raise UserError(
@@ -161,7 +165,7 @@ def convert_shard(job: tuple[Converter, Path, str, Samples]) -> ShardReport:
     findings: list[Finding] = []
     found = 0
     with ShardWriter(out, name, converter.fields) as writer:
-        for made in converter.convert(samples):
+        for made in converter.convert(marked(samples, out, name)):
             findings.extend(normalised(made.findings))
             found += made.found
             if isinstance(made, PackedMember):
@@ -191,6 +195,17 @@ def _name(modality: str, i: int) -> str:
     return f"{modality}-{i:06d}"
 
 
+def _object_in(file: Path) -> dict[str, Any]:
+    """Raises UserError if the file is damaged."""
+    try:
+        found = json.loads(file.read_bytes())
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: is damaged; delete {file.parent} and convert again")
+    return found
+
+
 def _report_file(out: Path, name: str) -> Path:
     return out / f"{name}.json"
 
@@ -206,6 +221,8 @@ def _read_report(out: Path, name: str) -> ShardReport | None:
             (out / f"{name}.tar").stat().st_size == entry.bytes and (out / f"{name}.idx").exists()
         )
     except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, RecursionError):  # damaged: the shard is written again
         return None
     return report if whole else None
 
@@ -238,10 +255,7 @@ def _enter(out: Path, about: dict[str, Any]) -> ShardSet | None:
     for file in (INDEX_FILE, PLAN_FILE):
         if not (out / file).exists():
             continue
-        try:
-            held = json.loads((out / file).read_bytes())
-        except ValueError:
-            held = {}
+        held = _object_in(out / file)
         if held.get("plan") != about["plan"]:
             raise UserError(_other_plan(out, file, held, about["options"]))
         if file == INDEX_FILE:

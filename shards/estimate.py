@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from d2v_ds.data.checks import Finding
 from d2v_ds.files import format_size
 from shards.family import Converter, PackedMember, Sample
-from shards.findings import counted, first_reasons, left_out, report_of
+from shards.findings import counted, first_reasons, left_out, report_of, unusable
 from shards.plan import ConversionPlan
 
 SAMPLES = 32  # to convert, over all sets; the last recording is converted to its end
@@ -22,28 +22,35 @@ SECONDS = 10.0  # approximate time limit
 TAR = 1024  # approximate bytes of header and padding per member
 
 
-def estimate(plans: Mapping[str, ConversionPlan], converter: Converter, jobs: int) -> Iterator[str]:
-    """One line per set, then one for the time."""
+def estimate(
+    plans: Mapping[str, ConversionPlan], converter: Converter, jobs: int, max_bad: float
+) -> Iterator[str]:
+    """One line per set, then one for the time, then one per set whose conversion would stop."""
     few = max(1, SAMPLES // len(plans))
-    given = made = 0
+    given = made = inputs = 0
     bad: list[Finding] = []
+    shares: dict[str, float] = {}
     _convert(converter, [next(iter(plans.values())).samples[0]])  # warms up imports and caches
     start = time.perf_counter()
 
     def in_time(samples: Iterable[Sample]) -> Iterator[Sample]:
-        nonlocal given
+        nonlocal given, inputs
         for sample in samples:
             yield sample
             given += sample.size
+            inputs += len(sample.inputs)
             if time.perf_counter() - start > SECONDS:
                 return
 
-    for plan in plans.values():
+    for name, plan in plans.items():
+        before = inputs, len(unusable(bad))
         for samples in _spread(plan, few):
-            size, findings = _convert(converter, in_time(samples))
-            made, bad = made + size, bad + findings
+            size, findings, found = _convert(converter, in_time(samples))
+            made, bad, inputs = made + size, bad + findings, inputs + found
             if time.perf_counter() - start > SECONDS:
                 break
+        measured, unused = inputs - before[0], len(unusable(bad)) - before[1]
+        shares[name] = _share(plan, unused / max(1, measured))
     seconds = time.perf_counter() - start
     total = 0
     for plan in plans.values():
@@ -62,6 +69,18 @@ def estimate(plans: Mapping[str, ConversionPlan], converter: Converter, jobs: in
         f"measured on {format_size(given)} of input"
         + (f" ({counted(len(bad))} cannot be used: {first_reasons(bad)})" if bad else "")
     )
+    for name, share in shares.items():
+        if share > max_bad:
+            yield (
+                f"{name or 'set'}: about {share:.2%} of the inputs cannot be used, more than "
+                f"--max-bad {max_bad:.3%} allows: the conversion would stop"
+            )
+
+
+def _share(plan: ConversionPlan, measured: float) -> float:
+    """The share of the inputs of a set that cannot be used. measured: of those that are read."""
+    planned = len(unusable(plan.findings))
+    return (planned + measured * plan.inputs) / (plan.inputs + len(left_out(plan.findings)))
 
 
 def _spread(plan: ConversionPlan, few: int) -> Iterator[list[Sample]]:
@@ -91,14 +110,15 @@ def _continues(plan: ConversionPlan, at: int) -> bool:
     )
 
 
-def _convert(converter: Converter, samples: Iterable[Sample]) -> tuple[int, list[Finding]]:
-    """(bytes of the members, inputs left out)."""
-    size, bad = 0, list[Finding]()
+def _convert(converter: Converter, samples: Iterable[Sample]) -> tuple[int, list[Finding], int]:
+    """(bytes of the members, inputs left out, inputs beyond those in the plan)."""
+    size, bad, found = 0, list[Finding](), 0
     for made in converter.convert(samples):
+        found += made.found
         bad += left_out(made.findings)
         payloads = [made.payload] if isinstance(made, PackedMember) else made.members
         size += sum(len(payload) + TAR for payload in payloads if payload is not None)
-    return size, bad
+    return size, bad, found
 
 
 def _duration(hours: float) -> str:

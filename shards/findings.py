@@ -32,6 +32,9 @@ from shards.walking import extension_of
 
 QUARANTINE_FILE = "quarantine.jsonl"
 NOTES_FILE = "notes.jsonl"
+UNUSABLE = (ValueError, OSError, MemoryError)
+"""What reading an input raises if it cannot be used. Sizes are checked before memory is taken, but
+what is allowed may still be more than there is."""
 FIRST = 3  # reasons in a message
 
 
@@ -149,8 +152,10 @@ def masked(reason: str) -> str:
     return re.sub(r"(?<![A-Za-z])(?<![A-Za-z]-)\b\d+(\.\d+)?", "N", reason)
 
 
-def of_error(name: str, error: ValueError | OSError) -> Finding:
-    """The finding about an input whose reading raised an error."""
+def of_error(name: str, error: ValueError | OSError | MemoryError) -> Finding:
+    """The finding about an input whose reading raised one of UNUSABLE."""
+    if isinstance(error, MemoryError):
+        return Finding(name, "needs more memory than there is", "size")
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     if (
         isinstance(error, OSError)

@@ -20,11 +20,12 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.errors import UserError
 from shards.family import Content, Input, Item, Sample
-from shards.findings import of_error
+from shards.findings import UNUSABLE, of_error
 from shards.tars import refuse_compressed
 from shards.walking import SPECIAL, check_file
 
 AUTO = "auto"
+LARGEST = 1 << 33  # bytes of a recording or image that is read as a whole
 
 Options = TypeVar("Options")  # the family's options that layouts depend on
 AnyLayout = TypeVar("AnyLayout", bound="Layout[Any, Any]")
@@ -104,7 +105,7 @@ class Layout(ABC, Generic[Options, Content]):
         for item in sample.inputs:
             try:
                 content: Any = self.payload(item)
-            except (ValueError, OSError) as error:
+            except UNUSABLE as error:
                 findings.append(of_error(str(item), error))
             else:
                 about = item.part, item.channel, item.seconds
@@ -121,12 +122,15 @@ class Layout(ABC, Generic[Options, Content]):
         return self.root / item.path if type(self).read is Layout.read else None
 
     def payload(self, item: Input) -> bytes:
-        """The bytes of an input. Raises OSError, and Unusable if it is no file or ends early."""
+        """The bytes of an input. Raises OSError, and Unusable if it is no file, too large, or ends
+        early."""
         path = self.root / item.path
         check_file(path)
+        offset, size = item.bytes or (0, path.stat().st_size)
+        if size > LARGEST:
+            raise Unusable("size", f"has {size:,} bytes, more than {LARGEST:,}; divide it")
         if item.bytes is None:
             return path.read_bytes()
-        offset, size = item.bytes
         with path.open("rb") as file:
             file.seek(offset)
             data = file.read(size)

@@ -30,9 +30,13 @@ def open_table(path: Path) -> Any:
         raise Unusable("unreadable", error.strerror or str(error)) from None
     try:
         # Without these two options, all of a row group is read at once.
-        return pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)
+        table = pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise Unusable("damaged", f"is not a Parquet file ({first_line(error)})") from None
+    groups = map(table.metadata.row_group, range(table.metadata.num_row_groups))
+    if any(min(group.num_rows, group.total_byte_size) < 0 for group in groups):
+        raise Unusable("damaged", "is not a Parquet file: it states a negative number of rows")
+    return table
 
 
 def row_groups(root: Path, file: str) -> Iterator[tuple[Input, int]]:
@@ -68,6 +72,9 @@ def rows(table: Any, part: Input, columns: Sequence[str]) -> Iterator[tuple[int,
                     for row in batch.to_pylist():
                         yield at, row
                         at += 1
+                if at != first:
+                    reason = f"holds {at - first + group.num_rows} of {group.num_rows} rows"
+                    raise Unusable("truncated", f"its row group {i} {reason}")
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise Unusable("damaged", first_line(error)) from None
 

@@ -13,6 +13,7 @@ from shards.line_ends import with_newlines
 from shards.walking import extension_of
 
 LONGEST_HEADER = 1 << 16  # bytes
+LONGEST = 1 << 24  # bytes of a line
 
 
 def header(path: Path) -> list[str]:
@@ -25,16 +26,23 @@ def header(path: Path) -> list[str]:
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line without its end). Raises UserError if the file is not UTF-8."""
+    """(line number from 1, line without its end). Raises UserError if the file is not UTF-8, or a
+    line is too long."""
     check_encoding(path)
     with with_newlines(path.open("rb")) as file:
-        for number, raw in enumerate(file, start=1):
+        for number, raw in enumerate(iter(lambda: file.readline(LONGEST), b""), start=1):
+            if len(raw) == LONGEST:
+                raise too_long(path, number)
             try:
                 line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 reason = not_utf8(raw, error.start)
                 raise UserError(f"{path}, line {number}: {reason}") from None
             yield number, line.rstrip("\r\n")
+
+
+def too_long(path: Path, number: int) -> UserError:
+    return UserError(f"{path}, line {number}: is longer than {LONGEST:,} bytes; is it a manifest?")
 
 
 def rows(path: Path, *needed: str) -> Iterator[tuple[int, dict[str, Any]]]:

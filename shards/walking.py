@@ -135,7 +135,7 @@ def size_of(path: str | Path) -> int:
     """In bytes; 0 if the file cannot be read, because the conversion reports the reason."""
     try:
         return os.stat(path).st_size
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a NUL character
         return 0
 
 
@@ -143,13 +143,15 @@ def is_special(path: str | Path) -> bool:
     """Whether it is a pipe, socket or device, so that reading it may never end."""
     try:
         mode = os.stat(path).st_mode
-    except OSError:  # the conversion reports the reason
+    except (OSError, ValueError):  # the conversion reports the reason
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def check_file(path: str | Path) -> None:
     """Raises Unusable for everything but a regular file, and OSError if it is missing."""
+    if "\0" in os.fspath(path):
+        raise Unusable("row", "its path has NUL characters")
     if not stat.S_ISREG(os.stat(path).st_mode):
         what = SPECIAL if is_special(path) else "is a folder"
         raise Unusable("unreadable", f"{what}, not a file")

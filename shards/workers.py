@@ -16,7 +16,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -26,6 +27,21 @@ Result = TypeVar("Result")
 AHEAD = 3  # queued jobs per process, so that no process is idle
 MANY = 1_000  # items; for fewer, starting processes (0.2 s) takes longer than it saves
 EARLY = 8  # processes that start before the number of jobs is known
+
+
+class WorkerDied(ChildProcessError):
+    """processes: the ids of those that died by themselves, as far as that is known."""
+
+    def __init__(self, processes: Sequence[int] = (), inputs: Sequence[str] = ()) -> None:
+        self.processes = processes
+        read, leave = "", ""
+        if inputs:
+            read = f" while it read {' or '.join(inputs)}"
+            leave = ", or leave the file out with --except"
+        super().__init__(
+            f"a worker process died{read}, possibly because the machine ran out of memory. To "
+            f"resume, run the same command with fewer --jobs{leave}"
+        )
 
 
 class WorkerPool:
@@ -71,18 +87,19 @@ class WorkerPool:
             with _worker_start():  # each may start a process
                 return {pool.submit(work, job) for job in islice(rest, most)}
 
+        workers: set[BaseProcess] = set()
         try:
             running = submit(AHEAD * processes)
             while running:
+                workers.update(active_children())
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 running |= submit(len(done))
                 for future in done:
                     yield future.result()
         except BrokenProcessPool:
-            raise ChildProcessError(
-                "a worker process died, possibly because the machine ran out of memory. To resume, "
-                "run the same command with fewer --jobs"
-            ) from None
+            # The pool ends the others with SIGTERM.
+            ended = [p.pid for p in workers if p.exitcode not in (None, 0, -signal.SIGTERM)]
+            raise WorkerDied([pid for pid in ended if pid]) from None
 
     def _started(self) -> ProcessPoolExecutor:
         self._pool = self._pool or ProcessPoolExecutor(

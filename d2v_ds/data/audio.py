@@ -42,6 +42,8 @@ FLOATS = ("FLOAT", "DOUBLE")  # subtypes that can hold any value
 LOUDEST = 16.0  # peak of floats in [-1, 1] that were amplified (24 dB)
 QUIETEST = 256.0  # peak of integers that were stored as floats (16 bits: -42 dB)
 FULL_SCALES = {16: 2.0**15, 24: 2.0**23, 32: 2.0**31}  # by bits
+ABOVE = 1.5  # times full scale that integers stored as floats may reach after filters
+LARGEST = ABOVE * FULL_SCALES[32]  # of floats; squares of larger ones may exceed float32
 MEASURED = 1 << 20  # frames at a time
 CACHED = 1 << 14  # samples at a time, because new memory costs more than the arithmetic
 # Speech that fits into its range has far less than 0.1 % of its samples at its peak. One in a
@@ -74,7 +76,7 @@ def decode(
     [-1, 1], or beyond if a float file exceeds it.
 
     16-bit audio is exact: rint(32768 * x) is the stored value. Raises Unusable if the part that
-    is read is damaged, shorter than requested, or contains NaN or infinity.
+    is read is damaged, shorter than requested, or contains NaN, infinity or values beyond LARGEST.
     """
     with Recording(source) as recording:
         return as_float(recording.pcm(start, frames, channel))
@@ -209,12 +211,22 @@ class Recording:
                 break
         data = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         if data.dtype != np.int16:
-            low, high = float(data.min()), float(data.max())  # NaN if there is one
-            if not math.isfinite(low) or not math.isfinite(high):
-                raise Unusable("not finite", "contains NaN or infinite samples")
+            low, high = checked_range(data)
             if len(data) == self.info.frames and -1 <= low <= high <= 1:
                 self._scale = 1.0
         return data
+
+
+def checked_range(x: NDArray[Any]) -> tuple[float, float]:
+    """(smallest, largest) value of float samples, of which there is at least one. Raises Unusable
+    for NaN, for infinity, and for values beyond every full scale: a single damaged bit makes a
+    sample 1e38, and normalisation would turn that into NaN."""
+    low, high = float(x.min()), float(x.max())  # NaN if there is one
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise Unusable("not finite", "contains NaN or infinite samples")
+    if (peak := max(-low, high)) > LARGEST:
+        raise out_of_range(peak)
+    return low, high
 
 
 def clipped_share(pcm: NDArray[Any], full: float) -> float:
@@ -249,7 +261,7 @@ def full_scale(peak: float, integers: bool) -> tuple[float, str]:
         return 1.0, ""
     if peak <= LOUDEST and not (integers and peak >= 2):
         return peak, f"peaks at {peak:.3g}; divided by it"
-    bits = next((bits for bits, scale in FULL_SCALES.items() if peak <= 1.5 * scale), 0)
+    bits = next((bits for bits, scale in FULL_SCALES.items() if peak <= ABOVE * scale), 0)
     if not bits or peak < QUIETEST:
         raise out_of_range(peak)
     divisor = max(FULL_SCALES[bits], peak)

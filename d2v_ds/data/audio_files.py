@@ -46,6 +46,7 @@ UNCHECKED = {  # what libsndfile reads, but no recording, and without a length t
 }
 BLOCK = 1 << 20  # frames that are decoded at a time
 AT_ONCE = 1 << 31  # samples of all channels; libsndfile decodes fewer if more are asked for
+PER_BYTE = 16  # samples that most files hold; of others, memory is taken as they are decoded
 STEP = 1024  # frames that are decoded at a time to find out where a file ends
 LOST = "lost sync"  # what libsndfile says where the frames of a FLAC end
 
@@ -113,6 +114,17 @@ class Stream:
             raise Unusable(
                 "size", f"{hours:.3g} hours cannot be decoded at once; divide it with --max-seconds"
             )
+        # A header may state any length, and numpy would allocate it.
+        most = max(BLOCK, PER_BYTE * _size_of(self.source) // self.file.channels)
+        pieces = []
+        for start in range(0, frames or 1, most):
+            size = min(most, frames - start)
+            pieces.append(self._decoded(size))
+            if len(pieces[-1]) < size:
+                break
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    def _decoded(self, frames: int) -> NDArray[Any]:
         wide = self.file.subtype == "DOUBLE"
         kind = "int16" if self.file.subtype in EXACT else "float64" if wide else "float32"
         data: NDArray[Any] = self.file.read(frames, dtype=kind, always_2d=True)
@@ -145,6 +157,10 @@ class Stream:
         if self.kept and self.kept_from < start:
             self.kept[0] = self.kept[0][start - self.kept_from :]
             self.kept_from = start
+
+
+def _size_of(source: bytes | Path) -> int:
+    return len(source) if isinstance(source, bytes) else os.stat(source).st_size
 
 
 def _is_cut(source: bytes | Path) -> bool:
@@ -263,10 +279,15 @@ def _buffer(source: bytes | Path) -> Iterator[Buffer]:
 
 def _open(source: bytes | Path) -> _File:
     try:
-        return _File(_Bytes(source) if isinstance(source, bytes) else os.fspath(source))
+        file = _File(_Bytes(source) if isinstance(source, bytes) else os.fspath(source))
     except soundfile.SoundFileError as error:
         reason = f"is not audio that libsndfile reads: {_reason(error)}"
         raise Unusable("format", reason) from None
+    if file.samplerate < 1 or file.channels < 1:
+        file.close()
+        reason = f"states {file.samplerate} Hz and {file.channels} channels"
+        raise Unusable("damaged", reason)
+    return file
 
 
 def _open_first(file: _File, data: Buffer, size: int) -> tuple[_File, bytes]:

@@ -50,6 +50,8 @@ PCM, FLOAT, ALAW, ULAW, EXTENSIBLE = (
     0xFFFE,
 )  # codings of a WAV; the last states it later
 SDS_HEADER = 21  # bytes
+CHUNKS = 10_000  # of a file; some recorders write one of metadata for every mark
+CHAINS = 100  # places that are examined for metadata at the end of a file
 PRINTABLE = frozenset(string.printable.encode())
 W64_NAME = bytes.fromhex("f3acd3118cd100c04f8edb8a")  # the last 12 bytes of its chunk names
 ZEROS = 1 << 16  # bytes that are compared at a time
@@ -116,7 +118,9 @@ def extent_of(peek: Peek, total: int) -> Extent | None:
 def _chunks(peek: Peek, chunks: Chunks, at: int) -> Iterator[tuple[bytes, int, int]]:
     """(name, first byte of the content, its size) of each chunk."""
     length = struct.calcsize(chunks.form)
-    while len(head := peek(at, length)) == length:
+    for _ in range(CHUNKS):
+        if len(head := peek(at, length)) < length:
+            return
         name, size = struct.unpack(chunks.form, head)
         size -= length * chunks.inclusive
         yield name, at + length, size
@@ -124,6 +128,7 @@ def _chunks(peek: Peek, chunks: Chunks, at: int) -> Iterator[tuple[bytes, int, i
             return
         at += length + size
         at += -at % chunks.align
+    raise Unusable("damaged", f"has more than {CHUNKS:,} chunks")
 
 
 def _riff(peek: Peek, total: int, head: bytes) -> Extent | None:
@@ -303,7 +308,9 @@ def _sds(peek: Peek, total: int, head: bytes) -> Extent:
 
 def _unexplained(peek: Peek, total: int, at: int, chunks: Chunks | None) -> int:
     """The number of bytes from `at` on that are neither chunks of metadata, tags, nor zeros."""
-    while at < total:
+    for _ in range(CHUNKS):
+        if at >= total:
+            return 0
         after = -1
         if chunks:  # some writers leave out the byte that pads a chunk
             starts = sorted({at + -at % chunks.align, at}, reverse=True)
@@ -312,7 +319,7 @@ def _unexplained(peek: Peek, total: int, at: int, chunks: Chunks | None) -> int:
             tag = peek(at, 4).lstrip(b"\0")[:3] in (b"ID3", b"TAG")
             return 0 if tag or _is_zero(peek, total, at) else total - at
         at = after
-    return 0
+    return total - at
 
 
 def _after_metadata(peek: Peek, total: int, at: int, chunks: Chunks) -> int:
@@ -338,7 +345,9 @@ def _end_of_samples(peek: Peek, total: int, first: int, chunks: Chunks) -> int:
         while at >= 0:
             places.append(start + at)
             at = tail.find(name, at + 1)
-    return next((at for at in sorted(places) if _is_chain(peek, total, at, chunks)), total)
+    # From the end, because samples may look like a name, but not those behind the last chunk.
+    nearest = sorted(places)[-CHAINS:]
+    return next((at for at in nearest if _is_chain(peek, total, at, chunks)), total)
 
 
 def _is_chain(peek: Peek, total: int, at: int, chunks: Chunks) -> bool:

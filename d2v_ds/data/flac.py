@@ -11,19 +11,23 @@ from d2v_ds.data.containers import Buffer
 MARKERS = (b"fLaC\0\0\0\x22", b"fLaC\x80\0\0\x22")  # followed by other metadata, or by frames
 SYNCS = (b"\xff\xf8", b"\xff\xf9")  # of frames with a fixed, and with a variable number of samples
 LONGEST_HEADER = 16  # bytes of a frame header
-LONGEST_FRAME = 1 << 20  # bytes that are searched for the last frame header
+LONGEST_FRAME = 1 << 21  # bytes that are searched for the last frame header; 65,535 samples of 32
+# bits in eight channels have as many
+JOINED = 1000  # files
 SMALLEST_FRAME = 9  # bytes
 SAMPLES = {1: 192, **{i: 144 << i for i in range(2, 6)}, **{i: 1 << i for i in range(8, 16)}}
 """Samples of a frame by their code in its header; 6 and 7: the number follows."""
 
 
 def joined(data: Buffer) -> list[int]:
-    """The first byte of each FLAC file in `data`."""
+    """The first byte of each FLAC file in `data`. Raises Unusable if there are too many."""
     found = []
     for marker in MARKERS:
         at = data.rfind(marker)  # several times faster than find
         while at >= 0:
             found.append(at)
+            if len(found) > JOINED:
+                raise Unusable("damaged", f"consists of more than {JOINED} joined files")
             at = data.rfind(marker, 0, at)
     return sorted(found)
 
@@ -60,7 +64,9 @@ def last_frame(data: Buffer, start: int, stop: int) -> int:
     """
     largest = int.from_bytes(data[start + 10 : start + 12], "big")  # samples per frame
     stated = stated_frames(data, start)
-    limit = int.from_bytes(data[start + 15 : start + 18], "big") or LONGEST_FRAME
+    limit = min(
+        int.from_bytes(data[start + 15 : start + 18], "big") or LONGEST_FRAME, LONGEST_FRAME
+    )
     first = max(start + 42, stop - 2 * limit)
     tail = data[first:stop]
     last = 0

@@ -9,13 +9,13 @@ ValueError, with the reason. Standard library only.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
 from d2v_ds.data.checks import Unusable
 from d2v_ds.data.containers import extent_of
+from d2v_ds.data.npy import header as npy_header
 from d2v_ds.data.tar_scan import Member
 
 
@@ -164,17 +164,8 @@ def _webp(file: BinaryIO, member: Member, head: bytes) -> Length:
 
 
 def npy(file: BinaryIO, member: Member) -> Length:
-    head = payload(file, member, 0, 12)
-    wide = head[6:7] > b"\x01"  # version 2 and 3
-    start = 12 if wide else 10
     try:
-        if head[:6] != b"\x93NUMPY":
-            raise ValueError("is not an array")
-        text = payload(file, member, start, int.from_bytes(head[8:start], "little"))
-        about = ast.literal_eval(text.decode("latin-1").strip())
-        (number,), width = about["shape"], int(about["descr"][2:])
-    except (ValueError, SyntaxError, TypeError, KeyError, IndexError, MemoryError) as error:
-        raise ValueError(f".npy: cannot be read ({error})") from None
-    if start + len(text) + number * width > member.size:
-        raise ValueError(".npy: is truncated")
-    return Length(number)
+        found = npy_header(lambda at, number: payload(file, member, at, number), member.size)
+    except Unusable as error:
+        raise Unusable(error.kind, f".npy: {error}") from None
+    return Length(found.shape[0])

@@ -17,6 +17,8 @@ OTHERS = (  # (first bytes, what the file is)
     (b"<html", "HTML, such as the page of an error"),
     (b"<?xml", "XML"),
     (b"%pdf", "PDF"),
+    (b"%!ps", "PostScript"),
+    (b"\xc5\xd0\xd3\xc6", "PostScript"),
     (b"8bps", "a Photoshop document"),
     (b"\xff\x0a", "JPEG XL"),
     (b"\0\0\0\x0cjxl ", "JPEG XL"),

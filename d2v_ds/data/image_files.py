@@ -13,7 +13,6 @@ name.
 from __future__ import annotations
 
 import io
-import struct
 import sys
 import warnings
 from collections.abc import Iterator
@@ -60,10 +59,6 @@ TURNS = {
 TAGGED = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif", "Raw profile type APP1")
 """Entries of Pillow's `info` that can hold the tag."""
 
-# What the plugins of Pillow raise for damaged files.
-ERRORS = (OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, AttributeError,
-          ArithmeticError, RuntimeError, MemoryError, struct.error)  # fmt: skip
-
 
 @contextmanager
 def pillow() -> Iterator[None]:
@@ -79,7 +74,9 @@ def pillow() -> Iterator[None]:
         raise Unusable("size", f"has too many pixels ({error})") from None
     except UnidentifiedImageError:  # its message has an address in memory
         raise Unusable("format", "cannot be read as an image (no known format)") from None
-    except ERRORS as error:
+    except MemoryError:
+        raise Unusable("size", "needs more memory than there is") from None
+    except Exception as error:  # the plugins raise errors of many types for damaged files
         kind = _kind(str(error).lower())
         raise Unusable(kind, f"cannot be read as an image ({error})") from None
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageEnhance
 
+from d2v_ds.data.checks import Unusable
 from d2v_ds.data.image_files import TURNS, pillow, turn_of, upright_size
 
 if TYPE_CHECKING:  # converting images needs no torch
@@ -29,6 +30,7 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet's pixels in [0, 1], by channel
 STD = (0.229, 0.224, 0.225)
 ATTEMPTS = 10  # at placing a crop of the drawn area and aspect ratio
 ASPECT = (3 / 4, 4 / 3)
+MOST = 89_478_485  # pixels of an image that is resized as a whole; Pillow's limit for files
 RESIZE = 256 / 224  # the shorter side before a centre crop, relative to the crop
 
 
@@ -65,6 +67,9 @@ def centre_crop(image: Image.Image, size: int) -> Pixels:
     full = upright_size(image)
     factor = round(size * RESIZE) / min(full)
     w, h = max(size, round(full[0] * factor)), max(size, round(full[1] * factor))
+    if w * h > MOST:  # of a strip of a few pixels by millions
+        reason = f"{full[0]} x {full[1]} pixels: is too long for its width"
+        raise Unusable("size", reason)
     left, top = (w - size) // 2, (h - size) // 2
     resized = _resize(_pixels(image, (0, 0, *full), (w, h)), (w, h))
     return resized[:, top : top + size, left : left + size]

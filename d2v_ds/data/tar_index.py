@@ -13,6 +13,7 @@ import os
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -62,7 +63,8 @@ def index_set(
     checksum: "none", or a kind that checksum.py knows, for which every payload is read. run: `map`,
     or a parallel one, in any order. Raises UserError if there are no tars, if they are in several
     folders, if one is damaged, if samples have different sample rates or too many have no usable
-    length, and if `out` is a shard set already.
+    length, and if `out` is a shard set already. A set that is refused leaves only the list of the
+    samples that cannot be used.
     """
     if not tars:
         raise UserError(f"{out}: no tars to index")
@@ -72,23 +74,47 @@ def index_set(
     if (out / INDEX_FILE).exists():
         raise UserError(f"{out}: is already a shard set; delete its {INDEX_FILE} to index it again")
     form = formats[0] if len(formats) == 1 else guess_format(tars[0], formats)
+    is_new, written = not out.exists(), list[Path]()
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        (folder,) = folders
+        elsewhere = None if folder == out.resolve() else folder
+        indexed = run(index_tar, [(tar, form, checksum) for tar in tars])
+        return _written(out, form, indexed, elsewhere, written)
+    except BaseException:
+        for file in written:
+            file.unlink(missing_ok=True)
+        if is_new:
+            with suppress(OSError):  # it holds the list of samples that cannot be used
+                out.rmdir()
+        raise
+
+
+def _written(
+    out: Path,
+    form: SampleFormat,
+    found: Iterable[IndexedTar],
+    elsewhere: Path | None,
+    written: list[Path],
+) -> ShardSet:
+    """elsewhere: the folder of the tars if it is not `out`. written: every .idx is appended."""
     entries, left_out, notes, rates = [], list[Finding](), list[Finding](), dict[int, str]()
-    for indexed in run(index_tar, [(tar, form, checksum) for tar in tars]):
+    for indexed in found:
         entry = indexed.entry
-        rates.setdefault(indexed.sample_rate, entry.name)
+        if entry.samples:
+            rates.setdefault(indexed.sample_rate, entry.name)
         unusable = map(_of_member, indexed.left_out)
-        for findings, found in ((left_out, unusable), (notes, indexed.notes)):
-            findings += [one._replace(name=f"{entry.name}.tar, {one.name}") for one in found]
+        for findings, those in ((left_out, unusable), (notes, indexed.notes)):
+            findings += [one._replace(name=f"{entry.name}.tar, {one.name}") for one in those]
         entries.append(entry)
-        write_atomically(out / f"{entry.name}.idx", indexed.idx)
+        written.append(out / f"{entry.name}.idx")
+        write_atomically(written[-1], indexed.idx)
     if len(rates) > 1:
         named = ", ".join(f"{rate} Hz in {name}.tar" for rate, name in sorted(rates.items()))
         raise UserError(f"{out}: a set has one sample rate (found {named}); {_convert(form)}")
     entries.sort(key=lambda entry: entry.name)
     inputs = sum(entry.samples for entry in entries) + len(left_out)
     _write_list(out / "quarantine.jsonl", left_out)
-    _write_list(out / "notes.jsonl", notes)
     if len(left_out) > MAX_BAD * inputs:
         name, reason, _ = min(left_out)
         raise UserError(
@@ -97,15 +123,15 @@ def index_set(
             f"more than {MAX_BAD:.0%} cannot be used, convert the tars: {_convert(form)} "
             "with --max-bad"
         )
-    (folder,) = folders
+    _write_list(out / "notes.jsonl", notes)
     result = ShardSet(
         out,
         form.modality,
         form.length_unit,
-        next(iter(rates)),
+        next(iter(rates), 0),
         form.fields,
         tuple(entry for entry in entries if entry.samples),
-        None if folder == out.resolve() else folder,
+        elsewhere,
     )
     about: dict[str, Any] = {
         "indexed": True,

@@ -7,10 +7,12 @@ may lead through other links (POSIX.1-2017, pax, ustar interchange format). Stan
 from __future__ import annotations
 
 import posixpath
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 HOPS = 40  # links that may follow one another, as in Linux (path_resolution(7))
+STEPS = 1000  # folders that are entered to find a target; a path of 4,096 bytes has fewer
 HARD, SYMBOLIC, FOLDER = b"1", b"2", b"5"  # types of headers
 
 
@@ -36,23 +38,25 @@ class LinkTable:
     def __init__(self, entries: Iterable[tuple[str, int, int, bytes, str, bool]]) -> None:
         self._places: dict[str, list[_Place]] = {}
         self._symbolic: dict[str, str] = {}  # {path: its target, relative to its folder}
-        self._folders: set[str] = set()
         self._sparse: set[str] = set()
+        paths: set[str] = set()
         for name, offset, size, kind, link, sparse in entries:
             path = normal(name)
-            parent = posixpath.dirname(path)
-            while parent and parent not in self._folders:
-                self._folders.add(parent)
-                parent = posixpath.dirname(parent)
-            if kind == FOLDER:
-                self._folders.add(path)
-            elif kind == SYMBOLIC:
+            paths.add(path + "/" * (kind == FOLDER))
+            if kind == SYMBOLIC:
                 self._symbolic[path] = link
-            elif sparse:
+            elif kind != FOLDER and sparse:
                 self._sparse.add(path)
-            else:
+            elif kind != FOLDER:
                 target = normal(link) if kind == HARD else ""
                 self._places.setdefault(path, []).append(_Place(offset, size, target))
+        self._sorted = sorted(paths)  # those of folders end in a slash
+
+    def _is_folder(self, path: str) -> bool:
+        """Whether the tar holds the folder, or something in it."""
+        inside = path + "/"
+        at = bisect_left(self._sorted, inside)
+        return at < len(self._sorted) and self._sorted[at].startswith(inside)
 
     def target(
         self, name: str, offset: int, link: str, symbolic: bool
@@ -63,15 +67,16 @@ class LinkTable:
         if not symbolic:
             path = normal(link)
         missing = Problem("link", f"is a link to {link}, which the tar does not contain")
+        steps = iter(range(STEPS))
         for _ in range(HOPS):
-            resolved = self._through_links(path)
+            resolved = self._through_links(path, steps)
             if resolved is None:
                 return missing
             path = resolved
             if path in self._sparse:
                 return Problem("format", f"is a link to {link}, which is stored as a sparse file")
             if path not in self._places:
-                return None if symbolic and path in self._folders else missing
+                return None if symbolic and self._is_folder(path) else missing
             # Of several members with one name, the last one before the link; else the first.
             places = self._places[path]
             place = next((p for p in reversed(places) if p.offset < offset), places[0])
@@ -80,22 +85,26 @@ class LinkTable:
             path, offset = place.link, place.offset
         return Problem("link", f"is a link to {link}, which leads back to itself")
 
-    def _through_links(self, path: str) -> str | None:
-        """The path without symbolic links; None if it leaves the tar or never ends."""
-        done, rest = "", path.split("/")
+    def _through_links(self, path: str, steps: Iterator[int]) -> str | None:
+        """The path without symbolic links; None if it leaves the tar or never ends. steps: one is
+        taken for each folder."""
+        done = ""
+        rest = path.split("/")[::-1]  # the next folder is the last
         hops = 0
         while rest:
-            part, *rest = rest
-            done = posixpath.normpath(posixpath.join(done, part))
-            if done.startswith(".."):
+            part = rest.pop()
+            if next(steps, None) is None or (part == ".." and not done):
                 return None
-            done = "" if done == "." else done
+            if part == "..":
+                done = posixpath.dirname(done)
+            elif part not in ("", "."):
+                done = f"{done}/{part}" if done else part
             if done in self._symbolic:
                 hops += 1
                 link = self._symbolic[done]
                 if hops > HOPS or link.startswith("/"):
                     return None
-                rest = [*link.split("/"), *rest]
+                rest += link.split("/")[::-1]
                 done = posixpath.dirname(done)
         return done
 

@@ -29,7 +29,10 @@ NO_PAYLOAD = (*LINKS, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile
 SPECIAL = (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
 NO_FILES = (tarfile.DIRTYPE, b"D", b"V")  # folders, also with GNU's list of files; volume labels
 ERRORS = "backslashreplace"  # keeps names that are not UTF-8 distinct
-MAX_NAME = 1 << 20  # bytes of a long name or of pax headers; larger values mean damage
+MAX_NAME = 1 << 16  # bytes of a long name; larger values mean damage
+MAX_PAX = 1 << 20  # bytes of the records of a member
+DIGITS = 20  # of a size; 2^64 has as many
+NEWLINE = ord("\n")
 UNUSED = "no sample uses this member of the tar"
 SPARSE = Problem(
     "format",
@@ -127,8 +130,10 @@ def _entries(file: BinaryIO, start: int, end: int | None) -> Iterator[Entry]:
         except tarfile.HeaderError as error:
             raise DamagedTar(f"damaged header ({error})", at) from None
         kind = header.type
-        size = 0 if kind in NO_PAYLOAD else int(pax.get("size", header.size))
-        if not 0 <= size <= end - at - BLOCK:
+        size = 0 if kind in NO_PAYLOAD else _size(pax.get("size"), header.size)
+        if size < 0:
+            raise DamagedTar(f"{header.name}: its size is no number of bytes", at)
+        if size > end - at - BLOCK:
             raise DamagedTar(f"{header.name}: its {size} bytes extend past the end", at)
         payload = at + BLOCK
         if kind == tarfile.GNUTYPE_SPARSE:
@@ -139,7 +144,7 @@ def _entries(file: BinaryIO, start: int, end: int | None) -> Iterator[Entry]:
         elif kind == tarfile.GNUTYPE_LONGLINK:
             long_link = _read(file, payload, size).rstrip(b"\0").decode("utf-8", ERRORS)
         elif kind in PAX:
-            pax = _pax(_read(file, payload, size), payload)
+            pax = _pax(_read(file, payload, size, MAX_PAX), payload)
         elif kind != tarfile.XGLTYPE:
             name = pax.get("path", "") or long_name or header.name
             if pax:
@@ -261,21 +266,33 @@ def is_header(block: bytes) -> bool:
     return block[257:262] == b"ustar"
 
 
-def _read(file: BinaryIO, at: int, size: int) -> bytes:
-    if size > MAX_NAME:
+def _read(file: BinaryIO, at: int, size: int, most: int = MAX_NAME) -> bytes:
+    if size > most:
         raise DamagedTar(f"a name of {size} bytes", at)
     file.seek(at)
     return file.read(size)
 
 
+def _size(record: str | None, stated: int) -> int:
+    """Bytes of a payload: what the pax record says, else the header; -1 for a record that is no
+    number."""
+    if record is None:
+        return stated
+    return int(record) if record.isascii() and record.isdigit() and len(record) <= DIGITS else -1
+
+
 def _pax(data: bytes, at: int) -> dict[str, str]:
     """Records `LENGTH KEY=VALUE\\n`."""
-    records, rest = {}, data
-    while rest.strip(b"\0"):
-        digits, space, _ = rest.partition(b" ")
-        if not space or not digits.isdigit() or not 0 < int(digits) <= len(rest):
+    data, records, start = data.rstrip(b"\0"), {}, 0
+    while start < len(data):
+        space = data.find(b" ", start, start + DIGITS)
+        digits = data[start : max(start, space)]
+        stop = start + int(digits) if digits.isdigit() else 0
+        if not space + 1 < stop <= len(data) or data[stop - 1] != NEWLINE:
             raise DamagedTar("damaged pax header", at)
-        key, _, value = rest[len(digits) + 1 : int(digits) - 1].partition(b"=")
+        key, _, value = data[space + 1 : stop - 1].partition(b"=")
         records[key.decode("utf-8", ERRORS)] = value.decode("utf-8", ERRORS)
-        rest = rest[int(digits) :]
+        start = stop
+    if len(records.get("path", "")) > MAX_NAME or len(records.get("linkpath", "")) > MAX_NAME:
+        raise DamagedTar(f"a name of more than {MAX_NAME} characters", at)
     return records

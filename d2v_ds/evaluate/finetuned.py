@@ -115,7 +115,7 @@ def decoded(model: FinetunedModel, shards: ShardSet) -> Iterator[tuple[Any, Any]
     """(example, label) of every sample."""
     for key, sample in read_samples(shards, model.modality.extensions):
         try:
-            yield model.modality.base.decode(sample, None), model.modality.label(sample)
+            yield model.modality.base.decoded(sample, None), model.modality.label(sample)
         except (UserError, ValueError) as error:
             raise UserError(f"{shards.root}, sample {key!r}: {error}") from None
 

@@ -33,7 +33,7 @@ class Labelled:
         used, because leaving it out would change the score."""
         for key, sample in read_samples(self.shards, self.modality.extensions):
             try:
-                example = self.modality.decode(sample, None)
+                example = self.modality.decoded(sample, None)
                 self.modality.check_example(example)
             except ValueError as error:
                 raise UserError(f"{self.shards.root}, sample {key!r}: {error}") from None

@@ -206,7 +206,7 @@ def decoded(
         if isinstance(members, ValueError):
             return members
         try:
-            found = kind.decode(members, None)
+            found = kind.decoded(members, None)
             kind.check_example(found)
         except ValueError as error:
             return error

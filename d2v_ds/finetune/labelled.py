@@ -112,7 +112,7 @@ class Labelled(Modality, abstract=True):
         """Raises UserError for a sample without a label or with one that is not known, because
         that is no damage of a single sample."""
         label = self.label(sample)
-        example = self.base.decode(sample, None if self.whole else rng)
+        example = self.base.decoded(sample, None if self.whole else rng)
         example = self.begun(example)
         if self.mixing and rng is not None:
             example = self.mixing.augment(example, rng)

@@ -246,7 +246,7 @@ class MicroBatches:
         """The decoded sample; None, and an entry in `bad`, if it cannot be used."""
         rng = generator(self.seed, CROP, epoch, sample_id)
         try:
-            example = self.modality.decode(self.reader.read(sample_id), rng)
+            example = self.modality.decoded(self.reader.read(sample_id), rng)
             # `fit` returns the same object if the size is as planned.
             if self.modality.fit(example, self.reader.length(sample_id)) is not example:
                 raise Unusable("length", "its length differs from that in the index")
@@ -255,6 +255,11 @@ class MicroBatches:
         except ValueError as error:
             bad.append(self.reader.bad(sample_id, error))
             return None
+        except MemoryError:
+            raise UserError(
+                f"{self.reader.name(sample_id)}: there is not enough memory to decode it; lower "
+                "data.workers, or leave the sample out"
+            ) from None
         return example
 
     def _spare(self, lot: Lot, bad: list[BadSample]) -> dict[int, Any]:

@@ -11,15 +11,13 @@ and scanned before they are read.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import numpy as np
-
+from d2v_ds.data import npy
 from d2v_ds.data.cache.folder import OwnFolder, writing
 from d2v_ds.data.cache.remote import open_shard
 from d2v_ds.data.checksum import checksum_of
@@ -108,7 +106,7 @@ class _Decode:
         try:
             if not members.keys() & set(wanted):
                 raise ValueError(f"has only {', '.join(members)}, none of {', '.join(wanted)}")
-            return {**item, "example": self.modality.decode(members, None)}
+            return {**item, "example": self.modality.decoded(members, None)}
         except ValueError as error:
             raise UserError(f"{item['__url__']}, sample {item['__key__']!r}: {error}") from None
 
@@ -225,14 +223,19 @@ def items_of(file: BinaryIO, tar: str, packed: Mapping[str, str]) -> Iterator[It
 
 def _rows(item: Item, packed: Mapping[str, str]) -> Iterator[Item]:
     for extension in set(packed.values()) & item.keys():
-        rows = np.load(io.BytesIO(item[extension]), allow_pickle=False)
-        if rows.ndim == 2:
-            field = f"{rows.dtype.kind}{8 * rows.dtype.itemsize}"  # u16, u32
-            for i, row in enumerate(rows):
-                yield {
-                    "__key__": f"{item['__key__']}/{i}",
-                    "__url__": item["__url__"],
-                    field: row.tobytes(),
-                }
-            return
+        data = item[extension]
+        try:
+            found = npy.header_of(data, dimensions=2)
+        except ValueError:  # not packed, or damaged: then decoding it says why
+            continue
+        n, block = found.shape
+        width = block * npy.WIDTHS[found.kind]
+        for i in range(n):
+            start = found.start + i * width
+            yield {
+                "__key__": f"{item['__key__']}/{i}",
+                "__url__": item["__url__"],
+                found.kind[1] + str(8 * npy.WIDTHS[found.kind]): data[start : start + width],
+            }
+        return
     yield item

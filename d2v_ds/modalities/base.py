@@ -10,6 +10,8 @@ B samples, M masked views per sample, T tokens, K visible tokens, N masked token
 from __future__ import annotations
 
 import json
+import os
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -214,6 +216,19 @@ class Modality(ABC):
     def decode(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Any:
         """One example from a sample's members: decoded, cropped and augmented. Without a generator,
         the whole example without augmentation. Raises ValueError if it cannot be decoded."""
+
+    def decoded(self, sample: Mapping[str, bytes], rng: np.random.Generator | None) -> Any:
+        """As `decode`, for members that may be damaged or hostile: everything that decodes a sample
+        calls this. Raises ValueError, whatever `decode` raises."""
+        try:
+            return self.decode(sample, rng)
+        except (ValueError, MemoryError):
+            raise
+        except Exception as error:  # libraries raise many types for damage they do not expect
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{place.name} in {os.path.basename(place.filename)}:{place.lineno}"
+            reason = f"cannot be decoded ({type(error).__name__}: {error}; {where})"
+            raise Unusable("damaged", reason) from error
 
     @abstractmethod
     def fit(self, example: Any, length: int) -> Any:

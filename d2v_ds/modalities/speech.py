@@ -393,12 +393,11 @@ class Speech(Modality):
                 f"{given}, but the model needs {self.config.sample_rate} Hz; resample it first "
                 "(d2v_ds.data.audio.resample) and give its rate"
             )
-        if wave.dtype != np.int16:
-            wave = wave.astype(np.float32)
-            if not np.isfinite(wave).all():
-                raise Unusable("not finite", "contains NaN or infinite samples")
         if not len(wave):
             raise Unusable("empty", "is empty")
+        if wave.dtype != np.int16:
+            audio.checked_range(wave)  # before float32, which cannot hold all values of float64
+            wave = wave.astype(np.float32)
         return normalised(np.ascontiguousarray(wave))
 
     def largest(self) -> Waveform:

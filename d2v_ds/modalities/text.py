@@ -12,7 +12,6 @@ B samples, M masked views per sample, R = B * M rows, T tokens, V ids in the voc
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from d2v_ds.batch import Batch, mask_indices
 from d2v_ds.config.bounds import Amount, BelowOne, Bounds, Count, InnerShare, Positive, Share, Views
-from d2v_ds.data import headers
+from d2v_ds.data import headers, npy
 from d2v_ds.data.checks import Unusable
 from d2v_ds.data.headers import HeaderReader
 from d2v_ds.errors import UserError
@@ -395,20 +394,11 @@ def read_ids(sample: Mapping[str, bytes]) -> npt.NDArray[Any]:
             if len(sample[key]) % np.dtype(kind).itemsize:
                 raise Unusable("truncated", "ends within a token id")
             return np.frombuffer(sample[key], np.dtype(kind))
-    ids: npt.NDArray[Any]
     if "npy" not in sample:
         raise Unusable("row", f"has no token ids (members: {', '.join(sample)})")
-    try:
-        ids = np.load(io.BytesIO(sample["npy"]), allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise Unusable("damaged", f"cannot be read as a .npy array ({error})") from None
-    if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32):
-        raise Unusable(
-            "format",
-            f"holds {ids.dtype} of shape {ids.shape}, expected one dimension of uint16 or "
-            "uint32 token ids",
-        )
-    return ids
+    data = sample["npy"]
+    found = npy.header_of(data)
+    return np.frombuffer(data, np.dtype(found.kind), offset=found.start)
 
 
 def check_ids(ids: npt.NDArray[Any], known: Mapping[str, Any], where: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 from d2v_ds.data import image_files
 from d2v_ds.data.checks import Finding, Note
 from shards.family import Converted, Item, Sample
-from shards.findings import left_out, of_error
+from shards.findings import UNUSABLE, left_out, of_error
 from shards.images.labels import NO_LABEL, NO_METADATA
 from shards.images.layout import ImageLayout
 
@@ -66,7 +66,7 @@ class ImageConverter:
                 try:
                     yield self._sample(item)
                     used += 1
-                except ValueError as error:
+                except UNUSABLE as error:
                     findings.append(of_error(item.name, error))
             # The plan counts a row group as one input.
             found = used + len(left_out(findings)) - 1

@@ -12,15 +12,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from d2v_ds.data.checks import Finding
+from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.errors import UserError, suggestion
 from shards.encoding import not_utf8
 from shards.family import Input, Sample
 from shards.images.labels import label_of, labelled
 from shards.images.layout import ImageLayout, ImageOptions, check_label_key
-from shards.json_array import DECODER, Repeating
+from shards.json_array import DECODER, Repeating, values
 from shards.keys import make_key
-from shards.tables import check_columns, check_encoding, rows
+from shards.tables import LONGEST, check_columns, check_encoding, rows, too_long
 from shards.walking import extension_of, size_of
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
@@ -118,7 +118,7 @@ def _with_path(
 def _csv_rows(file: io.TextIOWrapper, source: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row)."""
     # A quote that nothing closes, or text after a closing one, would join rows.
-    table = csv.reader(file, strict=True)
+    table = csv.reader(_lines(file, source), strict=True)
     try:
         header = [name.strip() for name in next(table, [])]
         check_columns(source, header, PATHS, "commas")
@@ -140,11 +140,10 @@ def _json_rows(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, row); of an array, its elements are counted."""
     if extension_of(source.name) == ".json" and file.read(1 << 12).lstrip().startswith("["):
-        file.seek(0)
-        yield from _elements(file.read().removeprefix("\ufeff"), source, findings)
+        yield from _elements(source, findings)
         return
     file.seek(0)
-    for number, line in enumerate(file, start=1):
+    for number, line in enumerate(_lines(file, source), start=1):
         if not line.strip():
             continue
         try:
@@ -159,17 +158,24 @@ def _json_rows(
             yield number, row
 
 
-def _elements(
-    text: str, source: Path, findings: list[Finding]
-) -> Iterator[tuple[int, dict[str, Any]]]:
+def _lines(file: io.TextIOWrapper, source: Path) -> Iterator[str]:
+    """Raises UserError for a line that is too long."""
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST), ""), start=1):
+        if len(line) == LONGEST:
+            raise too_long(source, number)
+        yield line
+
+
+def _elements(source: Path, findings: list[Finding]) -> Iterator[tuple[int, dict[str, Any]]]:
+    number = 0
     try:
-        found = DECODER.decode(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{source}: is not JSON ({error})") from None
-    for number, row in enumerate(found, start=1):
-        if not isinstance(row, dict):
-            raise UserError(f"{source}, element {number}: is not a JSON object")
-        if isinstance(row, Repeating):
-            findings.append(Finding(f"{source.name}, item {number}", str(row), "row"))
-        else:
-            yield number, row
+        with source.open("rb") as file:
+            for number, row in enumerate(values(file, LONGEST, "strict"), start=1):
+                if not isinstance(row, dict):
+                    raise UserError(f"{source}, element {number}: is not a JSON object")
+                if isinstance(row, Repeating):
+                    findings.append(Finding(f"{source.name}, item {number}", str(row), "row"))
+                else:
+                    yield number, row
+    except Unusable as error:
+        raise UserError(f"{source}: is not JSON: element {number + 1} {error}") from None

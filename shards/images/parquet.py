@@ -17,7 +17,7 @@ from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.errors import UserError, suggestion
 from shards import parquet
 from shards.family import Item, Sample
-from shards.findings import of_error
+from shards.findings import UNUSABLE, of_error
 from shards.images.labels import NO_LABEL, labelled
 from shards.images.layout import (
     ImageLayout,
@@ -115,7 +115,7 @@ class Parquet(ImageLayout):
                 if split:
                     columns.setdefault("split", split)
                 yield Item(part_key(sample.key, number), name, data, columns)
-        except (ValueError, OSError) as error:
+        except UNUSABLE as error:
             findings.append(of_error(str(part), error))
 
     def _columns(self, row: dict[str, Any], classes: tuple[str, ...] | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 from d2v_ds.data.checks import Finding
 from shards.family import Input, Item, Sample
-from shards.findings import of_error
+from shards.findings import UNUSABLE, of_error
 from shards.images.imagenet import is_imagenet
 from shards.images.labels import NO_METADATA, labelled
 from shards.images.layout import (
@@ -62,7 +62,7 @@ class WebDataset(ImageLayout):
                 except ValueError as error:
                     reasons.append(str(error))
             content = self.payload(image)
-        except (ValueError, OSError) as error:
+        except UNUSABLE as error:
             findings.append(of_error(str(image), error))
             return
         if "label" in columns:

@@ -74,7 +74,7 @@ def make(source: Path, out: Path) -> int:
     for split in SPLITS:
         shutil.rmtree(out / split, ignore_errors=True)
     for name, file in PICTURES.items():
-        image = Image.open(source / file).convert("L")
+        image = Image.open(source / file, formats=("PNG", "JPEG")).convert("L")
         if max(image.size) > LARGEST:
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
         picture = np.asarray(image, dtype=np.float64)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from d2v_ds.data import audio
 from d2v_ds.data.checks import Finding, Unusable
 from shards.family import Converted, Item, Sample
-from shards.findings import left_out, of_error
+from shards.findings import UNUSABLE, left_out, of_error
 from shards.keys import part_key
 from shards.speech.layout import SpeechLayout
 from shards.speech.recordings import OpenRecording, Recordings
@@ -91,7 +91,7 @@ class SpeechConverter:
         try:
             recording = recordings.open(item)
             made = list(self._samples_of(item, recording))
-        except (ValueError, OSError) as error:
+        except UNUSABLE as error:
             return [Converted(item.key, (), 0, (of_error(item.name, error),))]
         return [*made, *self._noted(item, recording)]
 
@@ -112,7 +112,7 @@ class SpeechConverter:
             try:
                 recording = recordings.open(item)
                 parts.append(self._decode(recording, 0, self._length(recording)))
-            except (ValueError, OSError) as error:
+            except UNUSABLE as error:
                 findings.append(of_error(item.name, error))
             else:
                 used.append(item.name)

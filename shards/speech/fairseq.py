@@ -32,14 +32,14 @@ class Fairseq(SpeechLayout):
         first = header(source)
         if len(first) != 1 or first[0] in ("", "path"):
             return False
-        return first[0].startswith("/") or (source.parent / first[0]).is_dir()
+        return first[0].startswith("/") or _is_folder(source.parent / first[0])
 
     @classmethod
     def open(cls, source: Path, options: None) -> Fairseq:
         layout = super().open(source, options)
         _, first = next(lines_of(source), (1, ""))
         root = source.parent / first
-        if not first or not root.is_dir():
+        if not first or not _is_folder(root):
             raise UserError(
                 f"{source}: its first line must be the folder of the recordings; there is no "
                 f"folder {first!r} on this machine"
@@ -87,3 +87,10 @@ class Fairseq(SpeechLayout):
             yield Sample(make_key(os.path.splitext(path)[0]), (Input(path),), columns, size)
         if empty:
             raise UserError(f"{self.source}: lists no recordings, it has only the root folder")
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # the name is too long, or has a NUL character
+        return False

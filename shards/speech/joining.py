@@ -10,6 +10,7 @@ from collections import defaultdict
 from d2v_ds.data import audio
 from d2v_ds.errors import UserError, suggestion
 from shards.family import Sample
+from shards.findings import UNUSABLE
 from shards.keys import make_key
 from shards.plan import sort_key
 from shards.speech.layout import SpeechLayout
@@ -64,7 +65,7 @@ def _seconds(layout: SpeechLayout, sample: Sample) -> float:
             return _duration(audio.info(path))
         for item in layout.read(sample, []):
             seconds += _duration(audio.info(item.content))
-    except (ValueError, OSError):
+    except UNUSABLE:
         pass
     return seconds
 

@@ -14,15 +14,17 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from d2v_ds.data.checks import Finding
+from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.errors import UserError
 from shards.family import Input, Sample
+from shards.findings import of_error
 from shards.keys import make_key
 from shards.speech.layout import AUDIO, SpeechLayout
 from shards.walking import NOT_READ, check_file, extension_of, first_folder, walk
 
 TRANSCRIPTS = ".trans.txt"
 SPACE = " \t\r"
+LONGEST = 1 << 24  # bytes of a file of transcripts or metadata
 TRIED = 8  # JSON files that are read to recognise the layout, because some may be damaged
 KEPT = ("speaker", "snr")  # of the JSON of Libri-Light, which is long
 
@@ -92,8 +94,14 @@ def _transcripts(
     for name in names:
         if not name.endswith(TRANSCRIPTS):
             continue
+        where = os.path.relpath(folder / name, root)
         # Not splitlines, which also ends lines at U+2028 and other characters within a text.
-        lines = (folder / name).read_bytes().decode("utf-8-sig", "replace").split("\n")
+        try:
+            lines = _content(folder / name).decode("utf-8-sig", "replace").split("\n")
+        except (ValueError, OSError) as error:
+            reason = f"cannot be read ({of_error('', error).reason}); its recordings get no text"
+            findings.append(Finding(where, reason, "no metadata"))
+            continue
         for number, line in enumerate(lines, start=1):
             stem, _, text = line.strip(SPACE).partition(" ")
             text = text.strip(SPACE)
@@ -107,9 +115,18 @@ def _transcripts(
                 reason = f"gives {stem} another text than an earlier line; it gets no text"
                 unclear.add(stem)
             if reason:
-                where = f"{os.path.relpath(folder / name, root)}, line {number}"
-                findings.append(Finding(where, reason, "no metadata"))
+                findings.append(Finding(f"{where}, line {number}", reason, "no metadata"))
     return {stem: text for stem, text in texts.items() if stem not in unclear}, unclear | reported
+
+
+def _content(path: Path) -> bytes:
+    """Raises OSError, and Unusable for what is no file or too large."""
+    check_file(path)
+    with path.open("rb") as file:
+        data = file.read(LONGEST + 1)
+    if len(data) > LONGEST:
+        raise Unusable("size", f"is larger than {LONGEST:,} bytes")
+    return data
 
 
 def _columns(folder: Path, stem: str, names: list[str], reasons: list[str]) -> dict[str, object]:
@@ -125,8 +142,7 @@ def _columns(folder: Path, stem: str, names: list[str], reasons: list[str]) -> d
 def _description(path: Path, reasons: list[str]) -> dict[str, object]:
     """The JSON of a recording; {} if it cannot be read, with the reason in `reasons`."""
     try:
-        check_file(path)
-        about = json.loads(path.read_bytes())
+        about = json.loads(_content(path))
         if isinstance(about, dict):
             return about
         reason = "is not an object"

@@ -17,7 +17,7 @@ from d2v_ds.data.checks import Finding, Unusable
 from d2v_ds.errors import UserError
 from shards import parquet
 from shards.family import Input, Item, Sample
-from shards.findings import of_error
+from shards.findings import UNUSABLE, of_error
 from shards.keys import make_key, part_key
 from shards.speech.layout import SpeechLayout, is_packed, packed_files
 from shards.speech.rows import OTHER_PATHS, PATHS
@@ -74,7 +74,7 @@ class Parquet(SpeechLayout):
         for part in sample.inputs:
             try:
                 yield from self._rows(sample.key, part, findings)
-            except (ValueError, OSError) as error:
+            except UNUSABLE as error:
                 findings.append(of_error(str(part), error))
 
     def _rows(self, key: str, part: Input, findings: list[Finding]) -> Iterator[Item[bytes]]:
@@ -89,7 +89,7 @@ class Parquet(SpeechLayout):
             try:
                 content = self._content(row.pop(self.column), folder)
                 columns, reasons = _columns(row, classes)
-            except (ValueError, OSError) as error:
+            except UNUSABLE as error:
                 findings.append(of_error(name, error))
             else:
                 findings += [Finding(name, reason, "no metadata") for reason in reasons]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from d2v_ds.data import audio
 from d2v_ds.data.checks import Finding, Note, Unusable
 from shards.family import Item, Sample
-from shards.findings import of_error
+from shards.findings import UNUSABLE, of_error
 from shards.speech.layout import SpeechLayout
 from shards.walking import check_file
 
@@ -100,7 +100,7 @@ class Recordings:
             assert path
             try:
                 self._hold(path)
-            except (ValueError, OSError) as error:
+            except UNUSABLE as error:
                 findings.append(of_error(str(found), error))
                 continue
             about = found.part, found.channel, found.seconds

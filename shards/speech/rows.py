@@ -16,6 +16,7 @@ from typing import Any
 
 from d2v_ds.data.checks import Unusable
 from shards.family import Input, Sample
+from shards.findings import UNUSABLE
 from shards.keys import make_key
 from shards.walking import check_file, size_of
 
@@ -136,7 +137,7 @@ class Rows:
             check_file(file)
             info = audio.info(file)
             duration = info.frames / info.rate
-        except (ValueError, OSError):
+        except UNUSABLE:
             pass
         self._durations[path] = self._bytes(path), duration
         if len(self._durations) > REMEMBERED:

@@ -33,7 +33,8 @@ class Decompressed(io.RawIOBase):
         self.damage = ""
         self._file, self._make, self._name = file, make, name
         self._decompressor = make()
-        self._waiting, self._unread = b"", b""
+        self._waiting = memoryview(b"")  # its parts are taken without copying the rest
+        self._unread = b""
         self._started = self._ended = self._any = False
 
     def readable(self) -> bool:
@@ -59,13 +60,13 @@ class Decompressed(io.RawIOBase):
         first, self._any = not self._any, True
         self._started = True
         try:
-            self._waiting = self._decompressor.decompress(data)
+            self._waiting = memoryview(self._decompressor.decompress(data))
         except Exception as error:  # each library has its own type; none of them reads a file here
             if first and (other := _other_content(data, self._name)):
                 raise Unusable("format", f"is named {self._name}, but {other}") from None
             self._ended = True
             self.damage = f"not valid {self._name} data: {error}"
-            self._waiting = salvaged(before, data) if before else b""
+            self._waiting = memoryview(salvaged(before, data) if before else b"")
             return
         self._unread = b""
         if self._decompressor.eof:

@@ -128,7 +128,7 @@ class TextFormat(TextLayout, abstract=True):
                     yield Item(sample.key, name, text, columns)
             except UserError:  # a package is missing
                 raise
-            except (Unusable, OSError) as error:
+            except (Unusable, OSError, MemoryError) as error:
                 findings.append(of_error(str(part), error))
             except ValueError as error:
                 findings.append(Finding(str(part), f"cannot be read ({error})", "damaged"))

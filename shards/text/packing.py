@@ -22,7 +22,7 @@ from d2v_ds.data.checks import Finding
 from d2v_ds.data.tokenizer_json import SENTENCEPIECE_FILE
 from shards.encoding import check_text
 from shards.family import SPLIT, Converted, Item, PackedMember, Sample
-from shards.findings import left_out, of_error
+from shards.findings import UNUSABLE, left_out, of_error
 from shards.keys import part_key
 from shards.plan import split_of
 from shards.text.layout import TextLayout
@@ -101,7 +101,7 @@ class _TextConverter:
                 try:
                     check_text(item.content)
                     ids = self.ids_of(item, tokenizer)
-                except ValueError as error:
+                except UNUSABLE as error:
                     findings.append(of_error(item.name, error))
                     continue
                 if ids:

@@ -9,6 +9,7 @@ from d2v_ds.errors import suggestion
 from shards import parquet
 from shards.family import Input
 from shards.findings import of_error
+from shards.text import reading
 from shards.text.layout import Document, TextFormat, from_row
 
 
@@ -32,6 +33,9 @@ class Parquet(TextFormat):
             name = f"{part.path}, row {number}"
             try:
                 text, about = from_row(row, self.options)
+                if len(text) > reading.LONGEST:
+                    reason = f"its text is longer than {reading.LONGEST:,} characters"
+                    raise Unusable("size", reason)
             except ValueError as error:
                 findings.append(of_error(name, error))
             else:

@@ -21,6 +21,7 @@ from shards.walking import extension_of
 
 PART = 4_000_000  # approximate bytes of a file per part
 LONGEST = 16_000_000  # bytes of a line or a document that are held in memory
+LARGEST = 128_000_000  # bytes of a line that are used; a few MB of .gz can hold one of many GB
 LF = NEWLINE[0]
 RETURN_NEWLINE = b"\r\n"
 BUFFER = 1 << 16
@@ -79,7 +80,7 @@ def lines(
     """(where, line without its newline), without blank lines. A line that is too long becomes
     several documents."""
     inside = False  # a line that is too long
-    for offset, line, ends in _raw_lines(file, part):
+    for offset, line, ends in _raw_lines(file, part, findings):
         if not ends and not inside:
             findings.append(_cut_finding(part, offset))
         inside = not ends
@@ -124,7 +125,7 @@ def _joined(
     """(offset, lines) of a file, or of each of its paragraphs if `blank`."""
     start, size, found = 0, 0, list[bytes]()
     inside = False  # a document that is too long
-    for offset, line, _ in _raw_lines(file, part):
+    for offset, line, _ in _raw_lines(file, part, findings):
         ends = blank and not line.strip()
         if found and (ends or size + len(line) > LONGEST):
             yield start, b"".join(found)
@@ -140,15 +141,23 @@ def _joined(
         yield start, b"".join(found)
 
 
-def _raw_lines(file: io.BufferedReader, part: Input) -> Iterator[tuple[int, bytes, bool]]:
+def _raw_lines(
+    file: io.BufferedReader, part: Input, findings: list[Finding] | None = None
+) -> Iterator[tuple[int, bytes, bool]]:
     """(offset, line, True) of a part, without a byte order mark and without a last line that is
     incomplete because the file is damaged. Of a line that is too long (offset, piece, whether it is
-    the last one)."""
+    the last one), up to LARGEST bytes. findings: what is left out of such a line is appended."""
     offset, size = part.bytes or (0, None)
     if offset:
         file.seek(offset)
-    end, rest = None if size is None else offset + size, b""
+    end, rest, cut = None if size is None else offset + size, b"", 0
     while end is None or offset < end:
+        if cut >= LARGEST:
+            if findings is not None:
+                findings.append(_rest_finding(part, offset))
+            yield offset, b"", True
+            offset, rest, cut = offset + len(rest) + _skipped(file), b"", 0
+            continue
         line = rest + file.readline(LONGEST - len(rest)) if rest else file.readline(LONGEST)
         if not line:
             break
@@ -159,10 +168,21 @@ def _raw_lines(file: io.BufferedReader, part: Input) -> Iterator[tuple[int, byte
                 line, rest = line[:at], line[at:]
             elif damage(file):
                 break
+        cut = 0 if ends else cut + len(line)
         place, offset = offset, offset + len(line)
         if line.endswith(RETURN_NEWLINE):
             line = line[:-2] + NEWLINE
         yield place, line if place else line.removeprefix(BOM), ends
+
+
+def _skipped(file: io.BufferedReader) -> int:
+    """Reads to the end of a line; returns the number of its bytes."""
+    size = 0
+    while piece := file.readline(LONGEST):
+        size += len(piece)
+        if piece[-1] == LF:
+            break
+    return size
 
 
 def _place_to_cut(line: bytes) -> int:
@@ -178,3 +198,8 @@ def _place_to_cut(line: bytes) -> int:
 def _cut_finding(part: Input, offset: int) -> Finding:
     reason = f"is longer than {LONGEST:,} bytes and was cut into several documents"
     return Finding(f"{part.path}, byte {offset}", reason, "cut")
+
+
+def _rest_finding(part: Input, offset: int) -> Finding:
+    reason = f"the rest of a line that is longer than {LARGEST:,} bytes is not used"
+    return Finding(f"{part.path}, byte {offset}", reason, "size")

@@ -27,6 +27,7 @@ from shards.encoding import check_unicode
 SPACE = "▁"  # the character that sentencepiece uses for a space
 SPACE_BYTES = [f"<0x{byte:02X}>" for byte in SPACE.encode()]
 LONGEST = 1_000  # characters of a training sentence; longer ones are cut
+LARGEST = 1 << 28  # bytes of a file; those with 256,000 tokens have about 30 MB
 ENCODED_AT_ONCE = 1 << 20  # characters; the libraries need a multiple of that in bytes
 DIFFERENT = {  # texts whose ids are different, unless the tokenizer does not hold the difference
     "upper case": ("WATER", "water"),
@@ -76,6 +77,8 @@ class Tokenizer:
     @staticmethod
     def load(path: Path) -> Tokenizer:
         try:
+            if (size := path.stat().st_size) > LARGEST:
+                raise UserError(f"{path}: has {size:,} bytes, more than a tokenizer ({LARGEST:,})")
             return Tokenizer(path.read_bytes(), str(path))
         except (FileNotFoundError, IsADirectoryError):
             raise UserError(
@@ -125,7 +128,7 @@ class SentencePiece:
         self._pieces = SentencePieceProcessor()
         try:
             self._pieces.LoadFromSerializedProto(model)
-        except RuntimeError:
+        except (RuntimeError, UnicodeDecodeError):  # the second one by its message about the model
             raise UserError(
                 f"{name}: is not a sentencepiece model, nor a tokenizer.json; train a model with "
                 "`d2v-shards tokenizer`"

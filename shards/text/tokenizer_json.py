@@ -24,20 +24,22 @@ class JsonTokenizer:
         try:
             raw = parsed(content)
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library raises no more specific type
+            special, self.vocab_size = special_tokens(raw), vocab_size(raw)
+            self.sha256 = digest(content)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of the library is no Exception
             raise UserError(f"{name}: is not a tokenizer.json ({error})") from None
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        special = special_tokens(raw)
         for kind, usual in (("eos", "</s> or <|endoftext|>"), ("pad", "<pad>")):
             if kind not in special:
                 raise UserError(
                     f"{name}: lacks {usual}, which packed text needs; add it to added_tokens"
                 )
-        self.sha256 = digest(content)
         self.eos_id, self.pad_id = special["eos"][1], special["pad"][1]
-        self.mask_id, self.vocab_size = special["mask"][1], vocab_size(raw)
+        self.mask_id = special["mask"][1]
 
     def encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

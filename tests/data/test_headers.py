@@ -154,7 +154,8 @@ def test_arrays() -> None:
     assert length_of("npy", WHOLE["npy"]) == (99, 0)
     assert length_of("npy", npy(np.zeros(0, np.uint32))) == (0, 0)
     assert length_of("npy", npy(np.zeros(5, np.uint16), version=(2, 0))) == (5, 0)
-    with pytest.raises(ValueError, match=r"^\.npy: cannot be read"):  # many samples, not one
+    # Many samples, not one.
+    with pytest.raises(ValueError, match=r"^\.npy: holds uint32 of shape \(7, 128\)"):
         length_of("npy", npy(np.zeros((7, 128), np.uint32)))
 
 

@@ -190,3 +190,58 @@ def test_damaged_pax_headers() -> None:
         data = header.tobuf(tarfile.USTAR_FORMAT) + records.ljust(512, b"\0") + bytes(1024)
         with pytest.raises(DamagedTar, match="damaged pax header"):
             scan(data)
+
+
+def pax_member(records: bytes, payload: bytes = b"x" * 9) -> bytes:
+    """A tar of one member, with these pax records before it."""
+    found = io.BytesIO()
+    for name, kind, data in (("PaxHeader", tarfile.XHDTYPE, records), ("a.npy", b"0", payload)):
+        member = tarfile.TarInfo(name)
+        member.type, member.size = kind, len(data)
+        found.write(member.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % BLOCK))
+    return found.getvalue() + bytes(2 * BLOCK)
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        b"12 size=abc\n",
+        b"11 size=-1\n",
+        b"11 size=1_\n",
+        b"29 size=99999999999999999999\n",
+        b"12 size=9999",  # no newline
+        b"0 size=1\n",
+        b"1 size=1\n",
+        b"9" * 5000 + b" size=1\n",
+        b"2 2 2 2 2 2 ",
+        b"18 path=" + b"a" * 400,
+        b"70009 path=" + b"a" * 69_997 + b"\n",
+    ],
+)
+def test_hostile_pax_records(records: bytes) -> None:
+    with pytest.raises(DamagedTar):
+        list(members(io.BytesIO(pax_member(records))))
+
+
+def test_many_pax_records_take_linear_time() -> None:
+    records = b"5 a=\n" * 200_000
+    assert [m.name for m in members(io.BytesIO(pax_member(records)))] == ["a.npy"]
+
+
+def test_names_and_links_take_bounded_time_and_memory() -> None:
+    """Links in circles, and paths of thousands of folders."""
+    buffer = io.BytesIO()
+    deep = "a/" * 30_000 + "x.wav"
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for name, target in ((deep, ""), ("l", "m"), ("m", "l"), ("n.wav", deep), ("o.wav", "l/x")):
+            member = tarfile.TarInfo(name)
+            member.type = tarfile.SYMTYPE if target else tarfile.REGTYPE
+            member.linkname = target
+            tar.addfile(member)
+        for i in range(200):
+            member = tarfile.TarInfo(f"p{i}")
+            member.type, member.linkname = tarfile.SYMTYPE, f"p{i + 1}/p{i + 1}"
+            tar.addfile(member)
+    found = list(members(io.BytesIO(buffer.getvalue())))
+    assert found[0].name == deep and not found[0].problem
+    assert all(member.problem for member in found[1:])

@@ -20,6 +20,7 @@ import torch
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.errors import UserError
 from d2v_ds.loader.loader import Loader
+from d2v_ds.loader.quarantine import Quarantine
 from d2v_ds.loader.workers import LoaderWorkers
 from tests import ROOT
 from tests.helpers.processes import alive
@@ -43,9 +44,14 @@ class Odd(Sensor):
                 time.sleep(60)
             elif self.what == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
-            elif self.what == "bug":
-                raise KeyError("a bug")
+            elif self.what == "fault":
+                raise KeyError("of a library")
         return super().decode(sample, rng)
+
+    def fit(self, example: Any, length: int) -> Any:
+        if length == ODD and self.what == "bug":
+            raise KeyError("a bug")
+        return super().fit(example, length)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +95,16 @@ def test_a_bug_in_a_worker_comes_with_its_traceback(shards: ShardSet) -> None:
     loader = odd_loader(shards, "bug")
     with closing(loader), pytest.raises(RuntimeError, match="in a loader worker:") as caught:
         list(islice(loader, 10))
-    assert "in decode" in str(caught.value) and "KeyError: 'a bug'" in str(caught.value)
+    assert "in fit" in str(caught.value) and "KeyError: 'a bug'" in str(caught.value)
+
+
+def test_an_unexpected_error_of_a_decoder_is_a_bad_sample(shards: ShardSet, tmp_path: Path) -> None:
+    """Libraries raise errors of many types for damage that they do not expect."""
+    quarantine = Quarantine(tmp_path / "bad", 1.0)
+    with closing(odd_loader(shards, "fault", quarantine=quarantine)) as loader:
+        assert sum(1 for _ in islice(loader, 10)) == 10
+    listed = "".join(file.read_text() for file in tmp_path.iterdir())
+    assert "KeyError: 'of a library'; decode in test_workers.py:" in listed and "s1-2" in listed
 
 
 HANGING = """

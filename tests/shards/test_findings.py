@@ -172,7 +172,7 @@ def test_a_conversion_within_its_source_resumes(
 
     with monkeypatch.context() as patched:
         patched.setattr(writer, "write_atomically", full)
-        assert main(words) == 1
+        assert main(words) == 2
     assert [file.name for file in (tmp_path / "out").glob("*.tar")] == [f"{family}-000000.tar"]
     assert main(words) == 0
     assert not quarantine(tmp_path / "out")

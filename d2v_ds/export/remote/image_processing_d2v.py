@@ -89,4 +89,4 @@ def as_image(image: Any) -> Image.Image:
     if image.format != "JPEG" or file is None or not getattr(image, "tile", None):
         return image
     file.seek(0)
-    return Image.open(io.BytesIO(file.read()))
+    return Image.open(io.BytesIO(file.read()), formats=("JPEG",))
