@@ -1,4 +1,5 @@
-"""The contract between shards/ and the loader: a shard set on disk. Standard library only.
+"""The contract between shards/ and the loader: a shard set on disk. Importing it needs only the
+standard library; checking an .idx needs numpy.
 
 A shard set is one folder and one split; train and test are two sets:
 
@@ -8,12 +9,14 @@ A shard set is one folder and one split; train and test are two sets:
       index.json           the set: modality, unit, sample rate; sizes and hashes of its shards
       quarantine.jsonl     inputs that were left out, with the reason
 
-index.json is written last and atomically; a folder without it is not a complete set. Lengths are in
-the modality's unit (speech: audio frames at the set's sample rate).
+index.json is written last and atomically; a folder without it is not a complete set. set_file.py
+checks its content. Lengths are in the modality's unit (speech: audio frames at the set's sample
+rate).
 
-An .idx begins with one line of JSON, which has the crc32 of the rest and is padded with spaces so
-that the arrays after it are aligned to 8 bytes. The arrays follow, little-endian and in row-major
-order, for n samples with f fields (extensions):
+An .idx begins with one line of JSON, which has the crc32 of the rest and, as its last entry, the
+crc32 of the line up to there (`head`; indexes of earlier versions lack it). The line is padded with
+spaces so that the arrays after it are aligned to 8 bytes. The arrays follow, little-endian and in
+row-major order, for n samples with f fields (extensions):
 
     offset   i64[n, f]   of each payload in the tar; 0: the sample has no such member
     size     u32[n, f]   of each payload, in bytes
@@ -40,11 +43,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from d2v_ds.data.checksum import BEST, checksum_of
+from d2v_ds.data.set_file import FORMAT, OtherFormat, parse_set, unique_fields, whole
 from d2v_ds.errors import UserError
 
-FORMAT = 1  # of index.json
 INDEX_FORMAT = 2  # of an .idx
 INDEX_FILE = "index.json"
+ADVICE = "copy it again or convert the corpus again"  # about a damaged file of a local set
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class ShardSet:
     about: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # index.json
     remote: str = ""  # the URL prefix or command, if remote (cache/remote.py)
     urls: dict[str, str] = field(default_factory=dict)  # of streamed tars, by name, for messages
+    source: ShardSet | None = None  # of a copy on this node's disk (cache/stage.py)
 
     @property
     def indexed(self) -> bool:
@@ -114,55 +119,54 @@ class ShardIndex:
 def open_set(path: str | Path, modality: str = "", check_tars: bool = True) -> ShardSet:
     """The shard set in a folder. modality: the required modality; "": any.
 
-    Reads index.json and checks the sizes of the tars, but does not read them. Raises UserError if
-    the folder is not a complete set of this modality, or (check_tars) if a tar is missing or has
-    another size.
+    Reads and checks index.json and compares the sizes of the tars, but does not read them. Raises
+    UserError if the folder is not a complete set of this modality, or (check_tars) if a tar is
+    missing or has another size.
     """
     root = Path(path)
-    raw = _read_set_file(root)
-    if modality and raw["modality"] != modality:
-        raise UserError(f"{root}: holds {raw['modality']}, but {modality} is required")
-    try:
-        shards = tuple(
-            ShardEntry(**{f.name: entry[f.name] for f in fields(ShardEntry)})
-            for entry in raw["shards"]
-        )
-        result = ShardSet(
-            root,
-            raw["modality"],
-            raw["unit"],
-            int(raw["sample_rate"]),
-            tuple(raw["fields"]),
-            shards,
-            root / raw["tars"] if "tars" in raw else None,
-            raw,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{root / INDEX_FILE}: is damaged ({error!r}); convert the corpus again"
-        ) from None
+    result = set_of(_read_set_file(root), root, root / INDEX_FILE)
+    if modality and result.modality != modality:
+        raise UserError(f"{root}: holds {result.modality}, but {modality} is required")
     if not result.samples:
         raise UserError(f"{root}: the shard set has no samples; convert a corpus that has some")
-    for shard in shards if check_tars else ():
+    for shard in result.shards if check_tars else ():
         _check_tar(result.tar(shard), shard.bytes)
     return result
 
 
-def _read_set_file(root: Path) -> dict[str, Any]:
-    file = root / INDEX_FILE
+def set_of(content: bytes, root: Path, name: object, advice: str = ADVICE) -> ShardSet:
+    """The set in `root` whose index.json has this content. name, advice: of index.json in messages.
+    Raises UserError."""
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = parse_set(content)
+    except OtherFormat as error:
+        raise UserError(
+            f"{name}: {error}; convert the corpus again with this version's d2v-shards"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{name}: is damaged ({error}); {advice}") from None
+    return ShardSet(
+        root,
+        raw["modality"],
+        raw["unit"],
+        raw["sample_rate"],
+        tuple(raw["fields"]),
+        tuple(
+            ShardEntry(**{f.name: entry[f.name] for f in fields(ShardEntry)})
+            for entry in raw["shards"]
+        ),
+        root / raw["tars"] if "tars" in raw else None,
+        raw,
+    )
+
+
+def _read_set_file(root: Path) -> bytes:
+    try:
+        return (root / INDEX_FILE).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(_why_no_set(root)) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid JSON ({error}); convert the corpus again") from None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT or "modality" not in raw:
-        found = raw.get("format") if isinstance(raw, dict) else None
-        raise UserError(
-            f"{file}: has format {found!r}, but this version reads format {FORMAT}; "
-            "convert the corpus again with this version's d2v-shards"
-        )
-    return raw
+    except OSError as error:
+        raise UserError(f"{root / INDEX_FILE}: cannot be read ({error.strerror})") from None
 
 
 def _why_no_set(root: Path) -> str:
@@ -192,6 +196,8 @@ def _check_tar(path: Path, size: int) -> None:
         raise UserError(
             f"{path}: is missing, but {INDEX_FILE} lists it; copy it again or convert again"
         ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if found != size:
         raise UserError(
             f"{path}: has {found} bytes, but {INDEX_FILE} lists {size}; copy it again or "
@@ -220,16 +226,41 @@ def fingerprint(shards: ShardSet) -> str:
 PLAN_FILE = "plan.json"  # of a conversion that is not complete
 ALIGNMENT = 8
 HEAD_MOST = 1 << 16  # maximum bytes of the line of JSON
+HEAD_ENTRIES = {"format", "fields", "samples", "bytes", "checksum", "crc32"}
+HEAD_KEY = b', "head": '  # before the checksum of the line
+BOUND = 4  # bytes of the bound of a key
 
 
-def read_index(path: str | Path) -> ShardIndex:
-    """Reads a complete .idx. Raises UserError with its name if it is missing or damaged."""
+def read_index(path: str | Path, entry: ShardEntry | None = None, **more: Any) -> ShardIndex:
+    """Reads a complete .idx and checks all of it. Raises UserError with its name if it is missing
+    or damaged. entry, more: as for `parse_index`, with which it is compared."""
     path = Path(path)
     with _index_file(path) as file:
         raw = file.read()
+    return parse_index(raw, path, entry, **more)
+
+
+def index_of(shards: ShardSet, entry: ShardEntry) -> ShardIndex:
+    """The index of one shard of a set, which must fit the set. Raises UserError."""
+    return read_index(shards.index(entry), entry, fields=shards.fields)
+
+
+def parse_index(
+    raw: bytes,
+    name: object,
+    entry: ShardEntry | None = None,
+    fields: Sequence[str] | None = None,
+    advice: str = ADVICE,
+) -> ShardIndex:
+    """The content of an .idx. name, advice: of the file in messages. entry, fields: of the set, if
+    it is compared with them. Raises UserError."""
     data = memoryview(raw)
     try:
         head = _Head.parse(raw[: raw.index(b"\n") + 1])
+        if entry:
+            head.compare(entry, fields)
+        if len(raw) < head.end:
+            raise ValueError("it ends early")
         views = [data[first : first + size].cast(code) for code, first, size in head.arrays()]
         offsets, sizes, checksums, lengths, bounds = views
         end = head.end + bounds[head.samples]
@@ -237,46 +268,72 @@ def read_index(path: str | Path) -> ShardIndex:
             raise ValueError(f"{len(data)} bytes, expected {end}")
         if zlib.crc32(data[head.size :]) != head.crc32:
             raise ValueError("its checksum is wrong")
-        checksum_of(head.checksum)
-    except UserError as error:  # of the kind of checksum
-        raise UserError(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise _damaged(path, error) from None
-    return ShardIndex(
-        head.samples,
-        head.tar_bytes,
-        head.fields,
-        offsets,
-        sizes,
-        head.checksum,
-        checksums,
-        lengths,
-        bounds,
-        data[head.end :],
-    )
+        found = ShardIndex(
+            head.samples,
+            head.tar_bytes,
+            head.fields,
+            offsets,
+            sizes,
+            head.checksum,
+            checksums,
+            lengths,
+            bounds,
+            data[head.end :],
+        )
+        _check_cells(found, entry)
+    except ValueError as error:
+        raise _damaged(name, error, advice) from None
+    try:
+        checksum_of(found.checksum)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    return found
 
 
-def read_lengths(path: Path, entry: ShardEntry) -> array[int]:
-    """Reads only the lengths of an .idx. Raises UserError, which names the file, if it is missing,
-    damaged, or belongs to another tar than `entry`."""
+def _check_cells(index: ShardIndex, entry: ShardEntry | None) -> None:
+    """Raises ValueError unless every payload is in the tar and every key is text. An index may have
+    millions of cells, which takes numpy."""
+    import numpy as np
+
+    offsets, sizes = np.frombuffer(index.offsets, np.int64), np.frombuffer(index.sizes, np.uint32)
+    if index.count and (offsets.min() < 0 or (offsets.astype(np.uint64) + sizes).max() > index.bytes):
+        raise ValueError("a payload is not within the tar")
+    bounds = np.frombuffer(index.key_bounds, np.uint32)
+    if bounds[0] or (bounds[1:] < bounds[:-1]).any():
+        raise ValueError("the bounds of its keys are not in order")
+    str(index.key_blob, "utf-8")
+    inner = np.frombuffer(index.key_blob, np.uint8)[bounds[bounds < len(index.key_blob)]]
+    if ((inner & 0xC0) == 0x80).any():
+        raise ValueError("a key ends within a character")
+    total = int(np.frombuffer(index.lengths, np.uint32).sum(dtype=np.uint64))
+    if entry and total != entry.length:
+        raise ValueError(f"its lengths add up to {total}, not {entry.length}")
+
+
+def read_lengths(
+    path: Path, entry: ShardEntry, fields: Sequence[str], advice: str = ADVICE
+) -> array[int]:
+    """Reads only the lengths of an .idx; checks its first line and its size. Raises UserError,
+    which names the file, if it is missing, damaged, or belongs to another tar than `entry`."""
     with _index_file(path) as file:
         try:
             head = _Head.parse(file.readline(HEAD_MOST))
-            _, first, size = head.arrays()[3]
-            file.seek(first)
-            lengths = array("I", file.read(size))
-            if len(lengths) != head.samples:
+            head.compare(entry, fields)
+            size = os.fstat(file.fileno()).st_size
+            if size < head.end:
                 raise ValueError("it ends early")
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, error) from None
-    found, expected = (head.samples, head.tar_bytes), (entry.samples, entry.bytes)
-    if found != expected:
-        raise UserError(
-            f"{path}: does not belong to its tar ({found[0]} samples and {found[1]} bytes, "
-            f"expected {expected[0]} and {expected[1]}); convert again"
-        )
+            _, first, taken = head.arrays()[3]
+            file.seek(first)
+            lengths = array("I", file.read(taken))
+            file.seek(head.end - BOUND)
+            end = head.end + array("I", file.read(BOUND))[0]
+            if size != end:
+                raise ValueError(f"{size} bytes, expected {end}")
+        except ValueError as error:
+            raise _damaged(path, error, advice) from None
     if sum(lengths) != entry.length:
-        raise _damaged(path, f"its lengths add up to {sum(lengths)}, not {entry.length}")
+        error = f"its lengths add up to {sum(lengths)}, not {entry.length}"
+        raise _damaged(path, error, advice)
     return lengths
 
 
@@ -293,18 +350,45 @@ class _Head:
 
     @staticmethod
     def parse(line: bytes) -> _Head:
-        """Raises ValueError, KeyError, TypeError."""
-        raw = json.loads(line)
-        if raw["format"] != INDEX_FORMAT:
-            raise ValueError(f"has format {raw['format']}, but this version reads {INDEX_FORMAT}")
+        """Raises ValueError."""
+        before, own, after = line.rpartition(HEAD_KEY)
+        if own and line != _with_checksum(before):
+            raise ValueError(f"the checksum of its first line is wrong: {ascii(after)[:40]}")
+        try:
+            raw = json.loads(line)
+        except RecursionError as error:
+            raise ValueError(str(error)) from None
+        if not isinstance(raw, dict) or not line.endswith(b"\n"):
+            raise ValueError("its first line is not a JSON object")
+        if raw.get("format") != INDEX_FORMAT:
+            found = ascii(raw.get("format"))[:40]
+            raise ValueError(f"has format {found}, but this version reads {INDEX_FORMAT}")
+        if not own and raw.keys() != HEAD_ENTRIES:  # of an earlier version, without a checksum
+            raise ValueError("its first line has other entries than it must have")
+        if not isinstance(raw.get("checksum"), str):
+            raise ValueError("its kind of checksum is not a text")
         return _Head(
             len(line),
-            raw["samples"],
-            raw["bytes"],
-            tuple(raw["fields"]),
+            whole(raw.get("samples"), "its number of samples", 2**32 - 2),
+            whole(raw.get("bytes"), "the size of its tar"),
+            unique_fields(raw.get("fields")),
             raw["checksum"],
-            raw["crc32"],
+            whole(raw.get("crc32"), "its crc32", 2**32 - 1),
         )
+
+    def compare(self, entry: ShardEntry, fields: Sequence[str] | None) -> None:
+        """Raises ValueError unless it is of this shard of a set with these fields."""
+        found, expected = (self.samples, self.tar_bytes), (entry.samples, entry.bytes)
+        if found != expected:
+            raise ValueError(
+                f"it does not belong to its tar: {found[0]} samples and {found[1]} bytes, "
+                f"expected {expected[0]} and {expected[1]}"
+            )
+        if fields is not None and self.fields != tuple(fields):
+            raise ValueError(
+                f"its fields are {', '.join(self.fields)}, but those of the set are "
+                f"{', '.join(fields)}"
+            )
 
     def arrays(self) -> list[tuple[Literal["q", "I"], int, int]]:
         """(type, first byte, bytes) of each array, in order."""
@@ -334,13 +418,13 @@ def _index_file(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except FileNotFoundError:
-        raise UserError(f"{path}: is missing; copy it again or convert the corpus again") from None
+        raise UserError(f"{path}: is missing; {ADVICE}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _damaged(path: Path, reason: object) -> UserError:
-    return UserError(f"{path}: is damaged ({reason}); copy it again or convert the corpus again")
+def _damaged(name: object, reason: object, advice: str) -> UserError:
+    return UserError(f"{name}: is damaged ({reason}); {advice}")
 
 
 def index_bytes(
@@ -363,7 +447,7 @@ def index_bytes(
     for key in blob:
         bounds.append(bounds[-1] + len(key))
     body = b"".join([offsets, sizes, checksums, lengths, bounds, *blob])
-    header = json.dumps(
+    line = json.dumps(
         {
             "format": INDEX_FORMAT,
             "fields": list(fields),
@@ -373,8 +457,24 @@ def index_bytes(
             "crc32": zlib.crc32(body),
         }
     ).encode()
-    assert len(header) < HEAD_MOST - ALIGNMENT, f"{len(fields)} fields"
-    return header + b" " * (-(len(header) + 1) % ALIGNMENT) + b"\n" + body
+    assert len(line) < HEAD_MOST - 32, f"{len(fields)} fields"  # room for its checksum
+    return _with_checksum(line.removesuffix(b"}")) + body
+
+
+def _with_checksum(line: bytes) -> bytes:
+    """The first line of an .idx. line: without its checksum and without the brace after it."""
+    return _padded(line + HEAD_KEY + b"%d" % zlib.crc32(line))
+
+
+def _padded(line: bytes) -> bytes:
+    return line + b"}" + b" " * (-(len(line) + 2) % ALIGNMENT) + b"\n"
+
+
+def index_digest(index: bytes) -> str:
+    """SHA-256 of an .idx, in the form without the checksum of its first line. Runs compare it with
+    that in their checkpoints, which may be of an index that an earlier version made."""
+    line, _, body = index.partition(b"\n")
+    return hashlib.sha256(_padded(line.rpartition(HEAD_KEY)[0]) + body).hexdigest()
 
 
 def set_json(shards: ShardSet, **about: Any) -> str:
