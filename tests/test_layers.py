@@ -16,7 +16,7 @@ from tests import ROOT
 
 # From the lowest up, as in docs/architecture.md: modules and packages of d2v_ds.
 LAYERS = [
-    ["errors", "exit_codes", "files", "arguments"],
+    ["errors", "exit_codes", "files", "arguments", "secrets"],
     ["config", "recipes", "schedules"],
     ["seeding", "distributed"],
     ["data", "shard_format"],
@@ -36,8 +36,17 @@ LAYERS = [
     ["cli", "cli_evaluate", "__init__", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-WITHOUT_TORCH = ["errors", "exit_codes", "files", "arguments", "config", "recipes", "schedules"]
-SHARDS_MAY_IMPORT = ["errors", "exit_codes", "files", "arguments", "data", "modalities"]
+WITHOUT_TORCH = [
+    "errors",
+    "exit_codes",
+    "files",
+    "arguments",
+    "secrets",
+    "config",
+    "recipes",
+    "schedules",
+]
+SHARDS_MAY_IMPORT = ["errors", "exit_codes", "files", "arguments", "secrets", "data", "modalities"]
 PLACES = {
     "deepspeed": ["d2v_ds/engine/zero.py"],
     "tensorboard": ["d2v_ds/telemetry/metrics.py"],
