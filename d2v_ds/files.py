@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 TEMPORARY = ".tmp"
 CHUNK = 1 << 22  # bytes read at a time
@@ -114,7 +114,13 @@ def sha256(path: Path | int) -> str:
     return digest.hexdigest()
 
 
-def copy(source: IO[bytes], target: IO[bytes], progress: Callable[[int], None]) -> str:
+class Readable(Protocol):
+    """What can be read piece by piece; an empty piece is the end."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+def copy(source: Readable, target: IO[bytes], progress: Callable[[int], None]) -> str:
     """Copies the rest of an open file to another one; returns its SHA-256.
 
     progress: called with the number of bytes read so far, before the last ones are written. It may

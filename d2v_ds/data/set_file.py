@@ -18,7 +18,8 @@ from d2v_ds.data.checks import OUTCOMES
 
 FORMAT = 1
 LARGEST = 2**63 - 1
-NAME_BYTES = 200  # a file system allows 255, and endings are added
+FILE_NAME_BYTES = 255  # that file systems allow
+SHARD_NAME_BYTES = 200  # endings are added
 TEXT_LENGTH = 4096  # of other texts, such as the folder of the tars
 TOTALS = ("samples", "bytes", "length")
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -48,19 +49,19 @@ def parse_set(content: bytes) -> dict[str, Any]:
     return raw
 
 
-def plain_name(name: object) -> str:
-    """`name`, if it is the name of a file: no separators, no control characters, and neither hidden
-    nor an option of a command. Raises ValueError."""
+def plain_name(name: object, most: int = FILE_NAME_BYTES) -> str:
+    """`name`, if it is the name of a file, of at most `most` bytes: no separators, no control
+    characters, and neither hidden nor an option of a command. Raises ValueError."""
     if not isinstance(name, str):
         raise ValueError(f"{ascii(name)[:40]} is not a name")
     if (
         not name.isprintable()  # this excludes control characters and half surrogate pairs
-        or not 0 < len(name.encode()) <= NAME_BYTES
+        or not 0 < len(name.encode()) <= most
         or name[0] in ".-"
         or set(name) & {"/", "\\"}
     ):
         raise ValueError(
-            f"{ascii(name)[:80]} is not a plain file name (at most {NAME_BYTES} bytes, printable, "
+            f"{ascii(name)[:80]} is not a plain file name (at most {most} bytes, printable, "
             "without / and \\, and not beginning with . or -)"
         )
     return name
@@ -110,7 +111,7 @@ def _shards(raw: Mapping[str, Any]) -> None:
     for entry in shards:
         if not isinstance(entry, dict):
             raise ValueError(f"a shard is {ascii(entry)[:40]}, not an object")
-        name = plain_name(entry.get("name"))
+        name = plain_name(entry.get("name"), SHARD_NAME_BYTES)
         if name in names:
             raise ValueError(f"it lists the shard {name} twice")
         names.add(name)

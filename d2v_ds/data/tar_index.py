@@ -20,15 +20,9 @@ from typing import Any, BinaryIO
 from d2v_ds.data.checks import ALTERED, Finding, Unusable, kind_of
 from d2v_ds.data.checksum import checksum_of
 from d2v_ds.data.headers import Length, SampleFormat, payload
-from d2v_ds.data.shard_format import (
-    INDEX_FILE,
-    ShardEntry,
-    ShardSet,
-    index_bytes,
-    index_digest,
-    set_json,
-)
-from d2v_ds.data.set_file import plain_name
+from d2v_ds.data.set_file import SHARD_NAME_BYTES, plain_name
+from d2v_ds.data.shard_format import INDEX_FILE, ShardEntry, ShardSet, set_json
+from d2v_ds.data.shard_index import index_bytes, index_digest
 from d2v_ds.data.tar_scan import (
     UNUSED,
     DamagedTar,
@@ -80,7 +74,7 @@ def index_set(
         raise UserError(f"{out}: is already a shard set; delete its {INDEX_FILE} to index it again")
     for tar in tars:
         try:
-            plain_name(tar.stem)
+            plain_name(tar.stem, SHARD_NAME_BYTES)
         except ValueError as error:
             raise UserError(f"{tar}: {error}; rename the tar") from None
     form = formats[0] if len(formats) == 1 else guess_format(tars[0], formats)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 from bisect import bisect_right
@@ -18,15 +19,19 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from d2v_ds.batch import Batch
+from d2v_ds.data.answer import register_schemes, registered_schemes
 from d2v_ds.data.cache.remote import open_shard
+from d2v_ds.data.cache.renew import index_for, origin, renew_tar
 from d2v_ds.data.checks import Unusable, kind_of
 from d2v_ds.data.checksum import Checksum, checksum_of
-from d2v_ds.data.download import register_schemes, registered_schemes
-from d2v_ds.data.shard_format import ShardIndex, ShardSet, read_index
+from d2v_ds.data.shard_format import ShardSet
+from d2v_ds.data.shard_index import ShardIndex
 from d2v_ds.errors import UserError
 from d2v_ds.loader.plan import SampleIds
 from d2v_ds.modalities.base import Modality
 from d2v_ds.seeding import CROP, MASK, generator
+
+log = logging.getLogger("d2v_ds")
 
 OPEN_SHARDS = 64  # kept open by a reader, each with its index
 REMEDY = "Copy the shard again or convert again; `d2v-shards verify` lists every fault of a set"
@@ -49,6 +54,7 @@ class Reader:
         self.shards, self.fields, self.verify = shards, frozenset(fields), verify
         self.bounds = list(accumulate((shard.samples for shard in shards.shards), initial=0))
         self.open: OrderedDict[int, _OpenShard] = OrderedDict()  # least recent first
+        self.renewed = dict[int, str]()  # {shard of a copy with damage: what its source has}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "schemes": registered_schemes()}
@@ -60,8 +66,29 @@ class Reader:
 
     def read(self, sample_id: int) -> dict[str, bytes]:
         """The members among `fields` that the sample has. Raises ValueError if their bytes have
-        changed since they were indexed, UserError if the shard cannot be read."""
+        changed since they were indexed, UserError if the shard cannot be read.
+
+        A copy of a set (cache, D2V_STAGE) may have been damaged on the disk: then its tar is
+        replaced, once, and the sample is read again.
+        """
         shard, row = self._locate(sample_id)
+        try:
+            return self._members(shard, row)
+        except (Unusable, OSError) as error:
+            if not self.shards.is_copy:
+                if isinstance(error, OSError):
+                    raise self._unreadable(shard, error) from None
+                raise
+            found = _unusable(error)
+        if shard not in self.renewed:
+            self._renew(shard, sample_id, found)
+            try:
+                return self._members(shard, row)
+            except (Unusable, OSError) as error:
+                found = _unusable(error)
+        raise Unusable(found.kind, f"{found}; {self.renewed[shard]}")
+
+    def _members(self, shard: int, row: int) -> dict[str, bytes]:
         one = self._opened(shard)
         index, members = one.index, {}
         for column, field in one.columns:
@@ -69,10 +96,7 @@ class Reader:
             offset, size = index.offsets[i], index.sizes[i]
             if not offset:  # the sample has no such member
                 continue
-            try:
-                member = members[field] = os.pread(one.file, size, offset)
-            except OSError as error:
-                raise self._unreadable(shard, error) from None
+            member = members[field] = os.pread(one.file, size, offset)
             if len(member) < size:
                 raise Unusable("truncated", f"the tar ends within its .{field}")
             if one.checksum and one.checksum(member) != index.checksums[i]:
@@ -80,6 +104,21 @@ class Reader:
                     "damaged", f"its .{field} has changed: the index has another checksum for it"
                 )
         return members
+
+    def _renew(self, shard: int, sample_id: int, error: Unusable) -> None:
+        """Replaces the tar of a copy if its source has other bytes."""
+        entry = self.shards.shards[shard]
+        source = origin(self.shards, entry)
+        log.warning("%s", self.bad(sample_id, error))
+        try:
+            replaced = renew_tar(self.shards, entry, self.open[shard].file)
+        except UserError as reason:
+            log.warning("%s", reason)
+            self.renewed[shard] = f"this copy could not be replaced ({reason})"
+            return
+        self.renewed[shard] = f"{source} has the same bytes"
+        if replaced:
+            os.close(self.open.pop(shard).file)
 
     def key(self, sample_id: int) -> str:
         shard, row = self._locate(sample_id)
@@ -115,12 +154,7 @@ class Reader:
         if len(self.open) == OPEN_SHARDS:
             os.close(self.open.popitem(last=False)[1].file)
         entry = self.shards.shards[shard]
-        index = read_index(self.shards.index(entry))
-        if index.fields != self.shards.fields:
-            raise UserError(
-                f"{self.shards.index(entry)}: is damaged: its fields are not those of the set. "
-                f"{REMEDY}"
-            )
+        index = index_for(self.shards, entry)
         columns = [(i, name) for i, name in enumerate(index.fields) if name in self.fields]
         checksum = checksum_of(index.checksum) if self.verify else None
         try:
@@ -136,6 +170,12 @@ class Reader:
     def _unreadable(self, shard: int, error: OSError) -> UserError:
         tar = self.shards.tar(self.shards.shards[shard])
         return UserError(f"{tar}: cannot be read ({error.strerror})")
+
+
+def _unusable(error: Unusable | OSError) -> Unusable:
+    if isinstance(error, Unusable):
+        return error
+    return Unusable("unreadable", f"cannot be read ({error.strerror})")
 
 
 def read_samples(shards: ShardSet, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, bytes]]]:

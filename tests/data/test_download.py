@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from d2v_ds.data import download
+from d2v_ds.data import answer, download
 from d2v_ds.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("TRY_FOR", 0.4), ("SILENCE", 0.1), ("PAUSE", 0.02)):
+    for name, seconds in (("TRY_FOR", 0.4), ("LONG", 0.2), ("PAUSE", 0.02)):
         monkeypatch.setattr(download, name, seconds)
 
 
@@ -115,17 +115,17 @@ def test_a_registered_scheme_takes_precedence_over_fsspec(
     from webdataset.gopen import gopen_schemes
 
     (tmp_path / "a").write_bytes(b"12345")
-    assert download.read_all(f"file://{tmp_path}/a") == b"12345"
-    assert download.registered_schemes() == {}
+    assert download.read_all(f"file://{tmp_path}/a", 1000) == b"12345"
+    assert answer.registered_schemes() == {}
     monkeypatch.setitem(gopen_schemes, "memory", lambda *given: io.BytesIO(b"own"))
-    assert download.read_all("memory://anything") == b"own"
-    assert list(download.registered_schemes()) == ["memory"]
+    assert download.read_all("memory://anything", 1000) == b"own"
+    assert list(answer.registered_schemes()) == ["memory"]
 
 
 def test_missing_tools_of_webdataset(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match=r"ais://a/b: webdataset cannot read it \(.*'ais'"):
-        download.read_all("ais://a/b")
+        download.read_all("ais://a/b", 1000)
     monkeypatch.setenv("USE_AIS_FOR", "s3:memory")
     from webdataset.gopen import gopen_ais, gopen_schemes
 
@@ -133,7 +133,7 @@ def test_missing_tools_of_webdataset(monkeypatch: pytest.MonkeyPatch) -> None:
         gopen_schemes, "memory", gopen_ais
     )  # webdataset does this when it is imported
     with pytest.raises(UserError, match=r"memory://a/b: webdataset cannot read it \(.*'ais'"):
-        download.read_all("memory://a/b")
+        download.read_all("memory://a/b", 1000)
 
 
 def test_errors_of_fsspec_are_retried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_errors_of_fsspec_are_retried(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fsspec, "open", fail)
     with pytest.raises(UserError, match=r"x: the download failed \(Timeout: no answer\)"):
-        download.try_again(lambda: download.read_all("s3://b/x"), "s3://b/x")
+        download.try_again(lambda: download.read_all("s3://b/x", 1000), "s3://b/x")
 
 
 @pytest.mark.parametrize("scheme", ["pipe:", "hangs://"])

@@ -7,15 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from d2v_ds.data.shard_format import (
-    INDEX_FILE,
-    ShardEntry,
-    ShardSet,
-    index_bytes,
-    open_set,
-    read_index,
-    set_json,
-)
+from d2v_ds.data.shard_format import INDEX_FILE, ShardEntry, ShardSet, open_set, set_json
+from d2v_ds.data.shard_index import index_bytes, read_index
 from d2v_ds.errors import UserError
 from tests.fuzz.harness import Target
 from tests.fuzz.mutations import first_line, json_values
