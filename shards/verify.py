@@ -23,7 +23,7 @@ from d2v_ds.data.checks import Unusable, kind_of, listed, summary
 from d2v_ds.data.checksum import checksum_of
 from d2v_ds.data.headers import SIDE_FIELDS
 from d2v_ds.data.shard_format import DamagedSet, ShardEntry, ShardSet, open_set
-from d2v_ds.data.shard_index import ShardIndex, index_of
+from d2v_ds.data.shard_index import ShardIndex, read_index
 from d2v_ds.data.tar_scan import BLOCK, DamagedTar, Member, members, samples
 from d2v_ds.errors import UserError
 from d2v_ds.files import sha256
@@ -86,11 +86,14 @@ def verify_shard(
     result = Checked(shard.name)
     problems = result.problems
     try:
-        index = index_of(shards, shard)
+        index = read_index(shards.index(shard))
     except UserError as error:
         problems.append(str(error))
         return result
     keys = [index.key(i) for i in range(index.count)]
+    expected = (shard.samples, shard.bytes, shard.length, shards.fields)
+    if (index.count, index.bytes, sum(index.lengths), index.fields) != expected:
+        problems.append("its index and index.json differ in samples, bytes, length or fields")
     tar = shards.tar(shard)
     try:
         file = tar.open("rb")
@@ -286,4 +289,4 @@ def _locate(shards: ShardSet, bounds: NDArray[np.int64], sample_id: int) -> tupl
     """(shard, key) of a sample by its number in the set."""
     at = int(np.searchsorted(bounds, sample_id, side="right")) - 1
     shard = shards.shards[at]
-    return shard.name, index_of(shards, shard).key(sample_id - int(bounds[at]))
+    return shard.name, read_index(shards.index(shard)).key(sample_id - int(bounds[at]))

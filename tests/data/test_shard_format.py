@@ -182,9 +182,7 @@ def test_damaged_set_file(tmp_path: Path) -> None:
     file = write_set(tmp_path / "set").root / INDEX_FILE
     whole = json.loads(file.read_text())
     file.write_text("{")
-    with pytest.raises(
-        UserError, match=r"index\.json: is damaged \(not valid JSON: "
-    ):
+    with pytest.raises(UserError, match=r"index\.json: is damaged \(not valid JSON: "):
         open_set(tmp_path / "set")
     file.write_text(json.dumps({**whole, "format": 2}))
     with pytest.raises(UserError, match="format 2, but this version reads format 1"):
@@ -195,7 +193,7 @@ def test_damaged_set_file(tmp_path: Path) -> None:
     file.write_text(json.dumps({**whole, "shards": [{"name": "x"}]}))
     with pytest.raises(UserError, match=r"index\.json: is damaged"):
         open_set(tmp_path / "set")
-    file.write_text(json.dumps({**whole, "shards": []}))
+    file.write_text(json.dumps({**whole, "shards": [], "samples": 0, "bytes": 0, "length": 0}))
     with pytest.raises(UserError, match="has no samples"):
         open_set(tmp_path / "set")
 
