@@ -21,7 +21,20 @@ HOSTILE = [
     "../x", "/etc/x", "a/b", "a\\b", "..", ".", "", ".hidden", "-rf", "a\nb", "a\0b", "a\x1b[2J",
     "\ud800", "x" * 300, None, 3, ["a"],
 ]  # fmt: skip
-FOR_A_SHELL = ["x;id", "$(id)", "`id`", "a b", "a'b", 'a"b', "a|b", "a&b", "a>b", "~root", "a*", "{}"]
+FOR_A_SHELL = [
+    "x;id",
+    "$(id)",
+    "`id`",
+    "a b",
+    "a'b",
+    'a"b',
+    "a|b",
+    "a&b",
+    "a>b",
+    "~root",
+    "a*",
+    "{}",
+]
 
 FAULTS: list[tuple[dict[str, Any], str]] = [
     ({"modality": 3}, "its modality is 3, not a text"),
@@ -51,7 +64,9 @@ FAULTS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "fault"), FAULTS, ids=[str(change)[:40] for change, _ in FAULTS])
+@pytest.mark.parametrize(
+    ("change", "fault"), FAULTS, ids=[str(change)[:40] for change, _ in FAULTS]
+)
 def test_a_fault_of_index_json(
     tmp_path: Path, change: dict[str, Any], fault: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

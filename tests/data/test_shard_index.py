@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from d2v_ds.data.shard_format import ShardEntry
-from d2v_ds.data.shard_index import index_bytes, index_digest, read_index, read_lengths
+from d2v_ds.data.shard_index import index_bytes, index_digest, parse_index, read_index, read_lengths
 from d2v_ds.errors import UserError
 
 FIELDS = ("flac", "json")
@@ -52,7 +52,9 @@ def test_every_bit_of_the_first_line_is_covered(tmp_path: Path) -> None:
         for bit in range(8):
             broken = bytearray(data)
             broken[at] ^= 1 << bit
-            refused(tmp_path / "x.idx", bytes(broken))
+            with pytest.raises(UserError, match=r"x\.idx: is damaged"):
+                parse_index(bytes(broken), "x.idx")
+        refused(tmp_path / "x.idx", bytes(broken))
 
 
 def test_every_byte_of_the_rest_is_covered(tmp_path: Path) -> None:

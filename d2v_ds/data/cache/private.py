@@ -79,7 +79,7 @@ def own_folder(parent: Path, name: str, variable: str) -> Path:
             _tell(f"{taken[0]}; {folder} is used instead")
         return folder
     raise UserError(
-        f"{taken[0]}; so are {NAMES - 1} others. Set {variable} to a folder of your own"
+        f"{taken[0]}, and so do {NAMES - 1} others; set {variable} to a folder of your own"
     )
 
 

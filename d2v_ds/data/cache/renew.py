@@ -1,7 +1,7 @@
 """Files of the cache and of D2V_STAGE that have been damaged since they were written: bits that
 changed on the disk, or contents that a power failure left incomplete.
 
-    copy differs from the set's index --renew_tar, index_for--> fetched again from where it came
+    damaged tar --renew_tar--> fetched again;  damaged index --index_for, lengths_for--> the same
 
 Reading finds the damage, by checksums. The copy is replaced while other processes may be reading
 it; they keep the old file until they find damage themselves.
@@ -9,15 +9,20 @@ it; they keep the old file until they find damage themselves.
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from array import array
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
 from d2v_ds.data.cache.folder import LOCK_FILE
 from d2v_ds.data.cache.private import writing
 from d2v_ds.data.cache.remote import fetch_index, fetch_shard, is_at, lock_of
 from d2v_ds.data.cache.stage import copy_index, copy_tar
 from d2v_ds.data.download import url_of
-from d2v_ds.data.shard_format import ShardEntry, ShardSet
-from d2v_ds.data.shard_index import ShardIndex, index_of
+from d2v_ds.data.shard_format import ADVICE, ShardEntry, ShardSet
+from d2v_ds.data.shard_index import ShardIndex, index_of, read_lengths
 from d2v_ds.errors import UserError
 from d2v_ds.files import locked, sha256
 from d2v_ds.secrets import mask
@@ -25,6 +30,8 @@ from d2v_ds.secrets import mask
 log = logging.getLogger("d2v_ds")
 
 FETCH = "it is fetched again"
+
+Result = TypeVar("Result")
 
 
 def origin(shards: ShardSet, entry: ShardEntry) -> str:
@@ -66,22 +73,35 @@ def _same(file: int, entry: ShardEntry) -> bool:
 
 def index_for(shards: ShardSet, entry: ShardEntry) -> ShardIndex:
     """The index of a shard; that of a copy is fetched again if it is damaged. Raises UserError."""
+    return _of_index(shards, entry, partial(index_of, shards, entry))
+
+
+def lengths_for(shards: ShardSet, entry: ShardEntry) -> array[int]:
+    """As index_for, only the lengths."""
+    return _of_index(shards, entry, partial(_lengths, shards, entry))
+
+
+def _lengths(shards: ShardSet, entry: ShardEntry, advice: str = ADVICE) -> array[int]:
+    return read_lengths(shards.index(entry), entry, shards.fields, advice)
+
+
+def _of_index(shards: ShardSet, entry: ShardEntry, read: Callable[..., Result]) -> Result:
+    """What `read` reads from the index of a shard."""
     if not shards.is_copy:
-        return index_of(shards, entry)
-    try:
-        return index_of(shards, entry, FETCH)
-    except UserError:
-        path = shards.index(entry)
+        return read()
+    with contextlib.suppress(UserError):
+        return read(advice=FETCH)
+    path = shards.index(entry)
     with writing(path.parent, _variable(shards)), locked(path.with_name(LOCK_FILE)):
         try:
-            return index_of(shards, entry, FETCH)  # another process may have fetched it
+            return read(advice=FETCH)  # another process may have fetched it
         except UserError as error:
             log.warning("%s", error)
         if shards.source:
             copy_index(shards.source, path.parent, entry, lambda: None)
         else:
             fetch_index(shards, entry)
-    return index_of(shards, entry)
+    return read()
 
 
 def _variable(shards: ShardSet) -> str:

@@ -57,8 +57,11 @@ def stage(shards: ShardSet, folder: Path, alive: Callable[[], None]) -> Path | N
             tars = [entry for entry in shards.shards if not _has_tar(there, entry)]
             indexes = [entry for entry in shards.shards if not _has_index(there, entry)]
             file = target / INDEX_FILE
-            if not (tars or indexes) and file.exists() and file.read_bytes() == index:
+            found = file.read_bytes() if file.exists() else None
+            if not (tars or indexes) and found == index:
                 return target
+            if found not in (None, index):
+                log.warning("%s: differs from that of %s; %s", file, shards.root, COPY)
             file.unlink(missing_ok=True)  # until the copy is complete
             if not _fits(shards, target, tars, indexes):
                 return None
