@@ -8,15 +8,16 @@ that cannot be used means that its shard is converted again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d2v_ds.data.checks import KINDS, Finding
-from d2v_ds.data.set_file import SHA256, parse_set, plain_name, unique_fields, whole
+from d2v_ds.data.set_file import SHA256, OtherFormat, parse_set, plain_name, unique_fields, whole
 from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE, ShardEntry
 from d2v_ds.errors import UserError
 from shards.findings import unusable
@@ -42,21 +43,34 @@ class ShardReport:
 
 
 def read_held(out: Path, file: str) -> dict[str, Any]:
-    """The entries of the index.json or plan.json that a folder contains. Raises UserError."""
+    """The entries of the index.json or plan.json in a folder, as far as they say which conversion
+    it contains; none of another version's index.json. Raises UserError."""
     content = (out / file).read_bytes()
-    try:
-        return parse_set(content) if file == INDEX_FILE else parse_plan(content)
-    except ValueError as error:
-        what = "a shard set" if file == INDEX_FILE else "a conversion"
-        raise UserError(
-            f"{out / file}: is damaged ({error}), so {what} there cannot be continued; use another "
-            "folder or delete this one"
-        ) from None
+    with _continued(out / file), contextlib.suppress(OtherFormat):
+        if file == INDEX_FILE:
+            return parse_set(content)
+        raw = _object(content)
+        _options(raw)
+        return raw
+    return {}
 
 
 def read_plan(out: Path) -> dict[str, Any]:
     """The entries of plan.json. Raises FileNotFoundError, UserError."""
-    return read_held(out, PLAN_FILE)
+    content = (out / PLAN_FILE).read_bytes()
+    with _continued(out / PLAN_FILE):
+        return parse_plan(content)
+
+
+@contextlib.contextmanager
+def _continued(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(
+            f"{file}: is damaged ({error}), so the conversion there cannot be continued; use "
+            "another folder or delete this one"
+        ) from None
 
 
 def parse_plan(content: bytes) -> dict[str, Any]:
@@ -72,11 +86,9 @@ def parse_plan(content: bytes) -> dict[str, Any]:
     whole(raw.get("sample_rate"), "its sample_rate")
     unique_fields(raw.get("fields"))
     _findings(raw.get("findings"))
-    for key in ("options", "about"):
-        if not isinstance(raw.get(key), dict):
-            raise ValueError(f"its {key} is not an object")
-    if not isinstance(raw["options"].get("split", {}), dict):
-        raise ValueError("its split is not an object")
+    _options(raw)
+    if not isinstance(raw.get("about"), dict):
+        raise ValueError("its about is not an object")
     return raw
 
 
@@ -116,6 +128,12 @@ def parse_report(content: bytes, name: str) -> ShardReport:
 
 def report_file(out: Path, name: str) -> Path:
     return out / f"{name}.json"
+
+
+def _options(raw: Mapping[str, Any]) -> None:
+    options = raw.get("options")
+    if not isinstance(options, dict) or not isinstance(options.get("split", {}), dict):
+        raise ValueError("its options are not an object")
 
 
 def _object(content: bytes) -> dict[str, Any]:
