@@ -73,52 +73,44 @@ class Reader:
         """
         shard, row = self._locate(sample_id)
         try:
-            return self._members(shard, row)
+            one = self._opened(shard)
+            index, members = one.index, {}
+            for column, field in one.columns:
+                i = row * one.width + column
+                offset, size = index.offsets[i], index.sizes[i]
+                if not offset:  # the sample has no such member
+                    continue
+                member = members[field] = os.pread(one.file, size, offset)
+                if len(member) < size:
+                    raise Unusable("truncated", f"the tar ends within its .{field}")
+                if one.checksum and one.checksum(member) != index.checksums[i]:
+                    raise Unusable(
+                        "damaged",
+                        f"its .{field} has changed: the index has another checksum for it",
+                    )
+            return members
         except (Unusable, OSError) as error:
-            if not self.shards.is_copy:
-                if isinstance(error, OSError):
-                    raise self._unreadable(shard, error) from None
-                raise
-            found = _unusable(error)
+            self._renew(shard, sample_id, error)
+        return self.read(sample_id)
+
+    def _renew(self, shard: int, sample_id: int, error: Unusable | OSError) -> None:
+        """Replaces the tar of a copy because of an error. Raises the error if that cannot help."""
+        if not self.shards.is_copy:
+            raise self._unreadable(shard, error) if isinstance(error, OSError) else error
+        if isinstance(error, OSError):
+            error = Unusable("unreadable", f"cannot be read ({error.strerror})")
         if shard not in self.renewed:
-            self._renew(shard, sample_id, found)
+            entry = self.shards.shards[shard]
+            log.warning("%s", self.bad(sample_id, error))
+            self.renewed[shard] = f"{origin(self.shards, entry)} has the same bytes"
             try:
-                return self._members(shard, row)
-            except (Unusable, OSError) as error:
-                found = _unusable(error)
-        raise Unusable(found.kind, f"{found}; {self.renewed[shard]}")
-
-    def _members(self, shard: int, row: int) -> dict[str, bytes]:
-        one = self._opened(shard)
-        index, members = one.index, {}
-        for column, field in one.columns:
-            i = row * one.width + column
-            offset, size = index.offsets[i], index.sizes[i]
-            if not offset:  # the sample has no such member
-                continue
-            member = members[field] = os.pread(one.file, size, offset)
-            if len(member) < size:
-                raise Unusable("truncated", f"the tar ends within its .{field}")
-            if one.checksum and one.checksum(member) != index.checksums[i]:
-                raise Unusable(
-                    "damaged", f"its .{field} has changed: the index has another checksum for it"
-                )
-        return members
-
-    def _renew(self, shard: int, sample_id: int, error: Unusable) -> None:
-        """Replaces the tar of a copy if its source has other bytes."""
-        entry = self.shards.shards[shard]
-        source = origin(self.shards, entry)
-        log.warning("%s", self.bad(sample_id, error))
-        try:
-            replaced = renew_tar(self.shards, entry, self.open[shard].file)
-        except UserError as reason:
-            log.warning("%s", reason)
-            self.renewed[shard] = f"this copy could not be replaced ({reason})"
-            return
-        self.renewed[shard] = f"{source} has the same bytes"
-        if replaced:
-            os.close(self.open.pop(shard).file)
+                if renew_tar(self.shards, entry, self.open[shard].file):
+                    os.close(self.open.pop(shard).file)
+                    return
+            except UserError as reason:
+                log.warning("%s", reason)
+                self.renewed[shard] = f"this copy could not be replaced ({reason})"
+        raise Unusable(error.kind, f"{error}; {self.renewed[shard]}")
 
     def key(self, sample_id: int) -> str:
         shard, row = self._locate(sample_id)
@@ -170,12 +162,6 @@ class Reader:
     def _unreadable(self, shard: int, error: OSError) -> UserError:
         tar = self.shards.tar(self.shards.shards[shard])
         return UserError(f"{tar}: cannot be read ({error.strerror})")
-
-
-def _unusable(error: Unusable | OSError) -> Unusable:
-    if isinstance(error, Unusable):
-        return error
-    return Unusable("unreadable", f"cannot be read ({error.strerror})")
 
 
 def read_samples(shards: ShardSet, fields: Sequence[str]) -> Iterator[tuple[str, dict[str, bytes]]]:
