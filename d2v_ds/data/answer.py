@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import http.client
 import os
 import queue
@@ -29,7 +30,7 @@ from d2v_ds.secrets import mask
 
 SILENCE = 60.0  # seconds without a byte after which a connection or a command has failed
 COMMAND_NOT_FOUND = 127  # exit code of a shell
-PIPE = 1 << 16  # bytes that a pipe holds
+PIPE = 1 << 20  # bytes that a pipe is asked to hold; a user without privileges may get 64 KiB
 BLOCK = 1 << 18  # bytes that a thread reads at a time; SILENCE is for each of them
 AHEAD = 8  # blocks that a thread reads in advance
 
@@ -172,6 +173,8 @@ class _Pipe:
     def __init__(self, pipe: Any) -> None:
         self.pipe, self.poll = pipe, select.poll()
         self.poll.register(pipe, select.POLLIN)
+        with contextlib.suppress(OSError):
+            fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, PIPE)
 
     def read(self, size: int) -> bytes:
         if not self.poll.poll(1000 * SILENCE):

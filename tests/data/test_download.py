@@ -205,6 +205,9 @@ def test_a_silent_command_is_given_up(tmp_path: Path, short: None, command: str)
         UserError, match=r"the download failed \((it sent nothing for|the command sent all, but)"
     ):
         download.download(f"pipe:{command.replace('7{}', marker)}", tmp_path / "a")
+    deadline = time.monotonic() + 20  # children that were killed end in their own time
+    while running(f"sleep {marker}") and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert not running(f"sleep {marker}")
 
 
