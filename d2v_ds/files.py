@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 TEMPORARY = ".tmp"
 CHUNK = 1 << 22  # bytes read at a time
@@ -82,9 +82,10 @@ def _alive(pid: int) -> bool:
 def locked(file: Path, waiting: Callable[[], None] | None = None) -> Iterator[IO[str]]:
     """Holds an exclusive lock on `file`, which is created if needed; yields it open.
 
-    waiting: called repeatedly until the lock is free, and at least once.
+    waiting: called repeatedly until the lock is free, and at least once. Raises OSError if the file
+    is a link, which may lead to a file of another folder.
     """
-    with file.open("w") as opened:
+    with open(file, "a", opener=_without_links) as opened:
         while waiting:
             waiting()
             try:
@@ -97,15 +98,32 @@ def locked(file: Path, waiting: Callable[[], None] | None = None) -> Iterator[IO
         yield opened
 
 
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
+def _without_links(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def sha256(path: Path | int) -> str:
+    """SHA-256 of a file. path: or an open descriptor, which is read from its beginning, without
+    moving it."""
+    digest, at = hashlib.sha256(), 0
+    descriptor = path if isinstance(path, int) else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        while chunk := os.pread(descriptor, CHUNK, at):
             digest.update(chunk)
+            at += len(chunk)
+    finally:
+        if descriptor is not path:
+            os.close(descriptor)
     return digest.hexdigest()
 
 
-def copy(source: IO[bytes], target: IO[bytes], progress: Callable[[int], None]) -> str:
+class Readable(Protocol):
+    """What can be read piece by piece; an empty piece is the end."""
+
+    def read(self, size: int, /) -> bytes: ...
+
+
+def copy(source: Readable, target: IO[bytes], progress: Callable[[int], None]) -> str:
     """Copies the rest of an open file to another one; returns its SHA-256.
 
     progress: called with the number of bytes read so far, before the last ones are written. It may

@@ -27,8 +27,8 @@ from d2v_ds.best import Judge
 from d2v_ds.config import Config, modality_of
 from d2v_ds.config.decoding import decode, dump_yaml, to_dict, to_stored, without_secrets
 from d2v_ds.config.resume import refuse_changes
-from d2v_ds.data.cache.stage import stage
-from d2v_ds.data.shard_format import ShardSet, open_set
+from d2v_ds.data.cache.stage import open_copy, stage
+from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.distributed.collectives import all_gather, on_all_ranks, on_rank_0
 from d2v_ds.distributed.world import World
 from d2v_ds.engine import Engine
@@ -405,7 +405,7 @@ def local_copy(shards: ShardSet, watchdog: Watchdog) -> ShardSet:
 
     own = on_all_ranks(copy)[watchdog.rank]
     watchdog.mark("starting", 0)
-    return open_set(own, shards.modality) if own else shards
+    return open_copy(shards, own) if own else shards
 
 
 def describe_run(config: Config, run: RunFolder, nodes: list[str]) -> None:

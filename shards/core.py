@@ -21,7 +21,6 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +43,9 @@ from shards.findings import (
 )
 from shards.plan import CONVERTER, ConversionPlan, Samples
 from shards.reading import inputs_of, marked
+from shards.resume import ShardReport, read_held, read_plan, read_report, report_file
 from shards.workers import WorkerDied, WorkerPool
 from shards.writer import ShardWriter
-
-
-@dataclass(frozen=True)
-class ShardReport:
-    """Report of a finished shard."""
-
-    entry: ShardEntry
-    findings: tuple[Finding, ...]
-    found: int = 0
-
-    @property
-    def bad(self) -> int:
-        """The number of inputs that --max-bad limits."""
-        return len(unusable(self.findings))
-
 
 # --------------------------------------------------------------------------------------- converting
 
@@ -90,7 +75,7 @@ def convert(
     own = range(first, plan.shards, every)
     reports: dict[int, ShardReport] = {}
     for i in own:
-        report = _read_report(out, _name(converter.modality, i))
+        report = read_report(out, _name(converter.modality, i))
         if report:
             reports[i] = report
     pending = [i for i in own if i not in reports]
@@ -128,7 +113,7 @@ def merge(out: Path, max_bad: float) -> ShardSet:
     conversion.
     """
     try:
-        about = _object_in(out / PLAN_FILE)
+        about = read_plan(out)
     except FileNotFoundError:
         if (out / INDEX_FILE).exists():
             return open_set(out)
@@ -136,7 +121,7 @@ def merge(out: Path, max_bad: float) -> ShardSet:
             f"{out}: contains no conversion to merge; give the OUT of its tasks"
         ) from None
     names = [_name(about["modality"], i) for i in range(about["shards"])]
-    found = [(name, _read_report(out, name)) for name in names]
+    found = [(name, read_report(out, name)) for name in names]
     missing = [name for name, report in found if not report]
     if missing:
         raise UserError(
@@ -150,7 +135,7 @@ def check_splits(out: Path, folders: Sequence[Path]) -> None:
     """Raises UserError if a set of --split is not among the folders of those in `out`."""
     for folder in folders:
         file = PLAN_FILE if (folder / PLAN_FILE).exists() else INDEX_FILE
-        split = _object_in(folder / file).get("options", {}).get("split", {})
+        split = read_held(folder, file).get("options", {}).get("split", {})
         for name in split.get(folder.name, {}):
             if out / name not in folders:
                 raise UserError(
@@ -174,7 +159,7 @@ def convert_shard(job: tuple[Converter, Path, str, Samples]) -> ShardReport:
                 writer.add(made.key, made.members, made.length)
         entry = writer.finish() if writer.samples else ShardEntry(name, 0, 0, 0, "")
     report = ShardReport(entry, tuple(findings), found)
-    write_atomically(_report_file(out, name), json.dumps(dataclasses.asdict(report)).encode())
+    write_atomically(report_file(out, name), json.dumps(dataclasses.asdict(report)).encode())
     return report
 
 
@@ -193,38 +178,6 @@ def describe(shards: ShardSet) -> str:
 
 def _name(modality: str, i: int) -> str:
     return f"{modality}-{i:06d}"
-
-
-def _object_in(file: Path) -> dict[str, Any]:
-    """Raises UserError if the file is damaged."""
-    try:
-        found = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: is damaged; delete {file.parent} and convert again")
-    return found
-
-
-def _report_file(out: Path, name: str) -> Path:
-    return out / f"{name}.json"
-
-
-def _read_report(out: Path, name: str) -> ShardReport | None:
-    """None if the shard is not finished."""
-    try:
-        raw = json.loads(_report_file(out, name).read_bytes())
-        findings = tuple(Finding(*found) for found in raw["findings"])
-        report = ShardReport(ShardEntry(**raw["entry"]), findings, raw["found"])
-        entry = report.entry
-        whole = not entry.samples or (
-            (out / f"{name}.tar").stat().st_size == entry.bytes and (out / f"{name}.idx").exists()
-        )
-    except FileNotFoundError:
-        return None
-    except (ValueError, KeyError, TypeError, RecursionError):  # damaged: the shard is written again
-        return None
-    return report if whole else None
 
 
 def _about(plan: ConversionPlan, converter: Converter) -> dict[str, Any]:
@@ -255,7 +208,7 @@ def _enter(out: Path, about: dict[str, Any]) -> ShardSet | None:
     for file in (INDEX_FILE, PLAN_FILE):
         if not (out / file).exists():
             continue
-        held = _object_in(out / file)
+        held = read_held(out, file)
         if held.get("plan") != about["plan"]:
             raise UserError(_other_plan(out, file, held, about["options"]))
         if file == INDEX_FILE:

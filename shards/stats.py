@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from d2v_ds.data.checks import OUTCOMES
-from d2v_ds.data.shard_format import INDEX_FILE, ShardIndex, ShardSet, open_set, read_index
+from d2v_ds.data.shard_format import ShardSet, open_set
+from d2v_ds.data.shard_index import ShardIndex, index_of
 from d2v_ds.errors import UserError
 from shards.findings import QUARANTINE_FILE, masked
 
@@ -38,12 +39,12 @@ class Table:
 def describe(path: Path) -> list[Table]:
     """Raises UserError if there is no set."""
     shards = open_set(path)
-    about = json.loads((shards.root / INDEX_FILE).read_bytes())
+    about = shards.about
     lengths = array("I")
     columns: dict[str, Counter[str]] = {}
     members: Counter[str] = Counter()
     for shard in shards.shards:
-        index = read_index(shards.index(shard))
+        index = index_of(shards, shard)
         lengths.extend(index.lengths)
         offsets = np.frombuffer(index.offsets, np.int64).reshape(index.count, -1)
         for name, number in zip(index.fields, (offsets > 0).sum(axis=0), strict=True):
@@ -82,7 +83,7 @@ def _rows(tar: Path, index: ShardIndex) -> Iterator[dict[str, Any]]:
                 data = file.read(index.sizes[cell])
                 try:
                     row |= json.loads(data) if name == "json" else {"label": data.decode().strip()}
-                except (ValueError, TypeError) as error:
+                except (ValueError, TypeError, RecursionError) as error:
                     raise UserError(
                         f"{tar}, sample {index.key(i)!r}: its .{name} is damaged ({error}); "
                         f"run `d2v-shards verify {tar.parent}`"
@@ -161,9 +162,13 @@ def _findings(root: Path, about: dict[str, Any]) -> Iterator[Table]:
     if not (root / QUARANTINE_FILE).exists():
         return
     counts: Counter[str] = Counter()
-    with (root / QUARANTINE_FILE).open(encoding="utf-8") as file:
+    with (root / QUARANTINE_FILE).open(encoding="utf-8", errors="replace") as file:
         for line in file:
-            counts[masked(json.loads(line)["reason"])] += 1
+            try:
+                reason = masked(json.loads(line)["reason"])
+            except (ValueError, KeyError, TypeError, RecursionError):
+                reason = f"a damaged line of {QUARANTINE_FILE}"
+            counts[reason] += 1
     if counts:
         yield Table("Reasons", [(reason, f"{n:,}") for reason, n in counts.most_common(MAX_VALUES)])
 

@@ -22,14 +22,8 @@ from numpy.typing import NDArray
 from d2v_ds.data.checks import Unusable, kind_of, listed, summary
 from d2v_ds.data.checksum import checksum_of
 from d2v_ds.data.headers import SIDE_FIELDS
-from d2v_ds.data.shard_format import (
-    INDEX_FILE,
-    ShardEntry,
-    ShardIndex,
-    ShardSet,
-    open_set,
-    read_index,
-)
+from d2v_ds.data.shard_format import DamagedSet, ShardEntry, ShardSet, open_set
+from d2v_ds.data.shard_index import ShardIndex, read_index
 from d2v_ds.data.tar_scan import BLOCK, DamagedTar, Member, members, samples
 from d2v_ds.errors import UserError
 from d2v_ds.files import sha256
@@ -55,9 +49,11 @@ class Checked:
 def verify(path: Path, processes: int) -> Iterator[str]:
     """Problems of a set, one line each. What the conversion found is only a note, and so are
     duplicate contents, because corpora contain duplicates. Raises UserError if there is no set."""
-    shards = open_set(path, check_tars=False)
-    if (shards.about["samples"], shards.about["length"]) != (shards.samples, shards.length):
-        yield f"{INDEX_FILE}: samples and length are not the sums over its shards"
+    try:
+        shards = open_set(path, check_tars=False)
+    except DamagedSet as error:
+        yield str(error)
+        return
     if found := summary(shards.about):
         yield NOTE + found
     checked: dict[str, Checked] = {}

@@ -17,7 +17,8 @@ from pathlib import Path
 from types import TracebackType
 
 from d2v_ds.data.checksum import BEST, checksum_of
-from d2v_ds.data.shard_format import ShardEntry, index_bytes
+from d2v_ds.data.shard_format import ShardEntry
+from d2v_ds.data.shard_index import index_bytes
 from d2v_ds.files import temporary, write_atomically
 
 

@@ -61,7 +61,7 @@ PLACES = {
     "sklearn": ["d2v_ds/evaluate", "d2v_ds/scores.py"],
     "scipy": ["d2v_ds/evaluate", "d2v_ds/scores.py"],
     "zstandard": ["shards/text"],
-    "webdataset": ["d2v_ds/loader/webdataset.py", "d2v_ds/data/download.py"],
+    "webdataset": ["d2v_ds/loader/webdataset.py", "d2v_ds/data/answer.py"],
 }
 REMOTE = Path("d2v_ds/export/remote")
 EXPORTED = [path.stem for path in (ROOT / REMOTE).glob("*.py")]

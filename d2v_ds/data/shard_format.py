@@ -4,26 +4,13 @@ A shard set is one folder and one split; train and test are two sets:
 
     SET/
       speech-000000.tar    plain WebDataset tar; members KEY.flac, KEY.json
-      speech-000000.idx    binary index of that tar: offsets, sizes, checksums, lengths
+      speech-000000.idx    its index (shard_index.py): offsets, sizes, checksums, lengths
       index.json           the set: modality, unit, sample rate; sizes and hashes of its shards
       quarantine.jsonl     inputs that were left out, with the reason
 
-index.json is written last and atomically; a folder without it is not a complete set. Lengths are in
-the modality's unit (speech: audio frames at the set's sample rate).
-
-An .idx begins with one line of JSON, which has the crc32 of the rest and is padded with spaces so
-that the arrays after it are aligned to 8 bytes. The arrays follow, little-endian and in row-major
-order, for n samples with f fields (extensions):
-
-    offset   i64[n, f]   of each payload in the tar; 0: the sample has no such member
-    size     u32[n, f]   of each payload, in bytes
-    checksum u32[n, f]   of each payload (checksum.py); the line of JSON names the kind
-    length   u32[n]
-    key      u32[n + 1]  bounds of the keys in the UTF-8 blob that follows
-
-A payload is a member or a part of one: in text sets, a tar member KEY.npy holds many blocks, and
-each is a sample. With two fields, a sample takes 40 bytes and its key, so the index of 20 million
-samples takes about 1.5 GB on disk. The loader keeps only the lengths of all shards in memory.
+index.json is written last and atomically; a folder without it is not a complete set. set_file.py
+checks its content. Lengths are in the modality's unit (speech: audio frames at the set's sample
+rate).
 """
 
 from __future__ import annotations
@@ -31,20 +18,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
-import zlib
-from array import array
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any
 
-from d2v_ds.data.checksum import BEST, checksum_of
+from d2v_ds.data.set_file import FORMAT, OtherFormat, parse_set
 from d2v_ds.errors import UserError
 
-FORMAT = 1  # of index.json
-INDEX_FORMAT = 2  # of an .idx
 INDEX_FILE = "index.json"
+PLAN_FILE = "plan.json"  # of a conversion that is not complete
+ADVICE = "copy it again or convert the corpus again"  # about a damaged file of a local set
+
+
+class DamagedSet(UserError):
+    """index.json exists, but its content is not valid."""
 
 
 @dataclass(frozen=True)
@@ -70,11 +57,17 @@ class ShardSet:
     about: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # index.json
     remote: str = ""  # the URL prefix or command, if remote (cache/remote.py)
     urls: dict[str, str] = field(default_factory=dict)  # of streamed tars, by name, for messages
+    source: ShardSet | None = None  # of a copy on this node's disk (cache/stage.py)
 
     @property
     def indexed(self) -> bool:
         """Whether the tars are from a third party and only their headers were read."""
         return bool(self.about.get("indexed"))
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether its files can be fetched again, because they are copies on this node's disk."""
+        return bool(self.remote or self.source)
 
     @property
     def samples(self) -> int:
@@ -91,78 +84,57 @@ class ShardSet:
         return self.root / f"{shard.name}.idx"
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """The index of one shard. The arrays are read-only, row-major views: np.frombuffer wraps them
-    without a copy, for example np.frombuffer(index.offsets, np.int64).reshape(index.count, -1)."""
-
-    count: int
-    bytes: int  # of the tar
-    fields: tuple[str, ...]
-    offsets: memoryview[int]  # int64 [count * fields]
-    sizes: memoryview[int]  # uint32 [count * fields]
-    checksum: str  # the kind of the checksums
-    checksums: memoryview[int]  # uint32 [count * fields]
-    lengths: memoryview[int]  # uint32 [count]
-    key_bounds: memoryview[int]  # uint32 [count + 1]
-    key_blob: memoryview[int]  # bytes
-
-    def key(self, i: int) -> str:
-        return str(self.key_blob[self.key_bounds[i] : self.key_bounds[i + 1]], "utf-8")
-
-
 def open_set(path: str | Path, modality: str = "", check_tars: bool = True) -> ShardSet:
     """The shard set in a folder. modality: the required modality; "": any.
 
-    Reads index.json and checks the sizes of the tars, but does not read them. Raises UserError if
-    the folder is not a complete set of this modality, or (check_tars) if a tar is missing or has
-    another size.
+    Reads and checks index.json and compares the sizes of the tars, but does not read them. Raises
+    UserError if the folder is not a complete set of this modality, or (check_tars) if a tar is
+    missing or has another size.
     """
     root = Path(path)
-    raw = _read_set_file(root)
-    if modality and raw["modality"] != modality:
-        raise UserError(f"{root}: holds {raw['modality']}, but {modality} is required")
-    try:
-        shards = tuple(
-            ShardEntry(**{f.name: entry[f.name] for f in fields(ShardEntry)})
-            for entry in raw["shards"]
-        )
-        result = ShardSet(
-            root,
-            raw["modality"],
-            raw["unit"],
-            int(raw["sample_rate"]),
-            tuple(raw["fields"]),
-            shards,
-            root / raw["tars"] if "tars" in raw else None,
-            raw,
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{root / INDEX_FILE}: is damaged ({error!r}); convert the corpus again"
-        ) from None
+    result = set_of(_read_set_file(root), root, root / INDEX_FILE)
+    if modality and result.modality != modality:
+        raise UserError(f"{root}: holds {result.modality}, but {modality} is required")
     if not result.samples:
         raise UserError(f"{root}: the shard set has no samples; convert a corpus that has some")
-    for shard in shards if check_tars else ():
+    for shard in result.shards if check_tars else ():
         _check_tar(result.tar(shard), shard.bytes)
     return result
 
 
-def _read_set_file(root: Path) -> dict[str, Any]:
-    file = root / INDEX_FILE
+def set_of(content: bytes, root: Path, name: object, advice: str = ADVICE) -> ShardSet:
+    """The set in `root` whose index.json has this content. name, advice: of index.json in messages.
+    Raises UserError."""
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = parse_set(content)
+    except OtherFormat as error:
+        raise UserError(
+            f"{name}: {error}; convert the corpus again with this version's d2v-shards"
+        ) from None
+    except ValueError as error:
+        raise DamagedSet(f"{name}: is damaged ({error}); {advice}") from None
+    return ShardSet(
+        root,
+        raw["modality"],
+        raw["unit"],
+        raw["sample_rate"],
+        tuple(raw["fields"]),
+        tuple(
+            ShardEntry(**{f.name: entry[f.name] for f in fields(ShardEntry)})
+            for entry in raw["shards"]
+        ),
+        root / raw["tars"] if "tars" in raw else None,
+        raw,
+    )
+
+
+def _read_set_file(root: Path) -> bytes:
+    try:
+        return (root / INDEX_FILE).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(_why_no_set(root)) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not valid JSON ({error}); convert the corpus again") from None
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT or "modality" not in raw:
-        found = raw.get("format") if isinstance(raw, dict) else None
-        raise UserError(
-            f"{file}: has format {found!r}, but this version reads format {FORMAT}; "
-            "convert the corpus again with this version's d2v-shards"
-        )
-    return raw
+    except OSError as error:
+        raise UserError(f"{root / INDEX_FILE}: cannot be read ({error.strerror})") from None
 
 
 def _why_no_set(root: Path) -> str:
@@ -192,6 +164,8 @@ def _check_tar(path: Path, size: int) -> None:
         raise UserError(
             f"{path}: is missing, but {INDEX_FILE} lists it; copy it again or convert again"
         ) from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     if found != size:
         raise UserError(
             f"{path}: has {found} bytes, but {INDEX_FILE} lists {size}; copy it again or "
@@ -213,168 +187,6 @@ def require_copy(
 def fingerprint(shards: ShardSet) -> str:
     """A hash of the set's content: the SHA-256 over the hashes of its shards, in order."""
     return hashlib.sha256("\n".join(s.sha256 for s in shards.shards).encode()).hexdigest()
-
-
-# ------------------------------------------------------------------------------- one shard's index
-
-PLAN_FILE = "plan.json"  # of a conversion that is not complete
-ALIGNMENT = 8
-HEAD_MOST = 1 << 16  # maximum bytes of the line of JSON
-
-
-def read_index(path: str | Path) -> ShardIndex:
-    """Reads a complete .idx. Raises UserError with its name if it is missing or damaged."""
-    path = Path(path)
-    with _index_file(path) as file:
-        raw = file.read()
-    data = memoryview(raw)
-    try:
-        head = _Head.parse(raw[: raw.index(b"\n") + 1])
-        views = [data[first : first + size].cast(code) for code, first, size in head.arrays()]
-        offsets, sizes, checksums, lengths, bounds = views
-        end = head.end + bounds[head.samples]
-        if end != len(data):
-            raise ValueError(f"{len(data)} bytes, expected {end}")
-        if zlib.crc32(data[head.size :]) != head.crc32:
-            raise ValueError("its checksum is wrong")
-        checksum_of(head.checksum)
-    except UserError as error:  # of the kind of checksum
-        raise UserError(f"{path}: {error}") from None
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise _damaged(path, error) from None
-    return ShardIndex(
-        head.samples,
-        head.tar_bytes,
-        head.fields,
-        offsets,
-        sizes,
-        head.checksum,
-        checksums,
-        lengths,
-        bounds,
-        data[head.end :],
-    )
-
-
-def read_lengths(path: Path, entry: ShardEntry) -> array[int]:
-    """Reads only the lengths of an .idx. Raises UserError, which names the file, if it is missing,
-    damaged, or belongs to another tar than `entry`."""
-    with _index_file(path) as file:
-        try:
-            head = _Head.parse(file.readline(HEAD_MOST))
-            _, first, size = head.arrays()[3]
-            file.seek(first)
-            lengths = array("I", file.read(size))
-            if len(lengths) != head.samples:
-                raise ValueError("it ends early")
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, error) from None
-    found, expected = (head.samples, head.tar_bytes), (entry.samples, entry.bytes)
-    if found != expected:
-        raise UserError(
-            f"{path}: does not belong to its tar ({found[0]} samples and {found[1]} bytes, "
-            f"expected {expected[0]} and {expected[1]}); convert again"
-        )
-    if sum(lengths) != entry.length:
-        raise _damaged(path, f"its lengths add up to {sum(lengths)}, not {entry.length}")
-    return lengths
-
-
-@dataclass(frozen=True)
-class _Head:
-    """The line of JSON of an .idx."""
-
-    size: int  # of the line itself
-    samples: int
-    tar_bytes: int
-    fields: tuple[str, ...]
-    checksum: str
-    crc32: int  # of the rest of the file
-
-    @staticmethod
-    def parse(line: bytes) -> _Head:
-        """Raises ValueError, KeyError, TypeError."""
-        raw = json.loads(line)
-        if raw["format"] != INDEX_FORMAT:
-            raise ValueError(f"has format {raw['format']}, but this version reads {INDEX_FORMAT}")
-        return _Head(
-            len(line),
-            raw["samples"],
-            raw["bytes"],
-            tuple(raw["fields"]),
-            raw["checksum"],
-            raw["crc32"],
-        )
-
-    def arrays(self) -> list[tuple[Literal["q", "I"], int, int]]:
-        """(type, first byte, bytes) of each array, in order."""
-        cells = self.samples * len(self.fields)
-        numbers: list[tuple[Literal["q", "I"], int]] = [
-            ("q", cells),
-            ("I", cells),
-            ("I", cells),
-            ("I", self.samples),
-            ("I", self.samples + 1),
-        ]
-        places, first = [], self.size
-        for code, number in numbers:
-            size = number * array(code).itemsize
-            places.append((code, first, size))
-            first += size
-        return places
-
-    @property
-    def end(self) -> int:
-        """The first byte of the blob of keys."""
-        _, first, size = self.arrays()[-1]
-        return first + size
-
-
-def _index_file(path: Path) -> BinaryIO:
-    try:
-        return path.open("rb")
-    except FileNotFoundError:
-        raise UserError(f"{path}: is missing; copy it again or convert the corpus again") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _damaged(path: Path, reason: object) -> UserError:
-    return UserError(f"{path}: is damaged ({reason}); copy it again or convert the corpus again")
-
-
-def index_bytes(
-    fields: Sequence[str],
-    tar_bytes: int,
-    keys: Sequence[str],
-    offsets: array[int],
-    sizes: array[int],
-    checksums: array[int],
-    lengths: array[int],
-    checksum: str = BEST,
-) -> bytes:
-    """The content of an .idx; arrays as in ShardIndex ("q" for offsets, "I" for the others)."""
-    assert sys.byteorder == "little", "shards are written on little-endian machines only"
-    count = len(keys)
-    assert len(offsets) == len(sizes) == len(checksums) == count * len(fields)
-    assert len(lengths) == count
-    blob = [key.encode() for key in keys]
-    bounds = array("I", [0])
-    for key in blob:
-        bounds.append(bounds[-1] + len(key))
-    body = b"".join([offsets, sizes, checksums, lengths, bounds, *blob])
-    header = json.dumps(
-        {
-            "format": INDEX_FORMAT,
-            "fields": list(fields),
-            "samples": count,
-            "bytes": tar_bytes,
-            "checksum": checksum,
-            "crc32": zlib.crc32(body),
-        }
-    ).encode()
-    assert len(header) < HEAD_MOST - ALIGNMENT, f"{len(fields)} fields"
-    return header + b" " * (-(len(header) + 1) % ALIGNMENT) + b"\n" + body
 
 
 def set_json(shards: ShardSet, **about: Any) -> str:

@@ -15,14 +15,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from d2v_ds.data.checks import ALTERED, Finding, Unusable, kind_of
 from d2v_ds.data.checksum import checksum_of
 from d2v_ds.data.headers import Length, SampleFormat, payload
-from d2v_ds.data.shard_format import INDEX_FILE, ShardEntry, ShardSet, index_bytes, set_json
+from d2v_ds.data.set_file import SHARD_NAME_BYTES, plain_name
+from d2v_ds.data.shard_format import INDEX_FILE, ShardEntry, ShardSet, set_json
+from d2v_ds.data.shard_index import index_bytes, index_digest
 from d2v_ds.data.tar_scan import (
     UNUSED,
     DamagedTar,
@@ -73,6 +74,11 @@ def index_set(
         raise UserError("the tars of one set must be in one folder; index each folder separately")
     if (out / INDEX_FILE).exists():
         raise UserError(f"{out}: is already a shard set; delete its {INDEX_FILE} to index it again")
+    for tar in tars:
+        try:
+            plain_name(tar.stem, SHARD_NAME_BYTES)
+        except ValueError as error:
+            raise UserError(f"{tar}: {error}; rename the tar") from None
     form = formats[0] if len(formats) == 1 else guess_format(tars[0], formats)
     is_new, written = not out.exists(), list[Path]()
     out.mkdir(parents=True, exist_ok=True)
@@ -217,7 +223,7 @@ def index_tar(job: tuple[Path, SampleFormat, str], one_rate: bool = True) -> Ind
         notes += map(about_unused, unused)
         size = file.seek(0, os.SEEK_END)
     idx = index_bytes(names, size, keys, offsets, sizes, checksums, lengths, kind)
-    digest = sha256(idx).hexdigest()  # of the index, since the tar was not read
+    digest = index_digest(idx)  # since the tar was not read
     entry = ShardEntry(tar.stem, len(keys), size, sum(lengths), digest)
     return IndexedTar(entry, idx, rate, tuple(left_out), tuple(notes))
 

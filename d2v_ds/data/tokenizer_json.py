@@ -34,12 +34,53 @@ def is_json(content: bytes) -> bool:
 
 
 def parsed(content: bytes) -> dict[str, Any]:
-    """The entries of a tokenizer.json. Raises ValueError."""
-    raw = json.loads(content)
+    """The entries of a tokenizer.json, of which those that are used here have valid types. Raises
+    ValueError."""
+    try:
+        raw = json.loads(content)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
     model = raw.get("model") if isinstance(raw, dict) else None
-    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list):
+    if not isinstance(model, dict) or not _is_vocabulary(model.get("vocab")):
         raise ValueError("has no vocabulary")
+    for one in _list(raw, "added_tokens"):
+        if not (
+            isinstance(one, dict) and isinstance(one.get("content"), str) and _is_id(one.get("id"))
+        ):
+            raise ValueError("an added token has no content or no id")
+    for merge in _list(model, "merges"):
+        if not isinstance(merge, str) and not (
+            isinstance(merge, list) and all(isinstance(piece, str) for piece in merge)
+        ):
+            raise ValueError("a merge is not two pieces")
+    step = raw.get("pre_tokenizer") or {}
+    if not isinstance(step, dict) or not all(
+        isinstance(each, dict) for each in _list(step, "pretokenizers")
+    ):
+        raise ValueError("its pre_tokenizer is not an object")
     return raw  # type: ignore[no-any-return]
+
+
+def _is_id(value: object) -> bool:
+    return type(value) is int and 0 <= value < 2**32
+
+
+def _is_vocabulary(vocab: object) -> bool:
+    """{token: id}, or [[token, score] ...]; not empty."""
+    if isinstance(vocab, dict):
+        return bool(vocab) and all(map(_is_id, vocab.values()))
+    return (
+        isinstance(vocab, list)
+        and bool(vocab)
+        and all(isinstance(e, list) and len(e) == 2 and isinstance(e[0], str) for e in vocab)
+    )
+
+
+def _list(raw: Mapping[str, Any], key: str) -> list[Any]:
+    value = raw.get(key) or []
+    if not isinstance(value, list):
+        raise ValueError(f"its {key} is not a list")
+    return value
 
 
 def ids_of(raw: Mapping[str, Any]) -> dict[str, int]:

@@ -20,13 +20,16 @@ from pathlib import Path
 from braceexpand import braceexpand
 
 from d2v_ds.data.cache.folder import Cache
+from d2v_ds.data.cache.private import private
 from d2v_ds.data.cache.remote import open_remote
 from d2v_ds.data.download import is_remote
 from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE, ShardSet, open_set
+from d2v_ds.data.shard_index import index_of
 from d2v_ds.data.tar_index import index_set
 from d2v_ds.errors import UserError
 from d2v_ds.files import locked
 from d2v_ds.modalities import sample_formats
+from d2v_ds.secrets import mask
 
 log = logging.getLogger("d2v_ds")
 
@@ -35,13 +38,20 @@ def find_set(where: str | Path, modality: str = "", check_tars: bool = True) -> 
     """The set; for a folder with a set the same as open_set. Raises UserError."""
     if stream_tars(str(where)):
         raise UserError(
-            f"{where}: names tars without an index, which only training and d2v_ds.webdataset can "
-            "stream; give a folder or a URL prefix with a shard set (`d2v-shards index` makes one "
-            "from tars)"
+            f"{mask(str(where))}: names tars without an index, which only training and "
+            "d2v_ds.webdataset can stream; give a folder or a URL prefix with a shard set "
+            "(`d2v-shards index` makes one from tars)"
         )
     if is_remote(str(where)):
         return open_remote(str(where), modality)
     root = Path(where)
+    try:
+        return _find_local(root, modality, check_tars)
+    except OSError as error:  # a folder that may not be searched or listed
+        raise UserError(f"{root}: cannot be read ({error.strerror})") from None
+
+
+def _find_local(root: Path, modality: str, check_tars: bool) -> ShardSet:
     if (root / INDEX_FILE).exists() or (root / PLAN_FILE).exists() or not root.is_dir():
         return open_set(root, modality, check_tars)
     tars = sorted(root.glob("*.tar"))
@@ -76,15 +86,35 @@ def _indexed(root: Path, tars: list[Path], modality: str) -> Path:
         facts += [f"{tar.name} {(stat := tar.stat()).st_size} {stat.st_mtime_ns}" for tar in tars]
         digest = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
         out = Cache.from_environment().folder / f"{root.name}-{digest}"
+        private(out, "D2V_CACHE")
     try:
-        out.mkdir(parents=True, exist_ok=True)
         with locked(out / ".index.lock"):
+            if out != root:
+                _drop_damaged(out)
             if not (out / INDEX_FILE).exists():
                 log.info("%s: has no index; reading the headers of %d tars", root, len(tars))
                 index_set(tars, out, sample_formats(modality))
     except OSError as error:
         raise UserError(f"{out}: cannot write the index of {root} ({error.strerror})") from None
     return out
+
+
+def _drop_damaged(out: Path) -> None:
+    """Removes the index.json of an index in the cache that is damaged, so that it is made again.
+    Each process looks once."""
+    if out in _checked or not (out / INDEX_FILE).exists():
+        return
+    try:
+        shards = open_set(out, check_tars=False)
+        for entry in shards.shards:
+            index_of(shards, entry, "the tars are indexed again")
+    except UserError as error:
+        log.warning("%s", error)
+        (out / INDEX_FILE).unlink()
+    _checked.add(out)
+
+
+_checked = set[Path]()  # indexes in the cache
 
 
 def require_tars(tars: Sequence[str], ranks: int) -> None:

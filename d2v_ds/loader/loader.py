@@ -20,8 +20,9 @@ import torch
 from d2v_ds.batch import StepBatch
 from d2v_ds.config.config import require_divisible
 from d2v_ds.data.cache.remote import prefetch
+from d2v_ds.data.cache.renew import lengths_for
 from d2v_ds.data.checks import summary
-from d2v_ds.data.shard_format import ShardEntry, ShardSet, fingerprint, read_lengths
+from d2v_ds.data.shard_format import ShardEntry, ShardSet, fingerprint
 from d2v_ds.distributed.collectives import RankSums
 from d2v_ds.errors import UserError
 from d2v_ds.loader.plan import START, BatchPlan, EpochStats, Step
@@ -214,4 +215,4 @@ def members_of(shards: ShardSet, modality: Modality) -> list[str]:
 
 
 def lengths_of(shards: ShardSet, entry: ShardEntry) -> npt.NDArray[np.uint32]:
-    return np.frombuffer(read_lengths(shards.index(entry), entry), np.uint32)
+    return np.frombuffer(lengths_for(shards, entry), np.uint32)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import os
 from bisect import bisect_right
@@ -18,15 +19,19 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 from d2v_ds.batch import Batch
+from d2v_ds.data.answer import register_schemes, registered_schemes
 from d2v_ds.data.cache.remote import open_shard
+from d2v_ds.data.cache.renew import index_for, origin, renew_tar
 from d2v_ds.data.checks import Unusable, kind_of
 from d2v_ds.data.checksum import Checksum, checksum_of
-from d2v_ds.data.download import register_schemes, registered_schemes
-from d2v_ds.data.shard_format import ShardIndex, ShardSet, read_index
+from d2v_ds.data.shard_format import ShardSet
+from d2v_ds.data.shard_index import ShardIndex
 from d2v_ds.errors import UserError
 from d2v_ds.loader.plan import SampleIds
 from d2v_ds.modalities.base import Modality
 from d2v_ds.seeding import CROP, MASK, generator
+
+log = logging.getLogger("d2v_ds")
 
 OPEN_SHARDS = 64  # kept open by a reader, each with its index
 REMEDY = "Copy the shard again or convert again; `d2v-shards verify` lists every fault of a set"
@@ -49,6 +54,7 @@ class Reader:
         self.shards, self.fields, self.verify = shards, frozenset(fields), verify
         self.bounds = list(accumulate((shard.samples for shard in shards.shards), initial=0))
         self.open: OrderedDict[int, _OpenShard] = OrderedDict()  # least recent first
+        self.renewed = dict[int, str]()  # {shard of a copy with damage: what its source has}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "schemes": registered_schemes()}
@@ -60,26 +66,51 @@ class Reader:
 
     def read(self, sample_id: int) -> dict[str, bytes]:
         """The members among `fields` that the sample has. Raises ValueError if their bytes have
-        changed since they were indexed, UserError if the shard cannot be read."""
+        changed since they were indexed, UserError if the shard cannot be read.
+
+        A copy of a set (cache, D2V_STAGE) may have been damaged on the disk: then its tar is
+        replaced, once, and the sample is read again.
+        """
         shard, row = self._locate(sample_id)
-        one = self._opened(shard)
-        index, members = one.index, {}
-        for column, field in one.columns:
-            i = row * one.width + column
-            offset, size = index.offsets[i], index.sizes[i]
-            if not offset:  # the sample has no such member
-                continue
-            try:
+        try:
+            one = self._opened(shard)
+            index, members = one.index, {}
+            for column, field in one.columns:
+                i = row * one.width + column
+                offset, size = index.offsets[i], index.sizes[i]
+                if not offset:  # the sample has no such member
+                    continue
                 member = members[field] = os.pread(one.file, size, offset)
-            except OSError as error:
-                raise self._unreadable(shard, error) from None
-            if len(member) < size:
-                raise Unusable("truncated", f"the tar ends within its .{field}")
-            if one.checksum and one.checksum(member) != index.checksums[i]:
-                raise Unusable(
-                    "damaged", f"its .{field} has changed: the index has another checksum for it"
-                )
-        return members
+                if len(member) < size:
+                    raise Unusable("truncated", f"the tar ends within its .{field}")
+                if one.checksum and one.checksum(member) != index.checksums[i]:
+                    raise Unusable(
+                        "damaged",
+                        f"its .{field} has changed: the index has another checksum for it",
+                    )
+            return members
+        except (Unusable, OSError) as error:
+            self._renew(shard, sample_id, error)
+        return self.read(sample_id)
+
+    def _renew(self, shard: int, sample_id: int, error: Unusable | OSError) -> None:
+        """Replaces the tar of a copy because of an error. Raises the error if that cannot help."""
+        if not self.shards.is_copy:
+            raise self._unreadable(shard, error) if isinstance(error, OSError) else error
+        if isinstance(error, OSError):
+            error = Unusable("unreadable", f"cannot be read ({error.strerror})")
+        if shard not in self.renewed:
+            entry = self.shards.shards[shard]
+            log.warning("%s", self.bad(sample_id, error))
+            self.renewed[shard] = f"{origin(self.shards, entry)} has the same bytes"
+            try:
+                if renew_tar(self.shards, entry, self.open[shard].file):
+                    os.close(self.open.pop(shard).file)
+                    return
+            except UserError as reason:
+                log.warning("%s", reason)
+                self.renewed[shard] = f"this copy could not be replaced ({reason})"
+        raise Unusable(error.kind, f"{error}; {self.renewed[shard]}")
 
     def key(self, sample_id: int) -> str:
         shard, row = self._locate(sample_id)
@@ -115,12 +146,7 @@ class Reader:
         if len(self.open) == OPEN_SHARDS:
             os.close(self.open.popitem(last=False)[1].file)
         entry = self.shards.shards[shard]
-        index = read_index(self.shards.index(entry))
-        if index.fields != self.shards.fields:
-            raise UserError(
-                f"{self.shards.index(entry)}: is damaged: its fields are not those of the set. "
-                f"{REMEDY}"
-            )
+        index = index_for(self.shards, entry)
         columns = [(i, name) for i, name in enumerate(index.fields) if name in self.fields]
         checksum = checksum_of(index.checksum) if self.verify else None
         try:

@@ -30,7 +30,8 @@ import numpy as np
 
 from d2v_ds.batch import StepBatch
 from d2v_ds.config.config import require_divisible
-from d2v_ds.data.cache.folder import OwnFolder, writing
+from d2v_ds.data.cache.folder import OwnFolder
+from d2v_ds.data.cache.private import writing
 from d2v_ds.data.download import download
 from d2v_ds.data.shard_format import ShardSet
 from d2v_ds.data.tar_index import IndexedTar, index_tar
@@ -43,6 +44,7 @@ from d2v_ds.loader.quarantine import Quarantine
 from d2v_ds.loader.reading import BadSample
 from d2v_ds.modalities import sample_formats
 from d2v_ds.modalities.base import Modality
+from d2v_ds.secrets import mask
 from d2v_ds.seeding import SHARD_ORDER, TAR_GROUP, bit_generator, permutation
 
 log = logging.getLogger("d2v_ds")
@@ -82,8 +84,8 @@ class StreamLoader:
         require_tars(tars, world)
         if not modality.header_readers:
             raise UserError(
-                f"data.shards: {tars[0]} has no index, and modality {modality.name} cannot read "
-                "lengths from headers; make a shard set of its tars first"
+                f"data.shards: {mask(tars[0])} has no index, and modality {modality.name} cannot "
+                "read lengths from headers; make a shard set of its tars first"
             )
         require_room(modality, size, micro_batches, modality.cost(LONGEST))
         self.tars, self.modality, self.seed = tars, modality, seed
@@ -98,7 +100,7 @@ class StreamLoader:
                 "%s and %d more tars: a stream does not resume exactly. The rest of the tars that "
                 "rank 0 was reading is skipped; some samples of other ranks may be repeated or "
                 "skipped in this epoch",
-                tars[0],
+                mask(tars[0]),
                 len(tars) - 1,
             )
         self.folder = OwnFolder()
@@ -176,7 +178,7 @@ class StreamLoader:
             )
         except UserError as error:
             self.skipped = str(error)
-            tars = ", ".join(self.tars[number] for number in group.tars)
+            tars = ", ".join(mask(self.tars[number]) for number in group.tars)
             log.warning("%s: skipped: %s", tars, error)
             return
         first = self.rank * self.own  # the index of its first micro-batch in the step
@@ -219,7 +221,7 @@ class StreamLoader:
                 # Sample rates are not compared here: decoding compares each with the setting.
                 indexed = index_tar((path, self.form, "none"), one_rate=False)
             except UserError as error:
-                raise UserError(str(error).replace(str(path), self.tars[number])) from None
+                raise UserError(str(error).replace(str(path), mask(self.tars[number]))) from None
             path.with_suffix(".idx").write_bytes(indexed.idx)
         return indexed
 
@@ -233,10 +235,10 @@ class StreamLoader:
             0,  # unknown; each sample has its own
             self.form.fields,
             tuple(tar.entry for tar in found if tar.entry.samples),
-            urls={f"{number:06d}": self.tars[number] for number in group.tars},
+            urls={f"{number:06d}": mask(self.tars[number]) for number in group.tars},
         )
         left_out = [
-            BadSample(-1, self.tars[number], key, reason, kind)
+            BadSample(-1, mask(self.tars[number]), key, reason, kind)
             for number, tar in zip(group.tars, found, strict=True)
             for key, reason, kind in tar.left_out
         ]

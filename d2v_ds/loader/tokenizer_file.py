@@ -16,6 +16,8 @@ from d2v_ds.files import write_atomically
 
 log = logging.getLogger("d2v_ds")
 
+TOKENIZER_BYTES = 1 << 28  # maximum size of a tokenizer that is downloaded
+
 
 def keep_tokenizer(shards: ShardSet, target: Path) -> None:
     """Copies the tokenizer that index.json names to `target`, or beside it if the tokenizer is of
@@ -27,7 +29,7 @@ def keep_tokenizer(shards: ShardSet, target: Path) -> None:
     try:
         if shards.remote:
             url = url_of(shards.remote, name)
-            content = try_again(lambda: read_all(url), url)
+            content = try_again(lambda: read_all(url, TOKENIZER_BYTES), url)
         else:
             content = (shards.root / name).read_bytes()
     except (OSError, UserError) as error:

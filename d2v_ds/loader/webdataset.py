@@ -11,6 +11,7 @@ and scanned before they are read.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
@@ -18,20 +19,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from d2v_ds.data import npy
-from d2v_ds.data.cache.folder import OwnFolder, writing
+from d2v_ds.data.cache.folder import OwnFolder
+from d2v_ds.data.cache.private import writing
 from d2v_ds.data.cache.remote import open_shard
+from d2v_ds.data.cache.renew import index_for, origin, renew_tar
 from d2v_ds.data.checksum import checksum_of
-from d2v_ds.data.download import download, url_of
+from d2v_ds.data.download import download
 from d2v_ds.data.headers import payload
-from d2v_ds.data.shard_format import ShardEntry, ShardIndex, ShardSet, read_index
+from d2v_ds.data.shard_format import ShardEntry, ShardSet
+from d2v_ds.data.shard_index import ShardIndex
 from d2v_ds.data.tar_scan import DamagedTar, members, samples
 from d2v_ds.errors import UserError
 from d2v_ds.loader.find_set import find_set, stream_tars
 from d2v_ds.modalities import modality_class
 from d2v_ds.modalities.base import Modality
+from d2v_ds.secrets import mask
 
 if TYPE_CHECKING:
     import webdataset as wds
+
+log = logging.getLogger("d2v_ds")
 
 Item = dict[str, Any]
 Handler = Callable[[Exception], bool]
@@ -108,7 +115,13 @@ class _Decode:
                 raise ValueError(f"has only {', '.join(members)}, none of {', '.join(wanted)}")
             return {**item, "example": self.modality.decoded(members, None)}
         except ValueError as error:
-            raise UserError(f"{item['__url__']}, sample {item['__key__']!r}: {error}") from None
+            raise UserError(
+                f"{mask(item['__url__'])}, sample {item['__key__']!r}: {error}"
+            ) from None
+
+
+def _name(item: Item) -> str:
+    return f"{mask(item['__url__'])}, sample {item['__key__']!r}"
 
 
 @dataclass(frozen=True)
@@ -129,28 +142,52 @@ class _TarsOfSet:
                     return
 
     def _read(self, entry: ShardEntry) -> Iterator[Item]:
-        tar = str(self.shards.tar(entry))
-        if self.shards.remote:
-            tar = url_of(self.shards.remote, f"{entry.name}.tar")
-        index, row = read_index(self.shards.index(entry)), 0
-        with self._open(entry) as file:
-            for item in items_of(file, tar, self.packed):
-                # The index of third-party tars leaves out samples without a usable length.
-                if row == index.count or item["__key__"] != index.key(row):
-                    continue
-                row += 1
+        """A copy of a set (cache, D2V_STAGE) that has been damaged on the disk is replaced, once,
+        and read on from where it was damaged."""
+        tar = origin(self.shards, entry) or str(self.shards.tar(entry))
+        index = index_for(self.shards, entry)
+        first, renewed = 0, not self.shards.is_copy
+        while True:
+            with self._open(entry) as file:
                 try:
-                    _verify(item, index, row - 1)
-                except UserError as error:
-                    if self.handler(error):
-                        continue
+                    for row, item in self._items(file, tar, index, first):
+                        error = _fault_of(item, index, row)
+                        if error and (not renewed or not self.handler(error)):
+                            raise error
+                        first = row + 1
+                        if not error:
+                            yield item
                     return
-                yield item
+                except UserError as error:
+                    if renewed:
+                        raise
+                    renewed = True
+                    self._renew(entry, file, error)
+
+    def _items(
+        self, file: BinaryIO, tar: str, index: ShardIndex, first: int
+    ) -> Iterator[tuple[int, Item]]:
+        """(row of the index, item) of the rows from `first` on. Raises UserError."""
+        row = 0
+        for item in items_of(file, tar, self.packed):
+            # The index of third-party tars leaves out samples without a usable length.
+            if row == index.count or item["__key__"] != index.key(row):
+                continue
+            if row >= first:
+                yield row, item
+            row += 1
         if row < index.count:
             raise UserError(
                 f"{tar}: is damaged: sample {index.key(row)!r} of its index is missing. Copy the "
                 "shard again or convert again"
             )
+
+    def _renew(self, entry: ShardEntry, file: BinaryIO, error: UserError) -> None:
+        log.warning("%s", error)
+        try:
+            renew_tar(self.shards, entry, file.fileno())
+        except UserError as reason:
+            log.warning("this copy could not be replaced (%s)", reason)
 
     def _open(self, entry: ShardEntry) -> BinaryIO:
         if self.shards.remote:
@@ -162,8 +199,8 @@ class _TarsOfSet:
             raise UserError(f"{tar}: cannot be read ({error.strerror})") from None
 
 
-def _verify(item: Item, index: ShardIndex, row: int) -> None:
-    """Raises UserError unless the members are those of the index."""
+def _fault_of(item: Item, index: ShardIndex, row: int) -> UserError | None:
+    """An error unless the members are those of the index."""
     checksum = checksum_of(index.checksum)
     for column, field in enumerate(index.fields):
         i = row * len(index.fields) + column
@@ -172,10 +209,11 @@ def _verify(item: Item, index: ShardIndex, row: int) -> None:
         member = item.get(field, b"")
         same = checksum is None or checksum(member) == index.checksums[i]
         if len(member) != index.sizes[i] or not same:
-            raise UserError(
-                f"{item['__url__']}, sample {item['__key__']!r}: its .{field} has changed since it "
-                "was indexed. Copy the shard again or convert again"
+            return UserError(
+                f"{_name(item)}: its .{field} has changed since it was indexed. Copy the shard "
+                "again or convert again"
             )
+    return None
 
 
 @dataclass(frozen=True)
@@ -203,7 +241,7 @@ class _TarsAtUrls:
                 for _ in members(file):
                     pass
             except DamagedTar as error:
-                raise UserError(f"{url}: {error}; copy it again") from None
+                raise UserError(f"{mask(url)}: {error}; copy it again") from None
             file.seek(0)
             yield from items_of(file, url, self.packed)
 
@@ -218,7 +256,7 @@ def items_of(file: BinaryIO, tar: str, packed: Mapping[str, str]) -> Iterator[It
             item |= {name: payload(file, one) for name, one in group.items() if not one.problem}
             yield from _rows(item, packed)
     except (OSError, ValueError) as error:
-        raise UserError(f"{tar}: is damaged ({error}); copy it again") from None
+        raise UserError(f"{mask(tar)}: is damaged ({error}); copy it again") from None
 
 
 def _rows(item: Item, packed: Mapping[str, str]) -> Iterator[Item]:

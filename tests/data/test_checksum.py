@@ -10,7 +10,8 @@ import pytest
 
 from d2v_ds.data import checksum
 from d2v_ds.data.checksum import checksum_of
-from d2v_ds.data.shard_format import ShardSet, index_bytes, read_index
+from d2v_ds.data.shard_format import ShardSet
+from d2v_ds.data.shard_index import index_bytes, read_index
 from d2v_ds.errors import UserError
 from d2v_ds.loader.reading import Reader
 from tests.helpers.series import write_set

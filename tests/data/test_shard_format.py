@@ -17,11 +17,10 @@ from d2v_ds.data.shard_format import (
     ShardEntry,
     ShardSet,
     fingerprint,
-    index_bytes,
     open_set,
-    read_index,
     set_json,
 )
+from d2v_ds.data.shard_index import index_bytes, read_index
 from d2v_ds.errors import UserError
 
 
@@ -105,7 +104,8 @@ def test_damaged_index(tmp_path: Path, damage: str) -> None:
 
 def test_an_unknown_kind_of_checksum(tmp_path: Path) -> None:
     path = tmp_path / "x.idx"
-    path.write_bytes(write_index(path).replace(b'"xxh3"', b'"md5!"'))
+    none: dict[str, array[int]] = {code: array(code) for code in "qI"}
+    path.write_bytes(index_bytes(("flac",), 0, [], none["q"], *[none["I"]] * 3, checksum="md5!"))
     with pytest.raises(UserError, match=r"x\.idx: checksum 'md5!': this version supports xxh3"):
         read_index(path)
 
@@ -182,7 +182,7 @@ def test_damaged_set_file(tmp_path: Path) -> None:
     file = write_set(tmp_path / "set").root / INDEX_FILE
     whole = json.loads(file.read_text())
     file.write_text("{")
-    with pytest.raises(UserError, match=r"index\.json: not valid JSON"):
+    with pytest.raises(UserError, match=r"index\.json: is damaged \(not valid JSON: "):
         open_set(tmp_path / "set")
     file.write_text(json.dumps({**whole, "format": 2}))
     with pytest.raises(UserError, match="format 2, but this version reads format 1"):
@@ -193,7 +193,7 @@ def test_damaged_set_file(tmp_path: Path) -> None:
     file.write_text(json.dumps({**whole, "shards": [{"name": "x"}]}))
     with pytest.raises(UserError, match=r"index\.json: is damaged"):
         open_set(tmp_path / "set")
-    file.write_text(json.dumps({**whole, "shards": []}))
+    file.write_text(json.dumps({**whole, "shards": [], "samples": 0, "bytes": 0, "length": 0}))
     with pytest.raises(UserError, match="has no samples"):
         open_set(tmp_path / "set")
 

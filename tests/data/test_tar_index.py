@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from d2v_ds.data import audio
-from d2v_ds.data.shard_format import INDEX_FILE, open_set, read_index
+from d2v_ds.data.shard_format import INDEX_FILE, open_set
+from d2v_ds.data.shard_index import read_index
 from d2v_ds.data.tar_index import guess_format, index_set
 from d2v_ds.errors import UserError
 from d2v_ds.modalities import sample_formats

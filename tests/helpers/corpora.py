@@ -13,7 +13,8 @@ import soundfile
 
 from d2v_ds.data.checks import Unusable
 from d2v_ds.data.ogg import streams
-from d2v_ds.data.shard_format import open_set, read_index
+from d2v_ds.data.shard_format import open_set
+from d2v_ds.data.shard_index import read_index
 from shards.verify import read_members
 
 FORMATS = {

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from d2v_ds.data import shard_format
+from d2v_ds.data import shard_format, shard_index
 from d2v_ds.data.checksum import xxh3
 from d2v_ds.data.shard_format import ShardEntry, ShardSet, open_set
 from tests.helpers.sensor import Sensor, SensorConfig
@@ -48,7 +48,7 @@ def write_set(
         tar, offsets, sizes, checksums = write_tar(keys, contents)
         (root / f"{name}.tar").write_bytes(tar)
         (root / f"{name}.idx").write_bytes(
-            shard_format.index_bytes(
+            shard_index.index_bytes(
                 ("json", "series"), len(tar), keys, offsets, sizes, checksums, array("I", shard)
             )
         )

@@ -169,7 +169,7 @@ def test_a_sample_has_the_planned_number_of_masked_tokens(case: Case) -> None:
 
 
 def read_lengths(shards: ShardSet) -> list[int]:
-    from d2v_ds.data.shard_format import read_index
+    from d2v_ds.data.shard_index import read_index
 
     return [n for entry in shards.shards for n in read_index(shards.index(entry)).lengths]
 

@@ -20,7 +20,8 @@ import soundfile
 import webdataset as wds
 
 from d2v_ds.data import audio
-from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE, ShardSet, open_set, read_index
+from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE, ShardSet, open_set
+from d2v_ds.data.shard_index import read_index
 from shards import samples
 from shards.cli import main
 from shards.keys import make_key

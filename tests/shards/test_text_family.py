@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2v_ds.data.checks import Finding
-from d2v_ds.data.shard_format import open_set, read_index
+from d2v_ds.data.shard_format import open_set
+from d2v_ds.data.shard_index import read_index
 from d2v_ds.errors import UserError
 from d2v_ds.loader.reading import read_samples
 from d2v_ds.modalities.text import Text, TextConfig

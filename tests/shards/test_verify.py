@@ -14,13 +14,8 @@ import pytest
 import webdataset as wds
 
 from d2v_ds.data.checks import Unusable
-from d2v_ds.data.shard_format import (
-    INDEX_FILE,
-    ShardSet,
-    index_bytes,
-    open_set,
-    read_index,
-)
+from d2v_ds.data.shard_format import INDEX_FILE, ShardSet, open_set
+from d2v_ds.data.shard_index import index_bytes, read_index
 from d2v_ds.loader.reading import Reader
 from shards import samples
 from shards.cli import main

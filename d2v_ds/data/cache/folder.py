@@ -3,7 +3,9 @@
     path --added--> open temporary file --complete--> path
     Cache.added: the same, within the cache's size
 
-remote.py keeps shards of remote sets there, stage.py copies of local sets.
+remote.py keeps shards of remote sets there, stage.py copies of local sets; renew.py replaces what
+has been damaged since. A file gets its name when all of it is on the disk, also after a power
+failure. private.py keeps other users out.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from d2v_ds.data.cache.private import cache_name, chosen, own_folder, private, writing
 from d2v_ds.errors import UserError
-from d2v_ds.files import TEMPORARY, format_size, locked, parse_size
+from d2v_ds.files import TEMPORARY, format_size, locked, parse_size, sync
 
 log = logging.getLogger("d2v_ds")
 
@@ -29,27 +32,20 @@ LOCK_FILE = ".lock"
 
 
 @contextlib.contextmanager
-def writing(folder: Path, variable: str = "D2V_CACHE") -> Iterator[None]:
-    """Turns errors of the local disk into UserError. variable: what the folder is set by."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{variable}: cannot write {folder} ({error})") from None
-
-
-@contextlib.contextmanager
 def added(path: Path) -> Iterator[BinaryIO]:
     """An open temporary file, NAME.tmp, that becomes `path` unless an error occurs.
 
-    The caller holds a lock on the folder or the file. A killed process leaves a temporary file that
-    the next one overwrites.
+    The caller holds a lock on the folder or the file. A killed process leaves a temporary file,
+    which the next one replaces.
     """
     with _complete(path, _begin(path)) as file:
         yield file
 
 
 def _begin(path: Path) -> BinaryIO:
-    file = path.with_name(path.name + TEMPORARY).open("wb")
+    temporary = path.with_name(path.name + TEMPORARY)
+    temporary.unlink(missing_ok=True)
+    file = temporary.open("xb")  # a new file, and not through a link
     fcntl.flock(file, fcntl.LOCK_EX)  # locked while it is being written
     return file
 
@@ -61,7 +57,9 @@ def _complete(path: Path, file: BinaryIO) -> Iterator[BinaryIO]:
         try:
             yield file
             file.flush()
+            os.fsync(file.fileno())
             temporary.replace(path)
+            sync(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -76,13 +74,15 @@ class Cache:
 
     @staticmethod
     def from_environment() -> Cache:
-        """The cache that D2V_CACHE and D2V_CACHE_BYTES describe. Raises UserError."""
-        default = Path(tempfile.gettempdir(), f"d2v_ds-{os.getuid()}")
+        """The cache that D2V_CACHE and D2V_CACHE_BYTES describe; its folder is created if needed.
+        Raises UserError."""
         try:
             limit = parse_size(os.environ.get("D2V_CACHE_BYTES", DEFAULT_BYTES))
         except ValueError as error:
             raise UserError(f"D2V_CACHE_BYTES: {error}") from None
-        return Cache(Path(os.environ.get("D2V_CACHE") or default), limit)
+        if folder := os.environ.get("D2V_CACHE"):
+            return Cache(chosen(Path(folder), "D2V_CACHE"), limit)
+        return Cache(own_folder(Path(tempfile.gettempdir()), cache_name(), "D2V_CACHE"), limit)
 
     @contextlib.contextmanager
     def added(self, path: Path, size: int) -> Iterator[BinaryIO]:
@@ -121,8 +121,8 @@ class Cache:
 def remove_unused(path: Path) -> bool:
     """Removes a file or folder that no process has locked. Returns whether it was removed."""
     try:
-        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:  # it was removed, or is none of ours
         return False
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,7 +147,7 @@ class OwnFolder:
     def __init__(self, cache: Cache | None = None) -> None:
         parent = (cache or Cache.from_environment()).folder / "own"
         with writing(parent):
-            parent.mkdir(parents=True, exist_ok=True)
+            private(parent, "D2V_CACHE")
             with locked(parent / LOCK_FILE):
                 for left in parent.glob("*/"):
                     remove_unused(left)

@@ -4,26 +4,38 @@
 
 A copy is checked against the SHA-256 of the set's tars (third-party tars: their size) and kept for
 later jobs. A set that does not fit is read in place. Nothing else depends on the copy: the plan,
-the order of the samples and the configuration are the same.
+the order of the samples and the configuration are the same. Every start looks at the copy again and
+copies what has been damaged once more (also renew.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-from d2v_ds.data.cache.folder import LOCK_FILE, added, writing
-from d2v_ds.data.shard_format import INDEX_FILE, ShardSet, require_copy
+from d2v_ds.data.cache.folder import LOCK_FILE, added
+from d2v_ds.data.cache.private import own_folder, private, writing
+from d2v_ds.data.shard_format import (
+    INDEX_FILE,
+    ShardEntry,
+    ShardSet,
+    open_set,
+    require_copy,
+)
+from d2v_ds.data.shard_index import index_of, read_lengths
+from d2v_ds.errors import UserError
 from d2v_ds.files import copy, format_size, locked, write_atomically
 
 log = logging.getLogger("d2v_ds")
 
 RESERVED = 0.05  # fraction of the disk that stays free
+COPY = "it is copied again"
 
 
 def stage(shards: ShardSet, folder: Path, alive: Callable[[], None]) -> Path | None:
@@ -36,28 +48,86 @@ def stage(shards: ShardSet, folder: Path, alive: Callable[[], None]) -> Path | N
     index = (shards.root / INDEX_FILE).read_bytes()
     if shards.tars:  # the copy has them next to the index
         index = json.dumps({k: v for k, v in json.loads(index).items() if k != "tars"}).encode()
-    target = folder / "d2v_ds" / f"{shards.root.name}-{hashlib.sha256(index).hexdigest()[:16]}"
-    with writing(target, "D2V_STAGE"):
-        target.mkdir(parents=True, exist_ok=True)
+    name = f"{shards.root.name}-{hashlib.sha256(index).hexdigest()[:16]}"
+    with writing(folder, "D2V_STAGE"):
+        target = own_folder(folder, "d2v_ds", "D2V_STAGE") / name
+        private(target, "D2V_STAGE")
         with locked(target / LOCK_FILE, waiting=alive):
-            if (target / INDEX_FILE).exists():
+            there = dataclasses.replace(shards, root=target, tars=None)
+            tars = [entry for entry in shards.shards if not _has_tar(there, entry)]
+            indexes = [entry for entry in shards.shards if not _has_index(there, entry)]
+            file = target / INDEX_FILE
+            found = file.read_bytes() if file.exists() else None
+            if not (tars or indexes) and found == index:
                 return target
-            if not _fits(shards, target):
+            if found not in (None, index):
+                log.warning("%s: differs from that of %s; %s", file, shards.root, COPY)
+            file.unlink(missing_ok=True)  # until the copy is complete
+            if not _fits(shards, target, tars, indexes):
                 return None
-            advice = f"copy the set again (`d2v-shards verify {shards.root}` lists every fault)"
-            for entry in shards.shards:
-                tar = shards.tar(entry)
-                check = partial(require_copy, shards, entry, tar, advice)
-                _copy(tar, target, alive, check)
-                _copy(shards.index(entry), target, alive)
-            write_atomically(target / INDEX_FILE, index)
+            for entry in tars:
+                copy_tar(shards, target, entry, alive)
+            for entry in indexes:
+                copy_index(shards, target, entry, alive)
+            write_atomically(file, index)
     log.info("%s was copied to %s", shards.root, target)
     return target
 
 
-def _fits(shards: ShardSet, target: Path) -> bool:
-    files = [file for shard in shards.shards for file in (shards.tar(shard), shards.index(shard))]
-    missing = sum(f.stat().st_size for f in files if not (target / f.name).exists())
+def open_copy(shards: ShardSet, folder: Path) -> ShardSet:
+    """The copy of a set that `stage` made. Raises UserError."""
+    return dataclasses.replace(open_set(folder, shards.modality), source=shards)
+
+
+def copy_tar(shards: ShardSet, target: Path, entry: ShardEntry, alive: Callable[[], None]) -> None:
+    """Copies a tar of the set; it replaces the one in `target`, whose lock the caller holds. Raises
+    UserError if it differs from index.json."""
+    tar = shards.tar(entry)
+    advice = f"copy the set again (`d2v-shards verify {shards.root}` lists every fault)"
+    with tar.open("rb") as reader, added(target / tar.name) as file:
+        digest = copy(reader, file, lambda found: alive())
+        require_copy(shards, entry, tar, advice, file.tell(), digest)
+
+
+def copy_index(
+    shards: ShardSet, target: Path, entry: ShardEntry, alive: Callable[[], None]
+) -> None:
+    """As copy_tar, of an index."""
+    index_of(shards, entry)  # raises UserError if it is damaged
+    path = shards.index(entry)
+    with path.open("rb") as reader, added(target / path.name) as file:
+        copy(reader, file, lambda found: alive())
+
+
+def _has_tar(there: ShardSet, entry: ShardEntry) -> bool:
+    path = there.tar(entry)
+    try:
+        found = path.lstat().st_size
+    except FileNotFoundError:
+        return False
+    if found == entry.bytes:
+        return True
+    log.warning("%s: has %d bytes, but %s has %d; %s", path, found, INDEX_FILE, entry.bytes, COPY)
+    return False
+
+
+def _has_index(there: ShardSet, entry: ShardEntry) -> bool:
+    path = there.index(entry)
+    if not os.path.lexists(path):
+        return False
+    try:
+        read_lengths(path, entry, there.fields, COPY)
+    except UserError as error:
+        log.warning("%s", error)
+        return False
+    return True
+
+
+def _fits(
+    shards: ShardSet, target: Path, tars: list[ShardEntry], indexes: list[ShardEntry]
+) -> bool:
+    missing = sum(entry.bytes for entry in tars)
+    missing += sum(shards.index(entry).stat().st_size for entry in indexes)
     disk = shutil.disk_usage(target)
     if missing <= disk.free - RESERVED * disk.total:
         return True
@@ -71,19 +141,3 @@ def _fits(shards: ShardSet, target: Path) -> bool:
         format_size(RESERVED * disk.total),
     )
     return False
-
-
-def _copy(
-    source: Path,
-    target: Path,
-    alive: Callable[[], None],
-    check: Callable[[int, str], None] | None = None,
-) -> None:
-    """Copies one file unless it exists. check: called with size and SHA-256 before the copy becomes
-    visible."""
-    if (target / source.name).exists():
-        return
-    with source.open("rb") as reader, added(target / source.name) as file:
-        digest = copy(reader, file, lambda found: alive())
-        if check:
-            check(file.tell(), digest)

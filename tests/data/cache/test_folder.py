@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from d2v_ds.data.cache.folder import Cache, OwnFolder, added, remove_unused, writing
+from d2v_ds.data.cache.folder import Cache, OwnFolder, added, remove_unused
+from d2v_ds.data.cache.private import writing
 from d2v_ds.errors import UserError
 from tests.helpers.runs import environment
 
