@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from d2v_ds.data.shard_format import read_index
+from d2v_ds.data.shard_index import read_index
 from d2v_ds.data.tar_index import index_tar
 from d2v_ds.data.tar_scan import BLOCK, DamagedTar, members
 from d2v_ds.errors import UserError
