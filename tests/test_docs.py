@@ -355,7 +355,8 @@ def test_commands_and_options_exist(page: str) -> None:
         for command, names, rest in COMMAND.findall(line):
             for name in names.split("|"):
                 assert name in PARSERS[command], f"{page}: {command} {name}"
-                for option in re.findall(r"(?<!\S)--?[a-z][\w-]*", rest):
+                unquoted = re.sub(r"""'[^']*'|"(?:[^"\\]|\\.)*\"""", "", rest)
+                for option in re.findall(r"(?<!\S)--?[a-z][\w-]*", unquoted):
                     assert option in options(PARSERS[command][name]), f"{page}: {line}"
     for word in words(page):
         if re.fullmatch(r"--[\w-]+( \S+|=\S+)?", word):
@@ -461,3 +462,13 @@ def test_exit_codes_match_the_code(page: str) -> None:
     table = text_of(page).split("\n## Exit codes\n")[1].split("\n## ")[0]
     shown = {int(code) for code in re.findall(r"^\| (\d+) \|", table, re.M)}
     assert shown == exit_codes.OF_D2V_DS.keys()
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    rows = re.findall(r"^\| (?!promise|---)(.*) \| (.*) \|$", text_of("docs/promises.md"), re.M)
+    assert len(rows) > 40
+    for promise, kept_by in rows:
+        names = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", kept_by)
+        assert names, promise
+        for file, name in names:
+            assert re.search(rf"^def {name}\(", (ROOT / file).read_text(), re.M), (file, name)

@@ -124,6 +124,7 @@ def _child(
     os.close(console)
     number, rest, hangs = first, b"", False
     with os.fdopen(reader, "rb", buffering=0) as pipe:
+        pipe.read(1)  # it has parsed the seeds, and imported what that needs
         while True:
             ready, _, _ = select.select([pipe], [], [], SECONDS)
             if not ready:
@@ -163,6 +164,7 @@ def _work(
     sound = [target.parse(one, work) for one in seeds]
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
+    os.write(writer, b"+")
     for number in numbers:
         data = input_of(target, seeds, seed, number)
         outcome, signature = _outcome(target, data, sound, work)
