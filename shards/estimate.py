@@ -25,11 +25,11 @@ TAR = 1024  # approximate bytes of header and padding per member
 def estimate(
     plans: Mapping[str, ConversionPlan], converter: Converter, jobs: int, max_bad: float
 ) -> Iterator[str]:
-    """One line per set, then one for the time, then one per set whose conversion would stop."""
+    """One line per set, then one for the time, then one per set that --max-bad may stop."""
     few = max(1, SAMPLES // len(plans))
     given = made = inputs = 0
     bad: list[Finding] = []
-    shares: dict[str, float] = {}
+    shares: dict[str, tuple[float, bool]] = {}
     _convert(converter, [next(iter(plans.values())).samples[0]])  # warms up imports and caches
     start = time.perf_counter()
 
@@ -50,7 +50,8 @@ def estimate(
             if time.perf_counter() - start > SECONDS:
                 break
         measured, unused = inputs - before[0], len(unusable(bad)) - before[1]
-        shares[name] = _share(plan, unused / max(1, measured))
+        share = _share(plan, unused / max(1, measured))
+        shares[name] = share, measured >= plan.inputs or _share(plan, 0.0) > max_bad
     seconds = time.perf_counter() - start
     total = 0
     for plan in plans.values():
@@ -69,11 +70,12 @@ def estimate(
         f"measured on {format_size(given)} of input"
         + (f" ({counted(len(bad))} cannot be used: {first_reasons(bad)})" if bad else "")
     )
-    for name, share in shares.items():
+    for name, (share, certain) in shares.items():
         if share > max_bad:
             yield (
                 f"{name or 'set'}: about {share:.2%} of the inputs cannot be used, more than "
-                f"--max-bad {max_bad:.3%} allows: the conversion would stop"
+                f"--max-bad {max_bad:.3%} allows: the conversion {'would' if certain else 'may'} "
+                "stop"
             )
 
 

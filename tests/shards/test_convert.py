@@ -377,11 +377,13 @@ def test_invalid_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "--join speker" in line and "did you mean 'speaker'?" in line
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_made_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "in").mkdir()
     write_wav(tmp_path / "in/a.wav")
     (tmp_path / "full").write_text("")
-    assert "full" in refused(capsys, tmp_path / "in", tmp_path / "full/out", code=1)
+    assert "full" in refused(capsys, tmp_path / "in", tmp_path / "full/out")
 
 
 # ------------------------------------------------------------------------------------ array jobs

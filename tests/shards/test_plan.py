@@ -331,8 +331,9 @@ def test_dry_run_writes_nothing_and_is_about_right(
     out = tmp_path / "out"
     put(corpus.parent / "13.wav", b"")
     assert convert(corpus, out, "--dry-run", "--shard-size", "10KB") == 0
-    line, times = capsys.readouterr().out.splitlines()[1:]
+    line, times, stops = capsys.readouterr().out.splitlines()[1:]
     assert not out.exists()
+    assert stops.endswith("more than --max-bad 1.000% allows: the conversion may stop")
     assert convert(corpus, out, "--shard-size", "10KB", "--max-bad", "5%") == 0
     about = json.loads((out / INDEX_FILE).read_text())
     shards = len(about["shards"])
