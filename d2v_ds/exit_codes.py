@@ -23,6 +23,7 @@ OF_D2V_DS = {
     UNHEALTHY: "a health rule stopped the run",
     UNFIT: "some nodes are unfit; the message names them",
     HUNG: "a rank hung; its stack traces are in the run folder",
+    INTERRUPTED: "interrupted with Ctrl-C before training began",
 }
 OF_D2V_SHARDS = {
     FINISHED: "finished",
