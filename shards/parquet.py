@@ -33,9 +33,13 @@ def open_table(path: Path) -> Any:
         table = pyarrow.parquet.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
         raise Unusable("damaged", f"is not a Parquet file ({first_line(error)})") from None
-    groups = map(table.metadata.row_group, range(table.metadata.num_row_groups))
+    meta = table.metadata
+    groups = [meta.row_group(i) for i in range(meta.num_row_groups)]
     if any(min(group.num_rows, group.total_byte_size) < 0 for group in groups):
         raise Unusable("damaged", "is not a Parquet file: it states a negative number of rows")
+    if (rows := sum(group.num_rows for group in groups)) != meta.num_rows:
+        reason = f"states {meta.num_rows} rows, but its row groups have {rows}"
+        raise Unusable("damaged", reason)
     return table
 
 
@@ -60,6 +64,8 @@ def rows(table: Any, part: Input, columns: Sequence[str]) -> Iterator[tuple[int,
     """(row number in the file, row) of an input from `row_groups`. Raises Unusable."""
     import pyarrow
 
+    if part.part and part.part[0] == part.part[1]:
+        raise Unusable("empty", "is a row group without rows")
     first = 0
     try:
         for i in range(table.metadata.num_row_groups):

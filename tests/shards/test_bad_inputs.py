@@ -318,3 +318,24 @@ def test_a_refused_index_leaves_only_the_reasons(
     assert {file.name for file in (tmp_path / "t").iterdir()} == {
         "0.tar", "1.tar", "2.tar", "quarantine.jsonl",
     }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ Parquet
+
+
+@pytest.mark.parametrize("family", ["speech", "images"])
+def test_row_groups_without_rows_are_told(family: str, tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    data = recording() if family == "speech" else picture_bytes(0)
+    column = "audio" if family == "speech" else "image"
+    table = pa.table({column: [{"bytes": data, "path": "a"}]})
+    (tmp_path / "in").mkdir()
+    pq.write_table(table, tmp_path / "in/a.parquet")
+    pq.write_table(table.slice(0, 0), tmp_path / "in/b.parquet")
+    out = tmp_path / "out"
+    assert convert(family, tmp_path / "in", out, *HALF) == 0
+    about = json.loads((out / "index.json").read_text())
+    assert about["samples"] + about["quarantined"] == about["inputs"]
+    if about["quarantined"]:  # an empty table may have no row group at all
+        assert set(kinds(out).values()) == {"empty"}
