@@ -8,6 +8,7 @@ memory, ends the process, or accepts damage that its format can detect.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import resource
@@ -156,6 +157,7 @@ def _work(
     target: Target, seeds: Sequence[bytes], seed: int, numbers: range, folder: Path, writer: int
 ) -> None:
     """In the child: parses the inputs and reports each. Its output is discarded."""
+    faulthandler.disable()  # pytest enables it; the parent reports how the process ended
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)

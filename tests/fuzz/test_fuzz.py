@@ -14,16 +14,17 @@ from tests.fuzz.harness import Target, input_of, run
 from tests.fuzz.mutations import any_bytes
 from tests.fuzz.targets import TARGETS
 
-FEW = 250
+FEW, MANY = 100, 2_000  # inputs of each parser
 
 
 @pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("inputs", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TARGETS)
-def test_no_faults(name: str) -> None:
-    result = run(TARGETS[name], FEW)
+def test_no_faults(name: str, inputs: int) -> None:
+    result = run(TARGETS[name], inputs)
     assert not result.findings
     refuses = bool(TARGETS[name].documented)  # damage of a log is no error
-    assert result.inputs == FEW and (result.outcomes[harness.REFUSED] > 0) == refuses
+    assert result.inputs == inputs and (result.outcomes[harness.REFUSED] > 0) == refuses
 
 
 def test_every_fault_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
