@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections import ChainMap, Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,8 @@ from d2v_ds.weights import initialise, open_weights
 
 log = logging.getLogger("d2v_ds")
 
+LAST_SAVES, PAUSE = 12, 10.0  # attempts to save the last step, and seconds between them
+
 
 @dataclass
 class Training:
@@ -100,19 +103,30 @@ class Training:
         self.watchdog.mark("training", self.state.step)
 
     def save_last(self, counts: Counts) -> None:
-        """Waits until a checkpoint of this step is published. Collective. Raises CannotSave."""
+        """Waits until a checkpoint of this step is published, also for space on the disk.
+        Collective. Raises CannotSave."""
         self.watchdog.mark("saving", self.state.step)
         self._tolerate(self.saver.finish)
-        if self.saver.saved != self.state.step:
+        for attempt in range(1, LAST_SAVES + 1):
+            if self.saver.saved == self.state.step:
+                break
             try:
                 self._begin_saving(counts)
                 self.saver.finish()
             except checkpoint.CannotSave as error:
-                raise checkpoint.CannotSave(
-                    f"{error}. The run ends at step {self.state.step}, but only step "
-                    f"{self.saver.saved} is saved; the same command continues from there"
-                ) from None
+                if attempt == LAST_SAVES:
+                    raise checkpoint.CannotSave(f"{error}. {self._what_is_saved()}") from None
+                if attempt == 1:
+                    log.error("%s; trying again for %g s", error, LAST_SAVES * PAUSE)
+                time.sleep(PAUSE)
+                self.watchdog.mark("saving", self.state.step)
         self.watchdog.mark("training", self.state.step)
+
+    def _what_is_saved(self) -> str:
+        end, saved = f"The run ends at step {self.state.step}", self.saver.saved
+        if not saved:
+            return f"{end}, and nothing is saved; the same command begins again"
+        return f"{end}, but only step {saved} is saved; the same command continues from there"
 
     def _begin_saving(self, counts: Counts) -> None:
         self._count(counts)

@@ -22,7 +22,7 @@ from d2v_ds.errors import Superseded, UserError
 from d2v_ds.run.heartbeat import heartbeats
 from d2v_ds.run.run_folder import RunFolder, claim_generation
 from d2v_ds.run.watchdog import Watchdog
-from d2v_ds.start import Training
+from d2v_ds.start import LAST_SAVES, Training
 from d2v_ds.telemetry import Counts
 from d2v_ds.train import ends_are_told
 from d2v_ds.train_state import TrainState
@@ -130,11 +130,21 @@ def test_a_save_that_fails_ends_nothing_until_the_last(
     t.save(Counts())
     t.save(Counts())  # tells that the one before has failed
     assert "no space; training continues with checkpoint 10 and tries again" in caplog.text
+    pauses: list[float] = []
+
+    def pause(seconds: float) -> None:
+        pauses.append(seconds)
+        disk.full = len(pauses) < frees
+
+    monkeypatch.setattr("time.sleep", pause)
+    frees = 1000  # the number of pauses after which the disk has space
     with pytest.raises(CannotSave, match="ends at step 30, but only step 10 is saved"):
         t.save_last(Counts())
-    disk.full = False
+    assert len(pauses) == LAST_SAVES - 1 and "trying again for 120 s" in caplog.text
+    pauses.clear()
+    frees = 3
     t.save_last(Counts())
-    assert disk.saved == 30
+    assert disk.saved == 30 and len(pauses) == 3
 
 
 @pytest.mark.parametrize("error", [UserError("bad input"), RuntimeError("connection lost")])
