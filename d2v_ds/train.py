@@ -31,10 +31,11 @@ from d2v_ds.run.logs import to_file_only
 from d2v_ds.run.preflight import UnfitNodes
 from d2v_ds.run.rank_check import check_ranks, report_unfit
 from d2v_ds.run.watchdog import Watchdog
-from d2v_ds.start import Training, start
+from d2v_ds.start import start
 from d2v_ds.step import StepSettings, train_step
 from d2v_ds.task import Task
 from d2v_ds.telemetry import Counts, Telemetry
+from d2v_ds.training import Training
 
 log = logging.getLogger("d2v_ds")
 

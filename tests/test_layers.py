@@ -32,7 +32,7 @@ LAYERS = [
     ["telemetry"],
     ["weights"],
     ["encoder", "evaluate", "export", "features", "finetune", "show"],
-    ["validation", "best", "probing", "start", "train"],
+    ["validation", "best", "probing", "training", "start", "train"],
     ["cli", "cli_evaluate", "__init__", "__main__"],
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

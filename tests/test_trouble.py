@@ -22,10 +22,10 @@ from d2v_ds.errors import Superseded, UserError
 from d2v_ds.run.heartbeat import heartbeats
 from d2v_ds.run.run_folder import RunFolder, claim_generation
 from d2v_ds.run.watchdog import Watchdog
-from d2v_ds.start import LAST_SAVES, Training
 from d2v_ds.telemetry import Counts
 from d2v_ds.train import ends_are_told
 from d2v_ds.train_state import TrainState
+from d2v_ds.training import LAST_SAVES, Training
 from tests.test_train import shards, speech_run
 
 __all__ = ["shards"]  # a fixture
