@@ -17,7 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from d2v_ds.data.checks import KINDS, Finding
-from d2v_ds.data.set_file import SHA256, OtherFormat, parse_set, plain_name, unique_fields, whole
+from d2v_ds.data.set_file import (
+    SHA256,
+    TOTALS,
+    OtherFormat,
+    parse_set,
+    plain_name,
+    unique_fields,
+    whole,
+)
 from d2v_ds.data.shard_format import INDEX_FILE, PLAN_FILE, ShardEntry
 from d2v_ds.errors import UserError
 from shards.findings import unusable
@@ -25,7 +33,6 @@ from shards.findings import unusable
 log = logging.getLogger("d2v_ds")
 
 MOST_SHARDS = 1_000_000
-COUNTS = ("samples", "bytes", "length")
 
 
 @dataclass(frozen=True)
@@ -113,11 +120,11 @@ def parse_report(content: bytes, name: str) -> ShardReport:
     """The content of the report of shard `name`. Raises ValueError."""
     raw = _object(content)
     entry = raw.get("entry")
-    if not isinstance(entry, dict) or entry.keys() != {"name", *COUNTS, "sha256"}:
+    if not isinstance(entry, dict) or entry.keys() != {"name", *TOTALS, "sha256"}:
         raise ValueError("its entry is not that of a shard")
     if entry["name"] != name:
         raise ValueError(f"it is of the shard {ascii(entry['name'])[:40]}")
-    for key in COUNTS:
+    for key in TOTALS:
         whole(entry[key], f"its {key}")
     digest = entry["sha256"]
     if not isinstance(digest, str) or bool(SHA256.fullmatch(digest)) != bool(entry["samples"]):

@@ -78,9 +78,7 @@ def assemble(aside: Path) -> dict[str, Any] | None:
     written: list[Mapping[str, Any]] = [entry for entry in files if entry is not None]
     if len(written) < len(files):
         return None
-    return write.build_manifest(
-        plan["step"], plan["state"], plan["shapes"], plan["adam_steps"], written
-    )
+    return write.build_manifest(plan, written)
 
 
 def _remove(path: Path) -> None:

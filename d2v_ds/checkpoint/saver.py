@@ -50,9 +50,7 @@ class _Pending:
 
     step: int
     aside: Path
-    state: Mapping[str, Any]
-    shapes: Shapes
-    adam_steps: Mapping[str, int]
+    plan: Mapping[str, Any]
     written: Future[Files]
 
 
@@ -127,7 +125,7 @@ class Saver:
         plan = {"step": step, "state": state, "shapes": shapes, "adam_steps": adam_steps}
         plan["owners"] = rank_count() if all(owns) else 1
         written = self._thread.submit(self._write, aside, copies, plan)
-        self._pending = _Pending(step, aside, state, shapes, adam_steps, written)
+        self._pending = _Pending(step, aside, plan, written)
 
     def _write(
         self, aside: Path, copies: Mapping[StateKind, Pieces], plan: Mapping[str, Any]
@@ -150,9 +148,7 @@ class Saver:
         pending = self._pending
         try:
             files = on_all_ranks(lambda: self._written(pending))
-            manifest = write.build_manifest(
-                pending.step, pending.state, pending.shapes, pending.adam_steps, files
-            )
+            manifest = write.build_manifest(pending.plan, files)
             on_all_ranks(lambda: self._publish(pending, manifest))
         except (CannotSave, Superseded, AssertionError):
             self._pending = None

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from d2v_ds.checkpoint.format import FORMAT, Files, Shapes, StateKind, check_cover, piece_table
+from d2v_ds.checkpoint.format import FORMAT, Files, StateKind, check_cover, piece_table
 from d2v_ds.engine import Pieces
 from d2v_ds.files import sha256, sync, write_durably
 from d2v_ds.run.run_folder import Generation, RunFolder, refuse_superseded, remove
@@ -88,21 +88,16 @@ def read_note(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def build_manifest(
-    step: int,
-    state: Mapping[str, Any],
-    shapes: Shapes,
-    adam_steps: Mapping[str, int],
-    files: Sequence[Files],
-) -> dict[str, Any]:
-    """manifest.json: everything except the tensors. files: the results of write_pieces by rank."""
+def build_manifest(plan: Mapping[str, Any], files: Sequence[Files]) -> dict[str, Any]:
+    """manifest.json: everything except the tensors. plan: step, state, shapes and adam_steps.
+    files: the results of write_pieces by rank."""
     return {
         "format": FORMAT,
-        "step": step,
-        "state": dict(state),
+        "step": plan["step"],
+        "state": dict(plan["state"]),
         "versions": _versions(),
-        "shapes": {name: list(shape) for name, shape in shapes.items()},
-        "adam_steps": dict(adam_steps),
+        "shapes": {name: list(shape) for name, shape in plan["shapes"].items()},
+        "adam_steps": dict(plan["adam_steps"]),
         "files": {name: entry for of_rank in files for name, entry in of_rank.items()},
     }
 

@@ -44,7 +44,8 @@ def _kill_running() -> None:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kills a command and its children. Until the command is waited for, its PID is its own."""
+    """Kills a command and its children. A PID is not given to another process
+    before `wait` has returned."""
     if process.returncode is None:
         with contextlib.suppress(ProcessLookupError):
             if os.getpgid(process.pid) == process.pid:

@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping
 from io import BytesIO
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -44,7 +43,7 @@ class Clock:
 
 class EventFile:
     """One new file of events in a folder, made with the first event. purge: steps from this one on
-    in earlier files of the folder are hidden. A context manager.
+    in earlier files of the folder are hidden.
 
     A write that fails is recorded in `losses`, and the next one is tried again.
     """
@@ -111,17 +110,6 @@ class EventFile:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-
-    def __enter__(self) -> EventFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def record(event: Any) -> bytes:

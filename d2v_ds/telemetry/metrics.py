@@ -206,7 +206,7 @@ def write_evaluation(run: RunFolder, weights: str, step: int, values: Mapping[st
     own below tb/: training purges and replaces only the event files in tb/ itself, and TensorBoard
     shows student and teacher as two curves. Raises OSError."""
     folder = run.tensorboard / "eval" / weights
-    with EventFile(folder, Clock()) as events:
+    with contextlib.closing(EventFile(folder, Clock())) as events:
         events.scalars(values, step)
         if events.losses.total:
             raise OSError(errno.EIO, f"{folder} cannot be written")

@@ -1,4 +1,4 @@
-"""Runs a parser on many damaged inputs, in a process of its own with limits.
+"""Runs a parser on many damaged inputs, in a separate process with limits.
 
     Target --run--> Result: how many inputs were refused, accepted, and what went wrong
 

@@ -149,7 +149,8 @@ def save_cut(
     owned = [cut(state, cuts, rank) for rank in range(ranks)]
     files = [write_pieces(aside, r, by_kind(o.partitions, o.ema)) for r, o in enumerate(owned)]
     steps = {name: int(partition.adam_step) for name, partition in state.partitions.items()}
-    return publish(run, generation, aside, build_manifest(step, STATE, SHAPES, steps, files))
+    plan = {"step": step, "state": STATE, "shapes": SHAPES, "adam_steps": steps}
+    return publish(run, generation, aside, build_manifest(plan, files))
 
 
 def values_of(state: Owned) -> dict[str, Any]:

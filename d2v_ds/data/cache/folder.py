@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from d2v_ds.data.cache.private import cache_name, chosen, own_folder, private, writing
+from d2v_ds.data.shard_format import ShardEntry, ShardSet
+from d2v_ds.data.shard_index import read_lengths
 from d2v_ds.errors import UserError
 from d2v_ds.files import TEMPORARY, format_size, locked, parse_size, sync
 
@@ -116,6 +118,20 @@ class Cache:
                 format_size(held + size),
                 format_size(self.limit),
             )
+
+
+def has_index(copy: ShardSet, entry: ShardEntry, advice: str) -> bool:
+    """Whether the folder of a copy has the undamaged index of a shard. The log reports a damaged
+    one. advice: what happens then."""
+    path = copy.index(entry)
+    if not os.path.lexists(path):
+        return False
+    try:
+        read_lengths(path, entry, copy.fields, advice)
+    except UserError as error:
+        log.warning("%s", error)
+        return False
+    return True
 
 
 def remove_unused(path: Path) -> bool:

@@ -27,7 +27,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from d2v_ds.data.cache.folder import LOCK_FILE, Cache, added
+from d2v_ds.data.cache.folder import LOCK_FILE, Cache, added, has_index
 from d2v_ds.data.cache.private import private, writing
 from d2v_ds.data.download import fetch, read_all, try_again, url_of
 from d2v_ds.data.shard_format import (
@@ -38,8 +38,7 @@ from d2v_ds.data.shard_format import (
     require_copy,
     set_of,
 )
-from d2v_ds.data.shard_index import most_bytes, parse_index, read_lengths
-from d2v_ds.errors import UserError
+from d2v_ds.data.shard_index import most_bytes, parse_index
 from d2v_ds.files import locked, write_atomically
 from d2v_ds.secrets import mask
 
@@ -106,14 +105,8 @@ def prefetch(shards: ShardSet, upcoming: Iterable[int], cache: Cache | None = No
 def keep_index(shards: ShardSet, entry: ShardEntry) -> None:
     """Downloads the index of a shard unless it is in the cache, undamaged. Raises UserError. The
     caller holds the lock of the folder."""
-    path = shards.index(entry)
-    if os.path.lexists(path):
-        try:
-            read_lengths(path, entry, shards.fields, DOWNLOAD)
-            return
-        except UserError as error:
-            log.warning("%s", error)
-    fetch_index(shards, entry)
+    if not has_index(shards, entry, DOWNLOAD):
+        fetch_index(shards, entry)
 
 
 def fetch_index(shards: ShardSet, entry: ShardEntry) -> None:

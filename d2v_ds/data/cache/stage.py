@@ -14,12 +14,11 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from d2v_ds.data.cache.folder import LOCK_FILE, added
+from d2v_ds.data.cache.folder import LOCK_FILE, added, has_index
 from d2v_ds.data.cache.private import own_folder, private, writing
 from d2v_ds.data.shard_format import (
     INDEX_FILE,
@@ -28,8 +27,7 @@ from d2v_ds.data.shard_format import (
     open_set,
     require_copy,
 )
-from d2v_ds.data.shard_index import index_of, read_lengths
-from d2v_ds.errors import UserError
+from d2v_ds.data.shard_index import index_of
 from d2v_ds.files import copy, format_size, locked, write_atomically
 
 log = logging.getLogger("d2v_ds")
@@ -55,7 +53,7 @@ def stage(shards: ShardSet, folder: Path, alive: Callable[[], None]) -> Path | N
         with locked(target / LOCK_FILE, waiting=alive):
             there = dataclasses.replace(shards, root=target, tars=None)
             tars = [entry for entry in shards.shards if not _has_tar(there, entry)]
-            indexes = [entry for entry in shards.shards if not _has_index(there, entry)]
+            indexes = [entry for entry in shards.shards if not has_index(there, entry, COPY)]
             file = target / INDEX_FILE
             found = file.read_bytes() if file.exists() else None
             if not (tars or indexes) and found == index:
@@ -109,18 +107,6 @@ def _has_tar(there: ShardSet, entry: ShardEntry) -> bool:
         return True
     log.warning("%s: has %d bytes, but %s has %d; %s", path, found, INDEX_FILE, entry.bytes, COPY)
     return False
-
-
-def _has_index(there: ShardSet, entry: ShardEntry) -> bool:
-    path = there.index(entry)
-    if not os.path.lexists(path):
-        return False
-    try:
-        read_lengths(path, entry, there.fields, COPY)
-    except UserError as error:
-        log.warning("%s", error)
-        return False
-    return True
 
 
 def _fits(
