@@ -115,9 +115,7 @@ class _Decode:
                 raise ValueError(f"has only {', '.join(members)}, none of {', '.join(wanted)}")
             return {**item, "example": self.modality.decoded(members, None)}
         except ValueError as error:
-            raise UserError(
-                f"{mask(item['__url__'])}, sample {item['__key__']!r}: {error}"
-            ) from None
+            raise UserError(f"{_name(item)}: {error}") from None
 
 
 def _name(item: Item) -> str:

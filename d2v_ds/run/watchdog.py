@@ -19,7 +19,6 @@ import dataclasses
 import faulthandler
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -30,6 +29,7 @@ from d2v_ds.exit_codes import FAILURE, HUNG
 from d2v_ds.records import Losses
 from d2v_ds.run.environment import node_name
 from d2v_ds.run.heartbeat import ENDED, Heartbeat, beat, duration, heartbeats
+from d2v_ds.run.logs import say
 from d2v_ds.run.run_folder import Generation, RunFolder, refuse_superseded
 
 log = logging.getLogger("d2v_ds")
@@ -237,8 +237,7 @@ class Watchdog:
 
     def _say(self, text: str) -> None:
         log.error("%s", text)
-        with contextlib.suppress(OSError, ValueError):  # a closed terminal
-            print(f"d2v-ds: {text}", file=sys.stderr, flush=True)
+        say(f"d2v-ds: {text}")
 
 
 def describe_hang(beats: list[Heartbeat], ranks: int, silent: Mapping[int, float]) -> str:
